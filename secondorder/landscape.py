@@ -1,0 +1,211 @@
+"""Smoothness of a loss along a line: loss variation, gradient predictiveness, effective beta-smoothness.
+
+The line is ``A + eta d``, where A is the activation after a network's stem (feature space) or the parameters (weight
+space), and ``g(A) = dL/dA`` is the gradient of the mini-batch loss L. For every eta of a range are measured
+
+    loss                L(A + eta d)                        its spread over eta is the loss variation ("Lipschitzness")
+    gradient distance   || g(A + eta d) - g(A) ||_2         small: the gradient predicts itself
+    cosine              cos(g(A + eta d), g(A))             the same, whatever the gradient's length
+    beta                || g(A + eta d) - g(A) ||_2 / || eta d ||_2
+
+and the largest beta over the range is the effective beta-smoothness. Directions: ``ascent`` is d = +g, the direction of
+the published measurement (Wang et al., CVPR 2020, arXiv 2003.11241), ``descent`` is d = -g. In weight space d is a step
+given by the caller, for instance the optimiser's own (Santurkar et al., NeurIPS 2018, arXiv 1805.11604).
+
+Index letters: N images, K measured values of eta.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.errors import InputError, unknown
+from secondorder.untouched import same_randomness, untouched
+
+DIRECTIONS = {"ascent": 1.0, "descent": -1.0}
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class StemAndRest(Protocol):
+    """A network in two parts: ``model(x) == model.rest(model.stem(x))``."""
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] to the activation at which feature space is entered."""
+
+    def rest(self, activation: Tensor) -> Tensor:
+        """That activation to the network's output."""
+
+
+@dataclass(frozen=True)
+class LandscapeLine:
+    """The loss and its gradient at K points ``A + eta d`` of a line, all tensors float64 [K] on the CPU."""
+
+    etas: Tensor
+    loss: Tensor
+    gradient_distance: Tensor
+    cosine: Tensor
+    loss_at_origin: float
+    gradient_norm: float
+    direction_norm: float
+
+    @property
+    def loss_variation(self) -> float:
+        """max L - min L over the line: the width of the published "Lipschitzness" band."""
+        return float(self.loss.max() - self.loss.min())
+
+    @property
+    def beta(self) -> float:
+        """Effective beta-smoothness, max over eta of || g(A + eta d) - g(A) || / || eta d ||; nan if d = 0."""
+        if self.direction_norm == 0.0:
+            return float("nan")
+        return float((self.gradient_distance / (self.etas.abs() * self.direction_norm)).max())
+
+    @property
+    def relative_gradient_distance(self) -> float:
+        """max over eta of || g(A + eta d) - g(A) || / || g(A) ||, free of the gradient's scale; nan if g = 0."""
+        return float(self.gradient_distance.max()) / self.gradient_norm if self.gradient_norm else float("nan")
+
+
+def equally_spaced(low: float, high: float, points: int = 50) -> Tensor:
+    """`points` equally spaced values of eta in [low, high], float64; InputError unless 0 < low <= high."""
+    if not 0.0 < low <= high < float("inf"):
+        raise InputError(f"the eta range [{low}, {high}] is empty or not positive; use 0 < low <= high")
+    if points < 1:
+        raise InputError(f"a landscape line needs at least 1 value of eta, not {points}")
+    return torch.linspace(low, high, points, dtype=torch.float64)
+
+
+def feature_landscape(
+    model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, etas: Tensor, direction: str = "ascent"
+) -> LandscapeLine:
+    """The line ``X + eta g`` (ascent) or ``X - eta g`` (descent), X = ``model.stem(images)``, g = dL/dX.
+
+    `model` is any module with ``stem`` and ``rest`` (see StemAndRest). It is measured in its present mode, in training
+    mode therefore with the statistics of the batch, with the same random draws (dropout) at every eta, and is left as
+    it was: parameters, buffers, gradients, mode and random state (tested bit for bit).
+    """
+    if direction not in DIRECTIONS:
+        raise unknown("direction", direction, DIRECTIONS)
+    check_batch(images, labels)
+    if not (callable(getattr(model, "stem", None)) and callable(getattr(model, "rest", None))):
+        raise InputError(f"{type(model).__name__} has no stem and rest; give it both, with model(x) = rest(stem(x))")
+    parts = cast(StemAndRest, model)
+    with untouched(model):
+        with torch.no_grad():
+            origin = parts.stem(images).detach()
+
+        def gradient_at(shift: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+            activation = (origin if shift is None else origin + shift).requires_grad_()
+            with torch.enable_grad(), same_randomness():
+                value = loss(parts.rest(activation), labels)
+            return value.detach(), list(torch.autograd.grad(value, [activation]))
+
+        value, gradient = gradient_at(None)
+        step = [DIRECTIONS[direction] * g for g in gradient]
+        return _walk(lambda eta: gradient_at(eta * step[0]), etas, step, value, gradient)
+
+
+def weight_landscape(
+    model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, etas: Tensor, step: Sequence[Tensor] | None = None
+) -> LandscapeLine:
+    """The line ``w + eta step`` through the parameters w that require gradients, in their order in the model.
+
+    `step` is one tensor for each such parameter, by default the steepest descent -dL/dw; `optimiser_step` gives the
+    step that an optimiser is about to take, so that eta = 1 is where training goes next. Leaves the model as it was.
+    """
+    check_batch(images, labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if step is not None and [s.shape for s in step] != [p.shape for p in parameters]:
+        raise InputError(f"the step has {len(step)} tensors that do not match the model's {len(parameters)} parameters")
+    with untouched(model):
+        origin = [p.detach().clone() for p in parameters]
+
+        def gradient_at(eta: float) -> tuple[Tensor, list[Tensor]]:
+            with torch.no_grad():
+                for parameter, start, shift in zip(parameters, origin, shifts, strict=True):
+                    parameter.copy_(start + eta * shift)
+            with torch.enable_grad(), same_randomness():
+                value = loss(model(images), labels)
+                gradient = torch.autograd.grad(value, parameters, allow_unused=True)
+            return value.detach(), [
+                torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)
+            ]
+
+        shifts: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        value, gradient = gradient_at(0.0)
+        shifts = [-g for g in gradient] if step is None else [s.detach().clone() for s in step]
+        return _walk(gradient_at, etas, shifts, value, gradient)
+
+
+def optimiser_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
+) -> list[Tensor]:
+    """The change of the parameters that `optimiser` would make on this batch, momentum and weight decay included.
+
+    One tensor for each parameter that requires gradients. Neither the model nor the optimiser's state is changed.
+    """
+    check_batch(images, labels)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = {p: {k: _copied(v) for k, v in state.items()} for p, state in optimiser.state.items()}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
+    with untouched(model):
+        origin = [p.detach().clone() for p in parameters]
+        with torch.enable_grad():
+            gradient = torch.autograd.grad(loss(model(images), labels), parameters, allow_unused=True)
+        try:
+            for parameter, g in zip(parameters, gradient, strict=True):
+                parameter.grad = g
+            optimiser.step()
+            return [p.detach() - start for p, start in zip(parameters, origin, strict=True)]
+        finally:
+            optimiser.state.clear()
+            optimiser.state.update(before)
+            for group, settings in zip(optimiser.param_groups, groups, strict=True):
+                group.update(settings)
+
+
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """InputError for an empty batch or one whose images and labels differ in number."""
+    if len(images) == 0 or len(images) != len(labels):
+        raise InputError(f"{len(images)} images and {len(labels)} labels; a batch needs one label for each image")
+
+
+def _copied(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _walk(
+    gradient_at: Callable[[float], tuple[Tensor, list[Tensor]]],
+    etas: Tensor,
+    step: list[Tensor],
+    value: Tensor,
+    gradient: list[Tensor],
+) -> LandscapeLine:
+    losses, distances, cosines = [], [], []
+    norm = _norm(gradient)
+    for eta in etas.tolist():
+        loss, there = gradient_at(eta)
+        losses.append(float(loss))
+        distances.append(_norm([a - b for a, b in zip(there, gradient, strict=True)]))
+        lengths = norm * _norm(there)
+        cosines.append(_dot(there, gradient) / lengths if lengths else float("nan"))
+    return LandscapeLine(
+        etas=etas.double().cpu(),
+        loss=torch.tensor(losses, dtype=torch.float64),
+        gradient_distance=torch.tensor(distances, dtype=torch.float64),
+        cosine=torch.tensor(cosines, dtype=torch.float64),
+        loss_at_origin=float(value),
+        gradient_norm=norm,
+        direction_norm=_norm(step),
+    )
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return _dot(tensors, tensors) ** 0.5
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)))

@@ -1,0 +1,52 @@
+"""``python -m studies [name] [--flags]``: run studies and write their report."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from secondorder.errors import InputError
+from secondorder.training import NonFiniteLossError, distributed, is_main_process
+from studies.command_line import Command, parse
+from studies.report import write_report
+from studies.settings import check_writable
+from studies.study import STUDIES
+
+
+def run(command: Command) -> None:
+    """Check everything, run every study asked for, and write the report of all results in the folder."""
+    common = command.common
+    torch.set_num_threads(common.threads)
+    if common.dry_run:
+        for name, settings in command.studies.items():
+            print("\n".join(f"{name}: {line}" for line in STUDIES[name].dry_run(common, settings)), flush=True)
+        return
+    with distributed(common.device):
+        check_writable(common.folder)
+        ready = {name: STUDIES[name].check(common, settings) for name, settings in command.studies.items()}
+        for name, settings in command.studies.items():
+            STUDIES[name].run(common, settings, ready[name])
+        if is_main_process():
+            sections = {name: study.section for name, study in STUDIES.items()}
+            markdown, page = write_report(common.folder, sections, common.preset)
+            print(f"report: {markdown}\n        {page}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 2 for bad input, 1 for a training that failed, 130 when interrupted; messages of one line."""
+    try:
+        run(parse(sys.argv[1:] if arguments is None else arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The command line, generated from the settings: every field is a flag, presets give the defaults."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from secondorder.errors import unknown
+from studies.settings import PRESETS, Common
+from studies.study import STUDIES
+
+PROGRAM = "python -m studies"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for: settings shared by all studies, and each study to run with its own."""
+
+    common: Common
+    studies: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Parse ``[study] [--flags]``; exits with code 2 after a message for bad flags, raises InputError for bad values."""
+    arguments = list(arguments)
+    names = list(STUDIES)
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in STUDIES:
+            raise unknown("study", name, STUDIES)
+        names = [name]
+    preset = _preset(arguments)
+    common = Common(preset=preset)  # type: ignore[arg-type]
+    defaults = {name: STUDIES[name].presets[preset] for name in names}
+    # One study: its flags carry no prefix. All studies: --landscape.epochs, --performance.repeats, ...
+    prefixed = len(names) > 1
+    fields = [("common", Annotated[Common, tyro.conf.arg(name="")])] + [
+        (name, type(default) if prefixed else Annotated[type(default), tyro.conf.arg(name="")])
+        for name, default in defaults.items()
+    ]
+    every = make_dataclass("Every", fields, frozen=True)
+    parsed = tyro.cli(
+        every,
+        default=every(common, *defaults.values()),
+        args=arguments,
+        prog=PROGRAM if prefixed else f"{PROGRAM} {names[0]}",
+        description=_description(names),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return Command(parsed.common, {name: getattr(parsed, name) for name in names})
+
+
+def _preset(arguments: list[str]) -> str:
+    """The value of ``--preset``, read ahead because it gives the defaults of all other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=Common.preset)
+    preset: str = parser.parse_known_args(arguments)[0].preset
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    return preset
+
+
+def _description(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"Study '{names[0]}': {STUDIES[names[0]].title}."
+    studies = "; ".join(f"{name} ({study.title})" for name, study in STUDIES.items())
+    presets = "; ".join(f"{name} ({words})" for name, words in PRESETS.items())
+    return (
+        f"Run all studies, or one: {PROGRAM} <study>. Studies: {studies}. Presets: {presets}. "
+        f"The flags of a study alone carry no prefix: {PROGRAM} landscape --epochs 5."
+    )

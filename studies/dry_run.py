@@ -1,0 +1,87 @@
+"""What a study would cost: one step of every run on fake data of the right shape, scaled to the whole."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secondorder.data import DATASETS, ImageArray, ImageDataset
+from secondorder.training import Moment, Observer, Run, resolve_device, train
+
+# Training images and classes where the table of data sets leaves them open: ILSVRC 2012.
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+CLASSES = {"imagefolder": IMAGENET_CLASSES, "fake": IMAGENET_CLASSES, "cifar100": 100}
+# A CPU takes a smaller batch and the times are scaled: a full ImageNet batch needs more than 10 GiB.
+CPU_IMAGES = 8
+
+
+@dataclass
+class Stopwatch:
+    """An observer that also adds up its own seconds."""
+
+    observer: Observer
+    seconds: float = 0.0
+
+    @property
+    def every(self) -> int:
+        """Steps between two measurements."""
+        return self.observer.every
+
+    def __call__(self, moment: Moment) -> list[dict[str, Any]]:
+        """The observer's rows."""
+        start = time.perf_counter()
+        rows = self.observer(moment)
+        self.seconds += time.perf_counter() - start
+        return rows
+
+
+def fake_data(dataset: str, images: int, image_size: int | None = None) -> ImageDataset:
+    """Random pixels and labels with the shape, number of classes and normalisation of `dataset`, labelled fake."""
+    row = DATASETS[dataset]
+    size, classes = image_size or row.image_size, CLASSES.get(dataset, 10)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(row.maximum + 1, (images, row.in_channels, size, size), generator=generator).to(torch.uint8)
+    split = ImageArray(pixels, torch.arange(images) % classes, row.normalisation(), None, size)
+    return ImageDataset(
+        name=dataset,
+        label=f"fake data shaped like {row.label}",
+        train=split,
+        test=split,
+        num_classes=classes,
+        in_channels=row.in_channels,
+        image_size=size,
+        classes=tuple(str(n) for n in range(classes)),
+        mean=row.mean,
+        std=row.std,
+        provenance={"source": "random pixels"},
+    )
+
+
+def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
+    """Take one step and one measurement of `run`; seconds of the whole run on this device, and a sentence about it."""
+    device = resolve_device(run.device)
+    batch = min(run.batch_size, CPU_IMAGES) if device.type == "cpu" else run.batch_size
+    scale = run.batch_size / batch
+    expected = DATASETS[run.dataset].expected
+    images = run.train_limit or (expected[0] if expected else IMAGENET_IMAGES)
+    amp = "off" if device.type == "cpu" and run.amp == "float16" else run.amp
+    one = replace(run, batch_size=batch, epochs=1, train_limit=None, test_limit=None, amp=amp)
+    watches = {name: Stopwatch(observer) for name, observer in observers.items()}
+    data = fake_data(run.dataset, batch, run.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = train(one, data, Path(folder), observers=watches, progress=False)
+    step = float(trained.history[-1]["seconds"]) * scale
+    steps = images // run.batch_size * run.epochs
+    measuring = {name: watch.seconds * scale * -(-steps // watch.every) for name, watch in watches.items()}
+    total = step * steps + sum(measuring.values())
+    parameters = sum(p.numel() for p in trained.model.parameters()) / 1e6
+    return total, (
+        f"{run.backbone} + {run.pooling}, {parameters:.2f} M parameters, images {data.in_channels}x{data.image_size}x"
+        f"{data.image_size}: one step of {run.batch_size} takes {step:.2f} s on {device}"
+        + (f" (scaled from {batch} images)" if scale != 1 else "")
+        + f"; {steps:,} steps {step * steps / 3600:.2f} h, measuring {sum(measuring.values()) / 3600:.2f} h"
+    )

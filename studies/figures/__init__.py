@@ -1,0 +1,1 @@
+"""Figures drawn from result tables only: `studies/figures/<study>.py` reads `<study>.csv`."""

@@ -1,0 +1,62 @@
+"""The report: sections of all studies found in a folder, as Markdown and as one self-contained HTML page."""
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from markdown_it import MarkdownIt
+
+from studies.figures.style import save
+from studies.results import write_atomically
+from studies.sections.section import Section
+
+HERE = Path(__file__).parent
+
+
+def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]], preset: str) -> tuple[Path, Path]:
+    """Write figures, tables, ``report.md`` and ``index.html`` for every study with results in `folder`; return both paths."""
+    found = {name: section(folder) for name, section in sections.items() if (folder / f"{name}.csv").exists()}
+    for part in found.values():
+        for picture in part.pictures:
+            save(picture.figure, folder, picture.name)
+        for table in part.tables:
+            write_atomically(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # the Markdown is made of our own words and numbers; the HTML is made from it by markdown-it
+    )
+    environment.filters["markdown_table"] = markdown_table
+    markdown = environment.get_template("report.md.jinja").render(sections=found, preset=preset)
+    body = _with_inline_figures(MarkdownIt("commonmark").enable("table").render(markdown), folder)
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    page = environment.get_template("page.html.jinja").render(body=body, style=style, preset=preset)
+    write_atomically(folder / "report.md", markdown)
+    write_atomically(folder / "index.html", page)
+    return folder / "report.md", folder / "index.html"
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A data frame as a Markdown table; `|` in cells is escaped."""
+
+    def row(cells: list[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join(
+        [row(list(table.columns)), row(["---"] * table.shape[1]), *(row(list(v)) for v in table.to_numpy())]
+    )
+
+
+def _with_inline_figures(html: str, folder: Path) -> str:
+    """Replace image addresses of SVG files by their data, so that the page stands alone."""
+
+    def inline(match: re.Match[str]) -> str:
+        data = base64.b64encode((folder / match.group(1)).read_bytes()).decode()
+        return f'src="data:image/svg+xml;base64,{data}"'
+
+    return re.sub(r'src="([\w.-]+\.svg)"', inline, html)

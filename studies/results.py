@@ -1,0 +1,129 @@
+"""Result tables: tidy CSV files, each with its provenance in a JSON file of the same name."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from secondorder.errors import InputError
+
+PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from: enough to run it again."""
+
+    study: str
+    config: dict[str, Any]
+    seeds: list[int]
+    data: dict[str, Any]
+    device: str
+    threads: int
+    seconds: float
+    git_commit: str
+    versions: dict[str, str]
+    machine: str
+
+
+def provenance(
+    study: str,
+    config: Mapping[str, Any],
+    seeds: list[int],
+    data: Mapping[str, Any],
+    device: torch.device,
+    seconds: float,
+) -> Provenance:
+    """The provenance of a result computed now, here; `seconds` is the wall-clock time that it took."""
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    return Provenance(
+        study=study,
+        config=dict(config),
+        seeds=seeds,
+        data=dict(data),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        seconds=round(seconds, 2),
+        git_commit=git_commit(),
+        versions=versions,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name, e.g. ``cpu: AMD EPYC`` or ``cuda: NVIDIA H100``."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"cpu: {model}"
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, ``+changes`` if files differ from it, ``unknown`` outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "secondorder", "studies", "pyproject.toml")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it holds either its old content or all of the new one; InputError names it if that fails."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; what was there before is kept, choose --out with room"
+        ) from None
+
+
+def write_table(folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None) -> None:
+    """``<name>.csv``, with ``<name>.json`` beside it when `origin` is given."""
+    write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
+    if origin is not None:
+        write_atomically(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """The table that `write_table` wrote; InputError if it is missing or no table."""
+    path = folder / f"{name}.csv"
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        raise InputError(f"no results at {path}; run the study first") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not a readable table ({error}); run the study again") from None
+
+
+def read_provenance(folder: Path, name: str) -> Provenance:
+    """The provenance that `write_table` wrote beside a table."""
+    path = folder / f"{name}.json"
+    try:
+        return Provenance(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is no provenance file ({error}); run the study again") from None

@@ -1,0 +1,83 @@
+"""What the performance study found, computed from ``performance.csv``."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from studies.figures import performance as figures
+from studies.results import Provenance, read_provenance, read_table
+from studies.sections.section import Picture, Section, Table
+
+BASELINE, BOUND = "textbook", "one matrix product"
+
+
+def summary(repeats: pd.DataFrame) -> pd.DataFrame:
+    """Median, quartiles, peak memory, speed-up over the textbook and multiple of the bound, by shape and variant."""
+    shape = repeats[["images", "channels", "height", "width"]].astype(str).agg("×".join, axis=1)
+    table = (
+        repeats.assign(shape=shape)
+        .groupby(["shape", "variant"], sort=False)
+        .agg(
+            median=("milliseconds", "median"),
+            low=("milliseconds", lambda v: v.quantile(0.25)),
+            high=("milliseconds", lambda v: v.quantile(0.75)),
+            peak_mib=("peak_mib", "first"),
+        )
+        .reset_index()
+    )
+    medians = table.set_index(["shape", "variant"])["median"].unstack("variant")
+    peaks = table.set_index(["shape", "variant"])["peak_mib"].unstack("variant")
+    table["speed_up"] = medians[BASELINE].loc[table["shape"]].to_numpy() / table["median"]
+    table["times_bound"] = table["median"] / medians[BOUND].loc[table["shape"]].to_numpy()
+    table["memory_ratio"] = table.peak_mib / peaks[BASELINE].loc[table["shape"]].to_numpy()
+    return table
+
+
+def section(folder: Path) -> Section:
+    """The section of the report for the results in `folder`."""
+    repeats, origin = read_table(folder, "performance"), read_provenance(folder, "performance")
+    table = summary(repeats)
+    return Section(
+        title="Performance: what does the GCP head cost?",
+        question="The head's forward and backward pass against five Newton-Schulz steps written as in a textbook with plain "
+        "autograd, both in float32.",
+        method=_method(origin),
+        provenance=origin,
+        pictures=[Picture("performance", _caption(table), figures.times(table))],
+        tables=[
+            Table(
+                "performance_summary",
+                "Medians over repeats. Speed-up and memory relative to the textbook version; "
+                "the bound is one batched product of C × C matrices.",
+                _printed(table),
+            )
+        ],
+    )
+
+
+def _method(origin: Provenance) -> str:
+    c = origin.config
+    return (
+        f"Random rectified features, no 1×1 reduction, {c['timing_threads']} thread(s) on {origin.device}. Each of the "
+        f"{c['repeats']} repeats runs every variant once, in turn; peak memory is what torch's allocator holds at once."
+    )
+
+
+def _caption(table: pd.DataFrame) -> str:
+    gcp = table[table.variant == "gcp"]
+    found = ", ".join(f"{row.speed_up:.1f} times at {row.shape}" for row in gcp.itertuples())
+    return f"Bars: medians, whiskers: quartiles over repeats. Speed of the gcp head relative to the textbook version: {found}."
+
+
+def _printed(table: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "features": table["shape"],
+            "variant": [figures.NAMES.get(v, v) for v in table.variant],
+            "median [ms]": table["median"].map("{:.2f}".format),
+            "speed-up": table.speed_up.map("{:.2f}".format),
+            "times the bound": table.times_bound.map("{:.1f}".format),
+            "peak [MiB]": table.peak_mib.map("{:.1f}".format),
+            "memory ratio": table.memory_ratio.map("{:.2f}".format),
+        }
+    )

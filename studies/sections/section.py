@@ -1,0 +1,61 @@
+"""What a study contributes to the report."""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from studies.results import Provenance
+from studies.statistics import Interval, verdict
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that the measured `interval` supports, contradicts or leaves open: see `studies.statistics.verdict`."""
+
+    statement: str
+    quantity: str
+    interval: Interval
+    claimed: str = "below"
+    reference: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        """``supported``, ``not supported`` or ``undecided``, computed from the interval."""
+        return verdict(self.interval, self.claimed, self.reference)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report with its caption; also written as ``<name>.csv``."""
+
+    name: str
+    caption: str
+    data: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report with its caption; written as ``<name>.svg`` and ``<name>.png``."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """One study in the report."""
+
+    title: str
+    question: str
+    method: str
+    provenance: Provenance
+    claims: list[Claim] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    def count(self, word: str) -> int:
+        """How many claims have this verdict."""
+        return sum(claim.verdict == word for claim in self.claims)

@@ -1,0 +1,76 @@
+"""Settings that all studies share: where results go, on which device, with how many seeds."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from secondorder.errors import InputError
+from secondorder.training import resolve_device
+
+Preset = Literal["smoke", "quick", "cifar10", "paper"]
+PRESETS: dict[str, str] = {
+    "smoke": "seconds, for tests",
+    "quick": "minutes on two CPU cores, on scikit-learn's digits",
+    "cifar10": "at most about an hour a study on two CPU cores, on CIFAR-10",
+    "paper": "the published ImageNet settings; days on GPUs",
+}
+
+
+@dataclass(frozen=True)
+class Common:
+    """Settings of every study."""
+
+    preset: Preset = "quick"
+    """Size of everything: smoke (seconds, for tests), quick (minutes, digits), cifar10 (at most an hour a study), paper
+    (ImageNet). Gives the defaults of all other flags."""
+    out: Path | None = None
+    """Folder for results, figures and report; reports/<preset> when not given."""
+    data_root: Path | None = None
+    """Folder that holds the data set; else the variable SECONDORDER_DATA."""
+    download: bool = False
+    """Let torchvision download a missing data set into the data root."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:<index>, or auto (cuda if there is one)."""
+    seeds: int = 3
+    """Number of seeds, 0 to seeds - 1; confidence intervals need at least 2."""
+    threads: int = 2
+    """CPU threads that torch uses inside an operation."""
+    resume: bool = False
+    """Continue an interrupted run from its checkpoints instead of starting afresh."""
+    dry_run: bool = False
+    """Only build everything, take one training step and one measurement on fake data of the right shape, and state what
+    the study would cost on this device."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed")
+        if self.threads < 1:
+            raise InputError(f"--threads {self.threads}: at least 1 thread is needed")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of results, figures and report."""
+        return self.out if self.out is not None else Path("reports") / self.preset
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, checked to exist; InputError else."""
+        return resolve_device(self.device)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and prove that a file can be written there; InputError that names it else."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the output folder {folder}: {error.strerror}; choose another with --out"
+        ) from None

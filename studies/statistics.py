@@ -1,0 +1,86 @@
+"""Confidence intervals over seeds and the verdicts drawn from them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from secondorder.errors import InputError
+
+SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its two-sided confidence interval from `n` independent values."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    confidence: float = 0.95
+
+    def __str__(self) -> str:
+        if not np.isfinite([self.low, self.high]).all():
+            return f"{self.estimate:.3g} (no interval, n = {self.n})"
+        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}] ({self.confidence:.0%} CI, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The ratio of a pooling head to the reference head in one quantity, measured under one condition (line, layer, ...)."""
+
+    pooling: str
+    condition: str
+    quantity: str
+    interval: Interval
+
+    @property
+    def smaller(self) -> str:
+        """The verdict on the claim that the ratio is below 1."""
+        return verdict(self.interval, "below", 1.0)
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Mean of independent values with Student's t interval, mean +- t_{n-1} s / sqrt(n).
+
+    Infinite ends for fewer than 2 values; nan throughout if a value is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.size == 0:
+        raise InputError("an interval needs at least 1 value, not 0")
+    if not np.isfinite(x).all():
+        return Interval(float("nan"), float("nan"), float("nan"), x.size, confidence)
+    if x.size == 1:
+        return Interval(float(x[0]), -float("inf"), float("inf"), 1, confidence)
+    half = float(stats.t.ppf(0.5 + confidence / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
+    return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, x.size, confidence)
+
+
+def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Geometric mean of the paired ratios numerator_i / denominator_i, with the t interval of their logarithms.
+
+    Entry i of both belongs to the same seed. Values must be positive, else nan throughout.
+    """
+    a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    if a.shape != b.shape:
+        raise InputError(f"{a.size} numerators and {b.size} denominators cannot be paired")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = mean_interval(np.log(a) - np.log(b), confidence)
+    low, middle, high = (float(np.exp(v)) for v in (logs.low, logs.estimate, logs.high))
+    return Interval(middle, low, high, logs.n, confidence)
+
+
+def verdict(interval: Interval, claimed: str, reference: float) -> str:
+    """What `interval` says of the claim that the value is ``below`` or ``above`` `reference`.
+
+    ``supported`` if the whole interval lies on the claimed side, ``not supported`` if it lies on the other, else
+    (it holds the reference, is infinite or nan) ``undecided``.
+    """
+    sides = {"below": (interval.high < reference, interval.low > reference)}
+    sides["above"] = sides["below"][::-1]
+    if claimed not in sides:
+        raise InputError(f"a claim is 'below' or 'above' a reference, not {claimed!r}")
+    agrees, contradicts = sides[claimed]
+    return SUPPORTED if agrees else NOT_SUPPORTED if contradicts else UNDECIDED

@@ -1,0 +1,48 @@
+"""The table of studies: a new study is one row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studies import landscape, performance
+from studies.sections import landscape as landscape_section
+from studies.sections import performance as performance_section
+from studies.sections.section import Section
+from studies.settings import Common
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: its settings, one per preset; what it does; and what the report says of its results.
+
+    `check` finds whatever would stop it (names, data, sizes) before anything is computed and returns what `run` needs;
+    `dry_run` takes one step on fake data and returns sentences that state the cost.
+    """
+
+    title: str
+    presets: Mapping[str, Any]
+    check: Callable[[Common, Any], Any]
+    run: Callable[[Common, Any, Any], None]
+    dry_run: Callable[[Common, Any], list[str]]
+    section: Callable[[Path], Section]
+
+
+STUDIES: dict[str, Study] = {
+    "landscape": Study(
+        "smoothness of the loss of GAP and GCP networks over training",
+        landscape.PRESETS,
+        landscape.check,
+        landscape.run,
+        landscape.dry_run,
+        landscape_section.section,
+    ),
+    "performance": Study(
+        "time and memory of the GCP head against the textbook version",
+        performance.PRESETS,
+        performance.check,
+        performance.run,
+        performance.dry_run,
+        performance_section.section,
+    ),
+}
