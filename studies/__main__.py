@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for bad input, 1 for a training that failed, 130 when interrupted; messages of one line."""
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)
         return 130

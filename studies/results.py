@@ -44,6 +44,7 @@ def provenance(
 ) -> Provenance:
     """The provenance of a result computed now, here; `seconds` is the wall-clock time that it took."""
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    versions["torch"] = torch.__version__  # names the build too, e.g. +cu132
     return Provenance(
         study=study,
         config=dict(config),

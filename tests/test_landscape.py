@@ -125,7 +125,7 @@ def same(a: object, b: object) -> bool:
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))
 def test_measuring_leaves_no_trace(pooling: str) -> None:
     model, optimiser, *batch = trained_a_little(pooling)
-    list(model.children())[0].eval()  # a mixture of modes must come back too
+    next(iter(model.children())).eval()  # a mixture of modes must come back too
     before = trace(model, optimiser)
     etas = equally_spaced(0.1, 5.0, 3)
     feature_landscape(model, F.cross_entropy, *batch, etas, "ascent")

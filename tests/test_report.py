@@ -1,0 +1,134 @@
+"""From tables to verdicts, figures and pages, on tables whose answer is known."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from studies import landscape, performance
+from studies.report import markdown_table, write_report
+from studies.results import provenance, write_table
+from studies.sections import landscape as landscape_section
+from studies.sections import performance as performance_section
+from studies.study import STUDIES
+
+SEEDS, STEPS, ETAS = (0, 1, 2), (0, 10), (1.0, 2.0, 4.0)
+
+
+def lines_with_ratio(ratio: float, poolings: tuple[str, ...] = ("gap", "gcp")) -> pd.DataFrame:
+    """A table in which every quantity of GCP is `ratio` times that of GAP, up to a small spread over seeds."""
+    rows = []
+    for pooling, seed, step, (space, direction), eta in itertools.product(
+        poolings, SEEDS, STEPS, [("feature", "ascent"), ("feature", "descent"), ("weight", "step")], ETAS
+    ):
+        size = (ratio if pooling == "gcp" else 1.0) * (1.0 + 0.01 * seed * (pooling == "gcp"))
+        rows.append({
+            "pooling": pooling, "seed": seed, "step": step, "epoch": 1, "learning_rate": 0.1,
+            "space": space, "direction": direction, "eta": eta, "loss": 5.0 + 0.1 * eta * size,
+            "gradient_distance": 0.01 * eta * size, "cosine": 1.0 - 1e-3 * eta * size, "beta": 0.02 * size,
+            "loss_at_origin": 5.0, "gradient_norm": 0.1,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def write_landscape(folder: Path, lines: pd.DataFrame) -> None:
+    heads = tuple(lines.pooling.unique())
+    settings = landscape.Settings(poolings=heads)
+    origin = provenance("landscape", vars(settings), list(SEEDS), {"label": "Digits (8x8)"}, torch.device("cpu"), 1.0)
+    write_table(folder, "landscape", lines, origin)
+    epochs = [
+        {"pooling": p, "seed": s, "epoch": e, "train_loss": 1 / e, "test_top1": 0.9 + 0.01 * s, "seconds": 2.0}
+        for p, s, e in itertools.product(heads, SEEDS, (1, 2))
+    ]
+    write_table(folder, "landscape_training", pd.DataFrame(epochs))
+
+
+@pytest.mark.parametrize(("ratio", "word"), [(0.5, "supported"), (2.0, "not supported"), (0.99, "undecided")])
+def test_verdicts_follow_the_numbers(tmp_path: Path, ratio: float, word: str) -> None:
+    write_landscape(tmp_path, lines_with_ratio(ratio))
+    section = landscape_section.section(tmp_path)
+    assert {claim.verdict for claim in section.claims} == {word}
+    assert section.count(word) == len(section.claims) == 11
+    for claim in section.claims:
+        assert claim.interval.estimate == pytest.approx(ratio, rel=0.02)
+
+
+def test_quantities_of_a_line_are_what_they_say() -> None:
+    widths = landscape_section.by_step(lines_with_ratio(0.5))
+    one = widths[(widths.pooling == "gap") & (widths.seed == 0)].iloc[0]
+    assert one.loss_variation == pytest.approx(0.1 * (4.0 - 1.0))
+    assert one.gradient_distance == pytest.approx(0.04)
+    assert one.relative_gradient_distance == pytest.approx(0.4)
+    assert one.turning == pytest.approx(4e-3)
+    assert one.beta == pytest.approx(0.02)
+
+
+def test_geometric_mean_over_steps() -> None:
+    lines = lines_with_ratio(1.0)
+    lines.loc[lines.step == 10, "gradient_distance"] *= 100.0
+    summary = landscape_section.per_seed(landscape_section.by_step(lines))
+    assert summary[summary.pooling == "gap"].gradient_distance.to_numpy() == pytest.approx(0.04 * 10.0)
+
+
+def test_a_study_without_its_reference_makes_no_claim(tmp_path: Path) -> None:
+    write_landscape(tmp_path, lines_with_ratio(0.5, ("covariance", "gcp")))
+    section = landscape_section.section(tmp_path)
+    assert section.claims == []
+    assert "no claim can be judged" in section.remarks[0]
+
+
+def test_speed_up_is_the_ratio_of_medians() -> None:
+    times = {"textbook": [10.0, 12.0, 50.0], "gcp": [3.0, 2.0, 1.0], "one matrix product": [0.5, 0.5, 0.5]}
+    rows = [
+        {"images": 2, "channels": 4, "height": 3, "width": 3, "variant": variant, "repeat": r, "milliseconds": ms,
+         "peak_mib": 2.0 if variant == "gcp" else 4.0}
+        for variant, values in times.items() for r, ms in enumerate(values)
+    ]  # fmt: skip
+    summary = performance_section.summary(pd.DataFrame(rows)).set_index("variant")
+    assert summary.speed_up["gcp"] == pytest.approx(6.0)
+    assert summary.times_bound["textbook"] == pytest.approx(24.0)
+    assert summary.memory_ratio["gcp"] == pytest.approx(0.5)
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def action() -> None:
+        first = torch.zeros(1000, 1000)  # 4 MB held
+        second = first + 1.0  # 4 MB more
+        del first
+        _ = second * 2.0  # 4 MB in place of the first
+
+    assert performance.peak_bytes(action, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_the_page_stands_alone_and_is_reproducible(tmp_path: Path) -> None:
+    write_landscape(tmp_path, lines_with_ratio(0.5))
+    pages = []
+    for _ in range(2):
+        write_report(tmp_path, {name: study.section for name, study in STUDIES.items()}, "quick")
+        pages.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert pages[0] == pages[1]
+    html, markdown = pages[0]["index.html"].decode(), pages[0]["report.md"].decode()
+    assert markdown.count("| **supported** |") == 11
+    assert "| Landscape: is the loss smoother under GCP? | 11 | 0 | 0 |" in markdown
+    assert re.findall(r'<img src="(?!data:)', html) == []
+    assert html.count("data:image/svg+xml;base64,") == 4
+    assert {"landscape.svg", "landscape.png", "landscape_summary.csv", "report.md"} <= set(pages[0])
+
+
+def test_figures_draw_the_numbers() -> None:
+    from studies.figures.landscape import bands
+
+    figure = bands(lines_with_ratio(0.5))
+    axes = figure.axes
+    assert [ax.get_title() for ax in axes[:2]] == ["GAP", "GCP (5-step root)"]
+    upper = axes[1].lines[len(SEEDS) + 1].get_ydata()
+    np.testing.assert_allclose(upper, 5.0 + 0.4 * 0.5 * 1.01, rtol=1e-3)
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+
+
+def test_markdown_table_escapes_bars() -> None:
+    assert markdown_table(pd.DataFrame({"a|b": ["|x|"]})) == "| a\\|b |\n| --- |\n| \\|x\\| |"

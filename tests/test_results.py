@@ -1,0 +1,68 @@
+"""Tables and provenance on disk."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from secondorder.errors import InputError
+from studies.results import git_commit, provenance, read_provenance, read_table, write_atomically, write_table
+from studies.settings import check_writable
+
+
+@pytest.fixture
+def tiny_disk() -> Iterator[None]:
+    """No file may grow beyond 1,000 bytes: a write past that fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_table_and_provenance_come_back(tmp_path: Path) -> None:
+    table = pd.DataFrame({"seed": [0, 1], "loss": [0.1, 1 / 3], "pooling": ["gap", "gcp"]})
+    origin = provenance("landscape", {"epochs": 3}, [0, 1], {"label": "Digits"}, torch.device("cpu"), 1.234)
+    write_table(tmp_path, "landscape", table, origin)
+    read = read_table(tmp_path, "landscape")
+    pd.testing.assert_frame_equal(read, table, rtol=1e-7)
+    assert read_provenance(tmp_path, "landscape") == origin
+    assert origin.git_commit == git_commit()
+    assert origin.versions["torch"] == torch.__version__
+    assert origin.device.startswith("cpu: ")
+    assert json.loads((tmp_path / "landscape.json").read_text())["config"] == {"epochs": 3}
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path, tiny_disk: None) -> None:
+    write_atomically(tmp_path / "a.csv", "old")
+    with pytest.raises(InputError, match=r"cannot write .*a\.csv: File too large; what was there before is kept"):
+        write_atomically(tmp_path / "a.csv", "x" * 5000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+    assert (tmp_path / "a.csv").read_text() == "old"
+    with pytest.raises(InputError, match=f"cannot write to the output folder {tmp_path}: File too large"):
+        check_writable(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write to the output folder .*file/out: Not a directory"):
+        check_writable(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_missing_or_broken_files_are_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        for suffix in ("csv", "json"):
+            (tmp_path / f"landscape.{suffix}").write_text(content)
+    if content != "{":
+        with pytest.raises(InputError, match=r"landscape\.csv"):
+            read_table(tmp_path, "landscape")
+    with pytest.raises(InputError, match=r"landscape\.json"):
+        read_provenance(tmp_path, "landscape")

@@ -1,0 +1,202 @@
+"""The command line and the studies end to end, at their smallest preset."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from studies.__main__ import main
+from studies.command_line import parse
+from studies.dry_run import fake_data
+from studies.settings import PRESETS
+from studies.study import STUDIES
+
+SMOKE = ["--preset", "smoke", "--no-progress", "--threads", "1"]
+
+
+def run_studies(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "studies", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_all_studies_write_results_figures_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMOKE, "--seeds", "2", "--out", str(tmp_path / "new" / "out")]) == 0
+    out = tmp_path / "new" / "out"
+    for name in STUDIES:
+        table = pd.read_csv(out / f"{name}.csv")
+        assert len(table) > 0
+        assert table.notna().all().all()
+        assert json.loads((out / f"{name}.json").read_text())["config"]["preset"] == "smoke"
+        assert (out / f"{name}.svg").stat().st_size > 1000
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    lines = pd.read_csv(out / "landscape.csv")
+    assert set(lines.pooling) == {"gap", "covariance", "gcp"}
+    assert set(lines.seed) == {0, 1}
+    # three lines of 3 points, measured before steps 0 and 2 of the 3 steps, 3 heads, 2 seeds
+    assert len(lines) == 3 * 3 * 2 * 3 * 2
+    same_start = lines[(lines.step == 0) & (lines.space == "weight")].groupby("seed").loss_at_origin.nunique()
+    assert (same_start == 3).all()  # each head its own loss, from the same backbone weights
+    printed = capsys.readouterr().out
+    assert str(out / "report.md") in printed
+    assert str(out / "index.html") in printed
+
+
+def test_one_study_has_unprefixed_flags() -> None:
+    command = parse(
+        ["landscape", "--preset", "cifar10", "--epochs", "3", "--poolings", "gap", "gcp_exact", "--seeds", "5"]
+    )
+    assert list(command.studies) == ["landscape"]
+    settings = command.studies["landscape"]
+    assert (settings.epochs, settings.poolings, command.common.seeds) == (3, ("gap", "gcp_exact"), 5)
+    assert settings.dataset == "cifar10"
+    assert command.common.folder == Path("reports/cifar10")
+
+
+def test_all_studies_have_prefixed_flags() -> None:
+    command = parse(["--landscape.epochs", "3", "--performance.repeats", "2", "--out", "x"])
+    assert list(command.studies) == list(STUDIES)
+    assert (command.studies["landscape"].epochs, command.studies["performance"].repeats) == (3, 2)
+    assert command.common.folder == Path("x")
+
+
+@pytest.mark.parametrize("study", [None, *STUDIES])
+def test_help_explains_every_field(study: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse([study, "--help"] if study else ["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    names = [study] if study else list(STUDIES)
+    for name in names:
+        for field in dataclasses.fields(STUDIES[name].presets["quick"]):
+            flag = field.name.replace("_", "-")
+            assert (f"--{flag}" if study else f"--{name}.{flag}") in text
+    for field in ("preset", "out", "data-root", "device", "seeds", "resume", "threads", "dry-run"):
+        assert f"--{field}" in text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
+    assert parse([name, "--preset", preset]).studies[name] == STUDIES[name].presets[preset]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["landscap"], "unknown study 'landscap'; choose one of: landscape, performance"),
+        (["--preset", "huge"], "unknown preset 'huge'; choose one of: smoke, quick, cifar10, paper"),
+        (["landscape", "--poolings", "gap", "gpc"], "unknown pooling 'gpc'; choose one of: gap, covariance, gcp"),
+        (["landscape", "--poolings", "gap", "gap"], "--poolings gap gap: name at least one head, each once"),
+        (["landscape", "--backbone", "resnet19"], "unknown backbone 'resnet19'; choose one of: mobilenet_v2"),
+        (["landscape", "--dataset", "mnist"], "unknown dataset 'mnist'; choose one of: digits"),
+        (["landscape", "--schedule", "fast"], "unknown schedule 'fast'; choose one of:"),
+        (["landscape", "--dataset", "cifar10", "--backbone", "cifar_resnet8", "--data-root", "/nowhere"], "/nowhere"),
+        (["landscape", "--device", "cuda"], "available: cpu"),
+        (["landscape", "--device", "tpu"], "'tpu'"),
+        (["landscape", "--seeds", "0"], "--seeds 0: at least 1 seed"),
+        (["landscape", "--eta-low", "5", "--eta-high", "1"], r"the eta range [5.0, 1.0]"),
+        (["landscape", "--measure-every", "0"], "--measure-every 0"),
+        (["landscape", "--batch-size", "4096"], "4096"),
+        (["landscape", "--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["landscape", "--last-stride", "1"], "digits_net cannot change it"),
+        (["performance", "--shapes", "3x3"], "shape '3x3' is not images x channels x height x width"),
+        (["performance", "--repeats", "0"], "--repeats 0"),
+        (["landscape", "--out", "/dev/null/x"], "cannot write to the output folder /dev/null/x"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path)]
+    preset = [] if "--preset" in arguments else SMOKE
+    assert main([*arguments, *preset, *out]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""  # nothing was computed before
+
+
+def test_a_bad_flag_exits_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["landscape", "--epoch", "3"])
+    assert stopped.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_divergence_is_reported_and_finished_runs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--learning-rate", "1e30", "--poolings", "gap", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(["landscape", *SMOKE, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "lower learning_rate" in error
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["landscape", *SMOKE, "--poolings", "gap", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    checkpoint = next(tmp_path.glob("runs/landscape/*/checkpoint.pt"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    table = (tmp_path / "landscape.csv").read_bytes()
+    assert main([*flags, "--resume"]) == 2
+    assert str(checkpoint) in capsys.readouterr().err
+    assert (tmp_path / "landscape.csv").read_bytes() == table
+
+
+def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path) -> None:
+    flags = ["landscape", *SMOKE, "--seeds", "1", "--epochs", "3", "--poolings", "gap", "gcp"]
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    process = run_studies(*flags, "--out", str(tmp_path / "killed"))
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").glob("runs/landscape/*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert main([*flags, "--out", str(tmp_path / "killed"), "--resume"]) == 0
+    for name in ("landscape.csv", "landscape_summary.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_torchrun_gives_the_same_table(
+    tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    flags = ["landscape", *SMOKE, "--seeds", "1", "--poolings", "gcp"]
+    assert main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = torchrun("-m", "studies", *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    one, two = (pd.read_csv(tmp_path / folder / "landscape.csv") for folder in ("one", "two"))
+    # float32 sums in another order; a gradient distance is a difference of nearly equal gradients at eta = 0.1
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-6)
+    assert done.stdout.count("report: ") == 1
+
+
+def test_dry_run_of_the_paper_states_its_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["landscape", "--preset", "paper", "--dry-run", "--poolings", "gcp", "--eta-points", "1", "--threads", "2"]
+    assert main([*flags, "--batch-size", "2", "--out", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr().out
+    assert "resnet18 + gcp" in printed
+    assert "images 3x224x224" in printed
+    assert "64,058,300 steps" in printed  # 1,281,167 // 2 images x 100 epochs
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "classes"), [("digits", (1, 8, 8), 10), ("imagefolder", (3, 224, 224), 1000)]
+)
+def test_fake_data_has_the_right_shape(dataset: str, shape: tuple[int, int, int], classes: int) -> None:
+    data = fake_data(dataset, 4)
+    image, label = data.train[3]
+    assert tuple(image.shape) == shape
+    assert label == 3
+    assert data.num_classes == classes
+    assert data.label.startswith("fake data")
