@@ -15,8 +15,8 @@ from secondorder.training import Moment, Observer, Run, resolve_device, train
 # Training images and classes where the table of data sets leaves them open: ILSVRC 2012.
 IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
 CLASSES = {"imagefolder": IMAGENET_CLASSES, "fake": IMAGENET_CLASSES, "cifar100": 100}
-# A CPU takes a smaller batch and the times are scaled: a full ImageNet batch needs more than 10 GiB.
-CPU_IMAGES = 8
+# Pixels of a step on a CPU, 8 ImageNet images: a whole batch of them needs more than 10 GiB. Times are scaled.
+CPU_PIXELS = 8 * 224**2
 
 
 @dataclass
@@ -62,9 +62,10 @@ def fake_data(dataset: str, images: int, image_size: int | None = None) -> Image
 
 
 def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
-    """Take one step and one measurement of `run`; seconds of the whole run on this device, and a sentence about it."""
+    """Take a step and a measurement of `run`; seconds of the whole run on this device, and a sentence about it."""
     device = resolve_device(run.device)
-    batch = min(run.batch_size, CPU_IMAGES) if device.type == "cpu" else run.batch_size
+    size = run.image_size or DATASETS[run.dataset].image_size
+    batch = min(run.batch_size, max(2, CPU_PIXELS // size**2)) if device.type == "cpu" else run.batch_size
     scale = run.batch_size / batch
     expected = DATASETS[run.dataset].expected
     images = run.train_limit or (expected[0] if expected else IMAGENET_IMAGES)
@@ -73,6 +74,7 @@ def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
     watches = {name: Stopwatch(observer) for name, observer in observers.items()}
     data = fake_data(run.dataset, batch, run.image_size)
     with tempfile.TemporaryDirectory() as folder:
+        train(one, data, Path(folder), progress=False)  # the first step of a process is slow
         trained = train(one, data, Path(folder), observers=watches, progress=False)
     step = float(trained.history[-1]["seconds"]) * scale
     steps = images // run.batch_size * run.epochs

@@ -7,8 +7,10 @@ published, Wang et al. 2020) and along -g (where training goes), and in weight s
 Results: ``landscape.csv`` (one row for each run, step, line and eta) and ``landscape_training.csv`` (one for each epoch).
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -23,7 +25,7 @@ from secondorder.landscape import (
     optimiser_step,
     weight_landscape,
 )
-from secondorder.training import Moment, Run, Trained, is_main_process, train
+from secondorder.training import Moment, Run, Trained, initial_network, is_main_process, train
 from studies.dry_run import cost_of
 from studies.results import provenance, write_table
 from studies.settings import Common
@@ -91,7 +93,13 @@ PRESETS = {
     "smoke": Settings(epochs=1, train_limit=192, measure_every=2, eta_points=3),
     "quick": Settings(),
     "cifar10": Settings(
-        backbone="cifar_resnet8", dataset="cifar10", epochs=6, batch_size=128, measure_every=78, channels_last=True
+        backbone="cifar_resnet8",
+        dataset="cifar10",
+        epochs=6,
+        batch_size=128,
+        measure_every=130,
+        eta_points=8,
+        channels_last=True,
     ),
     "paper": Settings(
         poolings=("gap", "gcp"),
@@ -190,8 +198,16 @@ def check(common: Common, settings: Settings) -> ImageDataset:
         limit=settings.train_limit,
         image_size=settings.image_size,
     )
-    del todo
+    for one in todo[: len(settings.poolings)]:
+        initial_network(one, data)
     return data
+
+
+def run_folder(common: Common, settings: Settings, one: Run) -> Path:
+    """Where the checkpoint of a run lies; lines measured with other settings are kept apart."""
+    measured = (settings.eta_low, settings.eta_high, settings.eta_points, settings.step_low, settings.step_high)
+    digest = hashlib.sha256(repr(measured).encode()).hexdigest()[:6]
+    return common.folder / "runs" / NAME / f"{one.name}-{digest}"
 
 
 def run(common: Common, settings: Settings, data: ImageDataset) -> None:
@@ -204,7 +220,7 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
         trained = train(
             one,
             data,
-            common.folder / "runs" / NAME / one.name,
+            run_folder(common, settings, one),
             observers={NAME: LandscapeObserver(settings)},
             resume=common.resume,
             progress=common.progress,

@@ -1,0 +1,133 @@
+"""Readers: ``(row, root, download) -> Source``, one for each form in which a data set comes.
+
+Each raises `InputError` with one line that says what is wrong with which path, and the way out.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from secondorder.data.images import decode
+from secondorder.data.row import Row, Source, Split
+from secondorder.data.sampling import uniforms
+from secondorder.errors import InputError
+
+DIGITS_TEST_SIZE = 360
+
+FAKE_IMAGES = (256, 64)  # train, test
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def read_digits(row: Row, root: Path, download: bool) -> Source:
+    """Handwritten digits (Alpaydin & Kaynak 1998) as embedded in scikit-learn: 1,797 images, 8x8, grey levels 0 to 16.
+
+    scikit-learn gives no split; here 360 test images are drawn by `train_test_split(stratify=labels, random_state=0)`.
+    The writers are not recorded, so one writer's digits may lie on both sides.
+    """
+    import sklearn  # imported here: it takes a second, and only this data set needs it
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)), test_size=DIGITS_TEST_SIZE, stratify=digits.target, random_state=0
+    )
+
+    def split(indices: np.ndarray) -> Split:
+        pixels = torch.from_numpy(digits.images[indices].astype(np.uint8))
+        return pixels[:, None].contiguous(), torch.from_numpy(digits.target[indices].astype(np.int64))
+
+    names = tuple(str(name) for name in digits.target_names)
+    return Source(split(train), split(test), names, {"source": f"embedded in scikit-learn {sklearn.__version__}"})
+
+
+def read_fake(row: Row, root: Path, download: bool) -> Source:
+    """Noise of ImageNet's shape with random labels: it measures cost and shows that a setting runs, nothing else."""
+
+    def split(part: int) -> Split:
+        size = FAKE_IMAGES[part]
+        generator = torch.Generator().manual_seed(part)
+        shape = (size, row.in_channels, row.image_size, row.image_size)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = uniforms("fake", part, 0, np.arange(size), 1)[:, 0] * 1000
+        return pixels, torch.from_numpy(labels.astype(np.int64))
+
+    return Source(split(0), split(1), tuple(f"fake {k}" for k in range(1000)), {"source": "generated noise"})
+
+
+def torchvision_arrays(dataset: str) -> Callable[[Row, Path, bool], Source]:
+    """Reader of a data set that ``torchvision.datasets.<dataset>`` loads into memory (and downloads when asked)."""
+
+    def read(row: Row, root: Path, download: bool) -> Source:
+        train, test = (_torchvision_split(dataset, row, root, train, download) for train in (True, False))
+        return Source(
+            (_pixels(train.data), torch.as_tensor(train.targets, dtype=torch.int64)),
+            (_pixels(test.data), torch.as_tensor(test.targets, dtype=torch.int64)),
+            tuple(train.classes),
+            {"source": f"torchvision.datasets.{dataset}", "torchvision": torchvision.__version__},
+        )
+
+    return read
+
+
+def _torchvision_split(dataset: str, row: Row, root: Path, train: bool, download: bool) -> Any:
+    """torchvision's own object for one split."""
+    try:
+        return getattr(torchvision.datasets, dataset)(root, train=train, download=download)
+    except PermissionError as error:
+        raise InputError(f"{row.label} under {root} may not be read or written ({one_line(error)})") from error
+    except (RuntimeError, OSError, EOFError, AssertionError, ValueError, LookupError, pickle.PickleError) as error:
+        if download:
+            raise InputError(f"{row.label} could not be downloaded to {root} ({one_line(error)})") from error
+        raise InputError(
+            f"{row.label} under {root} is truncated, corrupt or incomplete ({one_line(error)}); "
+            f"delete {' or '.join(row.markers)} there and pass --download to fetch it again"
+        ) from error
+
+
+def _pixels(data: np.ndarray | Tensor) -> Tensor:
+    """Pixels ``[N, H, W, C]`` or ``[N, H, W]`` as ``[N, C, H, W]``."""
+    images = torch.as_tensor(data)
+    return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
+
+
+def read_image_folder(row: Row, root: Path, download: bool) -> Source:
+    """ImageNet's layout: ``root/train/<class>/<image>`` and ``root/val/...`` (or ``root/test/...``), decoded lazily.
+
+    Only the first image of each split is decoded here: of ImageNet's 1.3 million a bad one is met when its turn comes.
+    """
+    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
+    if held_out is None or not (root / "train").is_dir():
+        raise InputError(
+            f"{root} is no image folder: looked for train/<class>/<image>, and val/<class>/<image> or test/..."
+        )
+    train, test = (_folder_split(root / name) for name in ("train", held_out))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(
+            f"{root}: train holds {len(train.classes)} classes and {held_out} {len(test.classes)}, but both must hold "
+            f"the same; in one only: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
+        )
+    splits = [([file for file, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
+    for files, _ in splits:
+        decode(files[0])
+    return Source(splits[0], splits[1], tuple(train.classes), {"source": f"folders train and {held_out}"})
+
+
+def _folder_split(folder: Path) -> Any:
+    """torchvision's `ImageFolder`, its errors translated."""
+    try:
+        return torchvision.datasets.ImageFolder(folder)
+    except OSError as error:  # an unreadable folder, no class folder, an empty one
+        raise InputError(f"{folder} is no folder of class folders with images ({one_line(error)})") from error

@@ -1,0 +1,86 @@
+"""Backbones: the table `NETWORKS`, one row per network without its pooling and classifier.
+
+torchvision's networks are cut, not rewritten: their own modules, initial weights and child names are kept, so that a
+`"gap"` network computes what torchvision's does. Kept in the features are MobileNetV2's last 1x1 convolution (320 to
+1280 channels) and ShuffleNetV2's `conv5`: GAP and GCP networks then share every layer up to the pooling head, whose
+1x1 reduction is the only convolution that GCP adds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torchvision
+from torch import nn
+
+from secondorder.networks.small import cifar_resnet, digits_net
+from secondorder.networks.split import first_convolution, split, without_inplace
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One row of `NETWORKS`: how to build stem and features, and how the published network ends."""
+
+    build: Callable[[int], tuple[nn.Module, nn.Module]]  # in_channels -> stem, features
+    channels: int  # of the last feature map
+    last_stride: tuple[int, int] | None = None  # of the last stage, (with "gap", with any other pooling); None: fixed
+    activation: type[nn.Module] = nn.ReLU  # after the head's 1x1 reduction
+    dropout: float = 0.0  # before the linear classifier
+
+
+def from_torchvision(name: str, in_channels: int, fan_out: bool = True) -> tuple[nn.Module, nn.Module]:
+    """Stem and features of torchvision's network of this name, for images of `in_channels` channels.
+
+    For other than 3 channels the first convolution is made anew, with torchvision's initialisation of that network
+    (N(0, 2 / fan_out), or PyTorch's default where `fan_out` is false).
+    """
+    parts = split(getattr(torchvision.models, name)(weights=None, num_classes=1))
+    without_inplace(parts.stem)
+    without_inplace(parts.features)
+    if in_channels != 3:
+        set_in_channels(parts.stem, in_channels, fan_out)
+    return parts.stem, parts.features
+
+
+def set_in_channels(stem: nn.Module, in_channels: int, fan_out: bool) -> None:
+    """Replace the stem's first convolution (assumed without bias) by one for `in_channels` channels."""
+    old = first_convolution(stem)
+    assert old is not None
+    assert old.bias is None
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)  # type: ignore[arg-type]
+    if fan_out:
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    name = next(name for name, part in stem.named_modules() if part is old)
+    stem.set_submodule(name, new)
+
+
+def resnet(name: str, channels: int) -> Backbone:
+    """Row of a torchvision ResNet; with GCP the last stage keeps stride 1 (14x14 maps at 224), as published."""
+    return Backbone(partial(from_torchvision, name), channels, last_stride=(2, 1))
+
+
+def shufflenet(name: str, channels: int) -> Backbone:
+    """Row of a torchvision ShuffleNetV2 (PyTorch's default initialisation)."""
+    return Backbone(partial(from_torchvision, name, fan_out=False), channels, activation=nn.ReLU6)
+
+
+def small_resnet(depth: int) -> Backbone:
+    """Row of a CIFAR ResNet; 8x8 maps with every pooling unless `last_stride` says otherwise."""
+    return Backbone(partial(cifar_resnet, depth), 64, last_stride=(2, 2))
+
+
+NETWORKS: dict[str, Backbone] = {
+    "mobilenet_v2": Backbone(partial(from_torchvision, "mobilenet_v2"), 1280, activation=nn.ReLU6, dropout=0.2),
+    "shufflenet_v2_x0_5": shufflenet("shufflenet_v2_x0_5", 1024),
+    "shufflenet_v2_x1_0": shufflenet("shufflenet_v2_x1_0", 1024),
+    "shufflenet_v2_x1_5": shufflenet("shufflenet_v2_x1_5", 1024),
+    "shufflenet_v2_x2_0": shufflenet("shufflenet_v2_x2_0", 2048),
+    "resnet18": resnet("resnet18", 512),
+    "resnet34": resnet("resnet34", 512),
+    "resnet50": resnet("resnet50", 2048),
+    "resnet101": resnet("resnet101", 2048),
+    "cifar_resnet8": small_resnet(8),
+    "cifar_resnet20": small_resnet(20),
+    "cifar_resnet32": small_resnet(32),
+    "digits_net": Backbone(digits_net, 32),
+}

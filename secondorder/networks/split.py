@@ -1,0 +1,115 @@
+"""Cutting an image classifier into stem, features, pooling and classifier, without rewriting any of its modules.
+
+The stem ends where the landscape study takes its activation: after the first convolution with the normalisation,
+activation and max-pooling that directly follow it (ResNet, ShuffleNetV2, DenseNet: conv-BN-ReLU-maxpool; MobileNetV2,
+EfficientNet: conv-BN-activation). The features are everything from there to the last feature map `[N, C, H, W]`.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models import DenseNet
+
+from secondorder.errors import InputError
+
+POOLING_NAMES = ("avgpool",)
+CLASSIFIER_NAMES = ("fc", "classifier")
+WAY_OUT = "build secondorder.networks.Network(stem, features, head, classifier) by hand"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parts of a classifier; they are the model's own modules (shared), except for the two containers."""
+
+    stem: nn.Module
+    features: nn.Module
+    pooling: nn.Module | None  # None: the model pools inside its forward
+    classifier: nn.Module
+
+
+def split(model: nn.Module) -> Split:
+    """Stem, features, pooling and classifier of a model whose children run in the order in which they are registered.
+
+    Raises InputError for a model without `fc`/`classifier`, or with nothing before it. That the children do run in
+    order is not visible from here: `replace_pooling` checks it by running the model.
+    """
+    children = dict(model.named_children())
+    classifier = next((name for name in CLASSIFIER_NAMES if name in children), None)
+    pooling = next((name for name in POOLING_NAMES if name in children), None)
+    trunk: list[tuple[str, nn.Module]] = []
+    for name, child in children.items():
+        if name in (classifier, pooling):
+            break
+        trunk.append((name, child))
+    if len(trunk) == 1 and isinstance(trunk[0][1], nn.Sequential):  # VGG, MobileNet: everything in `features`
+        trunk = list(trunk[0][1].named_children())
+    if isinstance(model, DenseNet):
+        trunk.append(("relu", nn.ReLU()))  # the last activation is a function call in DenseNet's forward
+    if classifier is None or len(trunk) < 2:
+        raise InputError(
+            f"cannot split {type(model).__name__} with children {', '.join(children) or 'none'}: expected the "
+            f"convolutions, an optional `avgpool`, then `fc` or `classifier`, in this order; otherwise {WAY_OUT}"
+        )
+    cut = stem_length([child for _, child in trunk])
+    stem, features = nn.Sequential(OrderedDict(trunk[:cut])), nn.Sequential(OrderedDict(trunk[cut:]))
+    stem.training = features.training = model.training  # of the containers alone: frozen parts stay in eval mode
+    return Split(stem, features, None if pooling is None else children[pooling], children[classifier])
+
+
+def stem_length(trunk: list[nn.Module]) -> int:
+    """How many modules make the stem: the first, and the normalisation, activation and pooling leaves right after."""
+    cut = 1
+    while cut < len(trunk) - 1 and not list(trunk[cut].children()) and not isinstance(trunk[cut], nn.Conv2d):
+        cut += 1
+    return cut
+
+
+def without_inplace(module: nn.Module) -> None:
+    """Make every activation (and dropout) write to a new tensor.
+
+    An in-place first activation of the features would overwrite the stem's output, which the landscape study moves
+    along and BackPACK keeps; backward hooks refuse in-place changes of a hooked output altogether.
+    """
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
+
+
+def set_last_stride(features: nn.Module, stride: int) -> None:
+    """Give the last stage of a ResNet the stride 1 or 2: first block's 3x3 convolution and its shortcut.
+
+    Raises InputError where the last stage does not begin with a residual block that has a shortcut convolution.
+    """
+    check_stride(stride)
+    stage = next(reversed(list(features.children())), features)
+    block = next(stage.children(), stage)
+    main = getattr(block, "conv2" if hasattr(block, "conv3") else "conv1", None)  # bottlenecks stride in their 3x3
+    shortcut = first_convolution(getattr(block, "downsample", None))
+    if not (isinstance(main, nn.Conv2d) and isinstance(shortcut, nn.Conv2d) and main.stride == shortcut.stride):
+        raise InputError(f"last_stride={stride}: only ResNets can change it; these features end in {stage_name(stage)}")
+    main.stride = shortcut.stride = (stride, stride)
+    block.stride = stride  # type: ignore[assignment]  # torchvision's blocks carry it for information
+
+
+def check_stride(stride: int) -> None:
+    """InputError unless the stride is 1 or 2."""
+    if type(stride) is not int or stride not in (1, 2):
+        raise InputError(f"last_stride {stride!r}: must be 1, 2 or None (network: as published; else: as it is)")
+
+
+def stage_name(stage: nn.Module) -> str:
+    """The class of the module, and for a container the class of its first child: `Sequential(Conv2d, ...)`."""
+    children = [type(child).__name__ for child in stage.children()]
+    return type(stage).__name__ + (f"({children[0]}, ...)" if children else "")
+
+
+def first_convolution(module: nn.Module | None) -> nn.Conv2d | None:
+    """The first 2d convolution in registration order, None if there is none."""
+    parts = [] if module is None else module.modules()
+    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)
+
+
+def last_linear(module: nn.Module) -> nn.Linear | None:
+    """The last linear layer in registration order, None if there is none."""
+    return next((part for part in reversed(list(module.modules())) if isinstance(part, nn.Linear)), None)

@@ -1,0 +1,74 @@
+"""Measurements during training: what an observer is told, and what it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.errors import InputError
+from secondorder.training.run import Run
+
+Row = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Training, just before the forward pass of a step, with the batch [B, C, H, W], [B] that the step will use."""
+
+    model: nn.Module
+    """The network itself (never wrapped for several processes), in training mode."""
+    optimizer: torch.optim.Optimizer
+    """With the step's learning rate set and its gradients cleared."""
+    images: Tensor
+    """The whole batch, of all processes, on the device of the run."""
+    labels: Tensor
+    step: int
+    """Steps done so far: 0 before the first one."""
+    epoch: int
+    """The epoch that the step belongs to, 1 for the first one."""
+    learning_rate: float
+    run: Run
+
+
+class Observer(Protocol):
+    """A measurement every ``every`` steps that leaves training as it was; its rows are kept with the checkpoint.
+
+    Random numbers and ``.grad`` need no care: the step seeds and clears them afterwards. Weights, batch-norm statistics
+    and the optimiser's state must be left as they were.
+    """
+
+    @property
+    def every(self) -> int:
+        """The number of steps from one measurement to the next; a plain attribute will do."""
+
+    def __call__(self, moment: Moment) -> list[Row]:
+        """Rows of plain values, in one process only: no collective communication in here."""
+
+
+def intervals(observers: Mapping[str, Observer]) -> dict[str, int]:
+    """Each observer's ``every``; raises InputError unless a whole number, at least 1."""
+    for name, observer in observers.items():
+        if isinstance(observer.every, bool) or not isinstance(observer.every, int) or observer.every < 1:
+            raise InputError(f"observer {name!r}: every is {observer.every!r}; it must be a whole number, at least 1")
+    return {name: observer.every for name, observer in observers.items()}
+
+
+def observe(observers: Mapping[str, Observer], moment: Moment) -> dict[str, list[Row]]:
+    """The rows of every observer that is due at this moment."""
+    due = {name: observer for name, observer in observers.items() if moment.step % observer.every == 0}
+    return {name: [_plain(row) for row in observer(moment)] for name, observer in due.items()}
+
+
+def _plain(row: Mapping[str, Any]) -> Row:
+    """Numbers of numpy and torch as Python's own, the only ones that ``torch.load(weights_only=True)`` reads."""
+
+    def plain(name: str, value: Any) -> float | int | str:
+        value = value.item() if hasattr(value, "item") else value
+        for kind in (bool, int, float, str):
+            if isinstance(value, kind):
+                return kind(value)
+        raise TypeError(f"an observer returned {name} = {value!r}; a row holds numbers and words")
+
+    return {str(name): plain(name, value) for name, value in row.items()}

@@ -1,0 +1,289 @@
+"""Pooling heads: literal results, the fused path against the chain of leaf modules, derivatives, difficult and bad input."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from secondorder.errors import InputError
+from secondorder.matrix_power import newton_schulz_sqrt
+from secondorder.pooling import (
+    POOLINGS,
+    AdaptiveChannelDropout,
+    Covariance,
+    MatrixLogarithm,
+    MatrixPower,
+    MatrixSquareRoot,
+    PoolingHead,
+    UpperTriangle,
+    pooling_head,
+)
+
+# PyTorch's own forward mode calls its deprecated torch.jit.script on first use
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+F64 = torch.float64
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gcp": {"num_iter": 3, "method": "newton_schulz"},
+    "gcp_power": {"exponent": 0.7},
+    "gcp_log": {"eps": 0.1},
+    "dropcov": {"kernel_size": 1},
+}
+CASES = [(name, {}) for name in POOLINGS] + list(OPTIONS.items())
+
+
+def maps(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- literal results
+
+
+def test_upper_triangle_order_is_frozen() -> None:
+    """Trained classifiers depend on it: row by row, with the diagonal."""
+    S = torch.arange(16.0).reshape(1, 4, 4)
+    assert UpperTriangle()(S).tolist() == [[0, 1, 2, 3, 5, 6, 7, 10, 11, 15]]
+    assert UpperTriangle()(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [1, 2, 4]
+
+
+def test_covariance_divides_by_the_number_of_positions() -> None:
+    x = torch.tensor([[[[1.0, 3.0], [5.0, 7.0]], [[0.0, 0.0], [0.0, 4.0]]]])  # means 4 and 1
+    assert Covariance()(x).tolist() == [[[5.0, 3.0], [3.0, 3.0]]]
+    torch.testing.assert_close(Covariance()(x), torch.cov(x[0].flatten(1), correction=0)[None])
+    assert Covariance()(x.flatten(2)).equal(Covariance()(x))
+
+
+def test_gcp_is_five_published_steps() -> None:
+    x = maps(2, 6, 3, 3)
+    root = newton_schulz_sqrt(Covariance()(x), 5)
+    want = torch.stack([root[:, i, j] for i in range(6) for j in range(i, 6)], 1)
+    torch.testing.assert_close(pooling_head("gcp", 6)(x), want)
+
+
+def test_gap_is_the_mean() -> None:
+    x = maps(2, 6, 3, 5)
+    torch.testing.assert_close(pooling_head("gap", 6)(x), x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("layer", "text"), [
+    (MatrixSquareRoot(), "MatrixSquareRoot(method=auto, num_iter=5)"),
+    (MatrixSquareRoot("eigh"), "MatrixSquareRoot(exact)"),
+    (MatrixPower(0.3), "MatrixPower(exponent=0.3)"),
+    (MatrixLogarithm(), "MatrixLogarithm(eps=0.001)"),
+    (Covariance(), "Covariance(divisor=H*W)"),
+    (UpperTriangle(), "UpperTriangle(order=row-major)"),
+])  # fmt: skip
+def test_layers_say_what_they_do(layer: nn.Module, text: str) -> None:
+    assert repr(layer) == text
+
+
+# ------------------------------------------------------------------------------------------ the two views of one head
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("reduced", [None, 4])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", [2, 4])  # fewer and more positions than channels
+def test_fused_head_equals_its_chain(name: str, options: dict, reduced: int | None, training: bool, side: int) -> None:
+    """Values, gradients of features and parameters, second derivatives and state."""
+    head = pooling_head(name, 6, reduced, **options).double().train(training)
+    twin = copy.deepcopy(head)
+    x, v = maps(3, 6, side, side).requires_grad_(), maps(3, 6, side, side)
+    results = []
+    for model, owner in ((head, head), (twin.chain(), twin)):
+        torch.manual_seed(3)  # the channels that dropout drops
+        y = model(x)
+        wanted = [x, *owner.parameters()]
+        first = torch.autograd.grad((y**3).sum(), wanted, create_graph=True, allow_unused=True)
+        second = torch.autograd.grad((first[0] * v).sum(), wanted, allow_unused=True)
+        state = [buffer for buffer in owner.buffers() if buffer.is_floating_point()]
+        results.append([y, *first, *second, *state])
+        assert y.shape == (3, head.out_features)
+    for got, want in zip(*results, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7 * float(want.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_chain_shares_parameters_and_is_made_of_leaves(name: str) -> None:
+    head = pooling_head(name, 6, 4)
+    chain = head.chain()
+    assert list(map(id, chain.parameters())) == list(map(id, head.parameters()))
+    assert list(map(id, chain.buffers())) == list(map(id, head.buffers()))
+    assert all(not list(module.children()) for module in chain if not isinstance(module, AdaptiveChannelDropout))
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_state_can_be_loaded_into_another_head(name: str) -> None:
+    head, other = (pooling_head(name, 6, 4).eval() for _ in range(2))
+    other.load_state_dict(head.state_dict())
+    x = maps(2, 6, 3, 3, dtype=torch.float32)
+    assert other(x).equal(head(x))
+
+
+def test_reduction() -> None:
+    """Convolution without bias, batch normalisation, the activation asked for."""
+    head = pooling_head("gcp", 8, 4, activation=nn.ReLU6)
+    assert [type(layer) for layer in head.reduction] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU6]
+    assert (head.in_channels, head.out_features) == (8, 10)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 8 * 4 + 2 * 4
+    assert len(pooling_head("gap", 8).reduction) == 0
+    assert pooling_head("gap", 8, 4).out_features == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("shape", [(1, 4, 1, 3), (1, 3, 2, 2)])
+def test_derivatives_of_heads(name: str, options: dict, shape: tuple[int, ...]) -> None:
+    head = pooling_head(name, shape[1], **options).double().eval()
+    x = maps(*shape).requires_grad_()
+    assert gradcheck(head, x, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(lambda x: head(x) ** 2, x)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_heads_under_func_transforms(name: str) -> None:
+    """The Hessian with respect to the reduction's weight, forward over reverse and reverse over reverse."""
+    head = pooling_head(name, 3, 2).double().eval()
+    x, weight = maps(2, 3, 2, 2), head.reduction[0].weight.detach()
+
+    def loss(weight: Tensor) -> Tensor:
+        return (torch.func.functional_call(head, {"reduction.0.weight": weight}, (x,)) ** 2).sum()
+
+    hessian = torch.func.hessian(loss)(weight)
+    torch.testing.assert_close(hessian, torch.func.jacrev(torch.func.jacrev(loss))(weight))
+    torch.testing.assert_close(hessian.reshape(6, 6), hessian.reshape(6, 6).mT)
+
+
+# ------------------------------------------------------------------------------------------------------ difficult inputs
+
+
+def scaled(scales: list[float]) -> Tensor:
+    return maps(len(scales), 6, 3, 3, dtype=torch.float32).relu() * torch.tensor(scales)[:, None, None, None]
+
+
+DIFFICULT: dict[str, Callable[[], Tensor]] = {
+    "tiny": lambda: scaled([1e-12, 1e-12]),
+    "huge": lambda: scaled([1e6, 1e6]),
+    "mixed with a zero sample": lambda: scaled([1.0, 0.0, 1e-12, 1e6]),
+    "constant": lambda: torch.ones(2, 6, 3, 3),
+    "1x1": lambda: maps(2, 6, 1, 1, dtype=torch.float32),
+    "dead and equal channels": lambda: scaled([1.0, 1.0])[:, [0, 0, 1, 1, 2, 2]] * torch.arange(6).lt(4)[:, None, None],
+    "more channels than positions": lambda: maps(2, 6, 2, 2, dtype=torch.float32),
+    "repeated eigenvalues": lambda: torch.eye(9)[None, :6].reshape(1, 6, 3, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("case", DIFFICULT)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_finite_for_difficult_features(name: str, case: str, autocast: bool) -> None:
+    """Value, gradient and Hessian-vector product in float32, and under autocast, of head and chain."""
+    head = pooling_head(name, 6)
+    for model in (head, head.chain()):
+        x = DIFFICULT[case]().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        scale = float(y.detach().abs().max().clamp_min(1e-30))
+        gradient = torch.autograd.grad((y / scale).square().sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad(gradient.sum(), x)[0]
+        assert all(tensor.isfinite().all() for tensor in (y, gradient, second))
+        assert y.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------- DropCov
+
+
+def test_dropcov_is_plain_covariance_in_evaluation() -> None:
+    x = maps(2, 6, 3, 3)
+    assert pooling_head("dropcov", 6).double().eval()(x).equal(pooling_head("covariance", 6)(x))
+
+
+def test_dropout_rate_is_the_published_formula() -> None:
+    """rate = 1 - 10 / log2(C) mean_n cos(omega_n, S_n 1), sample by sample in plain loops."""
+    dropout = AdaptiveChannelDropout(16).double()
+    x = maps(5, 16, 3, 3).abs()
+    omega = torch.stack(
+        [nn.functional.conv1d(m.mean((1, 2))[None], dropout.importance.weight, padding=1)[0] for m in x]
+    )
+    omega = omega.softmax(1)
+    cosines = []
+    for sample, weight in zip(x, omega, strict=True):
+        pi = torch.cov(sample.flatten(1), correction=0).sum(1)
+        cosines.append(weight @ pi / (weight.norm() * pi.norm()))
+    want = (1 - 10 / 4 * torch.stack(cosines).mean()).clamp(0, 1)
+    torch.testing.assert_close(dropout.rate(x.flatten(2), omega), want.detach())
+
+
+def test_dropout_keeps_the_mean_and_drops_whole_channels() -> None:
+    dropout = AdaptiveChannelDropout(64)
+    x = torch.rand(400, 64, 2, 2)
+    features = x.flatten(2)
+    omega = dropout.importance(features.mean(-1)[:, None]).softmax(-1)[:, 0]
+    rate = float(dropout.rate(features, omega))
+    assert 0.05 < rate < 0.95
+    y = dropout(x)
+    dropped = (y == 0).all(-1).all(-1)
+    assert ((y != 0).all(-1).all(-1) | dropped).all()
+    # 25600 draws: 5 standard deviations of the rate are at most 0.016
+    assert float(dropped.float().mean()) == pytest.approx(rate, abs=0.016)
+    want = (x * (1 + omega)[..., None, None] / (1 - rate))[~dropped]
+    torch.testing.assert_close(y[~dropped], want)
+
+
+def test_dropout_learns_its_importance_and_survives_zero_samples() -> None:
+    head = pooling_head("dropcov", 8)
+    x = torch.rand(4, 8, 3, 3) * torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None, None, None]
+    head(x).square().sum().backward()
+    weight = head.layers[0].importance.weight
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().sum() > 0
+    assert head(torch.zeros_like(x)).abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+X = torch.ones(2, 4, 3, 3)
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "pooling": (lambda: pooling_head("gpc", 4), "unknown pooling 'gpc'; choose one of: gap, covariance, gcp,"),
+    "option": (lambda: pooling_head("gcp", 4, iterations=3), "'iterations' of pooling 'gcp'; allowed: num_iter, method"),
+    "option of none": (lambda: pooling_head("gap", 4, num_iter=3), "'num_iter' of pooling 'gap'; allowed: none"),
+    "channels option": (lambda: pooling_head("gcp", 4, channels=3), "'channels' of pooling"),
+    "num_iter": (lambda: pooling_head("gcp", 4, num_iter=-2), "got -2"),
+    "method": (lambda: pooling_head("gcp", 4, method="svd"), "unknown method 'svd'"),
+    "exponent": (lambda: pooling_head("gcp_power", 4, exponent=float("nan")), "got nan"),
+    "eps": (lambda: pooling_head("gcp_log", 4, eps=-1), "got -1"),
+    "kernel size": (lambda: pooling_head("dropcov", 4, kernel_size=2), "odd whole number .* got 2"),
+    "in_channels": (lambda: pooling_head("gcp", 0), "in_channels must be .* got 0"),
+    "reduced_channels": (lambda: pooling_head("gcp", 4, 0), "reduced_channels must be .* got 0"),
+    "other channels": (lambda: pooling_head("gcp", 5)(X), r"\[N, 5, H, W\], got shape \[2, 4, 3, 3\]"),
+    "dimensions": (lambda: pooling_head("gap", 4)(X[0]), r"got shape \[4, 3, 3\]"),
+    "empty batch": (lambda: pooling_head("gap", 4)(X[:0]), r"got shape \[0, 4, 3, 3\]"),
+    "no positions": (lambda: pooling_head("gcp", 4)(X[..., :0]), r"got shape \[2, 4, 3, 0\]"),
+    "integers": (lambda: pooling_head("covariance", 4)(X.long()), "int64"),
+    "covariance": (lambda: Covariance()(X[0, 0]), r"got shape \[3, 3\]"),
+    "triangle": (lambda: UpperTriangle()(X[0, 0, :2]), r"got shape \[2, 3\]"),
+    "square root": (lambda: MatrixSquareRoot()(X[..., :2]), r"\[2, 4, 3, 2\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(InputError, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_pooling_has_a_documented_head() -> None:
+    for name, layers in POOLINGS.items():
+        assert layers.__doc__
+        assert isinstance(pooling_head(name, 4), PoolingHead)
