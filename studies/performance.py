@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from secondorder.errors import InputError
-from secondorder.matrix_power import matrix_sqrt as newton_schulz_sqrt
+from secondorder.matrix_power.newton_schulz import newton_schulz_sqrt
 from secondorder.pooling import Covariance, UpperTriangle, pooling_head
 from secondorder.training import is_main_process
 from studies.results import provenance, write_table

@@ -73,6 +73,17 @@ def test_matrix_with_known_root() -> None:
     torch.testing.assert_close(matrix_power(S, -1.0), P / 9)
 
 
+def test_only_null_directions_are_left_out() -> None:
+    """log(1) = 0 does not make a null direction; an infinite divisor makes f(a) / a and what follows from it zero."""
+    a = torch.tensor([1e-20, 0.25, 1.0], dtype=F64)
+    value, first, _, divisor = Spectral(Logarithm()).spectrum(a, torch.ones(1, dtype=F64), 3)
+    log4 = torch.tensor(4.0, dtype=F64).log()
+    torch.testing.assert_close(value, torch.stack((0 * log4, -log4, 0 * log4)))
+    torch.testing.assert_close(divisor, torch.tensor([torch.inf, 0.25, 1.0], dtype=F64))
+    want = [[0, -4 * log4, 0], [-4 * log4, 4, log4 / 0.75], [0, log4 / 0.75, 1]]  # f(a) / a beside the null direction
+    torch.testing.assert_close(first, torch.tensor(want, dtype=F64))
+
+
 @pytest.mark.parametrize("method", ["auto", "newton_schulz"])
 @pytest.mark.parametrize("size", [5, 60])  # products and eigenvalues
 @pytest.mark.parametrize("num_iter", [1, 3, 5, 10])

@@ -1,0 +1,79 @@
+"""Refusals of the matrix functions: one line that names the value and what is allowed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from secondorder.errors import InputError, unknown
+from secondorder.matrix_power.transforms import inside_transform
+
+METHODS = ("auto", "newton_schulz", "eigh")
+
+
+def check_matrices(S: Tensor) -> None:
+    """Raises InputError unless S is a real floating-point tensor `[..., C, C]` without an empty dimension."""
+    _check_tensor(S, "symmetric matrices [..., C, C]")
+    if S.shape[-1] != S.shape[-2]:
+        raise InputError(f"needs square matrices [..., C, C], got shape {list(S.shape)}")
+
+
+def check_features(x: Tensor) -> None:
+    """Raises InputError unless x is a real floating-point tensor `[..., C, M]` without an empty dimension."""
+    _check_tensor(x, "features [..., C, M]")
+
+
+def check_values(S: Tensor) -> None:
+    """Raises InputError unless S is finite, symmetric and positive semi-definite up to sqrt(eps).
+
+    Reads the values, which waits for the device; does nothing inside a torch.func transform, where that is impossible.
+    """
+    if inside_transform():
+        return
+    S = S.detach()
+    S = S.float() if S.dtype in (torch.float16, torch.bfloat16) else S
+    if not S.isfinite().all():
+        raise InputError(f"needs finite matrices, got {int((~S.isfinite()).sum())} non-finite entries")
+    largest = S.abs().amax((-2, -1), keepdim=True)
+    tolerance = torch.finfo(S.dtype).eps ** 0.5 * largest
+    difference = (S - S.mT).abs()
+    if (difference > tolerance).any():
+        raise InputError(f"needs symmetric matrices, got |S - S^T| up to {difference.max():.3g}; pass (S + S^T) / 2")
+    shift = tolerance + (largest == 0)  # Cholesky succeeds when no eigenvalue is below -shift
+    failed = torch.linalg.cholesky_ex(S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)).info != 0
+    if failed.any():
+        lowest = torch.linalg.eigvalsh(S)[failed].min()
+        raise InputError(f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}")
+
+
+def check_method(method: str) -> None:
+    """Raises InputError for a name that is not in METHODS."""
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+
+
+def check_iterations(num_iter: int) -> None:
+    """Raises InputError unless num_iter is a whole number of at least 1."""
+    if isinstance(num_iter, bool) or not isinstance(num_iter, int) or num_iter < 1:
+        raise InputError(f"num_iter must be a whole number of at least 1, got {num_iter!r}")
+
+
+def check_exponent(exponent: float) -> None:
+    """Raises InputError unless the exponent is a finite real number."""
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not math.isfinite(exponent):
+        raise InputError(f"exponent must be a finite real number, got {exponent!r}")
+
+
+def check_eps(eps: float) -> None:
+    """Raises InputError unless eps is finite and not negative."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise InputError(f"eps must be finite and at least 0, got {eps!r}")
+
+
+def _check_tensor(x: Tensor, what: str) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"needs {what} as a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InputError(f"needs {what} of real floating-point numbers, got {x.dtype}; convert with .float()")
+    if x.ndim < 2 or 0 in x.shape:
+        raise InputError(f"needs {what} with no empty dimension, got shape {list(x.shape)}")

@@ -1,0 +1,140 @@
+"""Square root, power and logarithm of symmetric PSD matrices, and of the covariance of features in one fused step.
+
+All are right to second order, in reverse and forward mode and under `torch.func`. Null directions (eigenvalues up to
+C eps l_max) are left out by root, power and logarithm, as in a pseudo-inverse: they get value and gradient zero.
+16-bit inputs are computed in float32; under autocast the result is float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secondorder.matrix_power import checks
+from secondorder.matrix_power.covariance import covariance_matrix
+from secondorder.matrix_power.crossover import eigenvalues_are_faster, gram_is_faster
+from secondorder.matrix_power.kernels import Eigen, Kernel, Products
+from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFunction, SquareRoot
+from secondorder.matrix_power.spectral import spectral
+from secondorder.matrix_power.spectrum import NewtonSchulz, Spectral
+from secondorder.matrix_power.strategies import OnFeatures, OnMatrix
+from secondorder.matrix_power.transforms import full_precision, result_dtype, widened
+from secondorder.matrix_power.two_level import evaluate
+from secondorder.matrix_power.upper_triangle import upper_triangle
+
+
+def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate: bool = True) -> Tensor:
+    """S^(1/2) of symmetric PSD matrices `[..., C, C]`: exact, or its approximation by K = `num_iter` Newton-Schulz steps.
+
+    `"newton_schulz"`: K steps with trace normalisation by matrix products, exactly iSQRT-COV (Li et al., CVPR 2018).
+    `"auto"`: the same polynomial with the same derivatives, by products or through eigenvalues, whichever is faster for the
+    shape and device. `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by
+    about 20 % on typical features). `validate=False` skips the checks that read values and so wait for the device.
+    Raises InputError for other shapes, types, options, and for matrices that are not finite, symmetric and PSD.
+    """
+    checks.check_matrices(S)
+    checks.check_method(method)
+    checks.check_iterations(num_iter)
+    if validate:
+        checks.check_values(S)
+    if method == "eigh":
+        return _spectral(S, SquareRoot())
+    strategy = OnMatrix(_newton_schulz(method, num_iter, S.shape[-1], S.device))
+    return _in_full_precision(partial(evaluate, strategy), S)
+
+
+def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor:
+    """S^p of symmetric PSD matrices `[..., C, C]` for any real p; null directions give zero, for negative p too.
+
+    The exponents 1 and 2 are computed without eigenvalues. Raises InputError as `matrix_sqrt` does.
+    """
+    checks.check_matrices(S)
+    checks.check_exponent(exponent)
+    if validate:
+        checks.check_values(S)
+    if exponent == 1:
+        return _in_full_precision(torch.clone, S)
+    if exponent == 2:
+        return _in_full_precision(lambda S: S @ S, S)
+    return _spectral(S, _power(exponent))
+
+
+def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
+    """log(S) of symmetric PSD matrices `[..., C, C]` on their range; with eps > 0, log(S + eps I) - log(eps) I.
+
+    The second form is smooth where S is singular. Raises InputError as `matrix_sqrt` does.
+    """
+    checks.check_matrices(S)
+    checks.check_eps(eps)
+    if validate:
+        checks.check_values(S)
+    return _spectral(S, Logarithm(eps))
+
+
+def covariance(x: Tensor) -> Tensor:
+    """S = (1/M) Xc Xc^T, Xc = features `[..., C, M]` centred over their M positions: `[..., C, C]`.
+
+    Raises InputError for other shapes and types.
+    """
+    checks.check_features(x)
+    return _in_full_precision(covariance_matrix, x)
+
+
+def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, triangle: bool = False) -> Tensor:
+    """`matrix_sqrt(covariance(x))` for features `[..., C, M]` in one step, much faster; only shapes are checked.
+
+    `triangle` gives the row-major upper triangle `[..., C (C + 1) / 2]` instead of the matrix `[..., C, C]`.
+    """
+    checks.check_features(x)
+    checks.check_method(method)
+    checks.check_iterations(num_iter)
+    if method == "eigh":
+        return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
+    return _of_features(x, _newton_schulz(method, num_iter, min(x.shape[-2:]), x.device), triangle)
+
+
+def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
+    """`matrix_power(covariance(x), exponent)` in one step, like `covariance_sqrt`."""
+    checks.check_features(x)
+    checks.check_exponent(exponent)
+    if exponent == 1:
+        S = covariance(x)
+        return upper_triangle(S) if triangle else S
+    return _of_features(x, Eigen(Spectral(_power(exponent))), triangle)
+
+
+def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Tensor:
+    """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
+    checks.check_features(x)
+    checks.check_eps(eps)
+    return _of_features(x, Eigen(Spectral(Logarithm(eps))), triangle)
+
+
+def _power(exponent: float) -> ScalarFunction:
+    """The root has a second derivative in closed form."""
+    return SquareRoot() if exponent == 0.5 else Power(float(exponent))
+
+
+def _newton_schulz(method: str, num_iter: int, size: int, device: torch.device) -> Kernel:
+    """The kernel of K steps on `size` x `size` matrices."""
+    function = NewtonSchulz(num_iter)
+    if method == "auto" and eigenvalues_are_faster(size, num_iter, device):
+        return Eigen(function)
+    return Products(function)
+
+
+def _spectral(S: Tensor, function: ScalarFunction) -> Tensor:
+    return _in_full_precision(lambda S: spectral(S, function), S)
+
+
+def _of_features(x: Tensor, kernel: Kernel, triangle: bool) -> Tensor:
+    strategy = OnFeatures(kernel, gram_is_faster(*x.shape[-2:]), triangle)
+    return _in_full_precision(partial(evaluate, strategy), x)
+
+
+def _in_full_precision(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) without autocast, 16 bits widened to float32; the result is float32 under autocast, else of x's type."""
+    dtype = result_dtype(x)
+    with full_precision(x):
+        return function(widened(x)).to(dtype)

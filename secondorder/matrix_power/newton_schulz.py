@@ -1,0 +1,114 @@
+"""K steps of the Newton-Schulz iteration for the matrix square root, as in iSQRT-COV.
+
+P. Li, J. Xie, Q. Wang, Z. Gao, "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square
+Root Normalization", CVPR 2018. With t = tr(S), Y_0 = S / t and Z_0 = I, for k = 0..K-1
+
+    T_k = (3 I - Z_k Y_k) / 2,    Y_{k+1} = Y_k T_k,    Z_{k+1} = T_k Z_k,    result sqrt(t) Y_K.
+
+K steps are a polynomial q_K of S / t, the result of which is an approximation: with 5 steps the root of the covariance of
+typical features is off by about 20 %. All iterates commute, so the iteration needs only m_k = z_k y_k:
+
+    t_k = (3 - m_k) / 2,    m_{k+1} = m_k t_k^2,    y_K = a prod_k t_k,    z_K = prod_k t_k,    m_0 = a (eigenvalue of S / t).
+"""
+
+import torch
+from torch import Tensor
+
+from secondorder.matrix_power.transforms import symmetric
+
+
+def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
+    """The iteration as printed, `[..., C, C]`: three matrix products a step in plain autograd; the zero matrix gives zero.
+
+    The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast form.
+    """
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    live = trace > 0
+    trace = torch.where(live, trace, 1)  # before the division: 0 / 0 would poison the gradient of the whole batch
+    Y, Z = S / trace, eye
+    for _ in range(num_iter):
+        T = (3 * eye - Z @ Y) / 2
+        Y, Z = Y @ T, T @ Z
+    return torch.where(live, trace.sqrt() * Y, 0)
+
+
+def newton_schulz_covariance(x: Tensor, num_iter: int) -> Tensor:
+    """K steps on the covariance of features `[..., C, M]` in plain autograd, on the smaller of C x C and M x M matrices.
+
+    With A = Xn Xn^T and K = Xn^T Xn of trace 1: sqrt(t) y_K(A) = sqrt(t) Xn z_K(K) Xn^T.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    square = centred.square().sum((-2, -1), keepdim=True)
+    live = square > 0
+    square = torch.where(live, square, 1)
+    Xn, root = centred / square.sqrt(), (square / x.shape[-1]).sqrt()
+    if x.shape[-1] < x.shape[-2]:
+        Z = Xn @ iterate(Xn.mT @ Xn, num_iter, inverse=True)[0] @ Xn.mT
+    else:
+        Z = iterate(Xn @ Xn.mT, num_iter, inverse=False)[0]
+    return torch.where(live, root * Z, 0)
+
+
+def iterate(A: Tensor, num_iter: int, inverse: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y_K(A), or z_K(A) with `inverse`, for symmetric A `[..., n, n]` of trace 1, and what `pull_back` needs.
+
+    3 K - 2 products (3 K - 3 with `inverse`); differentiable as plain autograd, too.
+    """
+    three_halves = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).mul_(1.5)
+    m, product = A, A
+    iterates: list[Tensor] = [A]
+    squares: list[Tensor] = []
+    factors: list[Tensor] = []
+    for k in range(num_iter):
+        T = torch.add(three_halves, m, alpha=-0.5)
+        if k > 0:
+            factors.append(product)
+        product = T if inverse and k == 0 else product @ T
+        if k < num_iter - 1:
+            squares.append(T @ T)
+            m = m @ squares[-1]
+            iterates.append(m)
+    return product, (*iterates, *squares, *factors)
+
+
+def pull_back(G: Tensor, saved: tuple[Tensor, ...], inverse: bool) -> Tensor:
+    """dL/dA for symmetric G = dL/d iterate(A), 5 K - 3 products (5 K - 5): all iterates and adjoints are symmetric."""
+    num_iter = (len(saved) + 2) // 3
+    m, squares, factors = saved[:num_iter], saved[num_iter : 2 * num_iter - 1], (saved[0], *saved[2 * num_iter - 1 :])
+    three_halves = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).mul_(1.5)
+    gradient_m: Tensor | None = None
+    for k in reversed(range(num_iter)):
+        T = torch.add(three_halves, m[k], alpha=-0.5)
+        if inverse and k == 0:
+            gradient_T = G  # z_1 = T_0
+        else:
+            gradient_T, G = symmetric(factors[k] @ G), symmetric(G @ T)
+        if gradient_m is None:
+            gradient_m = gradient_T.mul(-0.5)
+            continue
+        through_square = T @ symmetric(m[k] @ gradient_m)
+        gradient_m = symmetric(gradient_m @ squares[k])
+        gradient_m.sub_(gradient_T, alpha=0.5).sub_(symmetric(through_square))
+    assert gradient_m is not None
+    return gradient_m if inverse else gradient_m + G  # A is the first factor of y_K
+
+
+def polynomial(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:
+    """q_K(a) `[..., n]` and q_K[a_i, a_j] `[..., n, n]` for eigenvalues 0 < a <= 1.
+
+    m_K[a_i, a_j] is the product over the steps of t_i^2 + t_i t_j + t_j^2 - 3/2 (t_i + t_j), and since y_K^2 = a m_K,
+    y_K[a_i, a_j] = (m_j + a_i m_K[a_i, a_j]) / (y_i + y_j). All terms are positive: nothing cancels.
+    """
+    m, y = a, a
+    one = torch.ones_like(a)
+    slope: Tensor | None = None
+    for _ in range(num_iter):
+        t = 1.5 - 0.5 * m
+        p = t * t - 1.5 * t
+        step = torch.stack((p, one, t), -1) @ torch.stack((one, p, t), -2)  # p_i + p_j + t_i t_j
+        slope = step if slope is None else slope.mul_(step)
+        m, y = m * t * t, y * t
+    assert slope is not None
+    numerator = (a[..., :, None] * slope).add_(m[..., None, :])
+    return y, numerator.div_(y[..., :, None] + y[..., None, :])

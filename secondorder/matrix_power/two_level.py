@@ -1,0 +1,149 @@
+"""One autograd function with a fast value and first derivative, and with all other derivatives from a plain definition.
+
+Training needs F(x) and the pull-back (x, G) -> dF(x)^T G, which a strategy computes in closed form. Everything else (double
+backward, forward mode, forward over reverse, ...) is derived by autograd from `strategy.reference`, a plain definition of
+the same function, so it is exact however the fast path is written.
+
+Forward mode is the transpose of the pull-back, which is linear in G: dF(x) V = d/dG <dF(x)^T G, V>. And a `jvp` calls
+nothing but an autograd function (`_Plain`), because PyTorch drops the outer tangents of ordinary operations inside it: nested
+forward mode would silently return zero.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from secondorder.matrix_power.transforms import full_precision, mapped_first, primals
+
+
+class Strategy(Protocol):
+    """A fast way of computing a function F of one tensor."""
+
+    def reference(self, x: Tensor) -> Tensor:
+        """F in plain differentiable operations."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """F(x), and tensors for `gradient`; any number of leading batch dimensions."""
+
+    def gradient(self, G: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        """The pull-back dL/dx of G = dL/dF."""
+
+
+def evaluate(strategy: Strategy, x: Tensor) -> Tensor:
+    """F(x), differentiable as often as the reference is."""
+    return _Value.apply(x, strategy)[0]
+
+
+class _Value(Function):
+    """x -> F(x), and what the pull-back needs as constants."""
+
+    @staticmethod
+    def forward(x: Tensor, strategy: Strategy) -> tuple[Tensor, ...]:
+        with full_precision(x):
+            Z, saved = strategy.forward(x)
+        return Z, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, ctx.strategy = inputs
+        ctx.constants = len(output) - 1
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *output[1:])
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor | None, *_: Any) -> tuple:
+        if G is None:
+            return None, None
+        x, *saved = ctx.saved_tensors
+        return _PullBack.apply(x, G, ctx.strategy, *saved), None
+
+    @staticmethod
+    def jvp(ctx: Any, V: Tensor, *_: Any) -> tuple:
+        function = partial(_push_forward, ctx.strategy.reference)
+        return _Plain.apply(function, *primals(ctx.saved_tensors), V), *[None] * ctx.constants
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        output = _Value.apply(*mapped_first(info.batch_size, in_dims, arguments))
+        return output, (0,) * len(output)
+
+
+class _PullBack(Function):
+    """(x, G) -> dF(x)^T G."""
+
+    @staticmethod
+    def forward(x: Tensor, G: Tensor, strategy: Strategy, *saved: Tensor) -> Tensor:
+        with full_precision(x):
+            return strategy.gradient(G, saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, G, strategy, *saved = inputs
+        ctx.function = partial(_pull_back, strategy.reference)
+        ctx.constants = len(saved)
+        ctx.save_for_backward(x, G)
+        ctx.save_for_forward(x, G)
+
+    @staticmethod
+    def backward(ctx: Any, H: Tensor) -> tuple:
+        return *_transposed(ctx.function, ctx.saved_tensors, H), None, *[None] * ctx.constants
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dG: Tensor, *_: Any) -> Tensor:
+        return _Plain.apply(partial(_push_forward, ctx.function), *primals(ctx.saved_tensors), dx, dG)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _PullBack.apply(*mapped_first(info.batch_size, in_dims, arguments)), 0
+
+
+class _Plain(Function):
+    """A function in plain operations, batched over leading dimensions, that may stand in a `jvp`."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        with full_precision(arguments[0]):
+            return function(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.function, *arguments = inputs
+        ctx.save_for_backward(*arguments)
+        ctx.save_for_forward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, H: Tensor) -> tuple:
+        return None, *_transposed(ctx.function, ctx.saved_tensors, H)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:
+        return _Plain.apply(partial(_push_forward, ctx.function), *primals(ctx.saved_tensors), *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _Plain.apply(*mapped_first(info.batch_size, in_dims, arguments)), 0
+
+
+def _transposed(function: Callable[..., Tensor], arguments: tuple, H: Tensor) -> tuple[Tensor, ...]:
+    """The transposed derivative of a function at its arguments, applied to H, in full precision."""
+    with full_precision(H):
+        return torch.func.vjp(function, *arguments)[1](H)
+
+
+def _pull_back(function: Callable[..., Tensor], x: Tensor, G: Tensor) -> Tensor:
+    """dF(x)^T G."""
+    return torch.func.vjp(function, x)[1](G)[0]
+
+
+def _push_forward(function: Callable[..., Tensor], *arguments_and_tangents: Tensor) -> Tensor:
+    """The derivative of a function at its arguments, applied to tangents: the transpose of its transpose."""
+    count = len(arguments_and_tangents) // 2
+    transpose: Callable[..., Any]
+    output, transpose = torch.func.vjp(function, *arguments_and_tangents[:count])  # type: ignore[misc]
+    return torch.func.vjp(transpose, torch.zeros_like(output))[1](arguments_and_tangents[count:])[0]

@@ -1,0 +1,58 @@
+"""Adaptive channel dropout, the pre-normalisation of DropCov."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secondorder.errors import InputError
+
+
+class AdaptiveChannelDropout(nn.Module):
+    """Channel dropout whose rate follows the features: `[N, C, H, W] -> [N, C, H, W]`, the identity in evaluation.
+
+    Q. Wang, M. Gao, Z. Zhang, J. Xie, P. Li, Q. Hu, "DropCov: A Simple yet Effective Method for Improving Deep
+    Architectures", NeurIPS 2022: covariance pooling without post-normalisation, but with channels dropped before it, so
+    that channels are decorrelated (high rate) as long as information is preserved (low rate). With the channel means
+    mu in R^C of a sample (global average pooling) and its covariance S,
+
+        omega = softmax(conv1d(mu))                importance of the channels, one kernel along the channels
+        pi    = S 1                                correlation of each channel with all others
+        rate  = clamp(1 - gain mean_n cos(omega_n, pi_n), 0, 1),    gain = 10 / log2(C)
+        out   = channels of (1 + omega) x, each dropped with probability `rate`, the others divided by 1 - rate
+
+    As published: these four lines, one rate for the batch, no gradient through the rate, nothing at inference. Ours:
+    pi costs O(C M) through S 1 = Xc (Xc^T 1) / M instead of a covariance matrix, the rate stays on the device, a sample
+    without variance counts as cos = 0 instead of NaN, and a rate of 1 gives zeros.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size must be an odd whole number of at least 1, got {kernel_size!r}")
+        self.channels = channels
+        self.importance = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def extra_repr(self) -> str:
+        """The number of channels, which sets the gain of the rate."""
+        return f"channels={self.channels}"
+
+    @torch.no_grad()
+    def rate(self, x: Tensor, omega: Tensor) -> Tensor:
+        """Dropout rate of a batch, a scalar in [0, 1], from features `[N, C, M]` and importances `[N, C]`."""
+        xc = x - x.mean(-1, keepdim=True)
+        pi = (xc @ xc.sum(1)[..., None])[..., 0] / x.shape[-1]
+        gain = 10 / math.log2(max(self.channels, 2))
+        return (1 - gain * F.cosine_similarity(omega, pi, dim=-1).mean()).clamp(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features with dropped channels while training, x itself in evaluation."""
+        if not self.training:
+            return x
+        features = x.flatten(2)
+        omega = self.importance(features.mean(-1)[:, None]).softmax(-1)[:, 0]
+        keep = 1 - self.rate(features, omega)
+        kept = torch.rand(x.shape[:2], device=x.device) < keep
+        factor = torch.where(kept, (1 + omega) / keep.to(omega.dtype).clamp_min(torch.finfo(omega.dtype).tiny), 0)
+        return x * factor.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype)

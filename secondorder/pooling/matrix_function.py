@@ -1,0 +1,104 @@
+"""Layers that replace a covariance matrix S `[..., C, C]` by a function of it, the normalisation of covariance pooling.
+
+Each also has `of_features`: the upper triangle of the same function of the covariance of features `[N, C, M]`, in one fused
+step. Values are not checked, so that no layer waits for the device; `secondorder.matrix_power` has functions that do.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from secondorder.matrix_power import (
+    checks,
+    covariance_log,
+    covariance_power,
+    covariance_sqrt,
+    matrix_log,
+    matrix_power,
+    matrix_sqrt,
+)
+
+
+class MatrixFunction(nn.Module, ABC):
+    """A spectral function of symmetric PSD matrices: `[..., C, C] -> [..., C, C]`."""
+
+    @abstractmethod
+    def forward(self, S: Tensor) -> Tensor:
+        """The function of S."""
+
+    @abstractmethod
+    def of_features(self, x: Tensor) -> Tensor:
+        """Upper triangle `[N, C (C + 1) / 2]` of the function of the covariance of features `[N, C, M]`."""
+
+
+class MatrixSquareRoot(MatrixFunction):
+    """S^(1/2): K = `num_iter` Newton-Schulz steps (iSQRT-COV, Li et al. 2018), or exact with method "eigh".
+
+    Raises InputError for an unknown method or a number of steps below 1.
+    """
+
+    def __init__(self, method: str = "auto", num_iter: int = 5) -> None:
+        super().__init__()
+        checks.check_method(method)
+        checks.check_iterations(num_iter)
+        self.method = method
+        self.num_iter = num_iter
+
+    def forward(self, S: Tensor) -> Tensor:
+        """The root of S."""
+        return matrix_sqrt(S, self.method, self.num_iter, validate=False)
+
+    def of_features(self, x: Tensor) -> Tensor:
+        """Upper triangle of the root of the covariance of x."""
+        return covariance_sqrt(x, self.method, self.num_iter, triangle=True)
+
+    def extra_repr(self) -> str:
+        """The options that change the result."""
+        return "exact" if self.method == "eigh" else f"method={self.method}, num_iter={self.num_iter}"
+
+
+class MatrixPower(MatrixFunction):
+    """S^p on the range of S (MPN-COV, Li et al. 2017, uses p = 1/2). Raises InputError for a non-finite exponent."""
+
+    def __init__(self, exponent: float = 0.5) -> None:
+        super().__init__()
+        checks.check_exponent(exponent)
+        self.exponent = exponent
+
+    def forward(self, S: Tensor) -> Tensor:
+        """The power of S."""
+        return matrix_power(S, self.exponent, validate=False)
+
+    def of_features(self, x: Tensor) -> Tensor:
+        """Upper triangle of the power of the covariance of x."""
+        return covariance_power(x, self.exponent, triangle=True)
+
+    def extra_repr(self) -> str:
+        """The exponent."""
+        return f"exponent={self.exponent}"
+
+
+class MatrixLogarithm(MatrixFunction):
+    """log(S + eps I) - log(eps) I for eps > 0; log(S) on the range of S, and zero outside it, for eps = 0.
+
+    The log-Euclidean map of DeepO2P (Ionescu et al. 2015), less a constant, which a classifier's bias absorbs: in this
+    form null directions give zero and the layer is smooth there. With eps = 0 an eigenvalue that reaches the rounding level
+    makes the value jump. Raises InputError for a negative or non-finite eps.
+    """
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        super().__init__()
+        checks.check_eps(eps)
+        self.eps = eps
+
+    def forward(self, S: Tensor) -> Tensor:
+        """The logarithm of S."""
+        return matrix_log(S, self.eps, validate=False)
+
+    def of_features(self, x: Tensor) -> Tensor:
+        """Upper triangle of the logarithm of the covariance of x."""
+        return covariance_log(x, self.eps, triangle=True)
+
+    def extra_repr(self) -> str:
+        """The shift of the eigenvalues."""
+        return f"eps={self.eps}"

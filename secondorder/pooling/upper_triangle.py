@@ -1,0 +1,24 @@
+"""The upper triangle of a symmetric matrix as a vector."""
+
+from torch import Tensor, nn
+
+from secondorder.errors import InputError
+from secondorder.matrix_power import upper_triangle
+
+
+class UpperTriangle(nn.Module):
+    """Row-major upper triangle with the diagonal: `[..., C, C] -> [..., C (C + 1) / 2]`.
+
+    The order is that of fast-MPN-COV and is frozen, because trained classifiers depend on it:
+    (0, 0), (0, 1), ..., (0, C-1), (1, 1), ..., (C-1, C-1). Off-diagonal entries are not scaled.
+    """
+
+    def forward(self, S: Tensor) -> Tensor:
+        """The entries S_ij with i <= j. Raises InputError when S is not square."""
+        if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
+            raise InputError(f"UpperTriangle needs square matrices [..., C, C], got shape {list(S.shape)}")
+        return upper_triangle(S)
+
+    def extra_repr(self) -> str:
+        """The frozen order."""
+        return "order=row-major"
