@@ -268,7 +268,7 @@ def test_evaluation_and_modes(classes: int) -> None:
     frozen.eval()
     nn.init.eye_(model[1].weight)
     nn.init.zeros_(model[1].bias)
-    frozen.eps = 0.0
+    frozen.eps = 1e-12
     result = evaluate(model, Split(logits, labels), batch_size=7)
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert result.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
