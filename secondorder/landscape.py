@@ -57,11 +57,14 @@ class LandscapeLine:
         return float(self.loss.max() - self.loss.min())
 
     @property
+    def betas(self) -> Tensor:
+        """|| g(A + eta d) - g(A) || / || eta d || at every eta, [K]; nan if d = 0."""
+        return self.gradient_distance / (self.etas.abs() * self.direction_norm)
+
+    @property
     def beta(self) -> float:
-        """Effective beta-smoothness, max over eta of || g(A + eta d) - g(A) || / || eta d ||; nan if d = 0."""
-        if self.direction_norm == 0.0:
-            return float("nan")
-        return float((self.gradient_distance / (self.etas.abs() * self.direction_norm)).max())
+        """Effective beta-smoothness, the largest of the betas; nan if d = 0."""
+        return float(self.betas.max())
 
     @property
     def relative_gradient_distance(self) -> float:

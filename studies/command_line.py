@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from secondorder.errors import unknown
-from studies.settings import PRESETS, Common
+from studies.settings import PRESETS, SEEDS, Common
 from studies.study import STUDIES
 
 PROGRAM = "python -m studies"
@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str]) -> Command:
             raise unknown("study", name, STUDIES)
         names = [name]
     preset = _preset(arguments)
-    common = Common(preset=preset)  # type: ignore[arg-type]
+    common = Common(preset=preset, seeds=SEEDS[preset])  # type: ignore[arg-type]
     defaults = {name: STUDIES[name].presets[preset] for name in names}
     # One study: its flags carry no prefix. All studies: --landscape.epochs, --performance.repeats, ...
     prefixed = len(names) > 1

@@ -141,8 +141,7 @@ class LandscapeObserver:
 
 
 def _rows(moment: Moment, space: str, direction: str, line: LandscapeLine) -> Iterator[dict[str, Any]]:
-    betas = line.gradient_distance / (line.etas * line.direction_norm)
-    columns = (line.etas, line.loss, line.gradient_distance, line.cosine, betas)
+    columns = (line.etas, line.loss, line.gradient_distance, line.cosine, line.betas)
     for eta, loss, distance, cosine, beta in zip(*(c.tolist() for c in columns), strict=True):
         yield {
             "step": moment.step,

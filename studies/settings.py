@@ -17,6 +17,7 @@ PRESETS: dict[str, str] = {
     "cifar10": "at most about an hour a study on two CPU cores, on CIFAR-10",
     "paper": "the published ImageNet settings; days on GPUs",
 }
+SEEDS = {"smoke": 2, "quick": 5, "cifar10": 3, "paper": 3}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,31 +115,10 @@ def compare_batch_norm() -> dict[str, float]:
     return differences
 
 
-def torchrun(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = folder / "script.py"
-    path.write_text(script.replace("TESTS", repr(str(Path(__file__).parent))).replace("OUT", repr(str(folder))))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    process = subprocess.Popen(
-        [*command, f"--master_port={port}", str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun then ends both processes, which a kill would leave behind
-        output, errors = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcome(
+    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.CompletedProcess[str]]
+) -> dict[str, Any]:
     """Both processes' reports, the run in one process, and what torchrun printed."""
     torch.set_num_threads(1)
     folder, data = tmp_path_factory.mktemp("distributed"), load_dataset("digits", limit=70, test_limit=31)
@@ -154,7 +132,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.raises(KeyboardInterrupt):  # a checkpoint of one process, to be continued by two
         train(RUN, data, folder / "one", observers={"s": Interrupted()}, progress=False, checkpoint_every=0)
     alone = train(RUN, data, folder / "alone", observers={"s": Statistics()}, progress=False)
-    process = torchrun(SCRIPT, folder)
+    script = folder / "script.py"
+    script.write_text(SCRIPT.replace("TESTS", repr(str(Path(__file__).parent))).replace("OUT", repr(str(folder))))
+    process = torchrun(str(script))
     assert (folder / "0.json").exists(), process.stderr[-3000:]
     reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {"alone": alone, "reports": reports, "folder": folder, "process": process}
