@@ -85,5 +85,5 @@ def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
         f"{run.backbone} + {run.pooling}, {parameters:.2f} M parameters, images {data.in_channels}x{data.image_size}x"
         f"{data.image_size}: one step of {run.batch_size} takes {step:.2f} s on {device}"
         + (f" (scaled from {batch} images)" if scale != 1 else "")
-        + f"; {steps:,} steps {step * steps / 3600:.2f} h, measuring {sum(measuring.values()) / 3600:.2f} h"
+        + f"; {steps:,} steps {step * steps / 3600:,.1f} h, measuring {sum(measuring.values()) / 3600:,.1f} h"
     )

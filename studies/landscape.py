@@ -235,7 +235,7 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
         cost_of(one, {NAME: LandscapeObserver(settings)}) for one in runs(common, settings)[: len(settings.poolings)]
     ]
     hours = common.seeds * sum(seconds for seconds, _ in costs) / 3600
-    return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} heads: about {hours:.2f} h"]
+    return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} heads: about {hours:,.1f} h"]
 
 
 def _write(common: Common, settings: Settings, data: ImageDataset, results: list[tuple[Run, Trained]]) -> None:

@@ -32,20 +32,19 @@ def times(summary: pd.DataFrame) -> Figure:
     shapes = list(dict.fromkeys(summary["shape"]))
     variants = list(dict.fromkeys(summary.variant))
     figure, axes = new_figure(1, 2, 10.5, 3.8)
-    offsets = (np.arange(len(variants)) - (len(variants) - 1) / 2) * 0.8 / len(variants)
+    offsets = (np.arange(len(variants)) - (len(variants) - 1) / 2) * 0.7 / len(variants)
     for variant, offset in zip(variants, offsets, strict=True):
         some = summary[summary.variant == variant].set_index("shape").loc[shapes]
         places = np.arange(len(shapes)) + offset
-        bars = {"width": 0.75 / len(variants), "color": TINTS.get(variant, "#999999")}
         spread = np.array([some["median"] - some.low, some.high - some["median"]])
-        axes[0, 0].bar(
-            places, some["median"], yerr=spread, error_kw={"linewidth": 0.8}, label=NAMES.get(variant, variant), **bars
-        )
-        axes[0, 1].bar(places, some.peak_mib, **bars)
+        marker = {"color": TINTS.get(variant, "#999999"), "markersize": 6, "linestyle": "none", "marker": "o"}
+        axes[0, 0].errorbar(places, some["median"], yerr=spread, capsize=3, label=NAMES.get(variant, variant), **marker)
+        axes[0, 1].plot(places, some.peak_mib, **marker)
     for ax, title in zip(axes[0], ("forward + backward [ms]", "peak memory [MiB]"), strict=True):
         ax.set_yscale("log")
         ax.set_ylabel(title)
         ax.set_xticks(range(len(shapes)), shapes)
         ax.set_xlabel("features, N × C × H × W")
+        ax.grid(axis="y", which="both", linewidth=0.3)
     figure.legend(frameon=False, fontsize="small", ncols=3, loc="outside lower center")
     return figure

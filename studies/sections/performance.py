@@ -66,7 +66,7 @@ def _method(origin: Provenance) -> str:
 def _caption(table: pd.DataFrame) -> str:
     gcp = table[table.variant == "gcp"]
     found = ", ".join(f"{row.speed_up:.1f} times at {row.shape}" for row in gcp.itertuples())
-    return f"Bars: medians, whiskers: quartiles over repeats. Speed of the gcp head relative to the textbook version: {found}."
+    return f"Dots: medians, whiskers: quartiles over repeats. Speed of the gcp head relative to the textbook version: {found}."
 
 
 def _printed(table: pd.DataFrame) -> pd.DataFrame:
