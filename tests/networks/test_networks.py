@@ -5,82 +5,23 @@ import copy
 import pytest
 import torch
 import torchvision
+from real_networks import (
+    LIGHT,
+    SMALL,
+    TORCHVISION,
+    backbone_state,
+    image_size,
+    images,
+    num_parameters,
+    on_meta,
+    torchvision_model,
+    with_torchvision_weights,
+)
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
-from secondorder.networks import NETWORKS, Network, network, replace_pooling
+from secondorder.networks import NETWORKS, network
 from secondorder.pooling import POOLINGS, Covariance
-
-TORCHVISION = [name for name in NETWORKS if hasattr(torchvision.models, name)]
-SMALL = [name for name in NETWORKS if name not in TORCHVISION]
-LIGHT = ["mobilenet_v2", "shufflenet_v2_x0_5", "resnet18", *SMALL]  # one of each kind
-USER_MODELS = [
-    "resnet18",
-    "wide_resnet50_2",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "efficientnet_b0",
-    "densenet121",
-    "shufflenet_v2_x0_5",
-    "regnet_y_400mf",
-    "mnasnet0_5",
-    "vgg11_bn",
-]
-
-
-def image_size(backbone: str) -> int:
-    return 8 if backbone == "digits_net" else 32 if backbone.startswith("cifar") else 64
-
-
-def images(backbone: str, n: int = 2, channels: int = 3) -> Tensor:
-    return torch.randn(n, channels, image_size(backbone), image_size(backbone))
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def on_meta(backbone: str, pooling: str, num_classes: int = 1000, **options: object) -> Network:
-    with torch.device("meta"):
-        return network(backbone, pooling, num_classes, **options)
-
-
-def torchvision_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """torchvision's network in eval mode, 3 classes, with batch-norm statistics and affine maps that are not 0 and 1."""
-    made = light_vgg() if name == "vgg11_bn" else getattr(torchvision.models, name)(weights=None, num_classes=3)
-    model = made.to(dtype).eval()
-    with torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                for tensor in (part.weight, part.bias, part.running_mean):
-                    tensor.add_(torch.randn_like(tensor), alpha=0.1)
-                part.running_var.mul_(1.0 + 0.5 * torch.rand_like(part.running_var))
-    return model
-
-
-def light_vgg() -> nn.Module:
-    """torchvision's vgg11_bn with 8 instead of 4,096 hidden units in its classifier (0.5 GB less to initialise)."""
-    with torch.device("meta"):
-        model = torchvision.models.VGG(nn.Identity(), num_classes=3, init_weights=False)
-    model.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
-    model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 8), nn.ReLU(True), nn.Dropout(0.5), nn.Linear(8, 3))
-    return model
-
-
-def torchvision_key(name: str, key: str) -> str:
-    """The name in torchvision's state dict of a parameter of the same network made here."""
-    part, rest = key.split(".", 1)
-    if part == "classifier":
-        return f"classifier.1.{rest.removeprefix('linear.')}" if name == "mobilenet_v2" else f"fc.{rest}"
-    return f"features.{rest}" if name == "mobilenet_v2" else rest
-
-
-def with_torchvision_weights(net: Network, model: nn.Module, name: str) -> Network:
-    state = model.state_dict()
-    keys = {key: torchvision_key(name, key) for key in net.state_dict()}
-    assert sorted(keys.values()) == sorted(state)
-    net.double().load_state_dict({key: state[theirs] for key, theirs in keys.items()})
-    return net.eval()
 
 
 def test_the_table_holds_the_networks_of_the_protocol() -> None:
@@ -229,10 +170,6 @@ def test_feature_shape_is_that_of_the_features_and_computing_it_changes_nothing(
 # Starts: the same seed gives the same backbone
 
 
-def backbone_state(net: Network) -> dict[str, Tensor]:
-    return {k: v for k, v in net.state_dict().items() if k.startswith(("stem.", "features."))}
-
-
 @pytest.mark.parametrize("backbone", LIGHT)
 def test_initial_backbone_depends_on_the_seed_alone(backbone: str) -> None:
     def state(seed: int, pooling: str, num_classes: int = 3, **options: object) -> dict[str, Tensor]:
@@ -346,89 +283,6 @@ def test_pooling_options_reach_the_head() -> None:
     assert not torch.allclose(few(x), many(x))
 
 
-# A head on a user's model
-
-
-@pytest.mark.parametrize("name", USER_MODELS)
-def test_replace_pooling_keeps_what_the_model_computes(name: str) -> None:
-    model = torchvision_model(name, torch.float32).train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    inplace = [getattr(part, "inplace", None) for part in model.modules()]
-    net = replace_pooling(model, "gcp", reduced_channels=8)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [getattr(part, "inplace", None) for part in model.modules()] == inplace
-    assert all(part.training for part in (*model.modules(), *net.modules()))
-    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in model.parameters()}
-    assert net.num_classes == 3
-
-    seen: list[Tensor] = []
-    classifier = model.fc if hasattr(model, "fc") else model.classifier
-    classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    x = torch.randn(2, 3, 64, 64)
-    model.eval()(x)
-    with torch.no_grad():
-        stem = net.eval().stem(x)
-        kept = stem.clone()
-        maps = net.features(stem)
-        logits = net.rest(stem)
-    assert torch.equal(stem, kept)
-    pooled = model.avgpool(maps) if name == "vgg11_bn" else maps.mean((2, 3))
-    torch.testing.assert_close(pooled.flatten(1), seen[0].detach(), rtol=1e-4, atol=1e-5)  # float32: half the time
-    assert logits.shape == (2, 3)
-    assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize("backbone", LIGHT)
-def test_replace_pooling_on_a_network_gives_the_network_of_that_pooling(backbone: str) -> None:
-    old = network(backbone, "gap", 3, in_channels=2, last_stride=1 if "resnet" in backbone else None).eval()
-    new = replace_pooling(old, "gcp", image_size=image_size(backbone))
-    asked = on_meta(backbone, "gcp", 3, in_channels=2, last_stride=1 if "resnet" in backbone else None)
-    assert str(new) == str(asked)
-    assert all(torch.equal(v, backbone_state(old)[k]) for k, v in backbone_state(new).items())
-
-
-def test_replace_pooling_options_and_state() -> None:
-    model = torchvision.models.resnet18(num_classes=3).double().train()
-    model.bn1.eval().requires_grad_(False)
-    torch.manual_seed(1)
-    net = replace_pooling(model, "gcp_exact", 5, 16, last_stride=1, dropout=0.25)
-    assert net.feature_shape(224) == (512, 14, 14)
-    assert replace_pooling(model, "gap").feature_shape(224) == (512, 7, 7)
-    assert (net.num_classes, net.head.out_features, net.classifier.dropout.p) == (5, 136, 0.25)
-    assert {p.dtype for p in net.parameters()} == {torch.float64}
-    assert [name for name, part in net.named_modules() if not part.training] == ["stem.bn1"]
-    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["stem.bn1.weight", "stem.bn1.bias"]
-    assert not any(part.training for part in replace_pooling(model.eval(), "gap").modules())
-    assert replace_pooling(torchvision.models.mobilenet_v2(), "gcp").classifier.dropout.p == 0.2
-    squeezenet = replace_pooling(torchvision.models.squeezenet1_1(), "gap", 4)
-    assert squeezenet(torch.randn(1, 3, 64, 64)).shape == (1, 4)
-
-
-class Twice(torchvision.models.ResNet):
-    """Has every attribute of a ResNet, but its forward is another one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(2.0 * x + 1.0)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: torchvision.models.resnet.BasicBlock(4, 4), "cannot split BasicBlock with children conv1"),
-        (lambda: nn.Linear(2, 2), "children none: expected .* `avgpool`, then `fc` or `classifier`.*by hand"),
-        (lambda: torchvision.models.swin_t(num_classes=2), "cannot split SwinTransformer"),
-        (lambda: Twice(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]), "Twice: its modules .*by hand"),
-        (lambda: torchvision.models.inception_v3(num_classes=2, init_weights=False), "cannot run Inception3"),
-        (lambda: torchvision.models.squeezenet1_1(), "SqueezeNet has no linear layer.*pass num_classes"),
-        (lambda: "resnet18", "'resnet18': must be an nn.Module"),
-    ],
-)
-def test_replace_pooling_refuses_what_it_does_not_understand(model: object, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        replace_pooling(model(), "gcp")
-    assert "\n" not in str(error.value)
-
-
 # Bad input
 
 
@@ -455,23 +309,6 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         network(**{"backbone": "cifar_resnet8", "pooling": "gcp", "num_classes": 2, **arguments})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pooling": "gpc"}, "unknown pooling"),
-        ({"num_classes": 0}, "num_classes 0"),
-        ({"reduced_channels": -3}, "reduced_channels -3"),
-        ({"last_stride": 3}, "last_stride 3"),
-        ({"last_stride": 1}, "only ResNets can change it; these features end in ReLU"),
-        ({"dropout": 2.0}, "dropout 2.0"),
-        ({"image_size": 0}, "image_size 0"),
-    ],
-)
-def test_bad_arguments_of_replace_pooling(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        replace_pooling(network("digits_net", "gap", 2), **{"pooling": "gcp", **arguments})
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8), (0, 3, 8, 8), (2, 3, 8)])

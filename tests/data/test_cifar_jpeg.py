@@ -1,0 +1,79 @@
+"""The forms of CIFAR-10 (JPEG), and the cache of its decoded images."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_sets import CIFAR10_CLASSES, TRAIN, WRITERS, write_jpeg_archives, write_jpeg_folders
+from PIL import Image
+from torch import Tensor
+
+from secondorder.data import jpeg as jpeg_module
+from secondorder.data import load_dataset
+
+
+def equal(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_jpeg"])
+@pytest.mark.parametrize("write", [write_jpeg_archives, write_jpeg_folders])
+@pytest.mark.parametrize("below", ["", "cifar10-jpeg"])
+def test_every_form_of_jpeg_set_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, write: Callable[[Path], None], below: str
+) -> None:
+    write(tmp_path / "data" / below)
+    monkeypatch.setenv("SECONDORDER_DATA", str(tmp_path / "data"))
+    data = load_dataset(name)
+    assert (data.name, data.label) == ("cifar10_jpeg", "CIFAR-10 (JPEG)")
+    assert data.classes == CIFAR10_CLASSES
+    assert "Pillow" in str(data.provenance["decoder"])
+    write_jpeg_folders(tmp_path / "reference")
+    for part, split in (("train", data.train), ("test", data.test)):
+        files = sorted((tmp_path / "reference" / part).glob("*/*"))
+        assert torch.equal(split.labels, torch.tensor([CIFAR10_CLASSES.index(file.parent.name) for file in files]))
+        expected = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in files])
+        assert np.array_equal(split.images.numpy(), expected)  # type: ignore[attr-defined]
+
+
+def test_the_original_is_preferred_to_its_jpeg_copy(tmp_path: Path, trusted: None) -> None:
+    write_jpeg_folders(tmp_path)
+    WRITERS["cifar10"](tmp_path)  # type: ignore[misc]
+    assert load_dataset("cifar10", tmp_path).label == "CIFAR-10"
+    assert load_dataset("cifar10_jpeg", tmp_path).label == "CIFAR-10 (JPEG)"
+
+
+def test_cache_is_used_and_a_damaged_one_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jpeg_archives(tmp_path)
+    decoded: list[Path] = []
+    decode_all = jpeg_module._decode_all
+    monkeypatch.setattr(
+        jpeg_module, "_decode_all", lambda row, path, m: decoded.append(path) or decode_all(row, path, m)
+    )
+    first = load_dataset("cifar10_jpeg", tmp_path).train.batch(range(TRAIN))
+    assert len(decoded) == 2
+    assert equal(load_dataset("cifar10_jpeg", tmp_path).train.batch(range(TRAIN)), first)
+    assert len(decoded) == 2
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2  # no temporary file is left
+    whole = files[0].read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    other = BytesIO()
+    np.savez(other, images=np.zeros((TRAIN, 3, 8, 8), np.uint8), labels=np.zeros(TRAIN, np.int64))
+    for damage in (whole[: len(whole) // 2], b"", bytes(flipped), b"no archive", other.getvalue()):
+        files[0].write_bytes(damage)
+        decoded.clear()
+        assert equal(load_dataset("cifar10_jpeg", tmp_path).train.batch(range(TRAIN)), first)
+        assert len(decoded) == 1
+        assert files[0].read_bytes() != damage
+
+
+def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jpeg_folders(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SECONDORDER_CACHE", str(tmp_path / "file" / "cache"))  # a folder below a file cannot be made
+    assert len(load_dataset("cifar10_jpeg", tmp_path).train) == TRAIN
