@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
 from secondorder.errors import InputError
-from secondorder.training import NonFiniteLossError, distributed, is_main_process
+from secondorder.training import NonFiniteLossError, distributed, is_main_process, on_main
 from studies.command_line import Command, parse
 from studies.report import write_report
-from studies.settings import check_writable
+from studies.settings import own_folder
 from studies.study import STUDIES
 
 
@@ -21,8 +22,8 @@ def run(command: Command) -> None:
         for name, settings in command.studies.items():
             print("\n".join(f"{name}: {line}" for line in STUDIES[name].dry_run(common, settings)), flush=True)
         return
-    with distributed(common.device):
-        check_writable(common.folder)
+    with distributed(common.device), ExitStack() as held:
+        on_main(lambda: held.enter_context(own_folder(common.folder)))
         ready = {name: STUDIES[name].check(common, settings) for name, settings in command.studies.items()}
         for name, settings in command.studies.items():
             STUDIES[name].run(common, settings, ready[name])

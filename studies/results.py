@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from secondorder.atomic import write_atomically
 from secondorder.errors import InputError
 
 PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
@@ -86,18 +87,11 @@ def git_commit() -> str:
         return "unknown"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a file so that it holds either its old content or all of the new one; InputError names it if that fails."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InputError(
             f"cannot write {path}: {error.strerror}; what was there before is kept, choose --out with room"
         ) from None
@@ -105,9 +99,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_table(folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None) -> None:
     """``<name>.csv``, with ``<name>.json`` beside it when `origin` is given."""
-    write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
+    write_file(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
     if origin is not None:
-        write_atomically(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
+        write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:

@@ -1,12 +1,14 @@
 """Settings that all studies share: where results go, on which device, with how many seeds."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from secondorder.atomic import check_writable, exclusive
 from secondorder.errors import InputError
 from secondorder.training import resolve_device
 
@@ -64,16 +66,14 @@ class Common:
         return resolve_device(self.device)
 
 
-def check_writable(folder: Path) -> None:
-    """Make `folder` and prove that a file can be written there; InputError that names it else."""
-    probe = folder / f".writable-{os.getpid()}"
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make `folder`, prove that it can be written and keep other studies out; InputError that names it else."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(b"x" * 4096)
-        finally:
-            probe.unlink(missing_ok=True)
+        check_writable(folder)
     except OSError as error:
         raise InputError(
             f"cannot write to the output folder {folder}: {error.strerror}; choose another with --out"
         ) from None
+    with exclusive(folder):
+        yield

@@ -135,7 +135,7 @@ def test_killed_in_the_middle_of_everything(
     assert 0 < reached[-1] < STEPS
     resumed = fit(tmp_path, data, resume=True)
     assert_same_bits(resumed, finished[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint.pt"]
 
 
 def test_killed_from_outside_again_and_again(
@@ -290,7 +290,7 @@ def test_full_disk_keeps_the_previous_checkpoint(
     assert "\n" not in message
     assert f"cannot save a checkpoint in {str(tmp_path)!r}" in message
     assert "make room" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint.pt"]
     assert steps_saved(tmp_path) == 5
 
     class Roomy(Full):

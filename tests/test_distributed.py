@@ -193,7 +193,7 @@ def test_one_process_writes_and_prints(outcome: dict[str, Any]) -> None:
     assert (first["main"], second["main"]) == (True, False)
     assert first["on_main"] == second["on_main"]
     assert "8/8" in outcome["process"].stderr.replace(" ", "")
-    assert sorted(path.name for path in (outcome["folder"] / "run").iterdir()) == ["checkpoint.pt"]
+    assert sorted(path.name for path in (outcome["folder"] / "run").iterdir()) == [".lock", "checkpoint.pt"]
 
 
 def test_errors_reach_both_processes(outcome: dict[str, Any]) -> None:

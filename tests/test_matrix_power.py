@@ -225,6 +225,15 @@ def test_zero_sample_and_single_position_poison_nothing(name: str, shape: tuple[
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["auto", "eigh", "power"])
+def test_a_covariance_rounded_to_any_type_is_accepted(name: str, dtype: torch.dtype) -> None:
+    S = covariance(features(10, 64, 20, dtype=torch.float32)).to(dtype)
+    Z = FUNCTIONS[name][0](S)
+    assert Z.dtype == dtype
+    assert Z.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["auto", "newton_schulz", "eigh", "power", "shifted_log"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits(name: str, dtype: torch.dtype) -> None:

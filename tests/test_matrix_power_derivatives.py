@@ -40,6 +40,32 @@ def test_derivatives_through_rank_deficient_covariance(name: str) -> None:
     _check_derivatives(lambda x: of_matrix(covariance(x)), features(1, 4, 3).requires_grad_())
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_all_modes_agree_in_directions_that_are_not_symmetric(name: str) -> None:
+    """<W, J V> = <J^T W, V> and every order of forward and reverse mode gives one Hessian, without symmetrising S."""
+    function, S, (V, W) = FUNCTIONS[name][0], psd(4), torch.randn(2, 4, 4, dtype=F64)
+    forward = (W * torch.func.jvp(function, (S,), (V,))[1]).sum()
+    reverse = (V * torch.func.vjp(function, S)[1](W)[0]).sum()
+    torch.testing.assert_close(forward, reverse)
+    first, last = torch.func.jacfwd, torch.func.jacrev
+    hessians = [
+        outer(inner(lambda A: (W * function(A)).sum()))(S) for outer in (first, last) for inner in (first, last)
+    ]
+    for hessian in hessians[1:]:
+        torch.testing.assert_close(hessian, hessians[0])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_second_derivatives_are_finite_at_any_scale_in_float32(name: str, scale: float) -> None:
+    S = (psd(5) * scale).float().requires_grad_()
+    Z = FUNCTIONS[name][0](S)
+    (gradient,) = torch.autograd.grad((Z.square() * torch.linspace(-1, 1, 25).view(5, 5)).sum(), S, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * torch.eye(5)).sum(), S)
+    assert gradient.isfinite().all()
+    assert second.isfinite().all()
+
+
 def _check_derivatives(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(function, x, check_fwd_over_rev=True)

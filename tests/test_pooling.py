@@ -199,13 +199,13 @@ DIFFICULT: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("name", POOLINGS)
 @pytest.mark.parametrize("case", DIFFICULT)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_finite_for_difficult_features(name: str, case: str, autocast: bool) -> None:
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_finite_for_difficult_features(name: str, case: str, autocast: torch.dtype | None) -> None:
     """Value, gradient and Hessian-vector product in float32, and under autocast, of head and chain."""
     head = pooling_head(name, 6)
     for model in (head, head.chain()):
         x = DIFFICULT[case]().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
             y = model(x)
         scale = float(y.detach().abs().max().clamp_min(1e-30))
         gradient = torch.autograd.grad((y / scale).square().sum(), x, create_graph=True)[0]
@@ -223,7 +223,7 @@ def test_dropcov_is_plain_covariance_in_evaluation() -> None:
 
 
 def test_dropout_rate_is_the_published_formula() -> None:
-    """rate = 1 - 10 / log2(C) mean_n cos(omega_n, S_n 1), sample by sample in plain loops."""
+    """rate = 1 - 10 / log2(C) mean_n cos(omega_n, S_n 1), S_n of the reweighted sample, in plain loops; at any scale."""
     dropout = AdaptiveChannelDropout(16).double()
     x = maps(5, 16, 3, 3) * torch.arange(16)[:, None, None].eq(3).add(0.05)  # one channel stands out: cos is small
     omega = torch.stack(
@@ -232,11 +232,26 @@ def test_dropout_rate_is_the_published_formula() -> None:
     omega = omega.softmax(1)
     cosines = []
     for sample, weight in zip(x, omega, strict=True):
-        pi = torch.cov(sample.flatten(1), correction=0).sum(1)
+        pi = torch.cov((1 + weight)[:, None] * sample.flatten(1), correction=0).sum(1)
         cosines.append(weight @ pi / (weight.norm() * pi.norm()))
     want = 1 - 10 / 4 * torch.stack(cosines).mean()
     assert 0 < want < 1
-    torch.testing.assert_close(dropout.rate(x.flatten(2), omega), want.detach())
+    y = (1 + omega)[..., None] * x.flatten(2)
+    for scale in (1.0, 1e-9, 1e9):
+        torch.testing.assert_close(dropout.rate(scale * y, omega), want.detach())
+
+
+def test_dropcov_is_the_same_in_half_precision() -> None:
+    """The rate of large features overflows in float16; it is computed in float32."""
+    x = 30 * torch.rand(4, 64, 7, 7)
+    outputs = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(1)
+        head = pooling_head("dropcov", 64)
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            outputs.append(head(x))
+    assert outputs[0].abs().max() > 1
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_dropout_keeps_the_mean_and_drops_whole_channels() -> None:
@@ -244,7 +259,7 @@ def test_dropout_keeps_the_mean_and_drops_whole_channels() -> None:
     x = torch.rand(400, 64, 2, 2)
     features = x.flatten(2)
     omega = dropout.importance(features.mean(-1)[:, None]).softmax(-1)[:, 0]
-    rate = float(dropout.rate(features, omega))
+    rate = float(dropout.rate((1 + omega)[..., None] * features, omega))
     assert 0.05 < rate < 0.95
     y = dropout(x)
     dropped = (y == 0).all(-1).all(-1)

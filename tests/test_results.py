@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from secondorder.errors import InputError
-from studies.results import git_commit, provenance, read_provenance, read_table, write_atomically, write_table
-from studies.settings import check_writable
+from studies.results import git_commit, provenance, read_provenance, read_table, write_file, write_table
+from studies.settings import own_folder
 
 
 @pytest.fixture
@@ -40,20 +42,20 @@ def test_table_and_provenance_come_back(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, tiny_disk: None) -> None:
-    write_atomically(tmp_path / "a.csv", "old")
+    write_file(tmp_path / "a.csv", "old")
     with pytest.raises(InputError, match=r"cannot write .*a\.csv: File too large; what was there before is kept"):
-        write_atomically(tmp_path / "a.csv", "x" * 5000)
+        write_file(tmp_path / "a.csv", "x" * 5000)
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
     assert (tmp_path / "a.csv").read_text() == "old"
     with pytest.raises(InputError, match=f"cannot write to the output folder {tmp_path}: File too large"):
-        check_writable(tmp_path)
+        own_folder(tmp_path).__enter__()
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write to the output folder .*file/out: Not a directory"):
-        check_writable(tmp_path / "file" / "out")
+        own_folder(tmp_path / "file" / "out").__enter__()
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
@@ -66,3 +68,15 @@ def test_missing_or_broken_files_are_named(tmp_path: Path, content: str | None) 
             read_table(tmp_path, "landscape")
     with pytest.raises(InputError, match=r"landscape\.json"):
         read_provenance(tmp_path, "landscape")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    with own_folder(tmp_path):
+        other = subprocess.run(
+            [sys.executable, "-c", f"from pathlib import Path; from secondorder.atomic import exclusive\n"
+             f"with exclusive(Path({str(tmp_path)!r})): pass"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert "InputError: another process writes to" in other.stderr
+    with own_folder(tmp_path):  # given back
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, NonFiniteError, unknown
 from secondorder.matrix_power.transforms import inside_transform
 
 METHODS = ("auto", "newton_schulz", "eigh")
@@ -24,18 +24,22 @@ def check_features(x: Tensor) -> None:
 
 
 def check_values(S: Tensor) -> None:
-    """Raises InputError unless S is finite, symmetric and positive semi-definite up to sqrt(eps).
+    """Raises InputError unless S is finite, symmetric and positive semi-definite up to rounding.
+
+    Allowed is sqrt(eps) of the number format, relative to the largest entry, and at least 1e-6, so that a matrix computed in
+    float32 may be passed in float64.
 
     Reads the values, which waits for the device; does nothing inside a torch.func transform, where that is impossible.
     """
     if inside_transform():
         return
     S = S.detach()
+    relative = max(torch.finfo(S.dtype).eps ** 0.5, 1e-6)
     S = S.float() if S.dtype in (torch.float16, torch.bfloat16) else S
     if not S.isfinite().all():
-        raise InputError(f"needs finite matrices, got {int((~S.isfinite()).sum())} non-finite entries")
+        raise NonFiniteError(f"needs finite matrices, got {int((~S.isfinite()).sum())} non-finite entries")
     largest = S.abs().amax((-2, -1), keepdim=True)
-    tolerance = torch.finfo(S.dtype).eps ** 0.5 * largest
+    tolerance = relative * largest
     difference = (S - S.mT).abs()
     if (difference > tolerance).any():
         raise InputError(f"needs symmetric matrices, got |S - S^T| up to {difference.max():.3g}; pass (S + S^T) / 2")
@@ -43,7 +47,9 @@ def check_values(S: Tensor) -> None:
     failed = torch.linalg.cholesky_ex(S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)).info != 0
     if failed.any():
         lowest = torch.linalg.eigvalsh(S)[failed].min()
-        raise InputError(f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}")
+        raise InputError(
+            f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}; add a multiple of I"
+        )
 
 
 def check_method(method: str) -> None:

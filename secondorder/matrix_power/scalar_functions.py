@@ -93,7 +93,7 @@ class Power:
             self,
             (a, b, c),
             lambda m: p * (p - 1) * m ** (p - 2),
-            lambda m: p * (p - 1) * (p - 2) * (p - 3) * m ** (p - 4),
+            lambda m: p * (p - 1) * (p - 2) * (p - 3) * m ** (p - 2),
         )
 
 
@@ -124,7 +124,7 @@ class Logarithm:
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Accurate to about eps^(3/4) of the number format."""
         shifted = (a + self.eps, b + self.eps, c + self.eps)
-        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-4)
+        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-2)
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,11 +144,12 @@ def _second_difference(
     """f[a, b, c] by the recursion over the widest gap, or by Taylor's series where all three are near their mean m.
 
     The series is f''(m) / 2 + f''''(m) / 48 sum (x - m)^2; at a gap of eps^(1/4) m either is off by about eps^(3/4).
+    `fourth` gives m^2 f''''(m) and meets ((x - m) / m)^2, because m^-4 overflows for tiny eigenvalues in float32.
     """
     low, middle, high = torch.stack(torch.broadcast_tensors(*arguments)).sort(0).values
     mean = (low + middle + high) / 3
     near = high - low <= torch.finfo(mean.dtype).eps ** 0.25 * high
     gap = torch.where(near, 1, high - low)
     far = (f.first(high, middle) - f.first(middle, low)) / gap
-    spread = (low - mean) ** 2 + (middle - mean) ** 2 + (high - mean) ** 2
+    spread = ((low - mean) / mean) ** 2 + ((middle - mean) / mean) ** 2 + ((high - mean) / mean) ** 2
     return torch.where(near, curvature(mean) / 2 + fourth(mean) / 48 * spread, far)

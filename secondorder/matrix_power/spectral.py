@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from secondorder.errors import InputError
+from secondorder.errors import NonFiniteError
 from secondorder.matrix_power.scalar_functions import ScalarFunction
 from secondorder.matrix_power.transforms import homogeneous, mapped_first, primals, symmetric
 
@@ -32,11 +32,11 @@ def spectral(S: Tensor, function: ScalarFunction) -> Tensor:
 
 
 def eigenvalues(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in ascending order and eigenvectors. Raises InputError for non-finite entries."""
+    """Eigenvalues in ascending order and eigenvectors. Raises NonFiniteError (an InputError) for non-finite entries."""
     try:
         return torch.linalg.eigh(S)
     except torch.linalg.LinAlgError as error:
-        raise InputError(f"no eigenvalues for matrices {list(S.shape)}: entries are not finite") from error
+        raise NonFiniteError(f"no eigenvalues for matrices {list(S.shape)}: entries are not finite") from error
 
 
 def null_directions(lam: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power.kernels import Kernel, Saved
+from secondorder.matrix_power.transforms import symmetric
 from secondorder.matrix_power.upper_triangle import twice_symmetric, upper_triangle
 
 
@@ -24,8 +25,8 @@ class OnMatrix:
     kernel: Kernel
 
     def reference(self, S: Tensor) -> Tensor:
-        """The plain definition."""
-        return self.kernel.function.of_matrix(S)
+        """The plain definition, of the symmetric part like `gradient`: then the derivatives of all modes agree."""
+        return self.kernel.function.of_matrix(symmetric(S))
 
     def forward(self, S: Tensor) -> tuple[Tensor, Saved]:
         """Value, and what `gradient` needs."""

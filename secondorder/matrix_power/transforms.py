@@ -33,7 +33,7 @@ def inside_transform() -> bool:
 
 def symmetric(G: Tensor) -> Tensor:
     """The symmetric part (G + G^T) / 2."""
-    return torch.add(G, G.mT).mul_(0.5)
+    return (G + G.mT) * 0.5  # not in place: nested forward mode may pass tensors that cannot be written
 
 
 def homogeneous(function: Callable[[Tensor], Tensor], degree: float, S: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the images `[N, in_channels, H, W]`."""
-        if x.ndim != 4 or len(x) == 0 or x.shape[1] != (self.in_channels or x.shape[1]):
+        if x.ndim != 4 or 0 in x.shape or x.shape[1] != (self.in_channels or x.shape[1]):
             raise InputError(f"images of shape {list(x.shape)}; use [N, {self.in_channels or 'C'}, H, W] with N >= 1")
         return self.rest(self.stem(x))
 
@@ -136,7 +136,7 @@ def check_pooling(pooling: str, reduced_channels: int | None, dropout: float | N
         raise unknown("pooling", pooling, POOLINGS)
     if reduced_channels is not None and reduced_channels != 0:
         check_positive("reduced_channels", reduced_channels, " or 0 (no reduction) or None (automatic)")
-    if dropout is not None and not 0.0 <= dropout < 1.0:
+    if dropout is not None and not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
         raise InputError(f"dropout {dropout!r}: must be in [0, 1), or None (as published)")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
+from secondorder.matrix_power.transforms import full_precision, widened
 
 
 class AdaptiveChannelDropout(nn.Module):
@@ -18,13 +19,15 @@ class AdaptiveChannelDropout(nn.Module):
     mu in R^C of a sample (global average pooling) and its covariance S,
 
         omega = softmax(conv1d(mu))                importance of the channels, one kernel along the channels
+        y     = (1 + omega) x                      reweighted channels, with covariance S
         pi    = S 1                                correlation of each channel with all others
         rate  = clamp(1 - gain mean_n cos(omega_n, pi_n), 0, 1),    gain = 10 / log2(C)
-        out   = channels of (1 + omega) x, each dropped with probability `rate`, the others divided by 1 - rate
+        out   = y, each channel dropped with probability `rate`, the others divided by 1 - rate
 
-    As published: these four lines, one rate for the batch, no gradient through the rate, nothing at inference. Ours:
-    pi costs O(C M) through S 1 = Xc (Xc^T 1) / M instead of a covariance matrix, the rate stays on the device, a sample
-    without variance counts as cos = 0 instead of NaN, and a rate of 1 gives zeros.
+    As published: these lines, one rate for the batch, no gradient through the rate, nothing at inference. Ours: pi costs
+    O(C M) through S 1 = Yc (Yc^T 1) / M instead of a covariance matrix and is normalised first, so that the scale of the
+    features does not matter; the rate stays on the device and is computed in float32 under autocast; a sample without
+    variance counts as cos = 0 instead of NaN, and a rate of 1 gives zeros. Of several processes each has its own rate.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
@@ -39,20 +42,24 @@ class AdaptiveChannelDropout(nn.Module):
         return f"channels={self.channels}"
 
     @torch.no_grad()
-    def rate(self, x: Tensor, omega: Tensor) -> Tensor:
-        """Dropout rate of a batch, a scalar in [0, 1], from features `[N, C, M]` and importances `[N, C]`."""
-        xc = x - x.mean(-1, keepdim=True)
-        pi = (xc @ xc.sum(1)[..., None])[..., 0] / x.shape[-1]
+    def rate(self, y: Tensor, omega: Tensor) -> Tensor:
+        """Dropout rate of a batch, a scalar in [0, 1], from reweighted features `[N, C, M]` and importances `[N, C]`."""
+        yc = y - y.mean(-1, keepdim=True)
+        yc = yc / yc.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(yc.dtype).tiny)
+        pi = F.normalize((yc @ yc.sum(1)[..., None])[..., 0], dim=-1, eps=torch.finfo(yc.dtype).tiny)
         gain = 10 / math.log2(max(self.channels, 2))
         return (1 - gain * F.cosine_similarity(omega, pi, dim=-1).mean()).clamp(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features with dropped channels while training, x itself in evaluation."""
+        """The features with dropped channels while training, x itself in evaluation; always of the type of x."""
         if not self.training:
             return x
-        features = x.flatten(2)
-        omega = self.importance(features.mean(-1)[:, None]).softmax(-1)[:, 0]
-        keep = 1 - self.rate(features, omega)
-        kept = torch.rand(x.shape[:2], device=x.device) < keep
-        factor = torch.where(kept, (1 + omega) / keep.to(omega.dtype).clamp_min(torch.finfo(omega.dtype).tiny), 0)
-        return x * factor.reshape(*x.shape[:2], *[1] * (x.ndim - 2)).to(x.dtype)
+        with full_precision(x):
+            features = widened(x).flatten(2)
+            weight = self.importance.weight.to(features.dtype)
+            omega = F.conv1d(features.mean(-1)[:, None], weight, padding=self.importance.padding).softmax(-1)[:, 0]
+            y = (1 + omega)[..., None] * features
+            keep = 1 - self.rate(y, omega)
+            kept = torch.rand(x.shape[:2], device=x.device) < keep
+            factor = torch.where(kept, 1 / keep.to(y.dtype).clamp_min(torch.finfo(y.dtype).tiny), 0)
+            return (y * factor[..., None]).reshape(x.shape).to(x.dtype)

@@ -7,7 +7,6 @@ folder holds one complete checkpoint, whenever the process is killed or the disk
 
 import contextlib
 import io
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,37 +14,37 @@ from typing import Any
 
 import torch
 
+from secondorder.atomic import check_writable, exclusive, write_atomically
 from secondorder.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"
-PARTIAL = ".checkpoint.pt.partial"
 FORMAT = 1
 PARTS = ("run", "data", "observers", "model", "optimizer", "scaler", "progress")
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[Path]:
-    """The path of the partial file, removed when anything goes wrong; OSError becomes InputError."""
-    partial = folder / PARTIAL
+def own_folder(folder: Path) -> Iterator[None]:
+    """Create ``folder``, prove that it can be written and keep other processes out, before any training.
+
+    Raises:
+        InputError: naming the folder, when it cannot be written or another process trains there.
+    """
+    with _named(folder):
+        check_writable(folder)
+    with exclusive(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """OSError becomes InputError."""
     try:
-        yield partial
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        yield
+    except OSError as error:
         raise InputError(
             f"cannot save a checkpoint in {str(folder)!r}: {error.strerror or error}; make room there or choose a "
             "folder that can be written (an earlier checkpoint there is intact)"
         ) from error
-
-
-def prepare_folder(folder: Path) -> None:
-    """Create ``folder`` and prove that a file can be written there, before any training; raises InputError."""
-    with _writing(folder) as partial:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(b"probe")
-        partial.unlink()
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
@@ -57,23 +56,8 @@ def save(state: dict[str, Any], folder: Path) -> None:
     """
     content = io.BytesIO()
     torch.save({"format": FORMAT} | state, content)
-    with _writing(folder) as partial:
-        with partial.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / CHECKPOINT)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the renaming itself to the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _named(folder):
+        write_atomically(folder / CHECKPOINT, content.getbuffer())
 
 
 def read(folder: Path) -> bytes | None:

@@ -3,20 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secondorder.errors import InputError
-
-
-class NonFiniteLossError(InputError):
-    """The training loss, or a weight, is not finite: one line with run, epoch, step, loss and learning rate."""
+from secondorder.errors import NonFiniteError
 
 
-def features_finite(model: nn.Module, images: Tensor) -> bool:
-    """Whether what reaches the pooling head is finite, for a network made of stem, features, head and classifier."""
-    with torch.no_grad():
-        features = model.get_submodule("features")(model.get_submodule("stem")(images))
-    return bool(torch.isfinite(features).all())
+class NonFiniteLossError(NonFiniteError):
+    """The training or test loss, or a weight, is not finite: one line with run, epoch, step, loss and learning rate."""
 
 
 def all_finite(value: Any) -> bool:

@@ -4,6 +4,7 @@ The state after step s is a function of the state before it and of (run, s) alon
 (seed, epoch), dropout masks on (seed, s). So a resumed run repeats the uninterrupted one bit for bit.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -18,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from secondorder.data import ImageDataset, epoch_order
-from secondorder.errors import InputError
+from secondorder.errors import InputError, NonFiniteError
 from secondorder.training import checkpoint, processes
 from secondorder.training.batch_norm import desynchronise, synchronise, without_synchronisation
 from secondorder.training.batches import batches
 from secondorder.training.device import autocast, check_device, isolated, resolve_device, seed_step
-from secondorder.training.divergence import NonFiniteLossError, all_finite, features_finite
+from secondorder.training.divergence import NonFiniteLossError, all_finite
 from secondorder.training.evaluation import correct, evaluate, to_device
 from secondorder.training.observers import Moment, Observer, Row, intervals, observe
 from secondorder.training.optimizers import OPTIMIZERS
@@ -61,10 +62,11 @@ def train(
         check_device(device.type, run.amp)
         check_fit(run, data)
         training = _Training(run, data, Path(folder), observers, device)
-        processes.on_main(lambda: checkpoint.prepare_folder(training.folder))
-        if resume:
-            training.resume()
-        training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
+        with contextlib.ExitStack() as held:
+            processes.on_main(lambda: held.enter_context(checkpoint.own_folder(training.folder)))
+            if resume:
+                training.resume()
+            training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
         return training.trained()
 
 
@@ -156,10 +158,7 @@ class _Training:
             with autocast(self.device, self.run.amp):
                 logits = model(images).float()
                 return F.cross_entropy(logits, labels), correct(logits, labels, 1)
-        except (InputError, torch.linalg.LinAlgError) as error:
-            with without_synchronisation(self.model):
-                if isinstance(error, InputError) and features_finite(self.model, images):
-                    raise
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:
             raise self._diverged("the features before the pooling head are not finite", learning_rate) from error
 
     def _observe(self, indices: Tensor, learning_rate: float) -> None:
@@ -186,8 +185,10 @@ class _Training:
         state, run = self.progress, self.run
         try:
             test = evaluate(self.model, self.data.test, amp=run.amp, channels_last=run.channels_last)
-        except torch.linalg.LinAlgError as error:
+        except (NonFiniteError, torch.linalg.LinAlgError) as error:
             raise self._diverged("the features of a test image are not finite") from error
+        if not math.isfinite(test.loss):
+            raise self._diverged(f"the test loss is {test.loss}")
         losses = state.step_losses[-self.steps_per_epoch :]
         row = {
             "epoch": state.step // self.steps_per_epoch,
@@ -207,7 +208,8 @@ class _Training:
     def _diverged(self, what: str, learning_rate: float | None = None) -> NonFiniteLossError:
         state = self.progress
         rate = self.optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
-        epoch = min(state.step, self.total - 1) // self.steps_per_epoch + 1
+        at = state.step if learning_rate is not None else state.step - 1  # a step under way, else the last one done
+        epoch = at // self.steps_per_epoch + 1
         return NonFiniteLossError(
             f"run {self.run.name}: {what} at epoch {epoch}, after {state.step} of {self.total} steps, learning rate "
             f"{rate:g}; lower learning_rate ({self.run.learning_rate:g}); the last good checkpoint, if one was due, "

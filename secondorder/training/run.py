@@ -20,7 +20,7 @@ Option = bool | int | float | str | None
 
 # The smallest value allowed for each whole number, and the interval [low, high) for each real one.
 WHOLE = {"epochs": 1, "batch_size": 1, "seed": 0}
-WHOLE |= {"threads": 1, "reduced_channels": 1, "last_stride": 1, "image_size": 1, "train_limit": 1, "test_limit": 1}
+WHOLE |= {"threads": 1, "reduced_channels": 0, "last_stride": 1, "image_size": 1, "train_limit": 1, "test_limit": 1}
 FLOAT32 = 3.4e38  # larger steps cannot be taken in single precision
 REAL = {"learning_rate": (0.0, FLOAT32), "momentum": (0.0, 1.0), "weight_decay": (0.0, FLOAT32), "dropout": (0.0, 1)}
 OPTIONAL = {"threads", "reduced_channels", "last_stride", "dropout", "image_size", "train_limit", "test_limit"}
@@ -63,7 +63,7 @@ class Run:
     threads: int | None = None
     """CPU threads of this training; None leaves torch's setting. The order of sums, so the last bits, depends on it."""
     reduced_channels: int | None = None
-    """Channels after the head's 1x1 reduction; None is the network's default."""
+    """Channels after the head's 1x1 reduction; None is the network's default, 0 no reduction."""
     last_stride: int | None = None
     """Stride of the last stage; None is the network's default."""
     dropout: float | None = None
@@ -129,8 +129,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A readable identifier, different for different runs: it ends in a hash of every field."""
-        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        """A readable identifier, different for different runs: it ends in a hash of every field but device and threads.
+
+        Those two decide about rounding alone: a run continued on other ones is refused by name, not silently begun anew.
+        """
+        settings = {key: value for key, value in self.to_dict().items() if key not in ("device", "threads")}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.dataset}-{self.backbone}-{self.pooling}-{self.schedule}-e{self.epochs}-s{self.seed}-{digest}"
 
 

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.results import write_atomically
+from studies.results import write_file
 from studies.statistics import mean_interval
 
 # Colour-blind safe (Wong 2011), the same head in the same colour in every figure.
@@ -74,4 +74,4 @@ def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("svg
             buffer = io.BytesIO()
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
             figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
-            write_atomically(folder / f"{name}.{suffix}", buffer.getvalue())
+            write_file(folder / f"{name}.{suffix}", buffer.getvalue())

@@ -10,7 +10,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from studies.figures.style import save
-from studies.results import write_atomically
+from studies.results import write_file
 from studies.sections.section import Section
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]]
         for picture in part.pictures:
             save(picture.figure, folder, picture.name)
         for table in part.tables:
-            write_atomically(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
+            write_file(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         trim_blocks=True,
@@ -36,8 +36,8 @@ def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]]
     body = _with_inline_figures(MarkdownIt("commonmark").enable("table").render(markdown), folder)
     style = (HERE / "page.css").read_text(encoding="utf-8")
     page = environment.get_template("page.html.jinja").render(body=body, style=style, preset=preset)
-    write_atomically(folder / "report.md", markdown)
-    write_atomically(folder / "index.html", page)
+    write_file(folder / "report.md", markdown)
+    write_file(folder / "index.html", page)
     return folder / "report.md", folder / "index.html"
 
 
