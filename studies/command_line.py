@@ -1,13 +1,16 @@
 """The command line, generated from the settings: every field is a flag, presets give the defaults."""
 
 import argparse
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any
 
 import tyro
 
-from secondorder.errors import unknown
+from secondorder.errors import InputError, unknown
 from studies.settings import PRESETS, SEEDS, Common
 from studies.study import STUDIES
 
@@ -23,7 +26,7 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Parse ``[study] [--flags]``; exits with code 2 after a message for bad flags, raises InputError for bad values."""
+    """Parse ``[study] [--flags]``; raises InputError for bad flags and values."""
     arguments = list(arguments)
     names = list(STUDIES)
     if arguments and not arguments[0].startswith("-"):
@@ -41,15 +44,30 @@ def parse(arguments: Sequence[str]) -> Command:
         for name, default in defaults.items()
     ]
     every = make_dataclass("Every", fields, frozen=True)
-    parsed = tyro.cli(
-        every,
-        default=every(common, *defaults.values()),
-        args=arguments,
-        prog=PROGRAM if prefixed else f"{PROGRAM} {names[0]}",
-        description=_description(names),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with _errors_in_one_line():
+        parsed = tyro.cli(
+            every,
+            default=every(common, *defaults.values()),
+            args=arguments,
+            prog=PROGRAM if prefixed else f"{PROGRAM} {names[0]}",
+            description=_description(names),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     return Command(parsed.common, {name: getattr(parsed, name) for name in names})
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """tyro draws a box around what is wrong with a flag and exits; say the same in one line, as an InputError."""
+    drawn = io.StringIO()
+    try:
+        with redirect_stderr(drawn):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m|-{3,}|\|", " ", drawn.getvalue())  # box lines, colours
+        raise InputError(" ".join(words.split())) from None
 
 
 def _preset(arguments: list[str]) -> str:

@@ -25,7 +25,7 @@ from secondorder.landscape import (
     optimiser_step,
     weight_landscape,
 )
-from secondorder.training import Moment, Run, Trained, initial_network, is_main_process, train
+from secondorder.training import Moment, Run, Trained, check_run, is_main_process, train
 from studies.dry_run import cost_of
 from studies.results import provenance, write_table
 from studies.settings import Common
@@ -198,7 +198,7 @@ def check(common: Common, settings: Settings) -> ImageDataset:
         image_size=settings.image_size,
     )
     for one in todo[: len(settings.poolings)]:
-        initial_network(one, data)
+        check_run(one, data)
     return data
 
 

@@ -1,6 +1,7 @@
 """One thread and a fixed seed for every test, and a launcher of two processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,12 +29,19 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-        return subprocess.run(
+        process = subprocess.Popen(
             [*command, f"--master_port={port}", *arguments],
             env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=150,
+            start_new_session=True,
         )
+        try:
+            out, err = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher with both of its processes
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return launch

@@ -105,7 +105,8 @@ def _pixels(data: np.ndarray | Tensor) -> Tensor:
 def read_image_folder(row: Row, root: Path, download: bool) -> Source:
     """ImageNet's layout: ``root/train/<class>/<image>`` and ``root/val/...`` (or ``root/test/...``), decoded lazily.
 
-    Only the first image of each split is decoded here: of ImageNet's 1.3 million a bad one is met when its turn comes.
+    Only the first image of each split is decoded here, of the others the sizes are looked at: of ImageNet's 1.3 million one
+    that is cut short is met, and named, when its turn comes.
     """
     held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
     if held_out is None or not (root / "train").is_dir():
@@ -121,6 +122,8 @@ def read_image_folder(row: Row, root: Path, download: bool) -> Source:
         )
     splits = [([file for file, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
     for files, _ in splits:
+        if empty := next((file for file in files if Path(file).stat().st_size == 0), None):
+            raise InputError(f"{empty} is empty; copy the image again or delete it")
         decode(files[0])
     return Source(splits[0], splits[1], tuple(train.classes), {"source": f"folders train and {held_out}"})
 

@@ -41,12 +41,23 @@ class Network(nn.Module):
     def rest(self, activation: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the stem's output, which is left as it is."""
         maps = self.features(activation)
-        if maps.shape[-2] * maps.shape[-1] < self.min_positions:
+        self._check_positions(maps.shape[-2], maps.shape[-1])
+        return self.classifier(self.head(maps))
+
+    def check_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """Raise InputError when images of this size are too small for the network; nothing is computed or changed."""
+        try:
+            _, height, width = self.feature_shape(image_size)
+        except RuntimeError as error:  # a convolution or max-pooling larger than its input
+            raise InputError(f"images of size {image_size} are too small for this network; use larger ones") from error
+        self._check_positions(height, width)
+
+    def _check_positions(self, height: int, width: int) -> None:
+        if height * width < self.min_positions:
             raise InputError(
-                f"the last feature map is {maps.shape[-2]}x{maps.shape[-1]}, its covariance is always zero; "
+                f"the last feature map is {height}x{width}, its covariance is always zero; "
                 "use larger images, last_stride=1 or pooling 'gap'"
             )
-        return self.classifier(self.head(maps))
 
     def feature_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
         """(C, H, W) of the feature map that the head reads, for images of this size; nothing is computed or changed."""

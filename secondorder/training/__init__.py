@@ -10,7 +10,7 @@ from secondorder.training.optimizers import OPTIMIZERS
 from secondorder.training.processes import distributed, is_main_process, on_main
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES, Schedule
-from secondorder.training.setup import initial_network
+from secondorder.training.setup import check_run, initial_network
 from secondorder.training.state import Trained
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "Schedule",
     "Trained",
+    "check_run",
     "distributed",
     "evaluate",
     "initial_network",

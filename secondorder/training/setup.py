@@ -1,11 +1,11 @@
 """What a training needs before its first step: data that fit the run, and the network with its initial weights."""
 
 import torch
-from torch import nn
 
 from secondorder.data import DATASETS, ImageDataset
 from secondorder.errors import InputError
-from secondorder.networks import network
+from secondorder.networks import Network, network
+from secondorder.training.device import check_device, resolve_device
 from secondorder.training.processes import world_size
 from secondorder.training.run import Run
 
@@ -25,7 +25,14 @@ def check_fit(run: Run, data: ImageDataset) -> None:
         raise InputError(f"batch_size is {run.batch_size}; it must be divisible by {world_size()}, one part a process")
 
 
-def initial_network(run: Run, data: ImageDataset) -> nn.Module:
+def check_run(run: Run, data: ImageDataset) -> None:
+    """Raise InputError for whatever would stop the run at its first step: data, batch size, images too small, device."""
+    check_device(resolve_device(run.device).type, run.amp)
+    check_fit(run, data)
+    initial_network(run, data).check_image_size(data.image_size)
+
+
+def initial_network(run: Run, data: ImageDataset) -> Network:
     """The run's network on the CPU; its weights depend on the seed alone, and the caller's generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
