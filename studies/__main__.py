@@ -10,6 +10,7 @@ from secondorder.errors import InputError
 from secondorder.training import NonFiniteLossError, distributed, is_main_process, on_main
 from studies.command_line import Command, parse
 from studies.report import write_report
+from studies.results import git_commit
 from studies.settings import own_folder
 from studies.study import STUDIES
 
@@ -18,6 +19,7 @@ def run(command: Command) -> None:
     """Check everything, run every study asked for, and write the report of all results in the folder."""
     common = command.common
     torch.set_num_threads(common.threads)
+    git_commit()  # of the code that is loaded now
     if common.dry_run:
         for name, settings in command.studies.items():
             print("\n".join(f"{name}: {line}" for line in STUDIES[name].dry_run(common, settings)), flush=True)

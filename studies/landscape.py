@@ -7,7 +7,8 @@ published, Wang et al. 2020) and along -g (where training goes), and in weight s
 Results: ``landscape.csv`` (one row for each run, step, line and eta) and ``landscape_training.csv`` (one for each epoch).
 """
 
-import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from secondorder.landscape import (
     optimiser_step,
     weight_landscape,
 )
-from secondorder.training import Moment, Run, Trained, check_run, is_main_process, train
+from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
 from studies.dry_run import cost_of
-from studies.results import provenance, write_table
+from studies.results import git_commit, provenance, write_file, write_table
 from studies.settings import Common
 
 NAME = "landscape"
@@ -58,11 +59,15 @@ class Settings:
     batch_size: int = 64
     """Images a step."""
     learning_rate: float = 0.1
-    """Initial learning rate of SGD with momentum 0.9."""
+    """Initial learning rate of SGD."""
     schedule: str = "resnet_norm"
     """Learning-rate schedule, stretched to the number of epochs."""
     weight_decay: float = 1e-4
     """L2 penalty on the weights."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    dropout: float | None = None
+    """Dropout before the classifier; as published (0.2 for MobileNetV2, else 0) when not given."""
     amp: Precision = "off"
     """Mixed precision in training: off, float16 or bfloat16; measurements are always in float32."""
     channels_last: bool = False
@@ -176,6 +181,8 @@ def runs(common: Common, settings: Settings) -> list[Run]:
             learning_rate=settings.learning_rate,
             schedule=settings.schedule,
             weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            dropout=settings.dropout,
             amp=amp,
             channels_last=settings.channels_last,
             seed=seed,
@@ -202,31 +209,53 @@ def check(common: Common, settings: Settings) -> ImageDataset:
     return data
 
 
-def run_folder(common: Common, settings: Settings, one: Run) -> Path:
-    """Where the checkpoint of a run lies; lines measured with other settings are kept apart."""
-    measured = (settings.eta_low, settings.eta_high, settings.eta_points, settings.step_low, settings.step_high)
-    digest = hashlib.sha256(repr(measured).encode()).hexdigest()[:6]
-    return common.folder / "runs" / NAME / f"{one.name}-{digest}"
-
-
 def run(common: Common, settings: Settings, data: ImageDataset) -> None:
-    """Train and measure every run, writing the tables after each so that an interruption loses nothing finished."""
+    """Train and measure every run; ``<name>.partial.csv`` grows with every finished one and becomes the tables at the end.
+
+    A fresh start forgets the runs of the folder, so that nothing old can be taken for new; resuming takes those that are
+    there, and refuses when they are of other settings.
+    """
+    todo, folder = runs(common, settings), common.folder / "runs" / NAME
+    on_main(lambda: _open(folder, settings, common.resume))
     results: list[tuple[Run, Trained]] = []
-    todo = runs(common, settings)
     for number, one in enumerate(todo, start=1):
         if common.progress and is_main_process():
             print(f"{NAME}: run {number} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}", flush=True)
+        on_main(lambda one=one: _sign(folder / one.name))  # type: ignore[misc]
         trained = train(
             one,
             data,
-            run_folder(common, settings, one),
+            folder / one.name,
             observers={NAME: LandscapeObserver(settings)},
             resume=common.resume,
             progress=common.progress,
         )
         results.append((one, trained))
         if is_main_process():
-            _write(common, settings, data, results)
+            _write(common, settings, data, results, folder, partial=number < len(todo))
+
+
+def _open(folder: Path, settings: Settings, resume: bool) -> None:
+    """Start the folder of runs afresh, or check that the runs there are of these settings (other heads may be added)."""
+    file, mine = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+    if resume and file.exists():
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        for name in (n for n in mine if n != "poolings" and mine[n] != theirs.get(n)):
+            raise InputError(
+                f"the runs in {folder} have {name} = {theirs.get(name)!r}, not {mine[name]!r}; repeat the flags of the "
+                "interrupted command, or start afresh without --resume"
+            )
+    elif not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(file, json.dumps(mine, indent=2) + "\n")
+
+
+def _sign(folder: Path) -> None:
+    """Note the commit of the code that begins a run, which may not be the code that finishes the study."""
+    if not (folder / "commit").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "commit", git_commit())
 
 
 def dry_run(common: Common, settings: Settings) -> list[str]:
@@ -238,19 +267,30 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
     return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} heads: about {hours:,.1f} h"]
 
 
-def _write(common: Common, settings: Settings, data: ImageDataset, results: list[tuple[Run, Trained]]) -> None:
+def _write(
+    common: Common,
+    settings: Settings,
+    data: ImageDataset,
+    results: list[tuple[Run, Trained]],
+    folder: Path,
+    partial: bool,
+) -> None:
+    lines = pd.concat([_labelled(one, trained.records[NAME]) for one, trained in results])
+    if partial:
+        write_table(common.folder, f"{NAME}.partial", lines)
+        return
     origin = provenance(
         NAME,
-        asdict(settings) | {"preset": common.preset},
+        asdict(settings) | {"preset": common.preset, "amp": results[0][0].amp},
         sorted({one.seed for one, _ in results}),
         {"label": data.label, **data.provenance},
         common.torch_device,
         sum(trained.seconds for _, trained in results),
+        [(folder / one.name / "commit").read_text(encoding="utf-8") for one, _ in results],
     )
-    lines = pd.concat([_labelled(one, trained.records[NAME]) for one, trained in results])
-    epochs = pd.concat([_labelled(one, trained.history) for one, trained in results])
+    write_table(common.folder, TRAINING, pd.concat([_labelled(one, trained.history) for one, trained in results]))
     write_table(common.folder, NAME, lines, origin)
-    write_table(common.folder, TRAINING, epochs)
+    (common.folder / f"{NAME}.partial.csv").unlink(missing_ok=True)
 
 
 def _labelled(one: Run, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

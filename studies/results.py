@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Provenance:
     git_commit: str
     versions: dict[str, str]
     machine: str
+    processes: int = 1
 
 
 def provenance(
@@ -42,8 +44,12 @@ def provenance(
     data: Mapping[str, Any],
     device: torch.device,
     seconds: float,
+    commits: Iterable[str] = (),
 ) -> Provenance:
-    """The provenance of a result computed now, here; `seconds` is the wall-clock time that it took."""
+    """The provenance of a result computed now, here; `seconds` is the wall-clock time that it took.
+
+    `commits` are those of the code that computed the parts, when not all were computed by the code that runs.
+    """
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     versions["torch"] = torch.__version__  # names the build too, e.g. +cu132
     return Provenance(
@@ -54,9 +60,10 @@ def provenance(
         device=device_name(device),
         threads=torch.get_num_threads(),
         seconds=round(seconds, 2),
-        git_commit=git_commit(),
+        git_commit=" ".join(sorted({*commits} or {git_commit()})),
         versions=versions,
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
 
 
@@ -72,8 +79,12 @@ def device_name(device: torch.device) -> str:
     return f"cpu: {model}"
 
 
+@lru_cache(maxsize=1)
 def git_commit() -> str:
-    """The commit of the code that runs, ``+changes`` if files differ from it, ``unknown`` outside a git checkout."""
+    """The commit of the code that runs, ``+changes`` if files differ from it, ``unknown`` outside a git checkout.
+
+    Read once, at the start of a command: a commit made meanwhile is not the code that computes.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -99,20 +110,25 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_table(folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None) -> None:
     """``<name>.csv``, with ``<name>.json`` beside it when `origin` is given."""
-    write_file(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
+    write_file(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
     if origin is not None:
         write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """The table that `write_table` wrote; InputError if it is missing or no table."""
+def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """The table that `write_table` wrote; InputError if it is missing, no table, empty or without one of `columns`."""
     path = folder / f"{name}.csv"
     try:
-        return pd.read_csv(path)
+        table = pd.read_csv(path)
     except FileNotFoundError:
         raise InputError(f"no results at {path}; run the study first") from None
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not a readable table ({error}); run the study again") from None
+    missing = [column for column in columns if column not in table.columns]
+    if missing or table.empty:
+        what = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
+        raise InputError(f"{path} {what}; run the study again")
+    return table
 
 
 def read_provenance(folder: Path, name: str) -> Provenance:

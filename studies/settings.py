@@ -1,5 +1,6 @@
 """Settings that all studies share: where results go, on which device, with how many seeds."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ class Common:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed")
-        if self.threads < 1:
-            raise InputError(f"--threads {self.threads}: at least 1 thread is needed")
+        most = max(64, os.cpu_count() or 1)
+        if not 1 <= self.threads <= most:
+            raise InputError(f"--threads {self.threads}: use 1 to {most}")
 
     @property
     def folder(self) -> Path:

@@ -35,6 +35,8 @@ class Comparison:
     condition: str
     quantity: str
     interval: Interval
+    left_out: int = 0
+    """Measurements without a ratio because a value is zero."""
 
     @property
     def smaller(self) -> str:
@@ -45,12 +47,10 @@ class Comparison:
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     """Mean of independent values with Student's t interval, mean +- t_{n-1} s / sqrt(n).
 
-    Infinite ends for fewer than 2 values; nan throughout if a value is not finite.
+    Infinite ends for a single value; nan throughout for none, or if one is not finite.
     """
     x = np.asarray(values, dtype=float)
-    if x.size == 0:
-        raise InputError("an interval needs at least 1 value, not 0")
-    if not np.isfinite(x).all():
+    if x.size == 0 or not np.isfinite(x).all():
         return Interval(float("nan"), float("nan"), float("nan"), x.size, confidence)
     if x.size == 1:
         return Interval(float(x[0]), -float("inf"), float("inf"), 1, confidence)

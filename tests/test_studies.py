@@ -8,14 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from secondorder.training import train
+from studies import landscape, performance
 from studies.__main__ import main
 from studies.command_line import parse
 from studies.dry_run import fake_data
-from studies.settings import PRESETS
+from studies.settings import PRESETS, Common
 from studies.study import STUDIES
 
 SMOKE = ["--preset", "smoke", "--no-progress", "--threads", "1"]
@@ -148,6 +152,86 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*flags, "--resume"]) == 2
     assert str(checkpoint) in capsys.readouterr().err
     assert (tmp_path / "landscape.csv").read_bytes() == table
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["landscape", *SMOKE, "--poolings", "gap", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    table = (tmp_path / "landscape.csv").read_bytes()
+    capsys.readouterr()
+    for change, words in (
+        (["--eta-points", "5"], "have eta_points = 3, not 5"),
+        (["--learning-rate", "0.2"], "have learning_rate = 0.1, not 0.2"),
+        (["--threads", "2"], "run threads = 1, not 2"),
+    ):
+        assert main([*flags, *change, "--resume"]) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "landscape.csv").read_bytes() == table
+    assert main([*flags, "--poolings", "gap", "gcp", "--resume"]) == 0  # one more head
+    assert set(pd.read_csv(tmp_path / "landscape.csv").pooling) == {"gap", "gcp"}
+
+
+def test_a_fresh_start_forgets_the_runs_and_keeps_the_table_until_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["landscape", *SMOKE, "--poolings", "gap", "gcp", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    table = (tmp_path / "landscape.csv").read_bytes()
+    checkpoints = sorted(tmp_path.glob("runs/landscape/*/checkpoint.pt"))
+    real, calls = landscape.train, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(landscape, "train", interrupted)
+    assert main(flags) == 130
+    assert (tmp_path / "landscape.csv").read_bytes() == table
+    assert len(pd.read_csv(tmp_path / "landscape.partial.csv")) * 2 == len(pd.read_csv(tmp_path / "landscape.csv"))
+    assert [path.exists() for path in checkpoints].count(True) == 1
+    monkeypatch.setattr(landscape, "train", real)
+    assert main([*flags, "--resume"]) == 0
+    assert (tmp_path / "landscape.csv").read_bytes() == table
+    assert not (tmp_path / "landscape.partial.csv").exists()
+
+
+def test_the_measured_loss_is_that_of_the_step(tmp_path: Path) -> None:
+    """Same batch, same weights, training mode, same dropout masks: the lines start at the training loss."""
+    settings = dataclasses.replace(landscape.PRESETS["smoke"], poolings=("gcp",), dropout=0.3, measure_every=1)
+    common = Common(preset="smoke", seeds=1, threads=1, out=tmp_path)
+    data = landscape.check(common, settings)
+    run = landscape.runs(common, settings)[0]
+    trained = train(run, data, tmp_path, observers={"l": landscape.LandscapeObserver(settings)}, progress=False)
+    rows = pd.DataFrame(trained.records["l"])
+    for space in ("feature", "weight"):
+        starts = rows[rows.space == space].groupby("step").loss_at_origin.first()
+        assert list(starts) == pytest.approx(trained.step_losses, rel=1e-5)
+
+
+def test_each_direction_is_measured_as_it_is_named(tmp_path: Path) -> None:
+    settings = dataclasses.replace(landscape.PRESETS["smoke"], poolings=("gap",), eta_low=0.5, eta_high=1.0)
+    common = Common(preset="smoke", seeds=1, threads=1, out=tmp_path)
+    data = landscape.check(common, settings)
+    run = landscape.runs(common, settings)[0]
+    trained = train(run, data, tmp_path, observers={"l": landscape.LandscapeObserver(settings)}, progress=False)
+    rows = pd.DataFrame(trained.records["l"])
+    rises = (rows.loss - rows.loss_at_origin).groupby(rows.direction)
+    slope = (rows.eta * rows.gradient_norm**2).groupby(rows.direction).sum()
+    assert rises.sum()["ascent"] == pytest.approx(slope["ascent"], rel=0.1)
+    assert rises.sum()["descent"] == pytest.approx(-slope["descent"], rel=0.1)
+
+
+def test_the_baseline_is_five_textbook_steps() -> None:
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    S = torch.stack([torch.cov(sample.flatten(1), correction=0) for sample in x])
+    trace = S.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    y, z = S / trace, torch.eye(6, dtype=x.dtype)
+    for _ in range(5):
+        y, z = 0.5 * y @ (3 * torch.eye(6) - z @ y), 0.5 * (3 * torch.eye(6) - z @ y) @ z
+    row, column = torch.triu_indices(6, 6)
+    torch.testing.assert_close(performance.textbook(x), (y * trace.sqrt())[:, row, column])
 
 
 def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
+        seed_step(self.run.seed, state.step, processes.rank())  # an observer draws what the step will draw
         self._observe(indices, learning_rate)
         started = time.perf_counter()
         images, labels = to_device(images, self.device, self.run.channels_last), labels.to(self.device)

@@ -35,7 +35,8 @@ class Moment:
 class Observer(Protocol):
     """A measurement every ``every`` steps that leaves training as it was; its rows are kept with the checkpoint.
 
-    Random numbers and ``.grad`` need no care: the step seeds and clears them afterwards. Weights, batch-norm statistics
+    Random draws start where those of the step will start (the same dropout masks, for one process). Random numbers and
+    ``.grad`` need no care: the step seeds and clears them afterwards. Weights, batch-norm statistics
     and the optimiser's state must be left as they were.
     """
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from studies.figures.style import colour, label, mean_with_interval, new_figure
 from studies.statistics import Comparison
@@ -42,7 +43,8 @@ def bands(lines: pd.DataFrame) -> Figure:
 
 
 def _band(ax: Axes, lines: pd.DataFrame, quantity: str, tint: str) -> None:
-    per_seed = lines.groupby(["step", "seed"])[quantity].agg(["min", "max"]).clip(lower=1e-12)
+    per_seed = lines.groupby(["step", "seed"])[quantity].agg(["min", "max"])
+    per_seed = per_seed.where(per_seed > 0)  # a logarithmic axis has no place for zero
     edges = per_seed.transform("log").groupby("step").mean().transform("exp")
     ax.fill_between(edges.index, edges["min"], edges["max"], color=tint, alpha=0.25, linewidth=0)
     for edge in ("min", "max"):
@@ -100,6 +102,9 @@ def ratios(comparisons: Sequence[Comparison], lines: Mapping[str, str], quantiti
                 ax.plot([one.interval.low, one.interval.high], [height] * 2, color=colour(one.pooling), linewidth=1.6)
         ax.axvline(1.0, color=colour("gap"), linewidth=1.0, linestyle="--", label="GAP = 1")
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(title)
     axes[0, 0].set_yticks(range(len(quantities)), list(quantities.values()))
     axes[0, 0].invert_yaxis()

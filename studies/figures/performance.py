@@ -20,7 +20,7 @@ NAMES = {
     "gcp, products": "gcp head, matrix products only",
     "gcp_exact": "gcp_exact head (eigenvalues)",
     "covariance": "covariance head (no root)",
-    "one matrix product": "bound: one batched C x C product",
+    "one matrix product": "bound: one product C × n by n × C, n = min(C, HW)",
 }
 
 

@@ -57,7 +57,7 @@ def mean_with_interval(
 
     `geometric` takes mean and interval of the logarithms, for quantities that a logarithmic axis shows.
     """
-    values = np.log(table[y].clip(lower=1e-12)) if geometric else table[y]
+    values = table[y].where(table[y] > 0).transform("log") if geometric else table[y]
     intervals = {at: mean_interval(group.to_numpy()) for at, group in values.groupby(table[x])}
     places = np.array(list(intervals))
     curves = np.array([(i.low, i.estimate, i.high) for i in intervals.values()])

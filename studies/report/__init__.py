@@ -9,6 +9,7 @@ import jinja2
 import pandas as pd
 from markdown_it import MarkdownIt
 
+from secondorder.errors import InputError
 from studies.figures.style import save
 from studies.results import write_file
 from studies.sections.section import Section
@@ -18,7 +19,14 @@ HERE = Path(__file__).parent
 
 def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]], preset: str) -> tuple[Path, Path]:
     """Write figures, tables, ``report.md`` and ``index.html`` for every study with results in `folder`; return both paths."""
-    found = {name: section(folder) for name, section in sections.items() if (folder / f"{name}.csv").exists()}
+    found: dict[str, Section] = {}
+    failed: dict[str, str] = {}
+    for name, section in sections.items():
+        if (folder / f"{name}.csv").exists():
+            try:
+                found[name] = section(folder)
+            except InputError as error:  # of one study, left there by another version: the others are still reported
+                failed[name] = str(error)
     for part in found.values():
         for picture in part.pictures:
             save(picture.figure, folder, picture.name)
@@ -32,7 +40,7 @@ def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]]
         autoescape=False,  # the Markdown is made of our own words and numbers; the HTML is made from it by markdown-it
     )
     environment.filters["markdown_table"] = markdown_table
-    markdown = environment.get_template("report.md.jinja").render(sections=found, preset=preset)
+    markdown = environment.get_template("report.md.jinja").render(sections=found, failed=failed, preset=preset)
     body = _with_inline_figures(MarkdownIt("commonmark").enable("table").render(markdown), folder)
     style = (HERE / "page.css").read_text(encoding="utf-8")
     page = environment.get_template("page.html.jinja").render(body=body, style=style, preset=preset)
@@ -42,10 +50,11 @@ def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]]
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table; `|` in cells is escaped."""
+    """A data frame as a Markdown table, numbers with 4 digits; `|` in cells is escaped."""
 
     def row(cells: list[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
     return "\n".join(
         [row(list(table.columns)), row(["---"] * table.shape[1]), *(row(list(v)) for v in table.to_numpy())]

@@ -8,6 +8,7 @@ from studies.figures import performance as figures
 from studies.results import Provenance, read_provenance, read_table
 from studies.sections.section import Picture, Section, Table
 
+COLUMNS = ("images", "channels", "height", "width", "variant", "repeat", "milliseconds", "peak_mib")
 BASELINE, BOUND = "textbook", "one matrix product"
 
 
@@ -35,7 +36,7 @@ def summary(repeats: pd.DataFrame) -> pd.DataFrame:
 
 def section(folder: Path) -> Section:
     """The section of the report for the results in `folder`."""
-    repeats, origin = read_table(folder, "performance"), read_provenance(folder, "performance")
+    repeats, origin = read_table(folder, "performance", COLUMNS), read_provenance(folder, "performance")
     table = summary(repeats)
     return Section(
         title="Performance: what does the GCP head cost?",
@@ -48,7 +49,7 @@ def section(folder: Path) -> Section:
             Table(
                 "performance_summary",
                 "Medians over repeats. Speed-up and memory relative to the textbook version; "
-                "the bound is one batched product of C × C matrices.",
+                "the bound is one batched product of C × n by n × C matrices, n = min(C, HW).",
                 _printed(table),
             )
         ],
@@ -70,14 +71,14 @@ def _caption(table: pd.DataFrame) -> str:
 
 
 def _printed(table: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "features": table["shape"],
-            "variant": [figures.NAMES.get(v, v) for v in table.variant],
-            "median [ms]": table["median"].map("{:.2f}".format),
-            "speed-up": table.speed_up.map("{:.2f}".format),
-            "times the bound": table.times_bound.map("{:.1f}".format),
-            "peak [MiB]": table.peak_mib.map("{:.1f}".format),
-            "memory ratio": table.memory_ratio.map("{:.2f}".format),
-        }
-    )
+    columns = {
+        "shape": "features",
+        "variant": "variant",
+        "median": "median [ms]",
+        "speed_up": "speed-up",
+        "times_bound": "times the bound",
+        "peak_mib": "peak [MiB]",
+        "memory_ratio": "memory ratio",
+    }
+    named = table.assign(variant=[figures.NAMES.get(v, v) for v in table.variant])
+    return named[list(columns)].rename(columns=columns)

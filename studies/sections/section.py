@@ -18,6 +18,7 @@ class Claim:
     interval: Interval
     claimed: str = "below"
     reference: float = 1.0
+    group: str = "in the paper"
 
     @property
     def verdict(self) -> str:
@@ -56,6 +57,11 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
-    def count(self, word: str) -> int:
-        """How many claims have this verdict."""
-        return sum(claim.verdict == word for claim in self.claims)
+    @property
+    def groups(self) -> list[str]:
+        """The groups of claims, in order."""
+        return list(dict.fromkeys(claim.group for claim in self.claims))
+
+    def count(self, word: str, group: str) -> int:
+        """How many claims of a group have this verdict."""
+        return sum(claim.verdict == word for claim in self.claims if claim.group == group)
