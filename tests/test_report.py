@@ -40,7 +40,7 @@ def write_landscape(folder: Path, lines: pd.DataFrame) -> None:
     config = vars(landscape.Settings(poolings=heads)) | {"preset": "quick"}
     origin = provenance(
         "landscape",
-        vars(settings) | {"preset": "quick"},
+        config,
         list(SEEDS),
         {"label": "Digits (8x8)"},
         torch.device("cpu"),
