@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from studies.figures.style import colour, label, mean_with_interval, new_figure
+from studies.figures.style import colour, label, mean_and_seeds, new_figure
 from studies.statistics import Comparison
 
 LINES = {
@@ -55,7 +55,7 @@ def _band(ax: Axes, lines: pd.DataFrame, quantity: str, tint: str) -> None:
 
 
 def widths(by_step: pd.DataFrame) -> Figure:
-    """Loss variation and largest gradient distance over training, for each line; mean over seeds with 95 % interval.
+    """Loss variation and largest gradient distance over training, for each line; geometric mean over seeds, thin lines each seed.
 
     `by_step` has one row for each pooling, seed, space, direction and step.
     """
@@ -65,16 +65,8 @@ def widths(by_step: pd.DataFrame) -> Figure:
             ax = axes[row, column]
             some = by_step[(by_step.space == space) & (by_step.direction == direction)]
             for pooling in by_step.pooling.unique():
-                mean_with_interval(
-                    ax,
-                    some[some.pooling == pooling],
-                    "step",
-                    quantity,
-                    geometric=True,
-                    color=colour(pooling),
-                    label=label(pooling),
-                )
-            ax.set_yscale("log")
+                own = some[some.pooling == pooling]
+                mean_and_seeds(ax, own, "step", quantity, tint=colour(pooling), name=label(pooling))
             if row == 0:
                 ax.set_title(line_title)
             else:
@@ -115,16 +107,15 @@ def ratios(comparisons: Sequence[Comparison], lines: Mapping[str, str], quantiti
 
 
 def training(epochs: pd.DataFrame) -> Figure:
-    """Training loss and test error over epochs, mean over seeds with 95 % interval."""
+    """Training loss and test error over epochs; geometric mean over seeds, thin lines each seed."""
     figure, axes = new_figure(1, 2, 8.0, 3.0)
     table = epochs.assign(test_error=100.0 * (1.0 - epochs.test_top1))
     columns = {"train_loss": "training loss", "test_error": "test error [%]"}
     for ax, (column, title) in zip(axes[0], columns.items(), strict=True):
         for pooling in table.pooling.unique():
             some = table[table.pooling == pooling]
-            mean_with_interval(ax, some, "epoch", column, geometric=True, color=colour(pooling), label=label(pooling))
+            mean_and_seeds(ax, some, "epoch", column, tint=colour(pooling), name=label(pooling))
         ax.set_xlabel("epoch")
         ax.set_ylabel(title)
-        ax.set_yscale("log")
     axes[0, 0].legend(frameon=False, fontsize="small")
     return figure

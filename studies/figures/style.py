@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.results import write_file
-from studies.statistics import mean_interval
 
 # Colour-blind safe (Wong 2011), the same head in the same colour in every figure.
 COLOURS = {
@@ -50,21 +49,17 @@ def new_figure(rows: int, columns: int, width: float, height: float, **options: 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[call-overload]
 
 
-def mean_with_interval(
-    axes: Axes, table: pd.DataFrame, x: str, y: str, *, geometric: bool = False, **line: object
-) -> None:
-    """Mean of `y` over the rows (seeds) at each `x`, shaded by the 95 % t interval where there are several.
+def mean_and_seeds(axes: Axes, table: pd.DataFrame, x: str, y: str, *, tint: str, name: str) -> None:
+    """Geometric mean of `y` over seeds at each `x` on a logarithmic axis, and each seed as a thin line.
 
-    `geometric` takes mean and interval of the logarithms, for quantities that a logarithmic axis shows.
+    For the few seeds of a study the single curves say more than an interval at every point would.
     """
-    values = table[y].where(table[y] > 0).transform("log") if geometric else table[y]
-    intervals = {at: mean_interval(group.to_numpy()) for at, group in values.groupby(table[x])}
-    places = np.array(list(intervals))
-    curves = np.array([(i.low, i.estimate, i.high) for i in intervals.values()])
-    low, middle, high = (np.exp(curves) if geometric else curves).T
-    axes.plot(places, middle, **line)  # type: ignore[arg-type]
-    if np.isfinite(low).all() and np.isfinite(high).all() and len(table) > len(places):
-        axes.fill_between(places, low, high, color=line.get("color"), alpha=0.2, linewidth=0)
+    values = table.assign(**{y: table[y].where(table[y] > 0)})  # a logarithmic axis has no place for zero
+    for _, one in values.groupby("seed"):
+        axes.plot(one[x], one[y], color=tint, linewidth=0.5, alpha=0.6)
+    mean = values[y].transform("log").groupby(values[x]).mean().transform("exp")
+    axes.plot(mean.index, mean, color=tint, linewidth=1.6, label=name)
+    axes.set_yscale("log")
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("svg", "png")) -> None:

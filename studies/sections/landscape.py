@@ -248,7 +248,7 @@ def _bands_caption(origin: Provenance, claims: list[Claim]) -> str:
     found = " ".join(f"{c.quantity}: {c.interval}, claim {c.verdict}." for c in claims[:2])
     return (
         f"Bands from the smallest to the largest value over η at each measured step (geometric mean over seeds of both "
-        f"edges). {_scope(origin)} {found}"
+        f"edges, thin lines the seeds). {_scope(origin)} {found}"
     )
 
 
@@ -256,7 +256,7 @@ def _widths_caption(origin: Provenance, found: list[Comparison]) -> str:
     gcp = [c for c in found if c.pooling == "gcp" and c.quantity == "loss_variation"]
     words = "; ".join(f"{LINES[c.condition]} {c.interval}" for c in gcp)
     return (
-        f"Width of the bands along all three lines, geometric mean over seeds with 95 % interval. {_scope(origin)}"
+        f"Width of the bands along all three lines: geometric mean over seeds, thin lines the seeds. {_scope(origin)}"
         + (f" Loss variation of GCP relative to GAP: {words}." if words else "")
     )
 
@@ -265,7 +265,7 @@ def _training_caption(origin: Provenance, epochs: pd.DataFrame) -> str:
     last = epochs[epochs.epoch == epochs.epoch.max()].groupby("pooling", sort=False).test_top1.mean()
     found = ", ".join(f"{label(str(pooling))} {100 * value:.1f} %" for pooling, value in last.items())
     return (
-        f"The same runs: training loss and test error, geometric mean over seeds with 95 % interval. {_scope(origin)} "
+        f"The same runs: training loss and test error, geometric mean over seeds, thin lines the seeds. {_scope(origin)} "
         f"Test top-1 after the last epoch: {found}."
     )
 
