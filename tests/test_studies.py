@@ -264,7 +264,7 @@ def test_torchrun_gives_the_same_table(
 
 
 def test_dry_run_of_the_paper_states_its_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["landscape", "--preset", "paper", "--dry-run", "--poolings", "gcp", "--eta-points", "1", "--threads", "2"]
+    flags = ["landscape", "--preset", "paper", "--dry-run", "--poolings", "gcp", "--eta-points", "1", "--threads", "1"]
     assert main([*flags, "--batch-size", "2", "--out", str(tmp_path / "none")]) == 0
     printed = capsys.readouterr().out
     assert "resnet18 + gcp" in printed
