@@ -73,7 +73,7 @@ def _errors_in_one_line() -> Iterator[None]:
 def _preset(arguments: list[str]) -> str:
     """The value of ``--preset``, read ahead because it gives the defaults of all other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default=Common.preset)
+    parser.add_argument("--preset", default=Common.preset, nargs="?", const="")
     preset: str = parser.parse_known_args(arguments)[0].preset
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
