@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from studies.figures.style import colour, label, mean_and_seeds, new_figure
+from studies.figures.style import colour, label, logarithmic, mean_and_seeds, new_figure
 from studies.statistics import Comparison
 
 LINES = {
@@ -36,6 +35,8 @@ def bands(lines: pd.DataFrame) -> Figure:
         for column, pooling in enumerate(heads):
             _band(axes[row, column], on_line[on_line.pooling == pooling], quantity, colour(pooling))
         axes[row, 0].set_ylabel(title)
+        for ax in axes[row]:
+            logarithmic(ax, "y")
     for column, pooling in enumerate(heads):
         axes[0, column].set_title(label(pooling))
         axes[-1, column].set_xlabel("training step")
@@ -51,7 +52,6 @@ def _band(ax: Axes, lines: pd.DataFrame, quantity: str, tint: str) -> None:
         ax.plot(edges.index, edges[edge], color=tint, linewidth=1.4)
         for _, own in per_seed[edge].groupby("seed"):
             ax.plot(own.index.get_level_values("step"), own.to_numpy(), color=tint, linewidth=0.5, alpha=0.6)
-    ax.set_yscale("log")
 
 
 def widths(by_step: pd.DataFrame) -> Figure:
@@ -67,6 +67,7 @@ def widths(by_step: pd.DataFrame) -> Figure:
             for pooling in by_step.pooling.unique():
                 own = some[some.pooling == pooling]
                 mean_and_seeds(ax, own, "step", quantity, tint=colour(pooling), name=label(pooling))
+            logarithmic(ax, "y")
             if row == 0:
                 ax.set_title(line_title)
             else:
@@ -93,10 +94,7 @@ def ratios(comparisons: Sequence[Comparison], lines: Mapping[str, str], quantiti
             if np.isfinite([one.interval.low, one.interval.high]).all():
                 ax.plot([one.interval.low, one.interval.high], [height] * 2, color=colour(one.pooling), linewidth=1.6)
         ax.axvline(1.0, color=colour("gap"), linewidth=1.0, linestyle="--", label="GAP = 1")
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        logarithmic(ax, "x")
         ax.set_title(title)
     axes[0, 0].set_yticks(range(len(quantities)), list(quantities.values()))
     axes[0, 0].invert_yaxis()
@@ -115,6 +113,7 @@ def training(epochs: pd.DataFrame) -> Figure:
         for pooling in table.pooling.unique():
             some = table[table.pooling == pooling]
             mean_and_seeds(ax, some, "epoch", column, tint=colour(pooling), name=label(pooling))
+        logarithmic(ax, "y")
         ax.set_xlabel("epoch")
         ax.set_ylabel(title)
     axes[0, 0].legend(frameon=False, fontsize="small")

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
 from studies.results import write_file
 
@@ -59,7 +60,18 @@ def mean_and_seeds(axes: Axes, table: pd.DataFrame, x: str, y: str, *, tint: str
         axes.plot(one[x], one[y], color=tint, linewidth=0.5, alpha=0.6)
     mean = values[y].transform("log").groupby(values[x]).mean().transform("exp")
     axes.plot(mean.index, mean, color=tint, linewidth=1.6, label=name)
-    axes.set_yscale("log")
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """Make the ``x`` or ``y`` axis logarithmic, with plain numbers at as many ticks as fit; call it when all is drawn."""
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    decades = np.log10(high / low)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 0.8 else (1.0, 2.0, 5.0) if decades < 1.6 else (1.0,)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}" if decades < 4 else LogFormatterSciNotation())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("svg", "png")) -> None:
