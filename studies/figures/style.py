@@ -64,6 +64,8 @@ def mean_and_seeds(axes: Axes, table: pd.DataFrame, x: str, y: str, *, tint: str
 
 def logarithmic(axes: Axes, which: str) -> None:
     """Make the ``x`` or ``y`` axis logarithmic, with plain numbers at as many ticks as fit; call it when all is drawn."""
+    if not np.isfinite(axes.dataLim.minposx if which == "x" else axes.dataLim.minposy):
+        return  # nothing positive was drawn
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     decades = np.log10(high / low)
