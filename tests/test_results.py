@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -17,15 +18,20 @@ from studies.results import git_commit, provenance, read_provenance, read_table,
 from studies.settings import own_folder
 
 
-@pytest.fixture
+@contextmanager
 def tiny_disk() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes: a write past that fails as on a full disk."""
+    """No file may grow beyond 1,000 bytes: a write past that fails as on a full disk.
+
+    Held only around the writing itself: pytest's own output may be such a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_table_and_provenance_come_back(tmp_path: Path) -> None:
@@ -41,13 +47,14 @@ def test_table_and_provenance_come_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "landscape.json").read_text())["config"] == {"epochs": 3}
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path, tiny_disk: None) -> None:
+def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     write_file(tmp_path / "a.csv", "old")
-    with pytest.raises(InputError, match=r"cannot write .*a\.csv: File too large; what was there before is kept"):
+    with tiny_disk(), pytest.raises(InputError, match=r"a\.csv: File too large; what was there before is kept"):
         write_file(tmp_path / "a.csv", "x" * 5000)
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
     assert (tmp_path / "a.csv").read_text() == "old"
-    with pytest.raises(InputError, match=f"cannot write to the output folder {tmp_path}: File too large"):
+    message = f"cannot write to the output folder {tmp_path}: File too large"
+    with tiny_disk(), pytest.raises(InputError, match=message):
         own_folder(tmp_path).__enter__()
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
