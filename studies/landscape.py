@@ -239,7 +239,10 @@ def _open(folder: Path, settings: Settings, resume: bool) -> None:
     """Start the folder of runs afresh, or check that the runs there are of these settings (other heads may be added)."""
     file, mine = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
     if resume and file.exists():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} is damaged ({error}); start afresh without --resume") from None
         for name in (n for n in mine if n != "poolings" and mine[n] != theirs.get(n)):
             raise InputError(
                 f"the runs in {folder} have {name} = {theirs.get(name)!r}, not {mine[name]!r}; repeat the flags of the "

@@ -153,6 +153,10 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*flags, "--resume"]) == 2
     assert str(checkpoint) in capsys.readouterr().err
     assert (tmp_path / "landscape.csv").read_bytes() == table
+    settings = tmp_path / "runs" / "landscape" / "settings.json"
+    settings.write_text("{")
+    assert main([*flags, "--resume"]) == 2
+    assert f"{settings} is damaged" in capsys.readouterr().err
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

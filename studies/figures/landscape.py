@@ -10,11 +10,6 @@ from matplotlib.figure import Figure
 from studies.figures.style import colour, label, logarithmic, mean_and_seeds, new_figure
 from studies.statistics import Comparison
 
-LINES = {
-    ("feature", "ascent"): "features, X + ηg (published)",
-    ("feature", "descent"): "features, X − ηg",
-    ("weight", "step"): "weights, η optimiser steps",
-}
 PUBLISHED = ("feature", "ascent")
 BANDS = {"loss": "loss L(X + ηg)", "gradient_distance": "‖g(X + ηg) − g(X)‖₂"}
 WIDTHS = {
@@ -54,16 +49,17 @@ def _band(ax: Axes, lines: pd.DataFrame, quantity: str, tint: str) -> None:
             ax.plot(own.index.get_level_values("step"), own.to_numpy(), color=tint, linewidth=0.5, alpha=0.6)
 
 
-def widths(by_step: pd.DataFrame) -> Figure:
+def widths(by_step: pd.DataFrame, lines: Mapping[str, str]) -> Figure:
     """Loss variation and largest gradient distance over training, for each line; geometric mean over seeds, thin lines each seed.
 
-    `by_step` has one row for each pooling, seed, space, direction and step.
+    `by_step` has one row for each pooling, seed, space, direction and step; `lines` gives the name of each
+    "<space> <direction>", in the order shown.
     """
-    figure, axes = new_figure(len(WIDTHS), len(LINES), 10.5, 5.4, sharex=True)
+    figure, axes = new_figure(len(WIDTHS), len(lines), 10.5, 5.4, sharex=True)
     for row, (quantity, title) in enumerate(WIDTHS.items()):
-        for column, ((space, direction), line_title) in enumerate(LINES.items()):
+        for column, (line, line_title) in enumerate(lines.items()):
             ax = axes[row, column]
-            some = by_step[(by_step.space == space) & (by_step.direction == direction)]
+            some = by_step[by_step.space + " " + by_step.direction == line]
             for pooling in by_step.pooling.unique():
                 own = some[some.pooling == pooling]
                 mean_and_seeds(ax, own, "step", quantity, tint=colour(pooling), name=label(pooling))

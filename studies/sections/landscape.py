@@ -105,7 +105,7 @@ def section(folder: Path) -> Section:
     claims = _claims(found) + _control(widths) if compared else []
     pictures = [
         Picture("landscape", _bands_caption(origin, claims), figures.bands(lines)),
-        Picture("landscape_widths", _widths_caption(origin, found), figures.widths(widths)),
+        Picture("landscape_widths", _widths_caption(origin, found), figures.widths(widths, LINES)),
         Picture("landscape_training", _training_caption(origin, epochs), figures.training(epochs)),
     ]
     tables = [Table("landscape_accuracy", _scope(origin) + " Mean over seeds with 95 % t interval.", accuracy(epochs))]
