@@ -1,0 +1,130 @@
+"""The two Kronecker factors of a layer with shared weights: `B kron A` for the weight `[out, in]`, row-major.
+
+Index letters: N samples, V backpropagated vectors a sample, T positions (1 for a linear layer on `[N, D]`), G groups,
+D inputs of a group (`C / G * kh * kw` for a convolution), O its outputs, a `[N, T, G, D]` what the weight multiplies, s
+`[V, N, T, G, O]` the gradients at its output (columns of a root of the loss's curvature, 1 / N of a mean loss inside).
+
+    expand (KFC)    A = sum_nt a a^T / (N T)                     B = sum_vnt s s^T
+    reduce          A = sum_n (mean_t a) (mean_t a)^T / N        B = sum_vn (sum_t s) (sum_t s)^T
+
+R. Grosse, J. Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016; R. Eschenhagen,
+A. Immer, R. Turner, F. Schneider, P. Hennig, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+Architectures", NeurIPS 2023. A covariance head is shift invariant, so that sum_t s = 0 where nothing but linear maps of
+single positions lies between it and a convolution: there `reduce` is zero, and only `expand` says anything.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secondorder.curvature.autocorrelation import autocorrelation_factor, autocorrelation_is_faster
+from secondorder.errors import unknown
+
+SHARINGS = ("expand", "reduce")
+KRONECKER_LAYERS = (nn.Linear, nn.Conv2d)
+WIDE_INPUT = 4096
+"""Inputs from which A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
+UNFOLDED_BYTES = 64 * 2**20
+"""Size of the buffer of unfolded patches: larger batches are unfolded part by part."""
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def input_width(layer: Layer) -> int:
+    """D, the rows and columns of A (of each group)."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
+
+
+def input_factor(layer: Layer, x: Tensor, sharing: str) -> Tensor:
+    """A `[D, D]`, or `[G, D, D]` for G > 1 groups, from the layer's input x. Raises InputError for an unknown sharing."""
+    _check(sharing)
+    if isinstance(layer, nn.Linear):
+        a = _rows_of_linear(x, sharing)
+        return a.mT @ a / len(a)
+    if sharing == "reduce":
+        a = _mean_patches(layer, x)
+        return _squeezed(torch.einsum("ngd,nge->gde", a, a) / len(x))
+    if autocorrelation_is_faster(layer, x):
+        return autocorrelation_factor(x) / (len(x) * x.shape[-2] * x.shape[-1])
+    return _unfolded_factor(layer, x)
+
+
+def input_rows(layer: Layer, x: Tensor, sharing: str) -> Tensor:
+    """Rows `[R, D]` (`[G, R, D]`) with A = rows^T rows: R = N T for expand, N for reduce; for inputs above WIDE_INPUT."""
+    _check(sharing)
+    if isinstance(layer, nn.Linear):
+        a = _rows_of_linear(x, sharing)
+    elif sharing == "reduce":
+        a = _squeezed(_mean_patches(layer, x).transpose(0, 1))
+    else:
+        a = _squeezed(patches(layer, x).permute(1, 0, 3, 2).flatten(1, 2))
+    return a / math.sqrt(a.shape[-2])
+
+
+def gradient_factor(layer: Layer, s: Tensor, sharing: str) -> Tensor:
+    """B `[O, O]`, or `[G, O, O]`, from the gradients s `[V, N, *out]` at the layer's output."""
+    _check(sharing)
+    if isinstance(layer, nn.Linear):
+        s = s.flatten(0, 1).flatten(1, -2) if s.ndim > 3 else s.flatten(0, 1)[:, None]
+        s = (s.sum(1) if sharing == "reduce" else s.flatten(0, 1)).flatten(0, -2)
+        return s.mT @ s
+    s = s.flatten(0, 1).flatten(2)
+    if sharing == "reduce":
+        s = s.sum(-1, keepdim=True)
+    if layer.groups == 1:
+        return torch.tensordot(s, s, dims=([0, 2], [0, 2]))
+    s = s.unflatten(1, (layer.groups, -1))
+    return torch.einsum("ngot,ngpt->gop", s, s)
+
+
+def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """im2col: what the weight multiplies at each position, `[N, C, H, W] -> [N, G, D, T]`; any padding and padding mode."""
+    unfolded = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)  # type: ignore[arg-type]
+    return unfolded.unflatten(1, (layer.groups, -1))
+
+
+def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The input with the layer's padding around it."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    sides = layer._reversed_padding_repeated_twice
+    return F.pad(x, sides, mode=mode) if any(sides) else x
+
+
+def _unfolded_factor(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A through im2col, a part of the batch at a time."""
+    one = patches(layer, x[:1])
+    step = max(1, UNFOLDED_BYTES // (one.numel() * one.element_size()))
+    A = x.new_zeros(one.shape[1], one.shape[2], one.shape[2])
+    for part in x.split(step):
+        a = patches(layer, part)
+        if layer.groups == 1:
+            A[0] += torch.tensordot(a[:, 0], a[:, 0], dims=([0, 2], [0, 2]))
+        else:
+            A += torch.einsum("ngdt,nget->gde", a, a)
+    return _squeezed(A / (len(x) * one.shape[-1]))
+
+
+def _mean_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """mean_t a `[N, G, D]`."""
+    one = patches(layer, x[:1])
+    step = max(1, UNFOLDED_BYTES // (one.numel() * one.element_size()))
+    return torch.cat([patches(layer, part).mean(-1) for part in x.split(step)])
+
+
+def _rows_of_linear(x: Tensor, sharing: str) -> Tensor:
+    """a `[N T, D]`, or mean_t a `[N, D]`."""
+    if x.ndim > 2 and sharing == "reduce":
+        return x.flatten(1, -2).mean(1)
+    return x.flatten(0, -2)
+
+
+def _squeezed(factor: Tensor) -> Tensor:
+    """Without the dimension of groups where there is one group."""
+    return factor[0] if len(factor) == 1 else factor
+
+
+def _check(sharing: str) -> None:
+    if sharing not in SHARINGS:
+        raise unknown("weight sharing", sharing, SHARINGS)

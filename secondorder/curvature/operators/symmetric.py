@@ -1,0 +1,93 @@
+"""Symmetric linear operators: a matrix that is known by what it does to vectors."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from secondorder.errors import InputError
+
+DENSE_LIMIT = 2 * 2**30  # bytes of a dense matrix that nobody asked for in so many words
+
+
+class SymmetricOperator(ABC):
+    """A symmetric matrix `[P, P]` given by its products: ``operator @ V`` for V `[P]` or `[P, K]`.
+
+    Index letters: P rows, K vectors. A subclass gives `_matmat` and, where it has one, a cheaper `dense`, `diagonal`,
+    `trace` or `eigenvalues`. All tensors of one operator have its `dtype` and `device`.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.size = size
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def _matmat(self, V: Tensor) -> Tensor:
+        """The product with V `[P, K]`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.size, self.size
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        if V.ndim not in (1, 2) or V.shape[0] != self.size:
+            raise InputError(f"an operator of shape {list(self.shape)} cannot be multiplied by shape {list(V.shape)}")
+        V = V.to(self.device, self.dtype)
+        return self._matmat(V[:, None])[:, 0] if V.ndim == 1 else self._matmat(V)
+
+    def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
+        self.check_dense(limit)
+        matrix = self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return (matrix + matrix.mT) / 2
+
+    def check_dense(self, limit: int) -> None:
+        """InputError when the dense matrix takes more than `limit` bytes."""
+        check_bytes(self.size, self.dtype, limit)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal `[P]`."""
+        return self.dense().diagonal().clone()
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a scalar."""
+        return self.diagonal().sum()
+
+    def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """All P eigenvalues in ascending order. Raises InputError when they need a dense matrix above `limit` bytes."""
+        return torch.linalg.eigvalsh(self.dense(limit))
+
+    def frobenius_norm(self) -> Tensor:
+        """The root of the sum of all squared entries, a scalar."""
+        return torch.linalg.matrix_norm(self.dense())
+
+    def linear_operator(self) -> LinearOperator:
+        """The same operator for SciPy: products with NumPy vectors and matrices, computed on this operator's device."""
+
+        def product(v: np.ndarray) -> np.ndarray:
+            result: np.ndarray = (self @ torch.as_tensor(np.ascontiguousarray(v))).cpu().numpy()
+            return result
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape,
+            matvec=lambda v: product(v.reshape(-1)),
+            rmatvec=lambda v: product(v.reshape(-1)),
+            matmat=product,
+            rmatmat=product,
+            dtype=dtype,
+        )
+
+
+def check_bytes(size: int, dtype: torch.dtype, limit: int) -> None:
+    """InputError when a dense matrix of `size` x `size` takes more than `limit` bytes."""
+    needed = size**2 * dtype.itemsize
+    if needed > limit:
+        raise InputError(
+            f"a dense matrix of {size} x {size} takes {needed / 2**30:.1f} GiB, more than the limit of "
+            f"{limit / 2**30:.1f} GiB; use products (operator @ v), a smaller block, or pass a larger limit"
+        )
