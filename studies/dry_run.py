@@ -61,8 +61,11 @@ def fake_data(dataset: str, images: int, image_size: int | None = None) -> Image
     )
 
 
-def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
-    """Take a step and a measurement of `run`; seconds of the whole run on this device, and a sentence about it."""
+def cost_of(run: Run, observers: Mapping[str, Observer], measurements: int | None = None) -> tuple[float, str]:
+    """Take a step and a measurement of `run`; seconds of the whole run on this device, and a sentence about it.
+
+    `measurements` of each observer in the whole run, when they are not one every so many steps.
+    """
     device = resolve_device(run.device)
     size = run.image_size or DATASETS[run.dataset].image_size
     batch = min(run.batch_size, max(2, CPU_PIXELS // size**2)) if device.type == "cpu" else run.batch_size
@@ -78,7 +81,9 @@ def cost_of(run: Run, observers: Mapping[str, Observer]) -> tuple[float, str]:
         trained = train(one, data, Path(folder), observers=watches, progress=False)
     step = float(trained.history[-1]["seconds"]) * scale
     steps = images // run.batch_size * run.epochs
-    measuring = {name: watch.seconds * scale * -(-steps // watch.every) for name, watch in watches.items()}
+    # an observer that is not called every so many steps measures images of its own, not those of the step
+    times = {name: measurements or scale * -(-steps // watch.every) for name, watch in watches.items()}
+    measuring = {name: watch.seconds * times[name] for name, watch in watches.items()}
     total = step * steps + sum(measuring.values())
     parameters = sum(p.numel() for p in trained.model.parameters()) / 1e6
     return total, (

@@ -7,8 +7,6 @@ published, Wang et al. 2020) and along -g (where training goes), and in weight s
 Results: ``landscape.csv`` (one row for each run, step, line and eta) and ``landscape_training.csv`` (one for each epoch).
 """
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,8 @@ from secondorder.landscape import (
 )
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
 from studies.dry_run import cost_of
-from studies.results import git_commit, provenance, write_file, write_table
+from studies.results import provenance, write_table
+from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
 
 NAME = "landscape"
@@ -216,12 +215,12 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     there, and refuses when they are of other settings.
     """
     todo, folder = runs(common, settings), common.folder / "runs" / NAME
-    on_main(lambda: _open(folder, settings, common.resume))
+    on_main(lambda: open_runs(folder, settings, common.resume))
     results: list[tuple[Run, Trained]] = []
     for number, one in enumerate(todo, start=1):
         if common.progress and is_main_process():
             print(f"{NAME}: run {number} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}", flush=True)
-        on_main(lambda one=one: _sign(folder / one.name))  # type: ignore[misc]
+        on_main(lambda one=one: sign(folder / one.name))  # type: ignore[misc]
         trained = train(
             one,
             data,
@@ -233,32 +232,6 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
         results.append((one, trained))
         if is_main_process():
             _write(common, settings, data, results, folder, partial=number < len(todo))
-
-
-def _open(folder: Path, settings: Settings, resume: bool) -> None:
-    """Start the folder of runs afresh, or check that the runs there are of these settings (other heads may be added)."""
-    file, mine = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
-    if resume and file.exists():
-        try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error}); start afresh without --resume") from None
-        for name in (n for n in mine if n != "poolings" and mine[n] != theirs.get(n)):
-            raise InputError(
-                f"the runs in {folder} have {name} = {theirs.get(name)!r}, not {mine[name]!r}; repeat the flags of the "
-                "interrupted command, or start afresh without --resume"
-            )
-    elif not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(file, json.dumps(mine, indent=2) + "\n")
-
-
-def _sign(folder: Path) -> None:
-    """Note the commit of the code that begins a run, which may not be the code that finishes the study."""
-    if not (folder / "commit").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "commit", git_commit())
 
 
 def dry_run(common: Common, settings: Settings) -> list[str]:
@@ -289,7 +262,7 @@ def _write(
         {"label": data.label, **data.provenance},
         common.torch_device,
         sum(trained.seconds for _, trained in results),
-        [(folder / one.name / "commit").read_text(encoding="utf-8") for one, _ in results],
+        [commit_of(folder / one.name) for one, _ in results],
     )
     write_table(common.folder, TRAINING, pd.concat([_labelled(one, trained.history) for one, trained in results]))
     write_table(common.folder, NAME, lines, origin)

@@ -1,36 +1,36 @@
-"""Performance study: forward and backward time and peak memory of the GCP head against the textbook version.
+"""Performance study: time and peak memory of the GCP head against the textbook version, and of curvature quantities.
 
 Everything is timed in one process, one CPU thread unless asked otherwise, interleaved: each repeat runs every variant once,
 beginning with another one each time, so that a busy moment of a shared machine meets all of them. Medians over repeats are
 compared. The bound is one batched product of C x n by n x C matrices, n = min(C, H W): neither the covariance nor its root is
 formed with less.
 
-Results: ``performance.csv``, one row for each shape, variant and repeat.
+Results: ``performance.csv``, one row for each shape, variant and repeat, and ``performance_curvature.csv``, one for each
+quantity of `studies.curvature_costs` and repeat.
 """
 
-import gc
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from secondorder.errors import InputError
 from secondorder.matrix_power.newton_schulz import newton_schulz_sqrt
 from secondorder.pooling import Covariance, UpperTriangle, pooling_head
 from secondorder.training import is_main_process
+from secondorder.untouched import same_randomness
+from studies.curvature_costs import actions as curvature_actions
+from studies.curvature_costs import cost_network, peak_rates, work
 from studies.results import provenance, write_table
 from studies.settings import Common
+from studies.timing import interleaved, peak_bytes, seconds
 
-NAME = "performance"
+NAME, CURVATURE = "performance", "performance_curvature"
 Shape = tuple[int, int, int, int]
 Step = Callable[[Tensor], Tensor]
 
@@ -54,16 +54,24 @@ class Settings:
     """Timed repeats of each variant; the median is compared."""
     timing_threads: int = 1
     """CPU threads while timing."""
+    curvature_images: int = 64
+    """Batch for which the curvature quantities are timed."""
+    curvature_channels: int = 32
+    """Channels of the first convolutions of the network that they are timed on; the later ones have twice as many."""
 
     def __post_init__(self) -> None:
         for shape in self.shapes:
             parse_shape(shape)
         if self.repeats < 1 or self.timing_threads < 1:
             raise InputError(f"--repeats {self.repeats}, --timing-threads {self.timing_threads}: both are at least 1")
+        if self.curvature_images < 1 or self.curvature_channels < 1:
+            raise InputError(
+                f"--curvature-images {self.curvature_images}, --curvature-channels {self.curvature_channels}: both are at least 1"
+            )
 
 
 PRESETS = {
-    "smoke": Settings(shapes=("2x8x3x3", "2x4x4x4"), repeats=2),
+    "smoke": Settings(shapes=("2x8x3x3", "2x4x4x4"), repeats=2, curvature_images=2, curvature_channels=2),
     "quick": Settings(repeats=9),
     "cifar10": Settings(repeats=31),
     "paper": Settings(shapes=("256x256x14x14", "96x256x7x7", "256x128x14x14"), repeats=31),
@@ -95,50 +103,6 @@ def forward_backward(step: Step, features: Tensor, cotangent: Tensor) -> None:
     step(features).backward(cotangent)
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of `action`, waiting for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """Largest memory that `action` holds at once beyond what was held before, as torch's allocator counts it."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        action()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        action()
-    held = peak = 0
-    events = profiler.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Send the process's standard error to nowhere: the profiler's C++ part reports its own start and stop there."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def measure_shape(shape: Shape, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Rows of all variants at one shape, repeats interleaved after one untimed round that also measures memory."""
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +115,6 @@ def measure_shape(shape: Shape, repeats: int, device: torch.device) -> list[dict
     for name, action in actions.items():
         features.grad = None  # else the first to run would be charged with the gradient that the others replace
         memory[name] = peak_bytes(action, device)
-    order = list(actions.items())
     return [
         {
             "images": shape[0],
@@ -160,11 +123,41 @@ def measure_shape(shape: Shape, repeats: int, device: torch.device) -> list[dict
             "width": shape[3],
             "variant": name,
             "repeat": repeat,
-            "milliseconds": 1e3 * seconds(action, device),
+            "milliseconds": milliseconds,
             "peak_mib": memory[name] / 2**20,
         }
+        for name, repeat, milliseconds in interleaved(actions, repeats, device)
+    ]
+
+
+def measure_curvature(images: int, channels: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of all curvature quantities, interleaved with a large matrix product and a large copy; changes the random state."""
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(images, 3, 32, 32, generator=generator).to(device)
+    labels = torch.randint(10, (images,), generator=generator).to(device)
+    torch.manual_seed(0)
+    timed = curvature_actions(batch, labels, channels)
+    necessary = work(cost_network(channels).to(device), batch)
+    memory = {name: peak_bytes(action, device) for name, action in timed.items()}
+    rates = peak_rates(device)
+    times: dict[tuple[str, int], float] = {}
+    for name, repeat, milliseconds in interleaved(timed | rates, repeats, device):
+        times[name, repeat] = milliseconds
+    return [
+        {
+            "images": images,
+            "channels": channels,
+            "quantity": name,
+            "repeat": repeat,
+            "milliseconds": times[name, repeat],
+            "peak_mib": memory[name] / 2**20,
+            "operations": necessary.of(name)[0],
+            "bytes": necessary.of(name)[1],
+            "product_ms": times["matrix product", repeat],
+            "copy_ms": times["copy", repeat],
+        }
         for repeat in range(repeats)
-        for name, action in order[repeat % len(order) :] + order[: repeat % len(order)]
+        for name in timed
     ]
 
 
@@ -188,6 +181,10 @@ def run(common: Common, settings: Settings, device: torch.device) -> None:
     try:
         for shape in tqdm(settings.shapes, desc=NAME, unit="shape", disable=not common.progress):
             rows += measure_shape(parse_shape(shape), settings.repeats, device)
+        with same_randomness():
+            curvature = measure_curvature(
+                settings.curvature_images, settings.curvature_channels, settings.repeats, device
+            )
         origin = provenance(
             NAME,
             asdict(settings) | {"preset": common.preset},
@@ -198,6 +195,7 @@ def run(common: Common, settings: Settings, device: torch.device) -> None:
         )
     finally:
         torch.set_num_threads(threads)
+    write_table(common.folder, CURVATURE, pd.DataFrame(curvature))
     write_table(common.folder, NAME, pd.DataFrame(rows), origin)
 
 
@@ -205,7 +203,12 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
     """Time one repeat of every shape and state what all repeats take."""
     device = common.torch_device
     torch.set_num_threads(settings.timing_threads)
-    once = sum(seconds(lambda s=s: measure_shape(parse_shape(s), 1, device), device) for s in settings.shapes)  # type: ignore[misc]
+    once: float = sum(seconds(lambda s=s: measure_shape(parse_shape(s), 1, device), device) for s in settings.shapes)  # type: ignore[misc]
+    with same_randomness():
+        once += seconds(
+            lambda: measure_curvature(settings.curvature_images, settings.curvature_channels, 1, device), device
+        )
     return [
-        f"{len(settings.shapes)} shapes, {settings.repeats} repeats: at most about {once * settings.repeats:.0f} s on {device}"
+        f"{len(settings.shapes)} shapes and the curvature quantities, {settings.repeats} repeats: at most about "
+        f"{once * settings.repeats:.0f} s on {device}"
     ]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies import landscape, performance
+from studies import curvature, landscape, performance
+from studies.sections import curvature as curvature_section
 from studies.sections import landscape as landscape_section
 from studies.sections import performance as performance_section
 from studies.sections.section import Section
@@ -37,8 +38,16 @@ STUDIES: dict[str, Study] = {
         landscape.dry_run,
         landscape_section.section,
     ),
+    "curvature": Study(
+        "conditioning and spectra of GGN and Hessian blocks, and K-FAC against them",
+        curvature.PRESETS,
+        curvature.check,
+        curvature.run,
+        curvature.dry_run,
+        curvature_section.section,
+    ),
     "performance": Study(
-        "time and memory of the GCP head against the textbook version",
+        "time and memory of the GCP head against the textbook version, and of curvature quantities",
         performance.PRESETS,
         performance.check,
         performance.run,

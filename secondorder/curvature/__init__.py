@@ -1,1 +1,40 @@
-"""Curvature of a network's loss."""
+"""Curvature of a network's loss: blocks as operators, their spectra, Kronecker approximations, and BackPACK through GCP.
+
+blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
+operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
+spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
+fidelity      how well an approximate block fits the exact one
+backpack      BackPACK's quantities through covariance heads and the paper's networks
+"""
+
+from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
+from secondorder.curvature.kronecker.blocks import kronecker_parameters
+from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
+from secondorder.curvature.spectrum import (
+    SpectralDensity,
+    SpectralSummary,
+    TopEigenvalues,
+    relative_difference,
+    spectral_density,
+    spectral_summary,
+    summary_table,
+    top_eigenvalues,
+)
+
+__all__ = [
+    "QUANTITIES",
+    "CurvatureBlocks",
+    "Fidelity",
+    "SpectralDensity",
+    "SpectralSummary",
+    "TopEigenvalues",
+    "curvature_blocks",
+    "fidelity",
+    "fidelity_table",
+    "kronecker_parameters",
+    "relative_difference",
+    "spectral_density",
+    "spectral_summary",
+    "summary_table",
+    "top_eigenvalues",
+]

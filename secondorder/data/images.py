@@ -3,10 +3,12 @@
 Index letters: ``N`` images, ``B`` images of a batch, ``C`` channels, ``H`` rows, ``W`` columns.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +52,8 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
     exactly those that indexing gives. A `DataLoader` takes it without being told.
     """
 
+    augmentation: Any = None
+
     def __init__(self, labels: Tensor, draws: int) -> None:
         self.labels = labels  # [N] int64
         self._draws = draws
@@ -70,6 +74,12 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
         seed, epoch = self._seed_and_epoch.tolist()
         u = uniforms("augmentation", seed, epoch, positions, self._draws)
         return self._images(positions, u), self.labels[torch.from_numpy(positions)]
+
+    def plain(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """`batch` without augmentation, as in a test split."""
+        same = copy.copy(self)
+        same.augmentation, same._draws = None, 0
+        return same.batch(indices)
 
     @abstractmethod
     def _images(self, positions: NDArray[np.int64], u: NDArray[np.float64]) -> Tensor:

@@ -4,9 +4,9 @@ Training needs F(x) and the pull-back (x, G) -> dF(x)^T G, which a strategy comp
 backward, forward mode, forward over reverse, ...) is derived by autograd from `strategy.reference`, a plain definition of
 the same function, so it is exact however the fast path is written.
 
-Forward mode is the transpose of the pull-back, which is linear in G: dF(x) V = d/dG <dF(x)^T G, V>. And a `jvp` calls
-nothing but an autograd function (`_Plain`), because PyTorch drops the outer tangents of ordinary operations inside it: nested
-forward mode would silently return zero.
+Forward mode is the transpose of the pull-back, which is linear in G: dF(x) V = d/dG <dF(x)^T G, V>, and as fast: the
+strategy's own pull-back is transposed. And a `jvp` calls nothing but an autograd function (`_PushForward`, `_Plain`), because
+PyTorch drops the outer tangents of ordinary operations inside it: nested forward mode would silently return zero.
 """
 
 from collections.abc import Callable
@@ -51,10 +51,11 @@ class _Value(Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, ctx.strategy = inputs
         ctx.constants = len(output) - 1
+        ctx.tail = output[0].shape[x.ndim - 2 :]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *output[1:])
-        ctx.save_for_forward(x)
+        ctx.save_for_forward(x, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, G: Tensor | None, *_: Any) -> tuple:
@@ -65,8 +66,8 @@ class _Value(Function):
 
     @staticmethod
     def jvp(ctx: Any, V: Tensor, *_: Any) -> tuple:
-        function = partial(_push_forward, ctx.strategy.reference)
-        return _Plain.apply(function, *primals(ctx.saved_tensors), V), *[None] * ctx.constants
+        x, *saved = primals(ctx.saved_tensors)
+        return _PushForward.apply(x, V, ctx.strategy, ctx.tail, *saved), *[None] * ctx.constants
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -101,6 +102,36 @@ class _PullBack(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         return _PullBack.apply(*mapped_first(info.batch_size, in_dims, arguments)), 0
+
+
+class _PushForward(Function):
+    """(x, V) -> dF(x) V `[..., *tail]`."""
+
+    @staticmethod
+    def forward(x: Tensor, V: Tensor, strategy: Strategy, tail: torch.Size, *saved: Tensor) -> Tensor:
+        with full_precision(x):
+            G = V.new_zeros(*V.shape[:-2], *tail)
+            return torch.func.vjp(lambda G: strategy.gradient(G, saved), G)[1](V)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, V, strategy, _, *saved = inputs
+        ctx.function = partial(_push_forward, strategy.reference)
+        ctx.constants = len(saved)
+        ctx.save_for_backward(x, V)
+        ctx.save_for_forward(x, V)
+
+    @staticmethod
+    def backward(ctx: Any, H: Tensor) -> tuple:
+        return *_transposed(ctx.function, ctx.saved_tensors, H), None, None, *[None] * ctx.constants
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dV: Tensor, *_: Any) -> Tensor:
+        return _Plain.apply(partial(_push_forward, ctx.function), *primals(ctx.saved_tensors), dx, dV)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+        return _PushForward.apply(*mapped_first(info.batch_size, in_dims, arguments)), 0
 
 
 class _Plain(Function):

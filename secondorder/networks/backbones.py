@@ -13,7 +13,7 @@ from functools import partial
 import torchvision
 from torch import nn
 
-from secondorder.networks.small import cifar_resnet, digits_net
+from secondorder.networks.small import cifar_resnet, digits_net, digits_tiny
 from secondorder.networks.split import first_convolution, split, without_inplace
 
 
@@ -83,4 +83,5 @@ NETWORKS: dict[str, Backbone] = {
     "cifar_resnet20": small_resnet(20),
     "cifar_resnet32": small_resnet(32),
     "digits_net": Backbone(digits_net, 32),
+    "digits_tiny": Backbone(digits_tiny, 6),
 }

@@ -1,10 +1,11 @@
-"""Small networks for one machine: CIFAR ResNets and a tiny network for 8x8 digits.
+"""Small networks for one machine: CIFAR ResNets and tiny networks for 8x8 digits.
 
 Every activation is a module of its own, used once and never in place, and every sum is a plain `+`: this is what
 per-layer curvature (BackPACK) needs. Convolutions have no bias and start from He et al. 2015, fan-out.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -60,8 +61,19 @@ def digits_net(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
 
     23,408 parameters for grey images. No stride: the 64 positions of an 8x8 map give 32 channels a covariance of full rank.
     """
-    features = nn.Sequential(*conv_bn_relu(16, 32), *conv_bn_relu(32, 32), *conv_bn_relu(32, 32))
-    return initialise(conv_bn_relu(in_channels, 16)), initialise(features)
+    return plain_net(in_channels, 16, (32, 32, 32))
+
+
+def digits_tiny(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The same, so small that its whole Hessian is a dense matrix, `[N, in_channels, H, W] -> [N, 6, H, W]`: 608 parameters."""
+    return plain_net(in_channels, 4, (6, 6))
+
+
+def plain_net(in_channels: int, stem: int, widths: Sequence[int]) -> tuple[nn.Sequential, nn.Sequential]:
+    """3x3 convolutions with BN and ReLU, without strides: one to `stem` channels as stem, then one to each of `widths`."""
+    pairs = zip((stem, *widths), widths, strict=False)
+    features = nn.Sequential(*(layer for c, C in pairs for layer in conv_bn_relu(c, C)))
+    return initialise(conv_bn_relu(in_channels, stem)), initialise(features)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:

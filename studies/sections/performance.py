@@ -1,4 +1,4 @@
-"""What the performance study found, computed from ``performance.csv``."""
+"""What the performance study found, computed from ``performance.csv`` and ``performance_curvature.csv``."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pandas as pd
 
 from studies.figures import performance as figures
 from studies.results import Provenance, read_provenance, read_table
+from studies.sections import curvature_costs
 from studies.sections.section import Picture, Section, Table
 
 COLUMNS = ("images", "channels", "height", "width", "variant", "repeat", "milliseconds", "peak_mib")
@@ -37,21 +38,26 @@ def summary(repeats: pd.DataFrame) -> pd.DataFrame:
 def section(folder: Path) -> Section:
     """The section of the report for the results in `folder`."""
     repeats, origin = read_table(folder, "performance", COLUMNS), read_provenance(folder, "performance")
-    table = summary(repeats)
+    curvature = read_table(folder, "performance_curvature", curvature_costs.COLUMNS)
+    table, costs = summary(repeats), curvature_costs.summary(curvature)
     return Section(
-        title="Performance: what does the GCP head cost?",
+        title="Performance: what do the GCP head and the curvature cost?",
         question="The head's forward and backward pass against five Newton-Schulz steps written as in a textbook with plain "
-        "autograd, both in float32.",
+        "autograd, and curvature quantities against a plain forward and backward pass; all in float32.",
         method=_method(origin),
         provenance=origin,
-        pictures=[Picture("performance", _caption(table), figures.times(table))],
+        pictures=[
+            Picture("performance", _caption(table), figures.times(table)),
+            curvature_costs.picture(costs, curvature),
+        ],
         tables=[
             Table(
                 "performance_summary",
                 "Medians over repeats. Speed-up and memory relative to the textbook version; "
                 "the bound is one batched product of C × n by n × C matrices, n = min(C, HW).",
                 _printed(table),
-            )
+            ),
+            curvature_costs.printed(costs),
         ],
     )
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature import kronecker_factors
-from secondorder.curvature.autocorrelation import autocorrelation_applies, autocorrelation_factor
-from secondorder.curvature.kronecker_factors import gradient_factor, input_factor, input_rows
+from secondorder.curvature.kronecker import factors as kronecker_factors
+from secondorder.curvature.kronecker.autocorrelation import autocorrelation_applies, autocorrelation_factor
+from secondorder.curvature.kronecker.factors import gradient_factor, input_factor, input_rows
 from secondorder.errors import InputError
 
 CONVOLUTIONS = {
@@ -69,6 +69,7 @@ def test_convolution(kind: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(rows.mT @ rows, A, rtol=1e-13, atol=1e-14)
     monkeypatch.setattr(kronecker_factors, "UNFOLDED_BYTES", 1)  # one image at a time
     torch.testing.assert_close(input_factor(layer, x, sharing), A, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(gradient_factor(layer, s, sharing), B, rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -24,7 +24,7 @@ USER_MODELS = [
 
 
 def image_size(backbone: str) -> int:
-    return 8 if backbone == "digits_net" else 32 if backbone.startswith("cifar") else 64
+    return 8 if backbone.startswith("digits") else 32 if backbone.startswith("cifar") else 64
 
 
 def images(backbone: str, n: int = 2, channels: int = 3) -> Tensor:

@@ -8,6 +8,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from secondorder.errors import InputError
+from secondorder.matrix_power.transforms import full_precision
 
 DENSE_LIMIT = 2 * 2**30  # bytes of a dense matrix that nobody asked for in so many words
 
@@ -37,7 +38,8 @@ class SymmetricOperator(ABC):
         if V.ndim not in (1, 2) or V.shape[0] != self.size:
             raise InputError(f"an operator of shape {list(self.shape)} cannot be multiplied by shape {list(V.shape)}")
         V = V.to(self.device, self.dtype)
-        return self._matmat(V[:, None])[:, 0] if V.ndim == 1 else self._matmat(V)
+        with full_precision(V):
+            return self._matmat(V[:, None])[:, 0] if V.ndim == 1 else self._matmat(V)
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.autocorrelation import autocorrelation_factor, autocorrelation_is_faster
+from secondorder.curvature.kronecker.autocorrelation import autocorrelation_factor, autocorrelation_is_faster
 from secondorder.errors import unknown
 
 SHARINGS = ("expand", "reduce")
@@ -27,7 +27,7 @@ KRONECKER_LAYERS = (nn.Linear, nn.Conv2d)
 WIDE_INPUT = 4096
 """Inputs from which A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
 UNFOLDED_BYTES = 64 * 2**20
-"""Size of the buffer of unfolded patches: larger batches are unfolded part by part."""
+"""Size of a buffer of unfolded patches or of products of single samples: larger batches are taken part by part."""
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -73,15 +73,15 @@ def gradient_factor(layer: Layer, s: Tensor, sharing: str) -> Tensor:
     s = s.flatten(0, 1).flatten(2)
     if sharing == "reduce":
         s = s.sum(-1, keepdim=True)
-    if layer.groups == 1:
-        return torch.tensordot(s, s, dims=([0, 2], [0, 2]))
-    s = s.unflatten(1, (layer.groups, -1))
-    return torch.einsum("ngot,ngpt->gop", s, s)
+    s = s.unflatten(1, (layer.groups, -1)).flatten(0, 1)
+    step = max(1, UNFOLDED_BYTES // (layer.groups * s.shape[1] ** 2 * s.element_size())) * layer.groups
+    products = (torch.bmm(part, part.mT).unflatten(0, (-1, layer.groups)).sum(0) for part in s.split(step))
+    return _squeezed(sum(products))
 
 
 def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """im2col: what the weight multiplies at each position, `[N, C, H, W] -> [N, G, D, T]`; any padding and padding mode."""
-    unfolded = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)  # type: ignore[arg-type]
+    unfolded = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)
     return unfolded.unflatten(1, (layer.groups, -1))
 
 

@@ -1,0 +1,37 @@
+"""Monte-Carlo diagonal of the Hessian: exact but for the residuals, which are estimated from random columns.
+
+An exact residual of covariance and matrix root takes C M + C (C + 1) columns through the whole network (for 64 channels and
+64 positions 8,256), a draw takes two for each nonlinear module: R = E[z (R z)^T], see `derivatives.base`.
+"""
+
+from backpack.extensions import BatchDiagHessian, DiagHessian
+from backpack.extensions.backprop_extension import BackpropExtension
+
+from secondorder.errors import InputError
+
+
+class DiagHessianMC(DiagHessian):
+    """An unbiased estimate of the Hessian's diagonal from `draws` random columns for each nonlinear module.
+
+    Saved as `diag_h_mc`, of the parameter's shape. The Gauss-Newton part is exact. Needs `register`; the columns are drawn
+    from torch's random state. Raises InputError for a number of draws below 1.
+    """
+
+    def __init__(self, draws: int = 1) -> None:
+        super().__init__()
+        _draw(self, "diag_h_mc", draws)
+
+
+class BatchDiagHessianMC(BatchDiagHessian):
+    """The same for each sample: saved as `diag_h_batch_mc`, `[N, ...]`."""
+
+    def __init__(self, draws: int = 1) -> None:
+        super().__init__()
+        _draw(self, "diag_h_batch_mc", draws)
+
+
+def _draw(extension: BackpropExtension, savefield: str, draws: int) -> None:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise InputError(f"draws must be a whole number of at least 1, got {draws!r}")
+    extension.draws = draws
+    extension.savefield = savefield

@@ -1,0 +1,24 @@
+"""Squared norms of individual gradients of convolutions with groups, which BackPACK's BatchL2Grad takes for one group."""
+
+from typing import Any
+
+from backpack.extensions import BatchL2Grad
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.firstorder.batch_l2_grad.convnd import BatchL2Conv2d
+from torch import Tensor
+
+
+class GroupedNorms(BatchL2Conv2d):
+    """The row of Conv2d for BatchL2Grad: |dl_n/dW|^2 `[N]`, from the gradients themselves where there are groups."""
+
+    def weight(self, ext: BackpropExtension, module: Any, g_inp: tuple, g_out: tuple, backproped: None) -> Tensor:
+        """The squared norm for each sample."""
+        if module.groups == 1:
+            return super().weight(ext, module, g_inp, g_out, backproped)
+        gradients = self.derivatives.param_mjp("weight", module, g_inp, g_out, g_out[0], sum_batch=False)
+        return gradients.flatten(1).square().sum(1)
+
+
+def norms_row(extension: BackpropExtension) -> GroupedNorms | None:
+    """The row of Conv2d for BatchL2Grad; None for other extensions."""
+    return GroupedNorms() if isinstance(extension, BatchL2Grad) else None

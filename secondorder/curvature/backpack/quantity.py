@@ -1,0 +1,223 @@
+"""Any BackPACK quantity of any network that has a twin, without a trace in the network."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from backpack import backpack
+from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.saved_quantities import SavedQuantities
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from secondorder.curvature.backpack.chunks import chunk_size, run_once
+from secondorder.curvature.backpack.conversion import Twin, backpack_network, extend_leaves, fresh_leaf
+from secondorder.curvature.backpack.kinds import Kind, kind_of
+from secondorder.curvature.backpack.merging import MERGES, Part, product
+from secondorder.curvature.backpack.refusals import (
+    MATRIX_FREE,
+    check_branches,
+    check_extension,
+    check_finite,
+    check_images,
+    check_leaves,
+    check_loss,
+    check_targets,
+)
+from secondorder.curvature.backpack.registration import register
+from secondorder.curvature.blocks import curvature_blocks
+from secondorder.curvature.operators.symmetric import SymmetricOperator
+from secondorder.errors import InputError
+from secondorder.untouched import same_randomness
+
+PRODUCTS = {Kind.GGN_PRODUCT: "ggn", Kind.HESSIAN_PRODUCT: "hessian"}
+
+
+def backpack_quantity(
+    network: nn.Module,
+    loss: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    extension: BackpropExtension,
+    *,
+    chunk: int | None = None,
+    memory: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """What `extension` saves for each parameter, under the parameter's name in `network`.
+
+    network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
+        (in the same memory), so that values, ``.grad``, hooks, modes and attributes of the network stay as they are.
+    loss: nn.CrossEntropyLoss or nn.MSELoss, mean or sum.
+    batch: images `[N, ...]` and labels `[N]` or targets `[N, K]`.
+    extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
+        mat `[V, *parameter]` -> `[V, *parameter]`; networks with branches, where BackPACK's lose the cross terms, get
+        exact matrix-free ones.
+    chunk: so many samples at a time; the result is that of the whole batch. None: as many as memory allows.
+    memory: bytes that may be used, by an estimate. None: most of what is free.
+    seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was.
+
+    Parameters without `requires_grad`, and those for which the quantity has no value (batch normalisation with Kronecker
+    factors), are left out. Raises InputError for everything that would be wrong; see `refusals`.
+    """
+    check_loss(loss)
+    register(check_extension(extension))
+    twin = backpack_network(network)
+    images, targets = check_images(network, batch)
+    check_twin(twin, extension)
+    with surroundings(images, seed):
+        with same_randomness():  # what the checks draw does not count
+            expected = first_outputs(network, images)
+            outputs, sizes = run_once(twin, images[:1])
+        check_targets(loss, expected, targets)
+        check_same_outputs(network, expected, outputs)
+        kind = kind_of(extension)
+        if kind is not None and kind in PRODUCTS and twin.branching() is not None:
+            return matrix_free(network, loss, (images, targets), PRODUCTS[kind], chunk, memory)
+        size = chunk_size(sizes, extension, images, outputs.shape[1], chunk, memory)
+        pieces = zip(images.split(size), targets.split(size), strict=True)
+        parts = [run(network, loss, piece, extension, len(images)) for piece in pieces]
+    return merged(parts, extension)
+
+
+def check_twin(twin: Twin, extension: BackpropExtension) -> None:
+    """InputError where the registered extension would skip a module of the twin, or get it wrong; see `refusals`."""
+    check_leaves(list(twin.leaves()), extension)
+    check_branches(twin.branching(), extension)
+
+
+@contextmanager
+def surroundings(images: Tensor, seed: int | None = None) -> Iterator[None]:
+    """The state of the process in which BackPACK runs, undone on exit.
+
+    Its default dtype is that of the images, for BackPACK makes tensors of the default dtype; no autocast, gradients on; the
+    random state is the present one, or of this seed.
+    """
+    default = torch.get_default_dtype()
+    with same_randomness(), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        if seed is not None:
+            torch.manual_seed(seed)
+        torch.set_default_dtype(images.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def first_outputs(network: nn.Module, images: Tensor) -> Tensor:
+    """The network's own outputs for the first image, without a graph. Raises InputError when it cannot run on it."""
+    try:
+        with torch.no_grad():
+            outputs = network(images[:1].clone())
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the network cannot run on images of shape {list(images.shape)}: {reason}") from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise InputError(f"the network returns {got} for one image; curvature needs outputs [N, K]")
+    return outputs
+
+
+def check_same_outputs(network: nn.Module, expected: Tensor, outputs: Tensor) -> None:
+    """InputError unless the network gives the outputs of its twin, up to rounding.
+
+    The two differ when a class of TWINS runs its modules in another way than its row says. Not compared are outputs with
+    random masks, and NaN, whose origin is reported later.
+    """
+    random = any(isinstance(part, _DropoutNd) and part.training for part in network.modules())
+    if random or not expected.isfinite().all():
+        return
+    tolerance = 1e-2 if outputs.dtype == torch.float32 else 1e-6
+    if not torch.allclose(
+        outputs, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()), equal_nan=True
+    ):
+        raise InputError(
+            f"the twin of this {type(network).__name__} gives other outputs; check the rows of TWINS it uses"
+        )
+
+
+def run(
+    network: nn.Module, loss: nn.Module, piece: tuple[Tensor, Tensor], extension: BackpropExtension, total: int
+) -> dict[str, Part]:
+    """The quantity of one chunk for each parameter that has one, by the parameter's name in the network."""
+    twin = backpack_network(network)
+    parameters = own_parameters(twin)
+    images, targets = piece
+    criterion = extend_leaves(fresh_leaf(loss))
+    share = len(images) / total
+    weight = share if loss.reduction == "mean" else 1.0
+    with quiet():
+        value = criterion(twin(images), targets)
+        check_finite(list(twin.leaves()), value.detach())
+        try:
+            with backpack(extension):
+                value.backward()
+        except NotImplementedError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{type(extension).__name__}: {reason}; {MATRIX_FREE}") from error
+        finally:
+            extension.saved_quantities = SavedQuantities()  # nothing of this batch stays in the user's extension
+    return {
+        name: Part(getattr(parameter, extension.savefield), parameter.grad, len(images), share, weight)
+        for name, parameter in parameters.items()
+        if parameter.grad is not None and hasattr(parameter, extension.savefield)
+    }
+
+
+def own_parameters(twin: Twin) -> dict[str, nn.Parameter]:
+    """Give the twin parameters of its own in the memory of the network's, by name in the network's order."""
+    owned: dict[str, nn.Parameter] = {}
+    for _, leaf in twin.leaves():
+        for name, parameter in leaf.named_parameters(recurse=False):
+            owned[twin.names[parameter]] = own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            setattr(leaf, name, own)
+    return {name: owned[name] for name in twin.names.values() if name in owned}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's warning that images need no gradient, and BackPACK's that a frozen module has no quantity."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        warnings.filterwarnings("ignore", message="Extension saving to .* does not have an extension for Module")
+        yield
+
+
+def merged(parts: list[dict[str, Part]], extension: BackpropExtension) -> dict[str, Any]:
+    """The quantity of the batch from those of its chunks."""
+    if kind_of(extension) in PRODUCTS:
+        return {name: detached(product([part[name] for part in parts])) for name in parts[0]}
+    if len(parts) == 1:
+        return {name: part.value for name, part in parts[0].items()}
+    return {name: MERGES[type(extension)]([part[name] for part in parts]) for name in parts[0]}
+
+
+def detached(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The product without a graph, run in the surroundings of its chunk."""
+
+    def matrix_product(mat: Tensor) -> Tensor:
+        """G mat `[V, *parameter]`."""
+        with surroundings(mat), torch.no_grad():
+            return multiply(mat)
+
+    return matrix_product
+
+
+def matrix_free(
+    network: nn.Module,
+    loss: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    quantity: str,
+    chunk: int | None,
+    memory: int | None,
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Exact products with each parameter's block, in BackPACK's calling convention mat `[V, *parameter]`."""
+
+    def in_rows(block: SymmetricOperator) -> Callable[[Tensor], Tensor]:
+        return lambda mat: (block @ mat.flatten(1).T).T.reshape(mat.shape)
+
+    blocks = curvature_blocks(network, loss, batch, quantity, chunk=chunk, memory=memory)
+    return {name: in_rows(block) for name, block in blocks.items()}

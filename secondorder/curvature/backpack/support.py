@@ -1,0 +1,192 @@
+"""Which quantity BackPACK can compute of which layer and network: found out by running, `python -m` prints the tables."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import pandas as pd
+import torch
+from backpack import extensions
+from backpack.extensions.backprop_extension import BackpropExtension
+from torch import nn
+
+from secondorder.curvature.backpack.conversion import Twin, backpack_network
+from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC, DiagHessianMC
+from secondorder.curvature.backpack.kronecker import WeightSharingKFAC, WeightSharingKFLR
+from secondorder.curvature.backpack.quantity import backpack_quantity, check_twin
+from secondorder.curvature.backpack.refusals import check_extension
+from secondorder.curvature.backpack.registration import register
+from secondorder.curvature.backpack.support_cases import LAYERS, layer_network
+from secondorder.curvature.backpack.support_networks import NETWORKS, SPOT_CHECKS, network_case
+from secondorder.curvature.backpack.truth import Truth, largest_error, mean_error, truth_of
+from secondorder.errors import InputError, unknown
+
+QUANTITIES: dict[str, Callable[..., BackpropExtension]] = {
+    "BatchGrad": extensions.BatchGrad,
+    "BatchL2Grad": extensions.BatchL2Grad,
+    "SumGradSquared": extensions.SumGradSquared,
+    "Variance": extensions.Variance,
+    "DiagGGNExact": extensions.DiagGGNExact,
+    "DiagGGNMC": extensions.DiagGGNMC,
+    "BatchDiagGGNExact": extensions.BatchDiagGGNExact,
+    "BatchDiagGGNMC": extensions.BatchDiagGGNMC,
+    "SqrtGGNExact": extensions.SqrtGGNExact,
+    "SqrtGGNMC": extensions.SqrtGGNMC,
+    "DiagHessian": extensions.DiagHessian,
+    "DiagHessianMC": DiagHessianMC,
+    "BatchDiagHessian": extensions.BatchDiagHessian,
+    "BatchDiagHessianMC": BatchDiagHessianMC,
+    "KFAC": extensions.KFAC,
+    "KFLR": extensions.KFLR,
+    "WeightSharingKFAC": WeightSharingKFAC,
+    "WeightSharingKFLR": WeightSharingKFLR,
+    "WeightSharingKFAC, reduce": lambda **options: WeightSharingKFAC("reduce", **options),
+    "WeightSharingKFLR, reduce": lambda **options: WeightSharingKFLR("reduce", **options),
+    "KFRA": extensions.KFRA,
+    "GGNMP": extensions.GGNMP,
+    "HMP": extensions.HMP,
+    "PCHMP": extensions.PCHMP,
+}
+"""Name -> how to make the extension."""
+
+DRAWS: dict[str, dict[str, int]] = {
+    "DiagGGNMC": {"mc_samples": 400},
+    "BatchDiagGGNMC": {"mc_samples": 400},
+    "SqrtGGNMC": {"mc_samples": 400},
+    "KFAC": {"mc_samples": 400},
+    "WeightSharingKFAC": {"mc_samples": 400},
+    "WeightSharingKFAC, reduce": {"mc_samples": 400},
+    "DiagHessianMC": {"draws": 2000},
+    "BatchDiagHessianMC": {"draws": 2000},
+}
+"""Monte-Carlo quantity -> with how many draws it is compared with the truth."""
+
+EXACT = 1e-12  # largest error of an exact quantity, relative to the largest entry
+RANDOM = 0.3  # mean error of a Monte-Carlo quantity at this many draws; a wrong factor or a missing term is above it
+
+
+def supports(model: nn.Module, quantity: str) -> bool:
+    """Whether `backpack_quantity` computes this quantity, a key of QUANTITIES, of the model in its present mode.
+
+    Raises InputError for an unknown quantity.
+    """
+    known_quantity(quantity)
+    try:
+        twin = backpack_network(model)
+    except InputError:
+        return False
+    return accepts(twin, quantity)
+
+
+def accepts(twin: Twin, quantity: str) -> bool:
+    """Whether the twin of a network has everything for the quantity."""
+    try:
+        check_twin(twin, registered(quantity))
+    except InputError:
+        return False
+    return True
+
+
+def registered(quantity: str) -> BackpropExtension:
+    """The extension of this name with our rows. Raises InputError for those that are refused altogether."""
+    return register(check_extension(known_quantity(quantity)()))
+
+
+def check_support(model: nn.Module, quantity: str) -> None:
+    """InputError that names the module, the quantity and the way out, unless the quantity can be computed of the model."""
+    extension = registered(quantity)
+    check_twin(backpack_network(model), extension)
+
+
+def known_quantity(quantity: str) -> Callable[..., BackpropExtension]:
+    """How to make the extension. InputError for a name that is not in QUANTITIES."""
+    if quantity not in QUANTITIES:
+        raise unknown("quantity", quantity, QUANTITIES)
+    return QUANTITIES[quantity]
+
+
+@cache
+def support_matrix() -> pd.DataFrame:
+    """Layers (rows) by quantities (columns), each entry found by running the smallest network with that layer in float64.
+
+    "exact": equal to the dense matrices of torch.func. "mc": equal in the mean, to the accuracy of some hundred draws.
+    "passed on": right for the other layers; this layer's own parameters get none. "refused": with an error that says why.
+    "wrong" does not occur; a test sees to it. The frame is computed once in a process; do not write into it.
+    """
+    return pd.DataFrame({quantity: {layer: entry(layer, quantity) for layer in LAYERS} for quantity in QUANTITIES})
+
+
+def entry(layer: str, quantity: str) -> str:
+    """One entry of the support matrix."""
+    network, images, labels = layer_network(layer)
+    count = 1 if quantity == "KFRA" else len(images)  # of more samples KFRA is an approximation
+    batch, loss = (images[:count], labels[:count]), nn.CrossEntropyLoss()
+    try:
+        extension = QUANTITIES[quantity](**DRAWS.get(quantity, {}))
+        found = backpack_quantity(network, loss, batch, extension, seed=0)
+    except InputError:
+        return "refused"
+    truth = layer_truth(layer, count)
+    if quantity in DRAWS:
+        result = "mc" if mean_error(quantity, found, truth) <= RANDOM else "wrong"
+    else:
+        result = "exact" if largest_error(quantity, found, truth) <= EXACT else "wrong"
+    own = [name for name in truth.parts if name.startswith("1.")]
+    return "passed on" if own and not set(own) & set(found) and result != "wrong" else result
+
+
+@cache
+def layer_truth(layer: str, count: int) -> Truth:
+    """The ground truth of the network with this layer, for so many samples."""
+    network, images, labels = layer_network(layer)
+    return truth_of(network, nn.CrossEntropyLoss(), (images[:count], labels[:count]))
+
+
+@cache
+def support_of_networks() -> pd.DataFrame:
+    """Whole networks (rows) by quantities (columns), at small images and few classes in float64.
+
+    "exact": run, and equal to autograd at the first normalisation and at the classifier. "accepted" and "refused": what
+    `supports` says; every layer of an accepted network is in the support matrix.
+    """
+    return pd.DataFrame({q: {name: network_entry(name, q) for name in NETWORKS} for q in QUANTITIES})
+
+
+def network_entry(name: str, quantity: str) -> str:
+    """One entry of the table of networks."""
+    case = network_case(name)
+    if quantity not in SPOT_CHECKS:
+        return "accepted" if accepts(network_twin(name), quantity) else "refused"
+    batch = case.images, case.labels
+    found = backpack_quantity(case.network, nn.CrossEntropyLoss(), batch, QUANTITIES[quantity]())
+    return "exact" if SPOT_CHECKS[quantity](case, found) <= EXACT else "wrong"
+
+
+@cache
+def network_twin(name: str) -> Twin:
+    """The twin of the network."""
+    return backpack_network(network_case(name).network)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown; quantities with the same entries share a column."""
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for quantity in table.columns:
+        columns.setdefault(tuple(table[quantity]), []).append(quantity)
+    lines = [
+        "| | " + " | ".join("<br>".join(names) for names in columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    lines += [f"| {row} | " + " | ".join(entries) + " |" for row, *entries in zip(table.index, *columns, strict=True)]
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """Both tables as they stand in the README."""
+    return f"{markdown(support_matrix())}\n\n{markdown(support_of_networks())}\n"
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    torch.set_num_threads(1)
+    print(section(), end="")

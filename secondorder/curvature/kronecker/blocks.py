@@ -1,0 +1,218 @@
+"""K-FAC: Kronecker-factored blocks of the Gauss-Newton or Fisher matrix for linear layers and convolutions.
+
+The factors of a layer are those of `kronecker.factors`, summed over the parts of a batch and the columns of M's factor.
+Several uses of one layer, or of layers that share a weight, count as more positions.
+
+Index letters: N samples, n of one part, R columns, G groups, D inputs and O outputs of a layer (of a group).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature.kronecker.factors import (
+    KRONECKER_LAYERS,
+    WIDE_INPUT,
+    gradient_factor,
+    input_factor,
+    input_rows,
+    input_width,
+)
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
+from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.per_sample import sites
+from secondorder.curvature.matrix_free.sample_gradients import pulled_columns
+from secondorder.curvature.operators import (
+    BlockDiagonalOperator,
+    DenseOperator,
+    FactoredOperator,
+    KroneckerOperator,
+    SymmetricOperator,
+)
+from secondorder.errors import InputError
+
+Layers = tuple[nn.Module, ...]
+"""The layers that share one weight, most often one."""
+
+
+def kronecker_parameters(network: nn.Module) -> list[str]:
+    """The names of the parameters with Kronecker structure: weights and biases of linear layers and 2d convolutions."""
+    module, prefix = unwrapped(network)
+    parameters = dict(module.named_parameters())
+    return [prefix + name for name, places in sites(module, parameters).items() if _has_structure(places)]
+
+
+def kronecker_layers(network: FrozenNetwork) -> dict[str, tuple[Layers, str]]:
+    """The layers of each chosen parameter, and whether it is their weight or bias.
+
+    InputError that lists the parameters without Kronecker structure, if any was chosen.
+    """
+    places = sites(network.module, network.parameters)
+    without = [name for name, found in places.items() if not _has_structure(found)]
+    if without:
+        shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+        raise InputError(
+            f"no Kronecker structure: {shown}; use params=kronecker_parameters(network) (linear layers and convolutions)"
+        )
+    return {name: (tuple(layer for layer, _ in found), found[0][1]) for name, found in places.items()}
+
+
+def _has_structure(places: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Weights and biases of layers that do what their type does: a reparametrised weight, for one, has another name."""
+    forwards = [layer.forward for layer in KRONECKER_LAYERS]
+    return bool(places) and all(
+        isinstance(layer, KRONECKER_LAYERS) and type(layer).forward in forwards and attribute in ("weight", "bias")
+        for layer, attribute in places
+    )
+
+
+@dataclass
+class KroneckerFactors:
+    """Sums over samples, positions and columns that make up the factors of layers with one weight."""
+
+    layers: Layers
+    sharing: str
+    samples: int
+    wide: int
+    counted: int = 0
+    A: Tensor | None = None
+    rows: list[Tensor] | None = None
+    B: Tensor | None = None
+
+    def add_inputs(self, uses: Sequence[LayerUse]) -> None:
+        """The inputs of one part of the batch."""
+        n = len(uses[0].input)
+        positions = [_positions(use) for use in uses]
+        self.counted += n * (sum(positions) if self.sharing == "expand" else 1)
+        vectors = self.samples * (sum(positions) if self.sharing == "expand" else 1)
+        layer = uses[0].layer
+        assert isinstance(layer, KRONECKER_LAYERS)
+        wide = self.wide < input_width(layer) > vectors
+        if wide or (self.sharing == "reduce" and len(uses) > 1):
+            rows = self._rows(uses, positions)
+            if wide:
+                self.rows = [*(self.rows or []), rows]
+            else:
+                self.A = _sum(self.A, rows.mT @ rows)
+            return
+        for use, T in zip(uses, positions, strict=True):
+            A = input_factor(use.layer, use.input, self.sharing)  # type: ignore[arg-type]
+            self.A = _sum(self.A, A * (n * (T if self.sharing == "expand" else 1)))
+
+    def _rows(self, uses: Sequence[LayerUse], positions: Sequence[int]) -> Tensor:
+        """a of all positions and uses, or mean_t a over all of them, `[..., R, D]`."""
+        rows = [input_rows(use.layer, use.input, self.sharing) for use in uses]  # type: ignore[arg-type]
+        rows = [row * math.sqrt(row.shape[-2]) for row in rows]
+        if self.sharing == "expand":
+            return torch.cat(rows, -2)
+        return sum((row * (T / sum(positions)) for row, T in zip(rows, positions, strict=True)), start=0 * rows[0])
+
+    def add_gradients(self, uses: Sequence[LayerUse], s: Sequence[Tensor]) -> None:
+        """The gradients `[n, r, *out]` of some columns at the outputs of the uses."""
+        if self.sharing == "reduce" and len(uses) > 1:
+            s = [sum((_summed(use, g) for use, g in zip(uses[1:], s[1:], strict=True)), start=_summed(uses[0], s[0]))]
+        for use, g in zip(uses, s, strict=False):
+            self.B = _sum(self.B, gradient_factor(use.layer, g, self.sharing))  # type: ignore[arg-type]
+
+    @property
+    def input(self) -> list[SymmetricOperator]:
+        """A of each group."""
+        if self.rows is not None:
+            rows = torch.cat(self.rows, -2) / math.sqrt(self.counted)
+            return [FactoredOperator(r) for r in (rows if rows.ndim == 3 else rows[None])]
+        assert self.A is not None
+        A = self.A / self.counted
+        return [DenseOperator(a) for a in (A if A.ndim == 3 else A[None])]
+
+    @property
+    def gradient(self) -> list[SymmetricOperator]:
+        """B of each group."""
+        assert self.B is not None
+        return [DenseOperator(b) for b in (self.B if self.B.ndim == 3 else self.B[None])]
+
+    def block(self, kind: str) -> SymmetricOperator:
+        """B kron A for a weight; B for a bias, whose input is 1."""
+        if kind == "bias":
+            return joined(self.gradient)
+        return joined([KroneckerOperator(B, A) for B, A in zip(self.gradient, self.input, strict=True)])
+
+
+def kronecker_blocks(
+    jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]], sharing: str
+) -> dict[str, SymmetricOperator]:
+    """The K-FAC block of each parameter, `sharing` = expand or reduce."""
+    factors = kronecker_factors(jacobian, matrix, layers, sharing, WIDE_INPUT)
+    return {name: factors[shared].block(kind) for name, (shared, kind) in layers.items()}
+
+
+def kronecker_factors(
+    jacobian: Jacobian,
+    matrix: OutputMatrix,
+    layers: Mapping[str, tuple[Layers, str]],
+    sharing: str,
+    wide: int = WIDE_INPUT,
+) -> dict[Layers, KroneckerFactors]:
+    """The factors of all layers: one pull-back for each column, down to the outputs of the layers.
+
+    A is kept as rows when its input is wider than `wide` and than the number of rows.
+    """
+    with_weight = {shared for shared, kind in layers.values() if kind == "weight"}
+    N = len(jacobian.images)
+    factors = {shared: KroneckerFactors(shared, sharing, N, wide) for shared, _ in layers.values()}
+    for part in jacobian.parts():
+        uses = uses_of(part.uses, layers)
+        for shared, found in uses.items():
+            if shared in with_weight:
+                factors[shared].add_inputs(found)
+        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses)):
+            gradients = iter(s)
+            for shared, found in uses.items():
+                factors[shared].add_gradients(found, [next(gradients) for _ in found])
+    return factors
+
+
+def uses_of(uses: Sequence[LayerUse], layers: Mapping[str, tuple[Layers, str]]) -> dict[Layers, list[LayerUse]]:
+    """The uses of each group of layers; InputError for a layer that the network never calls."""
+    found = {shared: [use for use in uses if use.layer in shared] for shared, _ in layers.values()}
+    for name, (shared, _) in layers.items():
+        if not found[shared]:
+            raise InputError(
+                f"the network never calls the layer of {name}: no Kronecker factors; leave it out of params"
+            )
+        if not all(use.intact for use in found[shared]):
+            raise InputError(
+                f"the input of the layer of {name} is changed in place after its use; use inplace=False there"
+            )
+    return found
+
+
+def flat(uses: Mapping[Layers, list[LayerUse]]) -> list[LayerUse]:
+    """All uses, in the order of the groups."""
+    return [use for found in uses.values() for use in found]
+
+
+def joined(groups: Sequence[SymmetricOperator]) -> SymmetricOperator:
+    """Block diagonal over the groups of a convolution."""
+    return groups[0] if len(groups) == 1 else BlockDiagonalOperator(groups)
+
+
+def _positions(use: LayerUse) -> int:
+    """T of one use."""
+    shape = use.output_shape
+    return math.prod(shape[1:-1] if isinstance(use.layer, nn.Linear) else shape[2:])
+
+
+def _summed(use: LayerUse, s: Tensor) -> Tensor:
+    """sum_t s, shaped as the output at a single position."""
+    if isinstance(use.layer, nn.Linear):
+        return s.flatten(2, -2).sum(2) if s.ndim > 3 else s
+    return s.flatten(3).sum(-1)[..., None, None]
+
+
+def _sum(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term

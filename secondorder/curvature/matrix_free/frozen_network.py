@@ -1,0 +1,193 @@
+"""A network as a function of its parameters, frozen in the state it is in, and measured without leaving a trace."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
+from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.matrix_power.transforms import full_precision
+from secondorder.pooling import AdaptiveChannelDropout
+from secondorder.untouched import same_randomness
+
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Modules that only wrap a network, and the attribute that holds it: the network itself is evaluated."""
+
+
+class FrozenNetwork:
+    """f(w) for images `[N, ...]`: the network in its present mode, buffers and random state, parameters w of our own.
+
+    w are detached views of the chosen parameters (by default those that require gradients), so that neither hooks on
+    parameters nor `.grad` nor `requires_grad` of the network take part. The network's modules are used but left as they
+    were: mode, attributes, hooks and random state. Backward hooks do not run; forward hooks do, they may change the output.
+    Every evaluation draws the same random numbers (dropout masks). Raises InputError for a network without parameters,
+    unknown names, images that are not finite, and when parameters were changed after the construction.
+    """
+
+    def __init__(self, network: nn.Module, params: Iterable[str] | None = None) -> None:
+        if torch.is_inference_mode_enabled():
+            raise InputError(
+                "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use no_grad"
+            )
+        self.module, self.prefix = unwrapped(network)
+        named = {self.prefix + name: p for name, p in self.module.named_parameters()}
+        self.parameters = {name: named[name] for name in _chosen(named, params)}
+        self.weights = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+        self.constants = {name: p.detach() for name, p in named.items() if name not in self.weights}
+        self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
+        self.modes = [(part, part.training) for part in self.module.modules()]
+        self.random = RandomState()
+        first = next(iter(self.weights.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self._versions = [(name, p, p._version) for name, p in named.items()]
+
+    def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None, part: int = 0) -> Tensor:
+        """f `[N, ...]`. `part` counts the parts of a batch that is evaluated in pieces: each has random numbers of its own."""
+        return self.outputs_and_uses(images, weights, part, {})[0]
+
+    def outputs_and_uses(
+        self, images: Tensor, weights: Mapping[str, Tensor] | None, part: int, layers: Mapping[nn.Module, object]
+    ) -> tuple[Tensor, list[LayerUse]]:
+        """f, and what went into and came out of the given layers in each use."""
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise InputError(f"parameter {name} has changed since this curvature was made; make it anew")
+        buffers = {name: b.clone() for name, b in self.buffers.items()}  # batch norm writes into them
+        state = {**self.constants, **buffers, **(self.weights if weights is None else weights)}
+        state = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
+        with (
+            _left_as_they_were(self.modes),
+            self.random.replayed(part),
+            full_precision(images),
+            recorded_uses(layers) as uses,
+        ):
+            outputs = functional_call(
+                self.module, state, (images.clone(),)
+            )  # a copy: networks may write into their input
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
+            got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise InputError(f"the network returns {got} for {len(images)} images; it must return one tensor [N, ...]")
+        return outputs, uses
+
+    def check_finite(self, outputs: Tensor, images: Tensor, part: int = 0) -> None:
+        """NonFiniteError that names the first module with a NaN or an infinity in its output, if f has one."""
+        if torch.isfinite(outputs).all():
+            return
+        found: list[str] = []
+        handles = [
+            module.register_forward_hook(_finds_non_finite(name or "the network", found))
+            for name, module in self.module.named_modules()
+        ]
+        try:
+            with torch.no_grad():
+                self.outputs(images, part=part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise NonFiniteError(
+            f"the output of {self.prefix + found[0]} contains NaN or infinity; check its weights and input"
+        )
+
+    def couples_samples(self) -> str | None:
+        """Why a sample's output depends on the other samples of the batch, as far as modules tell, or None."""
+        modes = dict(self.modes)
+        for name, module in self.module.named_modules():
+            mode = modes[module]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (mode or module.running_mean is None):
+                return f"{self.prefix + name} ({type(module).__name__}) uses the statistics of the whole batch in training mode"
+            if mode and isinstance(module, AdaptiveChannelDropout):
+                return (
+                    f"{self.prefix + name} (AdaptiveChannelDropout) has one rate for the whole batch in training mode"
+                )
+        return None
+
+
+class RandomState:
+    """The state of Python's, NumPy's and torch's random numbers, to be drawn from again and again."""
+
+    def __init__(self) -> None:
+        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.drawn = False
+        """Whether anything has been drawn."""
+
+    @contextmanager
+    def replayed(self, part: int = 0) -> Iterator[None]:
+        """Draws inside start from this state (for part 0) or from seeds made from it; the present state comes back on exit."""
+        with same_randomness():
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)  # noqa: NPY002
+            torch.set_rng_state(self.torch)
+            if self.cuda:
+                torch.cuda.set_rng_state_all(self.cuda)
+            if part > 0:
+                seed = (int(torch.randint(2**31, ())) + part) % 2**31
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                torch.manual_seed(seed)
+            before = _torch_states(self.cuda)
+            yield
+            numpy_same = all(np.array_equal(a, b) for a, b in zip(self.numpy, np.random.get_state(), strict=True))  # noqa: NPY002
+            self.drawn |= part == 0 and not (
+                random.getstate() == self.python
+                and numpy_same
+                and all(torch.equal(a, b) for a, b in zip(before, _torch_states(self.cuda), strict=True))
+            )
+
+
+def _torch_states(cuda: list[Tensor]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]
+
+
+def unwrapped(network: nn.Module) -> tuple[nn.Module, str]:
+    """The network inside of wrappers, and the prefix of its parameters' names."""
+    prefix = ""
+    while (attribute := WRAPPERS.get(type(network).__name__)) is not None:
+        prefix += attribute + "."
+        network = getattr(network, attribute)
+    return network, prefix
+
+
+def _chosen(named: Mapping[str, nn.Parameter], params: Iterable[str] | None) -> list[str]:
+    """The names of the chosen parameters in the network's order."""
+    if not named:
+        raise InputError("the network has no parameters, so its loss has no curvature")
+    if params is None:
+        names = [name for name, p in named.items() if p.requires_grad]
+        if not names:
+            raise InputError("no parameter requires gradients; name those to be analysed in params")
+        return names
+    wanted = [params] if isinstance(params, str) else list(params)
+    for name in wanted:
+        if name not in named:
+            raise unknown("parameter", name, named)
+    if not wanted:
+        raise InputError("params is empty; name at least one parameter, or use None for all that require gradients")
+    return [name for name in named if name in wanted]
+
+
+@contextmanager
+def _left_as_they_were(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Modules in the given modes and without backward hooks; all their attributes are back on exit."""
+    before = [(module, dict(module.__dict__)) for module, _ in modes]
+    try:
+        for module, mode in modes:
+            module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _finds_non_finite(name: str, found: list[str]):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            found.append(name)
+
+    return hook

@@ -1,0 +1,149 @@
+"""The Gauss-Newton matrix of a network's loss, and the Fisher matrices, which differ from it in M only."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened, shaped
+from secondorder.curvature.matrix_free.memory import budget, check_memory
+from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
+from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
+from secondorder.curvature.operators.symmetric import check_bytes
+from secondorder.errors import InputError
+from secondorder.matrix_power.transforms import full_precision
+
+
+class GaussNewtonOperator(SymmetricOperator):
+    """J^T M J `[P, P]` for the named parameters: J = df/dw of the outputs `[N, K]`, M = F F^T of the loss.
+
+    A product is J v by forward mode, M in closed form, J^T by reverse mode. Where F is known (cross-entropy, squared
+    error) the matrix has the exact factor `rows` `[N R, P]`, which gives everything else without P products.
+    """
+
+    def __init__(
+        self, jacobian: Jacobian, matrix: OutputMatrix, names: Sequence[str], memory: int | None = None
+    ) -> None:
+        network = jacobian.network
+        super().__init__(sum(network.weights[name].numel() for name in names), network.dtype, network.device)
+        self.jacobian = jacobian
+        self.matrix = matrix
+        self.names = list(names)
+        self.memory = memory
+        self._gradients = SampleGradients(jacobian, matrix, self.names)
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        result = torch.zeros_like(V)
+        for part in self.jacobian.parts():
+            for k in range(V.shape[1]):
+                result[:, k] += self._product(part, V[:, k])
+        return result
+
+    def _product(self, part: Linearisation, v: Tensor) -> Tensor:
+        tangents = shaped(v, self.jacobian.network, self.names)
+        if self.jacobian.forward_mode is not False:
+            try:
+                Jv = part.push_forward(tangents)
+            except NotImplementedError:
+                self.jacobian.forward_mode = False
+            else:
+                MJv = self.matrix.product(part.z, Jv, part.rows)
+                JMJv = flattened(part.pull_back(MJv, self.names))
+                # Forward mode ignores no_grad, by which a network may hold something constant: then it is another J.
+                if self.jacobian.forward_mode is None and bool(MJv.any()):
+                    self.jacobian.forward_mode = _transposed(v, JMJv, Jv, MJv)
+                if self.jacobian.forward_mode is not False:
+                    return JMJv
+        MJv = self.matrix.product(part.z, part.push_forward_by_reverse(tangents), part.rows)
+        return flattened(part.pull_back(MJv, self.names))
+
+    def rows(self) -> Tensor:
+        """The exact factor `[N R, P]`: rows^T rows is the matrix. InputError when it does not fit into the memory."""
+        self._check_factored()
+        N, R = len(self.jacobian.images), self.columns
+        needed = N * R * self.size * self.dtype.itemsize
+        available = budget(self.memory, self.device)
+        check_memory(
+            needed, available, f"a factor of {N * R} x {self.size}", "use products (operator @ v), or a smaller block"
+        )
+        rows = torch.empty(N, R, self.size, dtype=self.dtype, device=self.device)
+        with full_precision(rows):
+            for samples, columns, block in self._gradients.blocks():
+                rows[samples, columns] = block
+        return rows.flatten(0, 1)
+
+    def factored(self) -> FactoredOperator:
+        """The same matrix held as its factor."""
+        return FactoredOperator(self.rows())
+
+    @property
+    def columns(self) -> int:
+        """R, the columns of F."""
+        part = next(iter(self.jacobian.parts()))
+        return self.matrix.columns(part.z[:1], slice(part.rows.start, part.rows.start + 1)).shape[-1]
+
+    def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix."""
+        self._check_factored()
+        check_bytes(len(self.jacobian.images) * self.columns, self.dtype, limit)
+        blocks = [GaussNewtonOperator(self.jacobian, self.matrix, [name], self.memory) for name in self.names]
+        factors = (block.rows() for block in blocks)
+        first = next(factors)
+        with full_precision(first):
+            return sum((rows @ rows.mT for rows in factors), start=first @ first.mT)
+
+    def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        self.check_dense(limit)
+        if not self.matrix.factored or self._products_are_fewer():
+            return super().dense(limit)
+        matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        with full_precision(matrix):
+            for _, _, block in self._gradients.blocks():
+                rows = block.flatten(0, 1)
+                matrix.addmm_(rows.mT, rows)
+        return matrix
+
+    def diagonal(self) -> Tensor:
+        """The diagonal `[P]`: squared norms of the factor's columns."""
+        if not self.matrix.factored:
+            return super().diagonal()
+        diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        with full_precision(diagonal):
+            for _, _, block in self._gradients.blocks():
+                diagonal += block.square().sum((0, 1))
+        return diagonal
+
+    def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """All P eigenvalues in ascending order, through the smaller of the matrix and the Gram matrix of its factor."""
+        if not self._gram_is_smaller():
+            return super().eigenvalues(limit)
+        values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
+        return F.pad(values, (self.size - len(values), 0))
+
+    def frobenius_norm(self) -> Tensor:
+        """The norm of the smaller of the matrix and the Gram matrix of its factor."""
+        return torch.linalg.matrix_norm(self.gram() if self._gram_is_smaller() else self.dense())
+
+    def _gram_is_smaller(self) -> bool:
+        return self.matrix.factored and len(self.jacobian.images) * self.columns < self.size
+
+    def _products_are_fewer(self) -> bool:
+        """Coupled samples: every row takes a pull-back through the whole batch, a product about two."""
+        return self.jacobian.coupled and len(self.jacobian.images) * self.columns > 2 * self.size
+
+    def _check_factored(self) -> None:
+        if not self.matrix.factored:
+            raise InputError(
+                "only cross-entropy and squared error have a factor in closed form; use products (operator @ v)"
+            )
+
+
+def _transposed(v: Tensor, JMJv: Tensor, Jv: Tensor, MJv: Tensor) -> bool:
+    """Whether v . J^T M J v and J v . M J v are equal but for rounding, as they are when J^T is the transpose of J."""
+    eps = torch.finfo(Jv.dtype).eps
+    v, JMJv, Jv, MJv = (t.double().flatten() for t in (v, JMJv, Jv, MJv))
+    outer, inner = float(v @ JMJv), float(Jv @ MJv)
+    return abs(outer - inner) <= eps**0.5 * abs(inner) + 10 * eps * float(v.norm() * JMJv.norm())

@@ -1,0 +1,39 @@
+"""The Hessian of a network's loss."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
+from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
+from secondorder.curvature.operators import SymmetricOperator
+
+COLUMNS, SMALL_BLOCK = 16, 4096
+"""Columns at once, and up to how many parameters: 2 times faster at 828, but 1.7 times slower at 25,000 (CPU, float64)."""
+
+
+class HessianOperator(SymmetricOperator):
+    """d^2 L / dw^2 `[P, P]` for the named parameters, by differentiating the gradient, whose graph is kept."""
+
+    def __init__(self, jacobian: Jacobian, loss: LossCurvature, names: Sequence[str]) -> None:
+        network = jacobian.network
+        super().__init__(sum(network.weights[name].numel() for name in names), network.dtype, network.device)
+        self.jacobian = jacobian
+        self.loss = loss
+        self.names = list(names)
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        result = torch.zeros_like(V)
+        for part in self.jacobian.parts():
+            for columns in self._groups(V.shape[1]):
+                tangents = batched(V[:, columns], self.jacobian.network, self.names)
+                result[:, columns] += torch.cat(
+                    [H.flatten(1) for H in part.hessian_products(self.loss, tangents)], 1
+                ).mT
+        return result
+
+    def _groups(self, count: int) -> list[slice]:
+        """Columns that are multiplied at once: for small blocks the time goes into the number of calls."""
+        size = COLUMNS if self.size <= SMALL_BLOCK else 1
+        return [slice(start, start + size) for start in range(0, count, size)]

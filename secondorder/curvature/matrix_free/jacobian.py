@@ -1,0 +1,200 @@
+"""Products with the Jacobian J = df/dw of a network's outputs, its transpose, and with the Hessian of a loss.
+
+Index letters: N samples, n of them in one part, K outputs of a sample, R columns. One `Linearisation` holds the graph of one
+part of the batch, so that repeated products do not evaluate the network again; a batch that is too large for the memory is
+evaluated part by part, anew for every product.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
+
+
+class Linearisation:
+    """Outputs z = f(w) `[n, K]` of the samples `rows` of a batch, with the graph that leads to them from w."""
+
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        images: Tensor,
+        rows: slice,
+        part: int = 0,
+        layers: Mapping[nn.Module, object] | None = None,
+    ) -> None:
+        self.network = network
+        self.images = images[rows]
+        self.rows = rows
+        self.part = part
+        with torch.enable_grad():
+            z, self.uses = network.outputs_and_uses(self.images, None, part, layers or {})
+            self.graph = z.flatten(1) if z.ndim > 1 else z[:, None]
+        network.check_finite(z, self.images, part)
+        self.z = self.graph.detach()
+        self._adjoint: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._gradient: dict[str, Tensor] | None = None
+        self._batches: bool | None = None
+
+    def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """J^T U for U `[n, K]`, one tensor for each named parameter."""
+        weights = [self.network.weights[name] for name in names]
+        if not self.graph.requires_grad:
+            return [torch.zeros_like(w) for w in weights]
+        return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
+
+    def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
+        """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
+        edges = [use.output for use in uses]
+        gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
+        return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
+
+    def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
+        """J v `[n, K]` for a tangent of each named parameter, by forward mode: one evaluation without a graph."""
+        weights = dict(self.network.weights)
+        with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own call
+            for name, tangent in tangents.items():
+                weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
+            z = self.network.outputs(self.images, weights, self.part)
+            tangent = forward_ad.unpack_dual(z).tangent
+        return torch.zeros_like(self.z) if tangent is None else tangent.reshape(self.z.shape)
+
+    def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
+        """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
+        if not self.graph.requires_grad:
+            return torch.zeros_like(self.z)
+        if self._adjoint is None:
+            u = torch.zeros_like(self.z, requires_grad=True)
+            with torch.enable_grad():
+                gradient = torch.autograd.grad(
+                    self.graph, list(self.network.weights.values()), u, create_graph=True, materialize_grads=True
+                )
+            self._adjoint = u, dict(zip(self.network.weights, gradient, strict=True))
+        u, gradients = self._adjoint
+        return _along(gradients, tangents, [u])[0]
+
+    def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+        """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
+
+        By differentiating the gradient, whose graph is kept, along all v at once, or one after the other where a network
+        has a function that cannot be batched.
+        """
+        if not self.graph.requires_grad:
+            return [torch.zeros_like(t) for t in tangents.values()]
+        if self._gradient is None:
+            with torch.enable_grad():
+                value = loss.part(self.rows).value(self.graph)
+            weights = list(self.network.weights.values())
+            gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
+            self._gradient = dict(zip(self.network.weights, gradient, strict=True))
+        inputs = [self.network.weights[name] for name in tangents]
+        if len(next(iter(tangents.values()))) > 1 and self._batches is not False:
+            found = self._batched_products(tangents, inputs)
+            if found is not None:
+                return found
+        return self._single_products(tangents, inputs)
+
+    def _single_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        assert self._gradient is not None
+        count = len(next(iter(tangents.values())))
+        columns = [_along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
+        return [torch.stack(column) for column in zip(*columns, strict=True)]
+
+    def _batched_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor] | None:
+        """All at once; None when a function of the network has no rule for that, or one that is wrong for the first tangent."""
+        assert self._gradient is not None
+        try:
+            found = _along(self._gradient, tangents, inputs, batched=True)
+        except (RuntimeError, IndexError):  # what torch's batching rules raise where they do not apply
+            self._batches = False
+            return None
+        rows = next(iter(tangents.values())).shape[:1]
+        if any(g.shape != (*rows, *t.shape) for g, t in zip(found, inputs, strict=True)):
+            self._batches = False  # torch loses the batch of some gradients of its attention layer
+        if self._batches is None:
+            first = self._single_products({k: t[:1] for k, t in tangents.items()}, inputs)
+            error = sum(float((a[:1] - b).square().sum()) for a, b in zip(found, first, strict=True)) ** 0.5
+            size = sum(float(b.square().sum()) for b in first) ** 0.5
+            self._batches = error <= torch.finfo(self.z.dtype).eps ** 0.5 * size
+        return found if self._batches else None
+
+
+def _along(
+    gradients: Mapping[str, Tensor], tangents: Mapping[str, Tensor], inputs: list[Tensor], batched: bool = False
+) -> list[Tensor]:
+    """The derivative with respect to the inputs of sum_name <gradient, tangent>, of all tangents `[R, ...]` if `batched`."""
+    rows = next(iter(tangents.values())).shape[:1] if batched else ()
+    reached = [name for name in tangents if gradients[name].requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if reached:
+        outputs, directions = [gradients[name] for name in reached], [tangents[name] for name in reached]
+        found = torch.autograd.grad(
+            outputs, inputs, directions, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+    return [t.new_zeros(*rows, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+
+class Jacobian:
+    """J of a batch of N images in parts of `chunk` samples; a single part is evaluated once and kept.
+
+    `coupled` says that samples of the batch act on one another, `layers` are those whose uses are recorded.
+    """
+
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        images: Tensor,
+        chunk: int,
+        coupled: bool = False,
+        layers: Mapping[nn.Module, object] | None = None,
+    ) -> None:
+        self.network = network
+        self.images = images
+        self.chunk = chunk
+        self.coupled = coupled
+        self.layers = layers or {}
+        self.forward_mode: bool | None = None
+        """Whether forward mode gives the same J as reverse mode; None: not known yet."""
+        self._kept: Linearisation | None = None
+
+    def parts(self) -> Iterator[Linearisation]:
+        """The linearised parts in the order of the samples."""
+        N = len(self.images)
+        if self.chunk < N:
+            for part, start in enumerate(range(0, N, self.chunk)):
+                yield self.linearised(slice(start, min(start + self.chunk, N)), part)
+            return
+        if self._kept is None:
+            self._kept = self.linearised(slice(0, N), 0)
+        yield self._kept
+
+    def linearised(self, rows: slice, part: int) -> Linearisation:
+        """Some samples of the batch with a graph of their own."""
+        return Linearisation(self.network, self.images, rows, part, self.layers)
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def shaped(vector: Tensor, network: FrozenNetwork, names: Sequence[str]) -> dict[str, Tensor]:
+    """A vector as one tensor for each named parameter."""
+    weights = [network.weights[name] for name in names]
+    parts = vector.split([w.numel() for w in weights])
+    return {name: part.view_as(w).to(w.dtype) for name, part, w in zip(names, parts, weights, strict=True)}
+
+
+def batched(vectors: Tensor, network: FrozenNetwork, names: Sequence[str]) -> dict[str, Tensor]:
+    """Vectors `[P, R]` as one tensor `[R, ...]` for each named parameter."""
+    weights = [network.weights[name] for name in names]
+    parts = vectors.split([w.numel() for w in weights])
+    return {
+        name: part.mT.reshape(-1, *w.shape).to(w.dtype) for name, part, w in zip(names, parts, weights, strict=True)
+    }

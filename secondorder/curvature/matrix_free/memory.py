@@ -1,0 +1,61 @@
+"""How much memory there is, and refusing what does not fit before anything is computed."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from secondorder.errors import InputError
+
+SHARE = 0.8
+"""The part of the free memory that one computation may take when the user gives no budget."""
+GIB = 2**30
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device: the GPU's, or the machine's within the limit of its control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_machine_memory(), _group_memory())
+
+
+def budget(memory: int | None, device: torch.device) -> int:
+    """The user's budget in bytes, by default a share of what is available. InputError unless it is a positive number."""
+    if memory is None:
+        return int(SHARE * available_memory(device))
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
+        raise InputError(f"memory {memory!r}: must be a positive number of bytes, or None (what is available)")
+    return int(memory)
+
+
+def check_memory(needed: float, available: int, what: str, way_out: str) -> None:
+    """InputError with both numbers when `what` needs more bytes than are available."""
+    if needed > available:
+        raise InputError(
+            f"{what} needs about {needed / GIB:.3g} GiB, {available / GIB:.3g} GiB are available; {way_out}"
+        )
+
+
+def _machine_memory() -> int:
+    """Free memory including the page cache where the system tells (Linux), else free pages."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 4 * GIB
+
+
+def _group_memory() -> int:
+    """What a control group (container) leaves, or as good as infinity."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" without a limit: ValueError
+        return max(0, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return 2**62

@@ -1,0 +1,52 @@
+"""The matrix between J^T and J: M = F F^T over a network's outputs, block diagonal over samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secondorder.curvature.matrix_free.loss_curvature import LossCurvature, SeparableLoss
+from secondorder.errors import InputError
+
+FISHERS = ("exact", "mc", "empirical")
+"""Columns F from the root of the loss's Hessian, from labels that the model draws, or the gradient of the given labels."""
+
+
+@dataclass(frozen=True)
+class OutputMatrix:
+    """M of a loss: its Hessian (`exact`), a Monte-Carlo estimate of it (`mc`), or the labels' own gradients (`empirical`)."""
+
+    loss: LossCurvature
+    fisher: str = "exact"
+    noise: Tensor | None = None
+
+    def product(self, z: Tensor, U: Tensor, rows: slice) -> Tensor:
+        """M U for the samples `rows`, whose outputs z and U are `[n, K]`."""
+        if self.fisher == "exact":
+            return self.loss.part(rows).product(z, U)
+        F = self.columns(z, rows)
+        return (F @ (F.mT @ U[..., None]))[..., 0]
+
+    def columns(self, z: Tensor, rows: slice) -> Tensor:
+        """F `[n, K, R]` of the samples `rows`."""
+        part = self.loss.part(rows)
+        assert isinstance(part, SeparableLoss)
+        columns: dict[str, Callable[[], Tensor]] = {
+            "exact": lambda: part.root(z),
+            "mc": lambda: part.sampled(z, self.noise[rows]),  # type: ignore[index]
+            "empirical": lambda: part.gradients(z),
+        }
+        return columns[self.fisher]()
+
+    @property
+    def factored(self) -> bool:
+        """Whether columns F are known; otherwise there are products only."""
+        return isinstance(self.loss, SeparableLoss)
+
+
+def output_matrix(loss: LossCurvature, fisher: str, samples: int, seed: int) -> OutputMatrix:
+    """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`. InputError unless samples is a number >= 1."""
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InputError(f"samples {samples!r}: must be a whole number >= 1")
+    noise = loss.noise(samples, seed) if fisher == "mc" and isinstance(loss, SeparableLoss) else None
+    return OutputMatrix(loss, fisher, noise)

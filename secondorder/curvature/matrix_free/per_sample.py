@@ -1,0 +1,74 @@
+"""Gradients of a layer's parameters for each sample, from what goes into the layer and the gradients of its output.
+
+Index letters: R columns (vectors that are pulled back at the same time), m samples, T positions, G groups, O outputs and D
+inputs of a layer (of a group). Inputs a are `[m, *in]`, output gradients s are `[m, R, *out]`.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from secondorder.curvature.kronecker.factors import patches
+
+
+def linear_weight(layer: nn.Linear, a: Tensor, s: Tensor) -> Tensor:
+    """sum_t s_t a_t^T `[m, R, O, D]` for a linear layer with T positions."""
+    if a.ndim == 2:
+        return s[..., None] * a[:, None, None]
+    s = s.flatten(2, -2).mT
+    return (s.flatten(1, 2) @ a.flatten(1, -2)).unflatten(1, s.shape[1:3])
+
+
+def linear_bias(layer: nn.Linear, a: Tensor, s: Tensor) -> Tensor:
+    """sum_t s_t `[m, R, O]` for a linear layer."""
+    return s.flatten(2, -2).sum(2) if s.ndim > 3 else s
+
+
+def convolution_weight(layer: nn.Conv2d, a: Tensor, s: Tensor) -> Tensor:
+    """sum_t s_t a_t^T `[m, R, G, O, D]` for a convolution, a_t the patches of its input."""
+    return over_positions(s.flatten(3).unflatten(2, (layer.groups, -1)), patches(layer, a))
+
+
+def over_positions(s: Tensor, a: Tensor) -> Tensor:
+    """sum_t s_t a_t^T `[m, R, G, O, D]` for s `[m, R, G, O, T]` and a `[m, G, D, T]`: one product for all columns."""
+    folded = s.transpose(1, 2)  # [m, G, R, O, T]
+    return (folded.flatten(2, 3) @ a.mT).unflatten(2, folded.shape[2:4]).transpose(1, 2)
+
+
+def map_bias(layer: nn.Module, a: Tensor, s: Tensor) -> Tensor:
+    """sum_t s_t `[m, R, O]` for a layer with maps `[m, O, H, W]`."""
+    return s.flatten(3).sum(-1)
+
+
+def batch_norm_weight(layer: nn.BatchNorm2d, a: Tensor, s: Tensor) -> Tensor:
+    """sum_t s_t a^_t `[m, R, O]`, a^ the input normalised with the running statistics."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    scale = (layer.running_var + layer.eps).rsqrt()[:, None, None]
+    normalised = (a - layer.running_mean[:, None, None]) * scale
+    return (s * normalised[:, None]).flatten(3).sum(-1)
+
+
+PER_SAMPLE: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = {
+    nn.Linear: {"weight": linear_weight, "bias": linear_bias},
+    nn.Conv2d: {"weight": convolution_weight, "bias": map_bias},
+    nn.BatchNorm2d: {"weight": batch_norm_weight, "bias": map_bias},
+}
+"""Layer type -> parameter -> (layer, input, output gradients) -> gradients of the samples."""
+
+
+def sites(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Where each parameter sits: (layer, attribute), more than once for parameters that layers share."""
+    found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in parameters}
+    names = {id(p): name for name, p in parameters.items()}
+    for layer in network.modules():
+        for attribute, p in layer._parameters.items():
+            if p is not None and id(p) in names:
+                found[names[id(p)]].append((layer, attribute))
+    return found
+
+
+def layers_with_rules(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, None]:
+    """The layers of these parameters that PER_SAMPLE knows, in order."""
+    places = [place for found in sites(network, parameters).values() for place in found]
+    return {layer: None for layer, _ in places if type(layer) in PER_SAMPLE}

@@ -1,0 +1,138 @@
+"""The rows J_n^T F_n of a Gauss-Newton factor: the gradient of every sample for every column of F.
+
+Index letters: N samples, n of one part, m of one block, K outputs of a sample, R columns of F `[n, K, R]`, r of one block, P
+parameters. Parameters of layers that `per_sample` knows are done for all samples at once, others sample by sample.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites
+
+BLOCK_BYTES = 256 * 2**20
+"""Rows and output gradients that are held at one time, beside the graph."""
+
+
+class SampleGradients:
+    """The rows `[N, R, P]` of a batch for the named parameters, block by block."""
+
+    def __init__(self, jacobian: Jacobian, matrix: OutputMatrix, names: Sequence[str]) -> None:
+        self.jacobian = jacobian
+        self.matrix = matrix
+        self.names = list(names)
+        network = jacobian.network
+        self.sizes = [network.weights[name].numel() for name in names]
+        self.sites = sites(network.module, {name: network.parameters[name] for name in names})
+        self._by_layers: list[str] | None = None
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Samples, columns, and their rows `[m, r, P]`."""
+        for part in self.jacobian.parts():
+            F = self.matrix.columns(part.z, part.rows)
+            uses = self._uses(part, self.by_layers(part))
+            P = sum(self.sizes)
+            for columns, s in pulled_columns(part, F, uses, P):
+                for rows in slices(len(F), (columns.stop - columns.start) * P * F.itemsize):
+                    block = self._block(part, rows, F[rows, :, columns], uses, s)
+                    yield slice(part.rows.start + rows.start, part.rows.start + rows.stop), columns, block
+
+    def by_layers(self, part: Linearisation) -> list[str]:
+        """The parameters whose rows follow from the inputs and output gradients of layers.
+
+        This is tried, once, on the first sample: the network may use a layer's parameters in other ways, too.
+        """
+        if self._by_layers is None:
+            trial = self.jacobian.linearised(slice(0, 1), part.part) if self._alone else part
+            known = [name for name in self.names if self._has_rules(trial, name)] if not self.jacobian.coupled else []
+            U = torch.zeros_like(trial.z)
+            U[0] = torch.linspace(1, 2, U.shape[1], dtype=U.dtype, device=U.device)
+            uses = self._uses(trial, known)
+            s = next(pulled_columns(trial, U[..., None], uses))[1]
+            truth = dict(zip(known, trial.pull_back(U, known), strict=True)) if known else {}
+            self._by_layers = [
+                name
+                for name in known
+                if _close(self._rows(name, slice(0, 1), uses, s).flatten(), truth[name].flatten())
+            ]
+        return self._by_layers
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a sample has the same outputs without the rest of the batch: no batch statistics, no dropout."""
+        return not (self.jacobian.coupled or self.jacobian.network.random.drawn or len(self.jacobian.images) == 1)
+
+    def _has_rules(self, part: Linearisation, name: str) -> bool:
+        places = self.sites[name]
+        used = [use for use in part.uses if any(use.layer is layer for layer, _ in places)]
+        return (
+            bool(used)
+            and all(use.intact for use in used)
+            and all(attribute in PER_SAMPLE.get(type(layer), {}) for layer, attribute in places)
+        )
+
+    def _uses(self, part: Linearisation, names: Sequence[str]) -> list[LayerUse]:
+        layers = {layer for name in names for layer, _ in self.sites[name]}
+        return [use for use in part.uses if use.layer in layers]
+
+    def _rows(self, name: str, rows: slice, uses: Sequence[LayerUse], s: Sequence[Tensor]) -> Tensor:
+        """Gradients `[m, r, P]` of one parameter, summed over the uses of its layers."""
+        attributes = dict(self.sites[name])
+        terms = [
+            PER_SAMPLE[type(use.layer)][attributes[use.layer]](use.layer, use.input[rows], gradient[rows]).flatten(2)
+            for use, gradient in zip(uses, s, strict=True)
+            if use.layer in attributes
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    def _block(
+        self, part: Linearisation, rows: slice, F: Tensor, uses: Sequence[LayerUse], s: Sequence[Tensor]
+    ) -> Tensor:
+        m, _, r = F.shape
+        block = F.new_empty(m, r, sum(self.sizes))
+        pieces = dict(zip(self.names, block.split(self.sizes, -1), strict=True))
+        assert self._by_layers is not None
+        for name in self._by_layers:
+            pieces[name].copy_(self._rows(name, rows, uses, s))
+        others = [name for name in self.names if name not in self._by_layers]
+        for i in range(m if others else 0):
+            rest = self._one_by_one(part, rows.start + i, F[i], others)
+            for name, piece in zip(others, rest.split([pieces[name].shape[-1] for name in others], -1), strict=True):
+                pieces[name][i] = piece
+        return block
+
+    def _one_by_one(self, part: Linearisation, sample: int, F: Tensor, names: Sequence[str]) -> Tensor:
+        """Rows `[r, P]` of one sample for its columns `[K, r]`, from a graph of its own where that is the same."""
+        index = part.rows.start + sample
+        graph = self.jacobian.linearised(slice(index, index + 1), part.part) if self._alone else part
+        U = torch.zeros(F.shape[1], *graph.z.shape, dtype=F.dtype, device=F.device)
+        U[:, 0 if self._alone else sample] = F.mT
+        return torch.stack([flattened(graph.pull_back(u, names)) for u in U])
+
+
+def pulled_columns(
+    part: Linearisation, F: Tensor, uses: Sequence[LayerUse], extra: int = 0
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Columns of F `[n, K, R]`, as many as fit into BLOCK_BYTES, and their gradients s `[n, r, *out]` at each use's output.
+
+    `extra` numbers more are held for each column.
+    """
+    numbers = sum(use.output_shape.numel() for use in uses) + extra
+    for columns in slices(F.shape[-1], numbers * F.itemsize):
+        pulled = [part.output_gradients(f, uses) for f in F[..., columns].unbind(-1)] if uses else []
+        yield columns, [torch.stack(s, 1) for s in zip(*pulled, strict=True)]
+
+
+def slices(count: int, item_bytes: int) -> list[slice]:
+    """`count` items of this size in slices of at most BLOCK_BYTES, of one item at least."""
+    step = min(count, max(1, BLOCK_BYTES // max(1, item_bytes)))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, also with matrix units of reduced precision; a wrong formula is off by much more."""
+    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** 0.25 * b.abs().max())

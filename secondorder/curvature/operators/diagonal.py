@@ -1,0 +1,37 @@
+"""A diagonal matrix."""
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.errors import InputError
+
+
+class DiagonalOperator(SymmetricOperator):
+    """diag(d) for d `[P]`. Raises InputError unless d is a vector."""
+
+    def __init__(self, entries: Tensor) -> None:
+        if entries.ndim != 1:
+            raise InputError(f"a diagonal operator needs a vector [P], got shape {list(entries.shape)}")
+        super().__init__(len(entries), entries.dtype, entries.device)
+        self.entries = entries
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.entries[:, None] * V
+
+    def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        self.check_dense(limit)
+        return self.entries.diag()
+
+    def diagonal(self) -> Tensor:
+        """The entries."""
+        return self.entries.clone()
+
+    def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The entries in ascending order."""
+        return self.entries.sort().values
+
+    def frobenius_norm(self) -> Tensor:
+        """The norm of the entries."""
+        return torch.linalg.vector_norm(self.entries)

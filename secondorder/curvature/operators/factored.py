@@ -1,0 +1,50 @@
+"""A positive semi-definite matrix given by a factor."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes
+from secondorder.errors import InputError
+
+
+class FactoredOperator(SymmetricOperator):
+    """rows^T rows for a factor `[R, P]`: rank at most R, never formed when R < P. InputError unless rows is a matrix."""
+
+    def __init__(self, rows: Tensor) -> None:
+        if rows.ndim != 2:
+            raise InputError(f"a factor needs shape [R, P], got {list(rows.shape)}")
+        super().__init__(rows.shape[1], rows.dtype, rows.device)
+        self.rows = rows
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.rows.mT @ (self.rows @ V)
+
+    def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        self.check_dense(limit)
+        return self.rows.mT @ self.rows
+
+    def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The smaller of rows rows^T `[R, R]` and rows^T rows `[P, P]`, which have the same non-zero eigenvalues."""
+        if len(self.rows) >= self.size:
+            return self.dense(limit)
+        check_bytes(len(self.rows), self.dtype, limit)
+        return self.rows @ self.rows.mT
+
+    def diagonal(self) -> Tensor:
+        """Squared norms of the columns `[P]`."""
+        return self.rows.square().sum(0)
+
+    def trace(self) -> Tensor:
+        """The squared norm of the factor."""
+        return self.rows.square().sum()
+
+    def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """All P eigenvalues in ascending order, none negative; P - R of them are zero without being computed."""
+        values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
+        return F.pad(values, (self.size - len(values), 0))
+
+    def frobenius_norm(self) -> Tensor:
+        """The norm of the Gram matrix."""
+        return torch.linalg.matrix_norm(self.gram())

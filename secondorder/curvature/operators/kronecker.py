@@ -1,0 +1,52 @@
+"""A Kronecker product of two symmetric matrices."""
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators.dense import DenseOperator
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+
+
+class KroneckerOperator(SymmetricOperator):
+    """B kron A of B `[o, o]` and A `[D, D]`, the curvature of a weight W `[o, D]` flattened row by row.
+
+    (B kron A) vec(V) = vec(B V A): the product of size o D is never formed. A factor may be any operator, e.g. a
+    FactoredOperator for an input that is too wide for a dense A.
+    """
+
+    def __init__(self, gradient: SymmetricOperator | Tensor, input: SymmetricOperator | Tensor) -> None:
+        self.gradient = as_operator(gradient)
+        self.input = as_operator(input)
+        super().__init__(self.gradient.size * self.input.size, self.gradient.dtype, self.gradient.device)
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        o, D, K = self.gradient.size, self.input.size, V.shape[1]
+        BV = (self.gradient @ V.reshape(o, D * K)).view(o, D, K)
+        BVA = self.input @ BV.movedim(1, 0).reshape(D, o * K)
+        return BVA.view(D, o, K).movedim(0, 1).reshape(o * D, K)
+
+    def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        self.check_dense(limit)
+        return torch.kron(self.gradient.dense(limit), self.input.dense(limit))
+
+    def diagonal(self) -> Tensor:
+        """B_ii A_jj `[P]`."""
+        return torch.outer(self.gradient.diagonal(), self.input.diagonal()).flatten()
+
+    def trace(self) -> Tensor:
+        """tr(B) tr(A)."""
+        return self.gradient.trace() * self.input.trace()
+
+    def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
+        """The products of the factors' eigenvalues in ascending order."""
+        return torch.outer(self.gradient.eigenvalues(limit), self.input.eigenvalues(limit)).flatten().sort().values
+
+    def frobenius_norm(self) -> Tensor:
+        """|B| |A|."""
+        return self.gradient.frobenius_norm() * self.input.frobenius_norm()
+
+
+def as_operator(factor: SymmetricOperator | Tensor) -> SymmetricOperator:
+    """A matrix as an operator; operators as they are."""
+    return DenseOperator(factor) if isinstance(factor, Tensor) else factor

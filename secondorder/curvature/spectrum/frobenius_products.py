@@ -1,0 +1,101 @@
+"""Inner products of two operators: <A, A>, <A, B>, <B, B> and |scale A - B|^2 in the Frobenius norm.
+
+    dense         both matrices, when they have at most 2048 rows, or so few that probes would cost as much; no
+                  cancellation in A - B
+    structured    from factors, rows and bases of stored operators without a dense matrix (`exact.inner_product`);
+                  |A - B|^2 = <A, A> - 2 <A, B> + <B, B>, so that a relative error below 1e-8 is lost in rounding
+    stochastic    probes shared by both operators and a sketch of both (`sketch`), 4 products a probe and operator
+
+Index letters: P rows, K probes (1 when exact).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.operators.difference import check_same_space
+from secondorder.curvature.spectrum.estimate import Estimate, exact, jackknife
+from secondorder.curvature.spectrum.exact import EXACT_SIZE, in_memory, inner_product
+from secondorder.curvature.spectrum.products import (
+    check_count,
+    check_name,
+    check_operator,
+    finite,
+    generator,
+)
+from secondorder.curvature.spectrum.sketch import Sketch
+from secondorder.errors import InputError
+
+METHODS = ("auto", "exact", "stochastic")
+
+
+@dataclass(frozen=True)
+class FrobeniusProducts:
+    """<A, A>, <A, B>, <B, B> and `difference(scale)` = |scale A - B|^2, one value for each probe, `[K]` on the CPU."""
+
+    first: Tensor
+    mixed: Tensor
+    second: Tensor
+    difference: Callable[[float], Tensor]
+    method: str
+
+    def statistic(self, function: Callable[..., float], *samples: Tensor) -> Estimate:
+        """A function of the means of samples `[K]`, and its standard error over the probes."""
+        if self.method == "stochastic":
+            return jackknife(lambda index: function(*[float(x[index].mean()) for x in samples]), len(self.first))
+        return exact(function(*[float(x) for x in samples]))
+
+
+def frobenius_products(
+    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int
+) -> FrobeniusProducts:
+    """The inner products by the cheapest exact way, or, with "auto", by probes when there is none.
+
+    Raises InputError for operators that do not fit, bad arguments, and "exact" where neither way is open.
+    """
+    check_operator(A)
+    check_operator(B)
+    check_same_space(A, B)
+    check_name("method", method, METHODS)
+    check_count("probes", probes)
+    if method != "stochastic" or A.size <= 4 * probes:
+        found = _exact(A, B, max(EXACT_SIZE, 4 * probes))
+        if found is not None:
+            return found
+        if method == "exact":
+            raise InputError(
+                f"no exact inner product of {type(A).__name__} and {type(B).__name__} with {A.size} rows (dense up to "
+                f"{EXACT_SIZE}); use method='stochastic', or a FactoredOperator of rows that fit in memory"
+            )
+    return _stochastic(A, B, probes, seed, memory)
+
+
+def _exact(A: SymmetricOperator, B: SymmetricOperator, dense_size: int) -> FrobeniusProducts | None:
+    if A.size <= dense_size:
+        a, b = (finite("matrix", operator, operator.dense()) for operator in (A, B))
+        inner = lambda x, y: (x * y).sum().cpu()[None]  # noqa: E731
+        return FrobeniusProducts(
+            inner(a, a), inner(a, b), inner(b, b), lambda scale: inner(scale * a - b, scale * a - b), "dense"
+        )
+    A, B = in_memory(A), in_memory(B)
+    aa, ab, bb = (inner_product(x, y) for x, y in ((A, A), (A, B), (B, B)))
+    if aa is None or ab is None or bb is None:
+        return None
+    known = finite("norm", A, torch.tensor([[aa], [ab], [bb]], dtype=torch.float64))
+    weights = lambda scale: torch.tensor([scale**2, -2 * scale, 1.0], dtype=torch.float64)  # noqa: E731
+    first, mixed, second = known
+    return FrobeniusProducts(first, mixed, second, lambda scale: (weights(scale) @ known).clamp_min(0), "structured")
+
+
+def _stochastic(A: SymmetricOperator, B: SymmetricOperator, probes: int, seed: int, memory: int) -> FrobeniusProducts:
+    sketch = Sketch([A, B], probes, generator(seed), memory)
+    a, b = sketch.images
+
+    def difference(scale: float) -> Tensor:
+        d = a.minus(b, scale)
+        return sketch.inner(d, d)
+
+    return FrobeniusProducts(sketch.inner(a, a), sketch.inner(a, b), sketch.inner(b, b), difference, "stochastic")

@@ -1,0 +1,115 @@
+"""Products with vectors that are kept in float64, and what the estimators ask of their arguments.
+
+Every vector of this package is float64 on the operator's device; an operator in float32 multiplies in float32 and its
+result is widened, so that orthogonalisation and all sums are float64. Random numbers come from a generator on the CPU:
+a seed gives the same probes on every device and leaves the global random state alone.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators import DenseOperator, SymmetricOperator
+from secondorder.errors import InputError, NonFiniteError, unknown
+
+MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may hold at a time
+DOUBLE = 8  # bytes
+COLUMNS = 64  # vectors multiplied at a time where their number is free
+
+
+def product(operator: SymmetricOperator, V: Tensor) -> Tensor:
+    """A V in float64 for V `[P, K]`. Raises NonFiniteError when the result is not finite."""
+    return finite("product", operator, operator @ V)
+
+
+def finite(what: str, operator: SymmetricOperator, values: Tensor) -> Tensor:
+    """The values in float64. Raises NonFiniteError, which names the operator, unless all are finite."""
+    values = values.double()
+    if not values.isfinite().all():
+        raise NonFiniteError(
+            f"a {what} of {type(operator).__name__} ({operator.size} rows, {operator.dtype}) has "
+            f"{int((~values.isfinite()).sum())} non-finite entries; check the network's values, or use float64"
+        )
+    return values
+
+
+def columns(operator: SymmetricOperator) -> Iterator[tuple[slice, Tensor]]:
+    """The operator's columns in float64, `[P, <= 64]` at a time, with the place they stand at."""
+    for start in range(0, operator.size, COLUMNS):
+        place = slice(start, min(start + COLUMNS, operator.size))
+        if isinstance(operator, DenseOperator):
+            yield place, finite("matrix", operator, operator.matrix[:, place])
+            continue
+        unit = torch.zeros(operator.size, place.stop - start, dtype=torch.float64, device=operator.device)
+        unit[start:].fill_diagonal_(1)
+        yield place, product(operator, unit)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A seeded source of random numbers of its own. Raises InputError unless the seed is a whole number from 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(operator: SymmetricOperator, count: int, source: torch.Generator) -> Tensor:
+    """Standard normal vectors `[P, count]` for products with the operator."""
+    return torch.randn(operator.size, count, generator=source, dtype=torch.float64).to(operator.device)
+
+
+def rademacher(operator: SymmetricOperator, count: int, source: torch.Generator) -> Tensor:
+    """Vectors of random signs `[P, count]` for products with the operator."""
+    signs = torch.randint(2, (operator.size, count), generator=source, dtype=torch.int8)
+    return (2 * signs - 1).to(operator.device, torch.float64)
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """What an iteration can resolve, relative to the largest magnitude: 1e-8, and 100 eps of a short number format."""
+    return max(1e-8, 100 * torch.finfo(dtype).eps)
+
+
+def affordable(rows: int, size: int, memory: int) -> int:
+    """How many of at most `rows` float64 vectors of `size` entries fit into `memory` bytes."""
+    return min(rows, memory // (DOUBLE * max(size, 1)))
+
+
+def refuse_memory(rows: int, size: int, memory: int, way_out: str) -> InputError:
+    """The error for vectors that do not fit, with the numbers."""
+    return InputError(
+        f"{rows} float64 vectors of {size} entries take {rows * size * DOUBLE / 2**30:.2g} GiB, more than "
+        f"memory = {memory / 2**30:.2g} GiB; {way_out}"
+    )
+
+
+def check_operator(operator: SymmetricOperator) -> None:
+    """Raises InputError unless it is a symmetric operator with at least one row."""
+    if not isinstance(operator, SymmetricOperator):
+        raise InputError(f"needs a SymmetricOperator, got {type(operator).__name__}; wrap a matrix in DenseOperator")
+    if operator.size < 1:
+        raise InputError("needs an operator with at least one row, got size 0")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises InputError unless the value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises InputError unless the value is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def check_threshold(name: str, value: float) -> None:
+    """Raises InputError unless the value is at least 0 and below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{name} must be at least 0 and below 1 (relative to the largest magnitude), got {value!r}")
+
+
+def check_name(kind: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises InputError for a name that is not allowed."""
+    if value not in allowed:
+        raise unknown(kind, value, allowed)

@@ -1,0 +1,207 @@
+"""A spectrum in numbers, each with its error: extremes, sums, ranks, condition numbers.
+
+    exact      all eigenvalues; the errors are 0 (rounding of the operator's number format)
+    lanczos    extremes by `top_eigenvalues` with residual bounds, everything else by `spectral_density` (the leading
+               eigenvalues apart, probes for the rest) with standard errors
+
+The usual condition number is |A|_2 over the smallest magnitude above a threshold, and as much a statement about the
+threshold as about A: a spectrum that decays through it has as large a condition number as one allows. It is given with
+the threshold it was computed at, beside two measures that are not ruled by the smallest eigenvalues:
+
+    median_condition            |A|_2 / median magnitude on the range (depends weakly on the threshold)
+    trace_quantile_condition    a / b, where the magnitudes >= a carry 10 % and those >= b carry 90 % of sum |lambda|:
+                                no threshold at all; 1 for equal eigenvalues
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.spectrum import spectral_statistics as statistics
+from secondorder.curvature.spectrum.density import SpectralDensity, exact_density, spectral_density
+from secondorder.curvature.spectrum.estimate import Estimate, exact
+from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size, exact_eigenvalues
+from secondorder.curvature.spectrum.lanczos import top_eigenvalues
+from secondorder.curvature.spectrum.products import (
+    MEMORY,
+    check_count,
+    check_name,
+    check_operator,
+    check_threshold,
+    default_tolerance,
+)
+from secondorder.errors import InputError, NonFiniteError
+
+METHODS = ("auto", "exact", "lanczos")
+
+
+@dataclass(frozen=True)
+class SpectralSummary:
+    """The numbers of a spectrum [P eigenvalues lambda] as (value, error).
+
+    threshold: relative to the largest magnitude; smaller magnitudes are outside the range of A
+    largest, smallest, largest_magnitude: max lambda, min lambda, |A|_2
+    trace, frobenius_norm: sum lambda, sqrt(sum lambda^2)
+    rank: number of magnitudes above the threshold
+    condition, median_condition, trace_quantile_condition: see the module; NaN for the zero matrix
+    effective_rank: exp of the entropy of |lambda| / sum |lambda|; stable_rank: |A|_F^2 / |A|_2^2;
+    participation: (tr A)^2 / |A|_F^2; negative_share: sum of the negative |lambda| / sum |lambda|
+    """
+
+    size: int
+    method: str
+    threshold: float
+    largest: Estimate
+    smallest: Estimate
+    largest_magnitude: Estimate
+    trace: Estimate
+    frobenius_norm: Estimate
+    rank: Estimate
+    condition: Estimate
+    median_condition: Estimate
+    trace_quantile_condition: Estimate
+    effective_rank: Estimate
+    stable_rank: Estimate
+    participation: Estimate
+    negative_share: Estimate
+
+    def row(self) -> dict[str, float | int | str]:
+        """One row of a table: each value, and its error in a column of its own."""
+        row: dict[str, float | int | str] = {}
+        for name, value in vars(self).items():
+            row |= {name: value.value, f"{name}_error": value.error} if isinstance(value, Estimate) else {name: value}
+        return row
+
+
+def spectral_summary(
+    operator: SymmetricOperator,
+    method: str = "auto",
+    *,
+    threshold: float | None = None,
+    probes: int = 10,
+    steps: int = 80,
+    deflate: int = 10,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> SpectralSummary:
+    """The numbers of one operator's spectrum.
+
+    "auto" is exact where no matrix with more than 2048 rows has to be decomposed (that of a factored operator is its
+    smaller Gram matrix), else "lanczos" with `probes`, `steps` and `deflate` of `spectral_density`. `threshold` is
+    relative to the largest magnitude; default P eps of the operator's number format when exact, and at least what Lanczos
+    can resolve, 1e-8 (float32: 1.2e-5), else. By Lanczos the lower end of the range is where the averaged weights reach half an
+    eigenvalue: right where a gap ends the range, and else an order of magnitude, for Lanczos does not resolve single
+    eigenvalues among many. Errors of the three condition numbers are rough.
+
+    Raises InputError for bad arguments and too little memory; NonFiniteError.
+    """
+    check_operator(operator)
+    check_name("method", method, METHODS)
+    check_count("deflate", deflate, least=0)
+    if threshold is not None:
+        check_threshold("threshold", threshold)
+    if method == "exact" or (method == "auto" and decomposition_size(operator) <= EXACT_SIZE):
+        try:
+            return _exact_summary(operator, threshold)
+        except InputError as refusal:
+            if method == "exact" or isinstance(refusal, NonFiniteError):
+                raise  # else the factor of a Gauss-Newton matrix does not fit into memory: go on with products
+    return _lanczos_summary(operator, threshold, probes, steps, deflate, seed, memory)
+
+
+def _exact_summary(operator: SymmetricOperator, threshold: float | None) -> SpectralSummary:
+    values = exact_eigenvalues(operator)
+    relative = min(_rounding(operator), 0.5) if threshold is None else threshold
+    density = exact_density(values, relative * float(values.abs().max()))
+    return _summary("exact", relative, density, exact(values[-1]), exact(values[0]))
+
+
+def _lanczos_summary(
+    operator: SymmetricOperator, threshold: float | None, probes: int, steps: int, deflate: int, seed: int, memory: int
+) -> SpectralSummary:
+    resolved = max(_rounding(operator), default_tolerance(operator.dtype))
+    relative = min(resolved, 0.5) if threshold is None else threshold
+    deflate = min(deflate, operator.size - 1)
+    density = spectral_density(
+        operator, probes=probes, steps=steps, deflate=deflate, zero=relative, seed=seed, memory=memory
+    )
+    largest, smallest = (_extreme(operator, which, seed, memory) for which in ("largest", "smallest"))
+    return _summary("lanczos", relative, density, largest, smallest)
+
+
+def _rounding(operator: SymmetricOperator) -> float:
+    return operator.size * torch.finfo(operator.dtype).eps
+
+
+def _extreme(operator: SymmetricOperator, which: str, seed: int, memory: int) -> Estimate:
+    top = top_eigenvalues(operator, 1, which, seed=seed, memory=memory)
+    return Estimate(float(top.values[0]), float(top.residuals[0]))
+
+
+def _summary(
+    method: str,
+    threshold: float,
+    density: SpectralDensity,
+    largest: Estimate,
+    smallest: Estimate,
+) -> SpectralSummary:
+    magnitude = max((Estimate(abs(value), error) for value, error in (largest, smallest)))
+    bound, top = density.zero, magnitude.value
+
+    def condition(values: Tensor, numbers: Tensor) -> float:
+        return top / statistics.smallest_above(values, numbers, bound)
+
+    def median_condition(values: Tensor, numbers: Tensor) -> float:
+        return top / statistics.median_above(values, numbers, bound)
+
+    return SpectralSummary(
+        size=density.size,
+        method=method,
+        threshold=threshold,
+        largest=largest,
+        smallest=smallest,
+        largest_magnitude=magnitude,
+        trace=density.trace,
+        frobenius_norm=density.frobenius_norm,
+        rank=density.statistic(partial(statistics.number_above, threshold=bound)),
+        condition=density.statistic(condition, smooth=False),
+        median_condition=density.statistic(median_condition, smooth=False),
+        trace_quantile_condition=density.statistic(statistics.trace_quantile_condition, smooth=False),
+        effective_rank=density.statistic(statistics.effective_rank),
+        stable_rank=density.statistic(partial(statistics.stable_rank, largest=top)),
+        participation=density.statistic(statistics.participation),
+        negative_share=density.statistic(statistics.negative_share),
+    )
+
+
+def summary_table(
+    blocks: Mapping[str, SymmetricOperator],
+    method: str = "auto",
+    *,
+    threshold: float | None = None,
+    probes: int = 10,
+    steps: int = 80,
+    deflate: int = 10,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> pd.DataFrame:
+    """A row of `spectral_summary` for each block, in order, with its arguments. InputError when there is no block."""
+    if not blocks:
+        raise InputError("needs at least one block, got none")
+    summarised = partial(
+        spectral_summary,
+        method=method,
+        threshold=threshold,
+        probes=probes,
+        steps=steps,
+        deflate=deflate,
+        seed=seed,
+        memory=memory,
+    )
+    rows = {name: summarised(block).row() for name, block in blocks.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("parameter")

@@ -1,0 +1,346 @@
+"""Curvature study: are the curvature blocks of a GCP network better conditioned than those of a GAP network?
+
+Trains the same backbone with each pooling head, from the same initial backbone weights and on the same batches for each
+seed, and measures the blocks of the Gauss-Newton matrix and of the Hessian at equally spaced moments (the first is the
+same backbone weights for all heads), at the end, and on shared trained backbones: the backbone trained under one head, with
+every head put on it and its classifier fitted anew. What is measured of a network is in `studies.curvature_measures`.
+
+Results: ``curvature.csv`` (one row for each network, moment, block and measure), ``curvature_spectra.csv`` (eigenvalues)
+and ``curvature_training.csv`` (one row for each epoch).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from secondorder.data import ImageDataset, load_dataset
+from secondorder.errors import InputError
+from secondorder.networks import NETWORKS
+from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
+from studies.curvature_measures import Limits, Row, measure
+from studies.dry_run import cost_of, fake_data
+from studies.frozen_statistics import frozen_at
+from studies.results import provenance, write_file, write_table
+from studies.run_folders import commit_of, open_runs, sign
+from studies.settings import Common
+from studies.shared_backbone import can_share, with_head
+
+NAME = "curvature"
+SPECTRA, TRAINING = "curvature_spectra", "curvature_training"
+KEYS = ("backbone", "pooling", "seed", "phase", "step")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How one kind of network is trained and measured."""
+
+    images: int = 64
+    """Training images whose mean loss is measured: the first ones, not augmented."""
+    image_size: int | None = None
+    """Resize images to this height and width in pixels; the data set's own when not given."""
+    train_limit: int | None = None
+    """Train on only this many images; all when not given."""
+    epochs: int = 10
+    """Passes over the training images."""
+    measurements: int = 3
+    """Equally spaced moments of training at which is measured; the first and the last step are among them."""
+    reduced_channels: int = 0
+    """Channels after a 1x1 reduction under every head, GAP too; 0: no reduction."""
+    precision: Literal["float32", "float64"] = "float64"
+    """Number format of the measurements."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 2), ("epochs", 1), ("measurements", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: at least {least}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the curvature study."""
+
+    poolings: tuple[str, ...] = ("gap", "covariance", "gcp", "gcp_exact")
+    """Pooling heads to compare; gap is the reference of every comparison."""
+    backbones: tuple[str, ...] = ("digits_tiny",)
+    """Networks below the head; those of torchvision are measured at the large scale, the others at the small one."""
+    dataset: str = "digits"
+    """Images to train on."""
+    small: Scale = field(default_factory=lambda: Scale(images=32))
+    """The networks for small images."""
+    large: Scale = field(default_factory=lambda: Scale(image_size=64, reduced_channels=64, precision="float32"))
+    """The networks of torchvision."""
+    batch_size: int = 64
+    """Images a training step."""
+    learning_rate: float = 0.1
+    """Initial learning rate of SGD."""
+    schedule: str = "resnet_norm"
+    """Learning-rate schedule, stretched to the number of epochs."""
+    weight_decay: float = 1e-4
+    """L2 penalty on the weights."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    share: tuple[str, ...] = ("gap", "gcp")
+    """Heads whose trained backbone is measured under every head; only where no head has a reduction."""
+    limits: Limits = field(default_factory=Limits)
+    """Up to which size what is exact, and how far it is estimated beyond."""
+
+    def __post_init__(self) -> None:
+        for name in ("poolings", "backbones"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or not values:
+                raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
+        for pooling in self.share:
+            if pooling not in self.poolings:
+                raise InputError(f"--share {pooling}: is not among the poolings {', '.join(self.poolings)}")
+
+    def scale(self, backbone: str) -> Scale:
+        """The scale of a backbone."""
+        return self.large if hasattr(torchvision.models, backbone) else self.small
+
+
+PRESETS = {
+    "smoke": Settings(
+        poolings=("gap", "gcp"),
+        small=Scale(images=8, train_limit=192, epochs=1, measurements=2),
+        share=("gap",),
+        limits=Limits(probes=2, steps=4),
+    ),
+    "quick": Settings(),
+    "cifar10": Settings(
+        backbones=("cifar_resnet8", "cifar_resnet20", "resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"),
+        dataset="cifar10",
+        small=Scale(train_limit=12_800, epochs=3),
+        large=Scale(
+            images=32,
+            image_size=64,
+            train_limit=1_280,
+            epochs=1,
+            measurements=2,
+            reduced_channels=64,
+            precision="float32",
+        ),
+    ),
+    "paper": Settings(
+        poolings=("gap", "covariance", "gcp"),
+        backbones=("resnet18", "mobilenet_v2"),
+        dataset="imagefolder",
+        large=Scale(images=256, epochs=100, measurements=5, reduced_channels=256, precision="float32"),
+        batch_size=256,
+    ),
+}
+
+
+def runs(common: Common, settings: Settings) -> list[Run]:
+    """The training runs: for each backbone all heads of one seed before the next seed; InputError for a bad name or value."""
+    return [
+        _run(common, settings, backbone, pooling, seed)
+        for backbone in settings.backbones
+        for seed in range(common.seeds)
+        for pooling in settings.poolings
+    ]
+
+
+def _run(common: Common, settings: Settings, backbone: str, pooling: str, seed: int) -> Run:
+    """All heads of a backbone get the published GCP network's last stride, so that it differs in nothing but the head."""
+    scale = settings.scale(backbone)
+    strides = NETWORKS[backbone].last_stride if backbone in NETWORKS else None
+    return Run(
+        backbone=backbone,
+        pooling=pooling,
+        dataset=settings.dataset,
+        image_size=scale.image_size,
+        train_limit=scale.train_limit,
+        reduced_channels=scale.reduced_channels,
+        last_stride=None if strides is None else strides[1],
+        dropout=0.0,
+        epochs=scale.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        seed=seed,
+        device=common.device,
+        threads=common.threads,
+    )
+
+
+@dataclass(frozen=True)
+class CurvatureObserver:
+    """Measures the network that training has at equally spaced steps, on images of its own."""
+
+    settings: Settings
+    scale: Scale
+    images: Tensor
+    labels: Tensor
+    every: int
+    """Steps between two measurements."""
+
+    def __call__(self, moment: Moment) -> list[Row]:
+        """Rows for the moment; the model is copied, not touched."""
+        phase = "training" if moment.step else "initial"
+        rows = self.rows(moment.model, moment.run.seed)
+        return [{"phase": phase, "step": moment.step, **row} for row in rows]
+
+    def rows(self, model: nn.Module, seed: int, hessian: bool = True) -> list[Row]:
+        """What is measured of a model."""
+        limits, precision = self.settings.limits, self.scale.precision
+        return measure(model, self.images, self.labels, limits, precision=precision, seed=seed, hessian=hessian)
+
+
+def observer(run: Run, settings: Settings, data: ImageDataset) -> CurvatureObserver:
+    """The observer of a run, with the first training images as they are, not augmented."""
+    scale = settings.scale(run.backbone)
+    total = len(data.train) // run.batch_size * run.epochs
+    images, labels = first_images(data, scale.images)
+    return CurvatureObserver(settings, scale, images, labels, every=max(1, -(-total // (scale.measurements - 1))))
+
+
+def first_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first training images and their labels, not augmented; InputError when there are fewer."""
+    if len(data.train) < count:
+        raise InputError(f"images {count}: there are only {len(data.train)} training images; measure fewer")
+    return data.train.plain(range(count))
+
+
+def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
+    """Find bad names, sizes and data before any training; returns the loaded data of each backbone."""
+    todo = runs(common, settings)
+    loaded: dict[Scale, ImageDataset] = {}
+    data: dict[str, ImageDataset] = {}
+    for one in todo:
+        scale = settings.scale(one.backbone)
+        if scale not in loaded:
+            loaded[scale] = load_dataset(
+                settings.dataset,
+                common.data_root,
+                download=common.download,
+                limit=scale.train_limit,
+                image_size=scale.image_size,
+            )
+        if one.seed == 0:
+            check_run(one, loaded[scale])
+            first_images(loaded[scale], scale.images)
+        data[one.backbone] = loaded[scale]
+    return data
+
+
+def run(common: Common, settings: Settings, data: dict[str, ImageDataset]) -> None:
+    """Train and measure every run; ``<name>.partial.csv`` grows with every finished one and becomes the tables at the end."""
+    todo, folder = runs(common, settings), common.folder / "runs" / NAME
+    start = time.perf_counter()
+    on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "backbones")))
+    results: list[tuple[Run, Trained]] = []
+    rows: list[pd.DataFrame] = []
+    for number, one in enumerate(todo, start=1):
+        if common.progress and is_main_process():
+            print(f"{NAME}: run {number} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}", flush=True)
+        on_main(lambda one=one: sign(folder / one.name))  # type: ignore[misc]
+        own = observer(one, settings, data[one.backbone])
+        trained = train(
+            one,
+            data[one.backbone],
+            folder / one.name,
+            observers={NAME: own},
+            resume=common.resume,
+            progress=common.progress,
+        )
+        results.append((one, trained))
+        if is_main_process():
+            later = list(_after_training(one, trained, own, data[one.backbone], settings, folder / one.name))
+            rows.append(_labelled(one, trained.records[NAME] + later))
+            _write(common, settings, data, results, rows, folder, start, partial=number < len(todo))
+
+
+def _after_training(
+    one: Run, trained: Trained, own: CurvatureObserver, data: ImageDataset, settings: Settings, folder: Path
+) -> Iterator[Row]:
+    """Rows of the trained network, and of its backbone under every head; kept in the folder of the run."""
+    last = trained.history[-1]["step"]
+
+    def labelled(phase: str, pooling: str, model: nn.Module) -> list[Row]:
+        rows = own.rows(model, one.seed, hessian=phase == "trained")
+        return [{"phase": phase, "step": int(last), "pooling": pooling, **row} for row in rows]
+
+    yield from _kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
+    if one.pooling not in settings.share or not can_share(trained.model):
+        return
+    for pooling in settings.poolings:
+
+        def shared(pooling: str = pooling) -> list[Row]:
+            model = with_head(frozen_at(trained.model, own.images, torch.float32), pooling, data, one.weight_decay)
+            return labelled(f"shared: {one.pooling}", pooling, model)
+
+        yield from _kept(folder / f"shared-{pooling}.json", shared)
+
+
+def _kept(file: Path, compute: Callable[[], list[Row]]) -> list[Row]:
+    """The rows in a file, which is written when it does not exist; InputError when it is damaged."""
+    if not file.exists():
+        write_file(file, json.dumps(compute()))
+    try:
+        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); delete it and continue with --resume") from None
+    return rows
+
+
+def _labelled(one: Run, rows: list[Row]) -> pd.DataFrame:
+    """A table with the columns of KEYS first; a row may name another head than that of its run."""
+    named = [{"backbone": one.backbone, "pooling": one.pooling, "seed": one.seed, **row} for row in rows]
+    table = pd.DataFrame(named)
+    return table[[*KEYS, *(column for column in table.columns if column not in KEYS)]]
+
+
+def _write(
+    common: Common,
+    settings: Settings,
+    data: dict[str, ImageDataset],
+    results: list[tuple[Run, Trained]],
+    rows: list[pd.DataFrame],
+    folder: Path,
+    start: float,
+    partial: bool,
+) -> None:
+    table = pd.concat(rows)
+    measures = table[table.measure != "eigenvalue"].drop(columns="rank")
+    if partial:
+        write_table(common.folder, f"{NAME}.partial", measures)
+        return
+    label = next(iter(data.values()))
+    origin = provenance(
+        NAME,
+        asdict(settings) | {"preset": common.preset},
+        sorted({one.seed for one, _ in results}),
+        {"label": label.label, **label.provenance},
+        common.torch_device,
+        sum(trained.seconds for _, trained in results) if common.resume else time.perf_counter() - start,
+        [commit_of(folder / one.name) for one, _ in results],
+    )
+    epochs = [_labelled(one, [{"phase": "training", **row} for row in trained.history]) for one, trained in results]
+    write_table(common.folder, TRAINING, pd.concat(epochs).drop(columns="phase"))
+    write_table(common.folder, SPECTRA, table[table.measure == "eigenvalue"].drop(columns=["measure", "error"]))
+    write_table(common.folder, NAME, measures, origin)
+    (common.folder / f"{NAME}.partial.csv").unlink(missing_ok=True)
+
+
+def dry_run(common: Common, settings: Settings) -> list[str]:
+    """One step and one measurement of every backbone and head on fake data; sentences that state the cost of the study."""
+    costs = []
+    for one in runs(common, settings):
+        if one.seed == 0:
+            scale = settings.scale(one.backbone)
+            data = fake_data(one.dataset, scale.images, one.image_size)
+            watched = CurvatureObserver(settings, scale, *first_images(data, scale.images), every=10**9)
+            shared = len(settings.poolings) if one.pooling in settings.share and scale.reduced_channels == 0 else 0
+            costs.append(cost_of(one, {NAME: watched}, scale.measurements + shared))
+    hours = common.seeds * sum(seconds for seconds, _ in costs) / 3600
+    return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} networks: about {hours:,.1f} h"]

@@ -1,0 +1,202 @@
+"""What the curvature study measures of one network: spectra of blocks, Hessian against GGN, K-FAC against GGN.
+
+Blocks are the weights of the first, the middle and the last convolution and of the classifier, and all parameters together
+where there are few enough. The last convolution is the one that feeds the pooling: the 1x1 reduction where there is one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature import CurvatureBlocks, curvature_blocks, fidelity, relative_difference, spectral_summary
+from secondorder.curvature.operators import DenseOperator, FactoredOperator, SymmetricOperator
+from secondorder.errors import InputError
+from studies.frozen_statistics import frozen_at
+
+Row = dict[str, Any]
+WHOLE = "whole"
+SUMMARISED = ("last", WHOLE)
+"""Blocks with a list of eigenvalues, and with a spectrum of the Hessian even where it can only be estimated."""
+SPECTRAL = (
+    "largest",
+    "smallest",
+    "trace",
+    "frobenius_norm",
+    "rank",
+    "condition",
+    "median_condition",
+    "trace_quantile_condition",
+    "effective_rank",
+    "stable_rank",
+    "negative_share",
+)
+APPROXIMATIONS = {
+    "kfac_expand": "K-FAC (expand)",
+    "kfac_reduce": "K-FAC (reduce)",
+    "ekfac": "EKFAC",
+    "diagonal": "diagonal",
+}
+RANKS = 80
+"""Eigenvalues kept of a spectrum, at geometrically spaced ranks."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Up to which size the study is exact, and how far it estimates beyond."""
+
+    threshold: float = 1e-5
+    """Eigenvalues below this share of the largest magnitude are outside the range, for rank and condition number."""
+    dense: int = 2000
+    """Parameters of a network up to which its Hessian is a dense matrix with all eigenvalues."""
+    block: int = 300_000
+    """Parameters up to which a convolution is measured; larger ones are passed over for the next smaller."""
+    whole: int = 100_000
+    """Parameters of a network up to which all together are measured too."""
+    probes: int = 4
+    """Random vectors for the Hessian of larger blocks."""
+    steps: int = 20
+    """Lanczos steps for the Hessian of larger blocks."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold < 1.0:
+            raise InputError(f"threshold {self.threshold}: a share of the largest eigenvalue, in [0, 1)")
+        for name, least in (("dense", 0), ("block", 1), ("whole", 0), ("probes", 2), ("steps", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: at least {least}")
+
+
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    limits: Limits,
+    *,
+    precision: str = "float64",
+    seed: int = 0,
+    hessian: bool = True,
+) -> list[Row]:
+    """Rows (block, matrix, measure, value, error, rank) of the mean cross-entropy over the images; the model is copied.
+
+    Batch-norm statistics are those of the images, as constants (`frozen_at`). Matrices: "GGN", "Hessian", "GGN to Hessian"
+    (measure "relative_difference": |H - G| / |H|), and the APPROXIMATIONS (measures "cosine", "relative_error" to the GGN).
+    `rank` is 0 but for the measure "eigenvalue". The Hessian costs most of the time and may be left out.
+    """
+    dtype = getattr(torch, precision)
+    frozen = frozen_at(model, images, dtype)
+    problem = _Problem(frozen, (images.to(dtype), labels), block_names(frozen, limits.block), limits)
+    ggn = problem.ggn()
+    rows: list[Row] = []
+    for role, exact in ggn.items():
+        rows += _spectrum(role, "GGN", exact, limits, seed)
+    for role, block in problem.hessian().items() if hessian else ():
+        difference = relative_difference(ggn[role], block, probes=max(10, limits.probes), seed=seed)
+        rows.append(_row(role, "GGN to Hessian", "relative_difference", *difference))
+        if isinstance(block, DenseOperator) or role in SUMMARISED:
+            rows += _spectrum(role, "Hessian", block, limits, seed)
+    for quantity, name in APPROXIMATIONS.items():
+        for role, block in problem.approximate(quantity).items():
+            found = fidelity(block, ggn[role], seed=seed)
+            rows.append(_row(role, name, "cosine", *found.cosine))
+            rows.append(_row(role, name, "relative_error", *found.relative_error))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The blocks of one network, by role; those of a small network are cut out of the matrix of all parameters."""
+
+    network: nn.Module
+    batch: tuple[Tensor, Tensor]
+    names: dict[str, str]
+    limits: Limits
+
+    @property
+    def size(self) -> int:
+        """Parameters of the network."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    def ggn(self) -> dict[str, FactoredOperator]:
+        """Exact blocks by their factors."""
+        if self.size > self.limits.whole:
+            blocks = self._blocks("ggn", self.names.values())
+            return {role: blocks[name].factored() for role, name in self.names.items()}  # type: ignore[attr-defined]
+        whole = self._blocks("ggn").whole.factored()  # type: ignore[attr-defined]
+        cut = {role: FactoredOperator(whole.rows[:, place]) for role, place in self._places().items()}
+        return cut | {WHOLE: whole}
+
+    def hessian(self) -> dict[str, SymmetricOperator]:
+        """Dense blocks of a small network, else products."""
+        if self.size <= self.limits.dense:
+            matrix = self._blocks("hessian").whole.dense()
+            places = self._places() | {WHOLE: slice(None)}
+            return {role: DenseOperator(matrix[place, place]) for role, place in places.items()}
+        blocks = self._blocks("hessian", self.names.values())
+        found = {role: blocks[name] for role, name in self.names.items()}
+        return found | ({WHOLE: self._blocks("hessian").whole} if self.size <= self.limits.whole else {})
+
+    def approximate(self, quantity: str) -> dict[str, SymmetricOperator]:
+        """K-FAC and the like."""
+        blocks = self._blocks(quantity, self.names.values())
+        return {role: blocks[name] for role, name in self.names.items()}
+
+    def _blocks(self, quantity: str, names: Iterable[str] | None = None) -> CurvatureBlocks:
+        return curvature_blocks(self.network, nn.CrossEntropyLoss(), self.batch, quantity, names)
+
+    def _places(self) -> dict[str, slice]:
+        """Where each block lies among all parameters."""
+        places, start = {}, 0
+        for name, parameter in self.network.named_parameters():
+            places[name] = slice(start, start + parameter.numel())
+            start += parameter.numel()
+        return {role: places[name] for role, name in self.names.items()}
+
+
+def block_names(model: nn.Module, largest: int) -> dict[str, str]:
+    """The parameter names of the blocks: first, middle and last convolution, and the classifier.
+
+    Convolutions with groups and with more than `largest` weights are passed over. Raises InputError when nothing is left.
+    """
+    weights = [
+        f"{name}.weight"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d) and part.groups == 1 and part.weight.numel() <= largest
+    ]
+    linear = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    if not weights or not linear:
+        raise InputError(f"{type(model).__name__}: no convolution of at most {largest:,} weights, or no linear layer")
+    return {"first": weights[0], "middle": weights[len(weights) // 2], "last": weights[-1], "classifier": linear[-1]}
+
+
+def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, seed: int) -> Iterator[Row]:
+    summary = spectral_summary(
+        block,
+        threshold=limits.threshold,
+        probes=limits.probes,
+        steps=min(limits.steps, block.size),
+        deflate=min(2, block.size - 1),
+        seed=seed,
+    )
+    yield _row(role, matrix, "parameters", block.size, 0.0)
+    for measure in SPECTRAL:
+        yield _row(role, matrix, measure, *getattr(summary, measure))
+    if summary.method == "exact" and role in SUMMARISED:
+        values = block.eigenvalues().double()
+        values = values[values.abs().argsort(descending=True)].cpu()
+        values = values[values.abs() > limits.threshold * values[0].abs()]
+        ranks = torch.logspace(0, torch.log10(torch.tensor(float(len(values)))), RANKS).round().long().unique()
+        for rank in ranks.tolist():
+            yield _row(role, matrix, "eigenvalue", float(values[rank - 1]), 0.0, rank)
+
+
+def _row(block: str, matrix: str, measure: str, value: float, error: float, rank: int = 0) -> Row:
+    return {
+        "block": block,
+        "matrix": matrix,
+        "measure": measure,
+        "rank": rank,
+        "value": float(value),
+        "error": float(error),
+    }

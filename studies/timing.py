@@ -1,0 +1,66 @@
+"""Time and memory of actions on a shared machine: interleaved repeats, so that a busy moment meets all of them."""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> Iterator[tuple[str, int, float]]:
+    """(name, repeat, milliseconds): each repeat runs every action once, beginning with another one each time."""
+    order = list(actions.items())
+    for repeat in range(repeats):
+        start = repeat % len(order)
+        for name, action in order[start:] + order[:start]:
+            yield name, repeat, 1e3 * seconds(action, device)
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of `action`, waiting for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """Largest memory that `action` holds at once beyond what was held before, as torch's allocator counts it."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        action()
+    held = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send the process's standard error to nowhere: the profiler's C++ part reports its own start and stop there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,151 @@
+"""The support matrix is what running gives, and `supports` says the same without running."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from backpack import extensions
+from small_networks import batch, built, chain
+from torch import nn
+
+from secondorder.curvature.backpack import support, truth
+from secondorder.curvature.backpack.kinds import KINDS
+from secondorder.curvature.backpack.merging import MERGES
+from secondorder.curvature.backpack.quantity import backpack_quantity
+from secondorder.curvature.backpack.registration import DERIVATIVES, ROWS
+from secondorder.curvature.backpack.support import (
+    DRAWS,
+    QUANTITIES,
+    check_support,
+    markdown,
+    support_matrix,
+    support_of_networks,
+    supports,
+)
+from secondorder.curvature.backpack.support_cases import LAYERS, layer_network
+from secondorder.curvature.backpack.support_networks import NETWORKS, SPOT_CHECKS, network_case
+from secondorder.errors import InputError
+
+REFUSED_LAYERS = [
+    "Conv2d, padding='same'",
+    "Conv2d, circular padding",
+    "BatchNorm2d, training",
+    "AdaptiveChannelDropout, training",
+]
+BRANCHES = ["Sum", "Concatenate", "ResidualBlock", *(layer for layer in LAYERS if "Net" in layer)]
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->"
+
+
+def test_every_entry_of_the_matrix() -> None:
+    """What is exact is compared with torch.func by `support_matrix` itself; here stands what may be refused."""
+    table = support_matrix()
+    assert list(table.index) == list(LAYERS)
+    assert list(table.columns) == list(QUANTITIES)
+    first_order = ["BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"]
+    for layer in LAYERS:
+        for quantity in QUANTITIES:
+            entry = table.loc[layer, quantity]
+            if (
+                layer in REFUSED_LAYERS
+                or quantity == "PCHMP"
+                or (layer in BRANCHES and quantity == "KFRA")
+                or (layer == "Dropout, training" and quantity not in first_order)
+            ):
+                expected = "refused"
+            elif layer == "AdaptiveChannelDropout" or (layer == "BatchNorm2d" and "KF" in quantity):
+                expected = "passed on"
+            else:
+                expected = "mc" if quantity in DRAWS else "exact"
+            assert entry == expected, (layer, quantity)
+
+
+def test_supports_says_what_running_finds() -> None:
+    table = support_matrix()
+    for layer in LAYERS:
+        network, _, _ = layer_network(layer)
+        for quantity in QUANTITIES:
+            assert supports(network, quantity) == (table.loc[layer, quantity] != "refused"), (layer, quantity)
+
+
+def test_networks() -> None:
+    table = support_of_networks()
+    assert list(table.index) == NETWORKS
+    for name in NETWORKS:
+        for quantity in QUANTITIES:
+            refused = quantity in ("KFRA", "PCHMP")
+            expected = "refused" if refused else "exact" if quantity in SPOT_CHECKS else "accepted"
+            assert table.loc[name, quantity] == expected, (name, quantity)
+
+
+@pytest.mark.parametrize("quantity", ["BatchL2Grad", "SqrtGGNExact", "DiagHessian", "KFAC", "GGNMP", "HMP"])
+def test_an_accepted_network_runs(quantity: str) -> None:
+    case = network_case("cifar_resnet8, gcp")
+    batch = case.images, case.labels
+    values = backpack_quantity(case.network, nn.CrossEntropyLoss(), batch, QUANTITIES[quantity]())
+    weight = values["stem.0.weight"]
+    tensors = [weight(torch.ones(1, 16, 3, 3, 3).double())] if callable(weight) else weight
+    assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in tensors)
+
+
+def test_the_readme_shows_the_tables() -> None:
+    """To bring it up to date: python -m secondorder.curvature.backpack.support, between the two markers."""
+    text = README.read_text()
+    assert BEGIN in text, f"README.md lacks the marker {BEGIN.strip()}"
+    assert text.split(BEGIN)[1].split(END)[0].strip() == support.section().strip()
+
+
+def test_equal_columns_share_one_in_markdown() -> None:
+    table = pd.DataFrame({"a": {"x": "1", "y": "2"}, "b": {"x": "3", "y": "3"}, "c": {"x": "1", "y": "2"}})
+    assert markdown(table) == "| | a<br>c | b |\n|---|---|---|\n| x | 1 | 3 |\n| y | 2 | 3 |"
+
+
+def test_wrong_values_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of two, or a transposed weight, does not pass for exact nor for Monte-Carlo noise."""
+    assert support.entry("Conv2d", "DiagGGNExact") == "exact"
+    for quantity in ("BatchGrad", "DiagGGNExact", "DiagGGNMC", "DiagHessian", "DiagHessianMC", "KFLR", "KFAC", "HMP"):
+        expected = truth.EXPECTED[quantity]
+        monkeypatch.setitem(truth.EXPECTED, quantity, lambda t, name, expected=expected: 2 * expected(t, name))
+        assert support.entry("Conv2d", quantity) == "wrong", quantity
+    monkeypatch.undo()
+    for quantity in SPOT_CHECKS:
+        monkeypatch.setitem(support.SPOT_CHECKS, quantity, lambda case, found: 1e-6)
+        assert support.network_entry("cifar_resnet8, gcp", quantity) == "wrong"
+
+
+def test_check_support_names_module_quantity_and_way_out() -> None:
+    with pytest.raises(InputError, match=r"'3' \(Bilinear\) has no row for KFAC; .*use curvature_blocks"):
+        check_support(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Bilinear(4, 4, 2)), "KFAC")
+    with pytest.raises(InputError, match=r"KFRA at the branches of 'features\.stage1\.0'"):
+        check_support(built("cifar_resnet8"), "KFRA")
+    with pytest.raises(InputError, match="PCHMP is refused"):
+        check_support(chain(), "PCHMP")
+    check_support(chain(), "DiagHessian")
+
+
+@pytest.mark.parametrize("ask", [supports, check_support])
+def test_an_unknown_quantity(ask: object) -> None:
+    with pytest.raises(InputError, match="unknown quantity 'kfac'; choose one of: BatchGrad, "):
+        ask(chain(), "kfac")  # type: ignore[operator]
+
+
+def test_the_tables_are_complete() -> None:
+    """Every extension and every module with a row of ours stands in the support matrix."""
+    made = {type(make()) for make in QUANTITIES.values()}
+    assert set(MERGES) | {extensions.KFRA, extensions.PCHMP} == made
+    assert {base for base in KINDS if base in made} == set(KINDS)
+    shown = {type(part) for layer in LAYERS for part in layer_network(layer)[0].modules()}
+    untested = {nn.Identity, nn.Hardswish, nn.Softplus}  # elementwise rows like those that are shown
+    assert set(DERIVATIVES) | set(ROWS) <= shown | untested
+
+
+def test_measuring_support_changes_nothing() -> None:
+    network, loss = built("cifar_resnet8"), nn.CrossEntropyLoss()
+    before = [(module, dict(vars(module))) for module in network.modules()]
+    state = torch.get_rng_state()
+    assert supports(network, "DiagHessian")
+    support_matrix()
+    assert all(vars(module) == attributes for module, attributes in before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network(batch(loss, 2, 3, 8)[0]).shape == (2, 3)

@@ -1,0 +1,180 @@
+"""The curvature study: what it measures of a network, its runs, and its resumption."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, hessian
+
+from secondorder.networks import network
+from studies import curvature
+from studies.__main__ import main
+from studies.curvature_measures import Limits, block_names, measure
+from studies.frozen_statistics import frozen_at
+from studies.settings import Common
+
+SMOKE = ["curvature", "--preset", "smoke", "--no-progress", "--threads", "1"]
+
+
+def rows_of(model: nn.Module, limits: Limits, **options: object) -> pd.Series:
+    images, labels = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    rows = pd.DataFrame(measure(model, images, labels, limits, **options))  # type: ignore[arg-type]
+    return rows[rows.measure != "eigenvalue"].set_index(["block", "matrix", "measure"]).value
+
+
+@pytest.mark.parametrize("pooling", ["gap", "gcp"])
+def test_measures_against_torch_func(pooling: str) -> None:
+    model = network("digits_tiny", pooling, 10, 1)
+    images, labels = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    rows = pd.DataFrame(measure(model, images, labels, Limits()))
+    found = rows[rows.measure != "eigenvalue"].set_index(["block", "matrix", "measure"]).value
+    frozen = frozen_at(model, images, torch.float64).requires_grad_(False)
+    named = dict(frozen.named_parameters())
+
+    def logits(weight: torch.Tensor) -> torch.Tensor:
+        return functional_call(frozen, {"features.3.weight": weight}, (images.double(),))
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits(weight), labels)
+
+    weight = named["features.3.weight"].detach()
+    size = weight.numel()
+    H = hessian(loss)(weight).reshape(size, size)
+    J = torch.func.jacrev(logits)(weight).reshape(-1, size)
+    p = logits(weight).detach().softmax(1)
+    middle = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) / len(p)
+    G = J.mT @ middle @ J
+    for name, matrix in (("GGN", G), ("Hessian", H)):
+        values = torch.linalg.eigvalsh(matrix)
+        top = values.abs().max()
+        kept = values.abs()[values.abs() > 1e-5 * top]
+        assert found["last", name, "largest"] == pytest.approx(float(values[-1]), rel=1e-9)
+        assert found["last", name, "trace"] == pytest.approx(float(matrix.trace()), rel=1e-9)
+        assert found["last", name, "condition"] == pytest.approx(float(top / kept.min()), rel=1e-5)
+        listed = rows[(rows.block == "last") & (rows.matrix == name) & (rows.measure == "eigenvalue")]
+        ranked = values[values.abs().argsort(descending=True)]
+        for rank, value in zip(listed["rank"], listed.value, strict=True):
+            assert value == pytest.approx(float(ranked[rank - 1]), rel=1e-5, abs=1e-12)
+    difference = float((H - G).norm() / H.norm())
+    assert found["last", "GGN to Hessian", "relative_difference"] == pytest.approx(difference, rel=1e-7, abs=1e-12)
+    assert (difference < 1e-12) is (pooling == "gap")  # ReLU and a linear head: one layer's Hessian is its GGN
+    kfac = found["last", "K-FAC (expand)", "cosine"]
+    assert 0.1 < kfac < found["last", "EKFAC", "cosine"] + 1e-9
+    assert model.training
+
+
+def test_blocks_of_a_larger_network_are_those_of_a_dense_one() -> None:
+    model = network("digits_tiny", "gcp", 10, 1)
+    torch.manual_seed(1)
+    small = rows_of(model, Limits())
+    torch.manual_seed(1)
+    large = rows_of(model, Limits(whole=0, dense=0, probes=10))
+    assert "whole" in small.index.get_level_values("block")
+    assert "whole" not in large.index.get_level_values("block")
+    for block in ("first", "middle", "last", "classifier"):
+        for measured in ("largest", "trace", "condition"):
+            assert large[block, "GGN", measured] == pytest.approx(small[block, "GGN", measured], rel=1e-6)
+        for matrix in ("K-FAC (expand)", "K-FAC (reduce)", "EKFAC", "diagonal"):
+            assert large[block, matrix, "cosine"] == pytest.approx(small[block, matrix, "cosine"], rel=1e-8)
+
+
+def test_the_hessian_may_be_left_out() -> None:
+    found = rows_of(network("digits_tiny", "gap", 10, 1), Limits(), hessian=False)
+    assert not {"Hessian", "GGN to Hessian"} & set(found.index.get_level_values("matrix"))
+    assert "GGN" in found.index.get_level_values("matrix")
+
+
+def test_blocks_are_named_alike_under_all_heads() -> None:
+    for backbone, options in (("cifar_resnet8", {}), ("mobilenet_v2", {"reduced_channels": 8})):
+        names = [block_names(network(backbone, p, 10, **options), 300_000) for p in ("gap", "gcp")]
+        assert names[0]["classifier"].removesuffix("linear.weight").removesuffix("weight") == "classifier."
+        assert names[0] == names[1]
+    assert names[0]["last"] == "head.reduction.0.weight"
+    assert block_names(network("resnet18", "gap", 10), 10_000)["first"] == "stem.conv1.weight"
+
+
+def test_phases_and_shared_backbones(tmp_path: Path) -> None:
+    assert main([*SMOKE, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "curvature.csv")
+    assert set(table.phase) == {"initial", "trained", "shared: gap"}
+    assert set(table[table.phase == "shared: gap"].pooling) == {"gap", "gcp"}
+    assert set(table[table.phase == "initial"].step) == {0}
+    assert set(table[table.phase == "trained"].step) == {3}
+    assert table.value.notna().all()
+    spectra = pd.read_csv(tmp_path / "curvature_spectra.csv")
+    assert (spectra[spectra.matrix == "GGN"].value > 0).all()
+
+
+def test_moments_are_equally_spaced() -> None:
+    settings = dataclasses.replace(
+        curvature.PRESETS["smoke"], small=curvature.Scale(images=4, epochs=5, measurements=4, train_limit=192)
+    )
+    common = Common(preset="smoke", seeds=1, threads=1)
+    data = curvature.check(common, settings)
+    run = curvature.runs(common, settings)[0]
+    own = curvature.observer(run, settings, data["digits_tiny"])  # 15 steps
+    assert [step for step in range(15) if step % own.every == 0] == [0, 5, 10]
+
+
+def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path) -> None:
+    flags = [*SMOKE, "--seeds", "1"]
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "studies", *flags, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "killed").glob("runs/curvature/*/trained.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert main([*flags, "--out", str(tmp_path / "killed"), "--resume"]) == 0
+    for name in ("curvature.csv", "curvature_spectra.csv", "curvature_summary.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_damaged_measurement_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SMOKE, "--seeds", "1", "--poolings", "gap", "--out", str(tmp_path)]
+    assert main(flags) == 0
+    file = next(tmp_path.glob("runs/curvature/*/trained.json"))
+    file.write_text("[{")
+    assert main([*flags, "--resume"]) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backbones", "resnet19"], "unknown backbone 'resnet19'"),
+        (["--backbones", "digits_tiny", "digits_tiny"], "--backbones digits_tiny digits_tiny: name at least one"),
+        (["--share", "dropcov"], "--share dropcov: is not among the poolings gap, gcp"),
+        (["--small.images", "5000"], "images 5000: there are only 192 training images"),
+        (["--small.images", "1"], "images 1: at least 2"),
+        (["--small.measurements", "1"], "measurements 1: at least 2"),
+        (["--limits.threshold", "2"], "threshold 2.0: a share of the largest eigenvalue"),
+        (["--limits.probes", "1"], "probes 1: at least 2"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMOKE, *arguments, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "curvature.csv").exists()
+
+
+def test_dry_run_counts_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr().out
+    assert "digits_tiny + gap" in printed
+    assert "2 seeds of 2 networks" in printed
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,61 @@
+"""Networks at frozen statistics, and one backbone under several heads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from secondorder.data import load_dataset
+from secondorder.networks import Network, network
+from secondorder.training import Run, train
+from studies.frozen_statistics import frozen_at
+from studies.shared_backbone import can_share, with_head
+
+
+@pytest.mark.parametrize("pooling", ["gap", "gcp"])
+def test_frozen_network_computes_what_training_mode_computes(pooling: str) -> None:
+    model = network("cifar_resnet8", pooling, 4).double().train()
+    model.features[0][0].bn1.momentum = 0.3
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(5, 3, 16, 16)
+    frozen = frozen_at(model, images, torch.float64)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(part.training for part in frozen.modules())
+    torch.testing.assert_close(frozen(images.double()), model(images.double()), rtol=1e-12, atol=1e-12)
+    # each sample on its own: the others do not enter
+    torch.testing.assert_close(frozen(images[:1].double()), frozen(images.double())[:1], rtol=1e-12, atol=1e-12)
+    assert not any(part._forward_pre_hooks for part in frozen.modules())
+
+
+def test_precision_of_the_copy() -> None:
+    model = network("digits_tiny", "gcp", 10, 1)
+    assert next(frozen_at(model, torch.randn(3, 1, 8, 8), torch.float64).parameters()).dtype == torch.float64
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_only_a_head_without_reduction_can_be_exchanged() -> None:
+    assert can_share(network("digits_tiny", "gcp", 10, 1))
+    assert not can_share(network("digits_tiny", "gcp", 10, 1, reduced_channels=4))
+    assert not can_share(nn.Linear(2, 2))
+
+
+def test_another_head_on_a_trained_backbone(tmp_path: Path) -> None:
+    data = load_dataset("digits", limit=400)
+    run = Run("digits_tiny", "gap", "digits", epochs=4, batch_size=40, learning_rate=0.1, train_limit=400)
+    trained = frozen_at(train(run, data, tmp_path, progress=False).model, data.train.plain(range(64))[0], torch.float32)
+    shared = with_head(trained, "covariance", data, weight_decay=1e-3)
+    assert isinstance(shared, Network)
+    assert shared.head.out_features == 21
+    for name, value in trained.state_dict().items():
+        if name.startswith(("stem.", "features.")):
+            assert torch.equal(value, shared.state_dict()[name])
+    images, labels = data.train.plain(range(400))
+    classifier = shared.classifier.double()
+    features = shared.head(shared.features(shared.stem(images))).double().detach()
+    objective = F.cross_entropy(classifier(features), labels) + 0.5e-3 * classifier.weight.square().sum()
+    slopes = torch.autograd.grad(objective, list(classifier.parameters()))
+    assert max(float(slope.abs().max()) for slope in slopes) < 1e-3  # the minimum of mean loss + decay / 2 |W|^2
+    assert float((classifier(features).argmax(1) == labels).double().mean()) > 0.5
