@@ -185,9 +185,9 @@ class CurvatureObserver:
     """Steps between two measurements."""
 
     def __call__(self, moment: Moment) -> list[Row]:
-        """Rows for the moment; the model is copied, not touched."""
+        """Rows for the moment, of the Hessian only at the start; the model is copied, not touched."""
         phase = "training" if moment.step else "initial"
-        rows = self.rows(moment.model, moment.run.seed)
+        rows = self.rows(moment.model, moment.run.seed, hessian=moment.step == 0)
         return [{"phase": phase, "step": moment.step, **row} for row in rows]
 
     def rows(self, model: nn.Module, seed: int, hessian: bool = True) -> list[Row]:

@@ -92,7 +92,8 @@ def measure(
     for role, exact in ggn.items():
         rows += _spectrum(role, "GGN", exact, limits, seed)
     for role, block in problem.hessian().items() if hessian else ():
-        difference = relative_difference(ggn[role], block, probes=max(10, limits.probes), seed=seed)
+        method = "auto" if isinstance(block, DenseOperator) else "stochastic"
+        difference = relative_difference(ggn[role], block, method, probes=limits.probes, seed=seed)
         rows.append(_row(role, "GGN to Hessian", "relative_difference", *difference))
         if isinstance(block, DenseOperator) or role in SUMMARISED:
             rows += _spectrum(role, "Hessian", block, limits, seed)
@@ -173,6 +174,7 @@ def block_names(model: nn.Module, largest: int) -> dict[str, str]:
 def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, seed: int) -> Iterator[Row]:
     summary = spectral_summary(
         block,
+        "auto" if isinstance(block, DenseOperator | FactoredOperator) else "lanczos",
         threshold=limits.threshold,
         probes=limits.probes,
         steps=min(limits.steps, block.size),
