@@ -117,9 +117,9 @@ PRESETS = {
     "cifar10": Settings(
         backbones=("cifar_resnet8", "cifar_resnet20", "resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"),
         dataset="cifar10",
-        small=Scale(train_limit=12_800, epochs=3),
+        small=Scale(images=32, train_limit=6_400, epochs=3, precision="float32"),
         large=Scale(
-            images=32,
+            images=24,
             image_size=64,
             train_limit=1_280,
             epochs=1,

@@ -11,15 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature import CurvatureBlocks, curvature_blocks, fidelity, relative_difference, spectral_summary
+from secondorder.curvature import (
+    CurvatureBlocks,
+    curvature_blocks,
+    fidelity,
+    relative_difference,
+    spectral_summary,
+    top_eigenvalues,
+)
 from secondorder.curvature.operators import DenseOperator, FactoredOperator, SymmetricOperator
+from secondorder.curvature.spectrum import trace_estimate
 from secondorder.errors import InputError
 from studies.frozen_statistics import frozen_at
 
 Row = dict[str, Any]
 WHOLE = "whole"
 SUMMARISED = ("last", WHOLE)
-"""Blocks with a list of eigenvalues, and with a spectrum of the Hessian even where it can only be estimated."""
+"""Blocks with a list of eigenvalues, and with ends of the Hessian's spectrum even where they can only be estimated."""
 SPECTRAL = (
     "largest",
     "smallest",
@@ -57,8 +65,8 @@ class Limits:
     """Parameters of a network up to which all together are measured too."""
     probes: int = 4
     """Random vectors for the Hessian of larger blocks."""
-    steps: int = 20
-    """Lanczos steps for the Hessian of larger blocks."""
+    steps: int = 30
+    """Lanczos steps at most for each end of the Hessian's spectrum of larger blocks."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold < 1.0:
@@ -172,28 +180,29 @@ def block_names(model: nn.Module, largest: int) -> dict[str, str]:
 
 
 def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, seed: int) -> Iterator[Row]:
-    summary = spectral_summary(
-        block,
-        "auto" if isinstance(block, DenseOperator | FactoredOperator) else "lanczos",
-        threshold=limits.threshold,
-        probes=limits.probes,
-        steps=min(limits.steps, block.size),
-        deflate=min(2, block.size - 1),
-        seed=seed,
-    )
+    """The measures of a spectrum, exact for stored blocks; of products only the ends and the trace, estimated."""
     yield _row(role, matrix, "parameters", block.size, 0.0)
+    if not isinstance(block, DenseOperator | FactoredOperator):
+        for which in ("largest", "smallest"):
+            top = top_eigenvalues(block, 1, which, tolerance=1e-3, max_iterations=limits.steps, seed=seed)
+            yield _row(role, matrix, which, top.values[0], top.residuals[0])
+        yield _row(role, matrix, "trace", *trace_estimate(block, "hutchinson", probes=limits.probes, seed=seed))
+        return
+    if isinstance(block, FactoredOperator):
+        block = FactoredOperator(block.rows.double())  # a Gram matrix in float32 would drown the small eigenvalues
+    summary = spectral_summary(block, "exact", threshold=limits.threshold)
     for measure in SPECTRAL:
         yield _row(role, matrix, measure, *getattr(summary, measure))
-    if summary.method == "exact" and role in SUMMARISED:
+    if role in SUMMARISED:
         values = block.eigenvalues().double()
         values = values[values.abs().argsort(descending=True)].cpu()
         values = values[values.abs() > limits.threshold * values[0].abs()]
         ranks = torch.logspace(0, torch.log10(torch.tensor(float(len(values)))), RANKS).round().long().unique()
         for rank in ranks.tolist():
-            yield _row(role, matrix, "eigenvalue", float(values[rank - 1]), 0.0, rank)
+            yield _row(role, matrix, "eigenvalue", values[rank - 1], 0.0, rank)
 
 
-def _row(block: str, matrix: str, measure: str, value: float, error: float, rank: int = 0) -> Row:
+def _row(block: str, matrix: str, measure: str, value: float | Tensor, error: float | Tensor, rank: int = 0) -> Row:
     return {
         "block": block,
         "matrix": matrix,
