@@ -31,7 +31,7 @@ from studies.frozen_statistics import frozen_at
 from studies.results import provenance, write_file, write_table
 from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
-from studies.shared_backbone import can_share, with_head
+from studies.shared_backbone import check_sharing, with_head
 
 NAME = "curvature"
 SPECTRA, TRAINING = "curvature_spectra", "curvature_training"
@@ -88,7 +88,7 @@ class Settings:
     momentum: float = 0.9
     """Momentum of SGD."""
     share: tuple[str, ...] = ("gap", "gcp")
-    """Heads whose trained backbone is measured under every head; only where no head has a reduction."""
+    """Heads whose trained backbone (and reduction) is measured under every head, with classifiers fitted anew."""
     limits: Limits = field(default_factory=Limits)
     """Up to which size what is exact, and how far it is estimated beyond."""
 
@@ -229,6 +229,8 @@ def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
         if one.seed == 0:
             check_run(one, loaded[scale])
             first_images(loaded[scale], scale.images)
+            if settings.share:
+                check_sharing(loaded[scale], settings.weight_decay)
         data[one.backbone] = loaded[scale]
     return data
 
@@ -271,7 +273,7 @@ def _after_training(
         return [{"phase": phase, "step": int(last), "pooling": pooling, **row} for row in rows]
 
     yield from _kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
-    if one.pooling not in settings.share or not can_share(trained.model):
+    if one.pooling not in settings.share:
         return
     for pooling in settings.poolings:
 
@@ -340,7 +342,7 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
             scale = settings.scale(one.backbone)
             data = fake_data(one.dataset, scale.images, one.image_size)
             watched = CurvatureObserver(settings, scale, *first_images(data, scale.images), every=10**9)
-            shared = len(settings.poolings) if one.pooling in settings.share and scale.reduced_channels == 0 else 0
+            shared = len(settings.poolings) if one.pooling in settings.share else 0
             costs.append(cost_of(one, {NAME: watched}, scale.measurements + shared))
     hours = common.seeds * sum(seconds for seconds, _ in costs) / 3600
     return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} networks: about {hours:,.1f} h"]

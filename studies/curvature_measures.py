@@ -1,7 +1,13 @@
 """What the curvature study measures of one network: spectra of blocks, Hessian against GGN, K-FAC against GGN.
 
 Blocks are the weights of the first, the middle and the last convolution and of the classifier, and all parameters together
-where there are few enough. The last convolution is the one that feeds the pooling: the 1x1 reduction where there is one.
+where there are few enough. The last convolution is the one before the pooling: the 1x1 reduction where there is one.
+
+The GGN of N samples and K classes has rank at most r = min(P, N (K - 1)) for P parameters, the same under every head. Two
+measures of conditioning compare heads at this rank and have no threshold:
+
+    half_rank_condition    lambda_1 / lambda_k at k = r / 2 (rounded up)
+    largest_to_mean        lambda_1 r / tr
 """
 
 from collections.abc import Iterable, Iterator
@@ -36,7 +42,6 @@ SPECTRAL = (
     "rank",
     "condition",
     "median_condition",
-    "trace_quantile_condition",
     "effective_rank",
     "stable_rank",
     "negative_share",
@@ -97,8 +102,10 @@ def measure(
     problem = _Problem(frozen, (images.to(dtype), labels), block_names(frozen, limits.block), limits)
     ggn = problem.ggn()
     rows: list[Row] = []
+    samples_rank = len(labels) * (problem.classes - 1)
     for role, exact in ggn.items():
         rows += _spectrum(role, "GGN", exact, limits, seed)
+        rows += _conditioning(role, exact, min(exact.size, samples_rank), limits.threshold)
     for role, block in problem.hessian().items() if hessian else ():
         method = "auto" if isinstance(block, DenseOperator) else "stochastic"
         difference = relative_difference(ggn[role], block, method, probes=limits.probes, seed=seed)
@@ -126,6 +133,11 @@ class _Problem:
     def size(self) -> int:
         """Parameters of the network."""
         return sum(p.numel() for p in self.network.parameters())
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the network, K."""
+        return [part for part in self.network.modules() if isinstance(part, nn.Linear)][-1].out_features
 
     def ggn(self) -> dict[str, FactoredOperator]:
         """Exact blocks by their factors."""
@@ -166,21 +178,41 @@ class _Problem:
 def block_names(model: nn.Module, largest: int) -> dict[str, str]:
     """The parameter names of the blocks: first, middle and last convolution, and the classifier.
 
-    Convolutions with groups and with more than `largest` weights are passed over. Raises InputError when nothing is left.
+    Not counted are convolutions with groups and those on shortcuts. Where one has more than `largest` weights, the nearest
+    that has not stands in for it. Raises InputError when there is none.
     """
-    weights = [
-        f"{name}.weight"
+    convolutions = [
+        (f"{name}.weight", part.weight.numel())
         for name, part in model.named_modules()
-        if isinstance(part, nn.Conv2d) and part.groups == 1 and part.weight.numel() <= largest
+        if isinstance(part, nn.Conv2d) and part.groups == 1 and "downsample" not in name
     ]
     linear = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    if not weights or not linear:
+    if not linear or all(size > largest for _, size in convolutions):
         raise InputError(f"{type(model).__name__}: no convolution of at most {largest:,} weights, or no linear layer")
-    return {"first": weights[0], "middle": weights[len(weights) // 2], "last": weights[-1], "classifier": linear[-1]}
+
+    def nearest(place: int) -> str:
+        able = [i for i, (_, size) in enumerate(convolutions) if size <= largest]
+        return convolutions[min(able, key=lambda i: abs(i - place))][0]
+
+    count = len(convolutions)
+    return {"first": nearest(0), "middle": nearest(count // 2), "last": nearest(count - 1), "classifier": linear[-1]}
+
+
+def _conditioning(role: str, block: FactoredOperator, rank: int, threshold: float) -> Iterator[Row]:
+    """The measures of conditioning at a given possible rank, and eigenvalues at the same ranks for every head."""
+    values = FactoredOperator(block.rows.double()).eigenvalues().flip(0).cpu()
+    half = values[-(-rank // 2) - 1]
+    yield _row(role, "GGN", "half_rank_condition", values[0] / half if half > 0 else torch.inf, 0.0)
+    yield _row(role, "GGN", "largest_to_mean", values[0] * rank / values.sum(), 0.0)
+    if role not in SUMMARISED:
+        return
+    for index in torch.logspace(0, torch.log10(torch.tensor(float(rank))), RANKS).round().long().unique().tolist():
+        if values[index - 1] > threshold * values[0]:
+            yield _row(role, "GGN", "eigenvalue", values[index - 1], 0.0, index)
 
 
 def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, seed: int) -> Iterator[Row]:
-    """The measures of a spectrum, exact for stored blocks; of products only the ends and the trace, estimated."""
+    """The measures of a spectrum, exact for stored blocks; of products only the ends (Lanczos, from within) and the trace."""
     yield _row(role, matrix, "parameters", block.size, 0.0)
     if not isinstance(block, DenseOperator | FactoredOperator):
         for which in ("largest", "smallest"):
@@ -193,13 +225,6 @@ def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, 
     summary = spectral_summary(block, "exact", threshold=limits.threshold)
     for measure in SPECTRAL:
         yield _row(role, matrix, measure, *getattr(summary, measure))
-    if role in SUMMARISED:
-        values = block.eigenvalues().double()
-        values = values[values.abs().argsort(descending=True)].cpu()
-        values = values[values.abs() > limits.threshold * values[0].abs()]
-        ranks = torch.logspace(0, torch.log10(torch.tensor(float(len(values)))), RANKS).round().long().unique()
-        for rank in ranks.tolist():
-            yield _row(role, matrix, "eigenvalue", values[rank - 1], 0.0, rank)
 
 
 def _row(block: str, matrix: str, measure: str, value: float | Tensor, error: float | Tensor, rank: int = 0) -> Row:

@@ -1,45 +1,71 @@
 """One trained backbone under another pooling head, with the classifier that suits it."""
 
 import copy
+import warnings
 
+import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
 
 from secondorder.data import ImageDataset
+from secondorder.errors import InputError
 from secondorder.networks import Network
-from secondorder.pooling import pooling_head
+from secondorder.pooling import PoolingHead, pooling_head
 
-BATCH = 512
-
-
-def can_share(model: nn.Module) -> bool:
-    """Whether the backbone's last feature map goes straight into the pooling: a reduction would have to be trained anew."""
-    return isinstance(model, Network) and len(model.head.reduction) == 0  # type: ignore[arg-type]
+BATCH = 256
+MOST_IMAGES, STEPS = 2000, 300
+"""Training images and steps of L-BFGS at most for the classifier."""
 
 
-def with_head(
-    model: nn.Module, pooling: str, data: ImageDataset, weight_decay: float, iterations: int = 1000
-) -> Network:
-    """A copy of the model (in eval mode, of one sample at a time) with another head and a classifier fitted on its features.
+def check_sharing(data: ImageDataset, weight_decay: float) -> None:
+    """InputError unless a classifier can be fitted: a penalty, and images of every class among the first ones."""
+    if weight_decay <= 0:
+        raise InputError(f"weight_decay {weight_decay}: a shared backbone needs a positive one; or share none")
+    classes = len(data.train.labels[:MOST_IMAGES].unique())
+    if classes < data.num_classes:
+        raise InputError(
+            f"only {classes} of {data.num_classes} classes among the training images; use more, or share none"
+        )
 
-    The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over the training images, not augmented
-    (scikit-learn's L-BFGS), so that every head is compared at its own best classifier of the same features.
+
+def with_head(model: nn.Module, pooling: str, data: ImageDataset, weight_decay: float) -> Network:
+    """A copy of a Network (in eval mode) with another pooling and a classifier fitted on its features; a reduction stays.
+
+    The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over the first training images, not augmented
+    (scikit-learn's L-BFGS), so that every head is compared at a classifier of its own for the same features.
     """
     assert isinstance(model, Network)
-    parameter = next(model.parameters())
-    head = pooling_head(pooling, model.head.in_channels).to(parameter)  # type: ignore[arg-type]
+    old = model.head
+    assert isinstance(old, PoolingHead)
     shared = copy.deepcopy(model)
+    assert isinstance(shared.head, PoolingHead)
+    parameter = next(model.parameters())
+    reduced = [part.out_channels for part in old.reduction if isinstance(part, nn.Conv2d)]
+    channels = reduced[-1] if reduced else old.in_channels
+    layers = pooling_head(pooling, channels)
+    head = PoolingHead(old.in_channels, shared.head.reduction, layers.layers, layers.out_features).to(parameter).eval()
     with torch.no_grad():
         features = torch.cat([
             head(shared.features(shared.stem(data.train.plain(part)[0].to(parameter))))
-            for part in torch.arange(len(data.train)).split(BATCH)
+            for part in torch.arange(min(len(data.train), MOST_IMAGES)).split(BATCH)
         ])  # fmt: skip
-    count = len(features)
-    fit = LogisticRegression(C=1 / (count * weight_decay), max_iter=iterations)
-    fit.fit(features.double().cpu().numpy(), data.train.labels.numpy())
+    weight, bias = _fitted(features, data.train.labels[: len(features)], weight_decay)
     classifier = nn.Linear(head.out_features, data.num_classes).to(parameter)
     with torch.no_grad():
-        classifier.weight.copy_(torch.as_tensor(fit.coef_))
-        classifier.bias.copy_(torch.as_tensor(fit.intercept_))
+        classifier.weight.copy_(weight)
+        classifier.bias.copy_(bias)
     return Network(shared.stem, shared.features, head, classifier).eval()
+
+
+def _fitted(features: Tensor, labels: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:
+    """Weight `[K, D]` and bias `[K]` of the classifier; of two classes each gets half of scikit-learn's one row."""
+    fit = LogisticRegression(C=1 / (len(features) * weight_decay), max_iter=STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # stopped early it is the same procedure for every head
+        fit.fit(features.double().cpu().numpy(), labels.numpy())
+    weight, bias = fit.coef_, fit.intercept_
+    if len(weight) == 1:
+        weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return torch.as_tensor(weight), torch.as_tensor(bias)
