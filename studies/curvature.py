@@ -31,7 +31,7 @@ from studies.frozen_statistics import frozen_at
 from studies.results import provenance, write_file, write_table
 from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
-from studies.shared_backbone import check_sharing, with_head
+from studies.shared_backbone import check_sharing, evenly_spaced, with_head
 
 NAME = "curvature"
 SPECTRA, TRAINING = "curvature_spectra", "curvature_training"
@@ -43,7 +43,7 @@ class Scale:
     """How one kind of network is trained and measured."""
 
     images: int = 64
-    """Training images whose mean loss is measured: the first ones, not augmented."""
+    """Training images whose mean loss is measured: evenly spaced ones, not augmented."""
     image_size: int | None = None
     """Resize images to this height and width in pixels; the data set's own when not given."""
     train_limit: int | None = None
@@ -197,18 +197,18 @@ class CurvatureObserver:
 
 
 def observer(run: Run, settings: Settings, data: ImageDataset) -> CurvatureObserver:
-    """The observer of a run, with the first training images as they are, not augmented."""
+    """The observer of a run, with training images as they are, not augmented."""
     scale = settings.scale(run.backbone)
     total = len(data.train) // run.batch_size * run.epochs
-    images, labels = first_images(data, scale.images)
+    images, labels = some_images(data, scale.images)
     return CurvatureObserver(settings, scale, images, labels, every=max(1, -(-total // (scale.measurements - 1))))
 
 
-def first_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first training images and their labels, not augmented; InputError when there are fewer."""
+def some_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """Training images and their labels, not augmented; InputError when there are fewer."""
     if len(data.train) < count:
         raise InputError(f"images {count}: there are only {len(data.train)} training images; measure fewer")
-    return data.train.plain(range(count))
+    return data.train.plain(evenly_spaced(len(data.train), count))
 
 
 def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
@@ -228,7 +228,7 @@ def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
             )
         if one.seed == 0:
             check_run(one, loaded[scale])
-            first_images(loaded[scale], scale.images)
+            some_images(loaded[scale], scale.images)
             if settings.share:
                 check_sharing(loaded[scale], settings.weight_decay)
         data[one.backbone] = loaded[scale]
@@ -341,7 +341,7 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
         if one.seed == 0:
             scale = settings.scale(one.backbone)
             data = fake_data(one.dataset, scale.images, one.image_size)
-            watched = CurvatureObserver(settings, scale, *first_images(data, scale.images), every=10**9)
+            watched = CurvatureObserver(settings, scale, *some_images(data, scale.images), every=10**9)
             shared = len(settings.poolings) if one.pooling in settings.share else 0
             costs.append(cost_of(one, {NAME: watched}, scale.measurements + shared))
     hours = common.seeds * sum(seconds for seconds, _ in costs) / 3600

@@ -19,11 +19,16 @@ MOST_IMAGES, STEPS = 2000, 300
 """Training images and steps of L-BFGS at most for the classifier."""
 
 
+def evenly_spaced(total: int, count: int) -> Tensor:
+    """`count` (or all) of the indices below `total`, evenly spaced: of images in the order of their classes, all classes."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
+
+
 def check_sharing(data: ImageDataset, weight_decay: float) -> None:
-    """InputError unless a classifier can be fitted: a penalty, and images of every class among the first ones."""
+    """InputError unless a classifier can be fitted: a penalty, and images of every class."""
     if weight_decay <= 0:
         raise InputError(f"weight_decay {weight_decay}: a shared backbone needs a positive one; or share none")
-    classes = len(data.train.labels[:MOST_IMAGES].unique())
+    classes = len(data.train.labels[evenly_spaced(len(data.train), MOST_IMAGES)].unique())
     if classes < data.num_classes:
         raise InputError(
             f"only {classes} of {data.num_classes} classes among the training images; use more, or share none"
@@ -33,7 +38,7 @@ def check_sharing(data: ImageDataset, weight_decay: float) -> None:
 def with_head(model: nn.Module, pooling: str, data: ImageDataset, weight_decay: float) -> Network:
     """A copy of a Network (in eval mode) with another pooling and a classifier fitted on its features; a reduction stays.
 
-    The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over the first training images, not augmented
+    The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over evenly spaced training images, not augmented
     (scikit-learn's L-BFGS), so that every head is compared at a classifier of its own for the same features.
     """
     assert isinstance(model, Network)
@@ -46,12 +51,13 @@ def with_head(model: nn.Module, pooling: str, data: ImageDataset, weight_decay: 
     channels = reduced[-1] if reduced else old.in_channels
     layers = pooling_head(pooling, channels)
     head = PoolingHead(old.in_channels, shared.head.reduction, layers.layers, layers.out_features).to(parameter).eval()
+    indices = evenly_spaced(len(data.train), MOST_IMAGES)
     with torch.no_grad():
         features = torch.cat([
             head(shared.features(shared.stem(data.train.plain(part)[0].to(parameter))))
-            for part in torch.arange(min(len(data.train), MOST_IMAGES)).split(BATCH)
+            for part in indices.split(BATCH)
         ])  # fmt: skip
-    weight, bias = _fitted(features, data.train.labels[: len(features)], weight_decay)
+    weight, bias = _fitted(features, data.train.labels[indices], weight_decay)
     classifier = nn.Linear(head.out_features, data.num_classes).to(parameter)
     with torch.no_grad():
         classifier.weight.copy_(weight)
