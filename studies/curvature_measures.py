@@ -53,7 +53,7 @@ APPROXIMATIONS = {
     "diagonal": "diagonal",
 }
 RANKS = 80
-"""Eigenvalues kept of a spectrum, at geometrically spaced ranks."""
+"""Eigenvalues kept of a spectrum in descending order: of a GGN at geometrically, of a Hessian at evenly spaced ranks."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,10 @@ def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, 
     summary = spectral_summary(block, "exact", threshold=limits.threshold)
     for measure in SPECTRAL:
         yield _row(role, matrix, measure, *getattr(summary, measure))
+    if isinstance(block, DenseOperator) and role in SUMMARISED:
+        values = block.eigenvalues().flip(0).cpu()
+        for rank in torch.linspace(1, len(values), RANKS).round().long().unique().tolist():
+            yield _row(role, matrix, "eigenvalue", values[rank - 1], 0.0, rank)
 
 
 def _row(block: str, matrix: str, measure: str, value: float | Tensor, error: float | Tensor, rank: int = 0) -> Row:

@@ -59,9 +59,14 @@ def test_measures_against_torch_func(pooling: str) -> None:
         assert found["last", name, "trace"] == pytest.approx(float(matrix.trace()), rel=1e-9)
         assert found["last", name, "condition"] == pytest.approx(float(top / kept.min()), rel=1e-5)
         listed = rows[(rows.block == "last") & (rows.matrix == name) & (rows.measure == "eigenvalue")]
-        ranked = values[values.abs().argsort(descending=True)]
+        assert len(listed) > 20
         for rank, value in zip(listed["rank"], listed.value, strict=True):
-            assert value == pytest.approx(float(ranked[rank - 1]), rel=1e-5, abs=1e-12)
+            assert value == pytest.approx(float(values.flip(0)[rank - 1]), rel=1e-5, abs=1e-12)
+    possible = min(size, 6 * 9)  # six images, ten classes
+    spectrum = torch.linalg.eigvalsh(G).flip(0)
+    half = float(spectrum[0] / spectrum[possible // 2 - 1])
+    assert found["last", "GGN", "half_rank_condition"] == pytest.approx(half, rel=1e-6)
+    assert found["last", "GGN", "largest_to_mean"] == pytest.approx(float(spectrum[0] * possible / G.trace()), rel=1e-9)
     difference = float((H - G).norm() / H.norm())
     assert found["last", "GGN to Hessian", "relative_difference"] == pytest.approx(difference, rel=1e-7, abs=1e-12)
     assert (difference < 1e-12) is (pooling == "gap")  # ReLU and a linear head: one layer's Hessian is its GGN
@@ -91,13 +96,31 @@ def test_the_hessian_may_be_left_out() -> None:
     assert "GGN" in found.index.get_level_values("matrix")
 
 
-def test_blocks_are_named_alike_under_all_heads() -> None:
-    for backbone, options in (("cifar_resnet8", {}), ("mobilenet_v2", {"reduced_channels": 8})):
-        names = [block_names(network(backbone, p, 10, **options), 300_000) for p in ("gap", "gcp")]
-        assert names[0]["classifier"].removesuffix("linear.weight").removesuffix("weight") == "classifier."
-        assert names[0] == names[1]
-    assert names[0]["last"] == "head.reduction.0.weight"
-    assert block_names(network("resnet18", "gap", 10), 10_000)["first"] == "stem.conv1.weight"
+@pytest.mark.parametrize(
+    ("backbone", "reduced", "first", "middle", "last"),
+    [
+        ("digits_tiny", 0, "stem.0", "features.0", "features.3"),
+        ("cifar_resnet8", 0, "stem.0", "features.stage2.0.conv1", "features.stage3.0.conv2"),
+        ("cifar_resnet20", 0, "stem.0", "features.stage2.1.conv1", "features.stage3.2.conv2"),
+        ("resnet18", 64, "stem.conv1", "features.layer3.0.conv1", "head.reduction.0"),
+        ("mobilenet_v2", 64, "stem.0.0", "features.10.conv.0.0", "head.reduction.0"),
+        ("shufflenet_v2_x0_5", 64, "stem.conv1.0", "features.stage3.4.branch2.0", "head.reduction.0"),
+    ],
+)
+def test_blocks_are_chosen_by_depth(backbone: str, reduced: int, first: str, middle: str, last: str) -> None:
+    for pooling in ("gap", "gcp"):
+        with torch.device("meta"):
+            names = block_names(network(backbone, pooling, 10, reduced_channels=reduced), 300_000)
+        assert [names[role] for role in ("first", "middle", "last")] == [f"{n}.weight" for n in (first, middle, last)]
+        assert names["classifier"] == (
+            "classifier.linear.weight" if backbone == "mobilenet_v2" else "classifier.weight"
+        )
+
+
+def test_a_large_convolution_is_replaced_by_the_nearest_small_one() -> None:
+    with torch.device("meta"):
+        names = block_names(network("cifar_resnet8", "gap", 10), 20_000)
+    assert names["last"] == "features.stage3.0.conv1.weight"  # conv2 has 36,864 weights, conv1 18,432
 
 
 def test_phases_and_shared_backbones(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """Networks at frozen statistics, and one backbone under several heads."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from secondorder.data import load_dataset
+from secondorder.errors import InputError
 from secondorder.networks import Network, network
 from secondorder.training import Run, train
 from studies.frozen_statistics import frozen_at
-from studies.shared_backbone import can_share, with_head
+from studies.shared_backbone import check_sharing, evenly_spaced, with_head
 
 
 @pytest.mark.parametrize("pooling", ["gap", "gcp"])
@@ -36,10 +38,40 @@ def test_precision_of_the_copy() -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_only_a_head_without_reduction_can_be_exchanged() -> None:
-    assert can_share(network("digits_tiny", "gcp", 10, 1))
-    assert not can_share(network("digits_tiny", "gcp", 10, 1, reduced_channels=4))
-    assert not can_share(nn.Linear(2, 2))
+def test_a_reduction_stays() -> None:
+    data = load_dataset("digits", limit=200)
+    model = network("digits_tiny", "gap", 10, 1, reduced_channels=4).eval()
+    shared = with_head(model, "gcp", data, weight_decay=1e-2)
+    assert shared.head.out_features == 10
+    for name, value in model.head.reduction.state_dict().items():
+        assert torch.equal(value, shared.head.reduction.state_dict()[name])
+    assert shared.head.reduction is not model.head.reduction
+
+
+def test_two_classes() -> None:
+    data = load_dataset("digits", limit=200)
+    keep = data.train.labels < 2
+    train_split = copy.copy(data.train)
+    train_split.labels, train_split.images = data.train.labels[keep], data.train.images[keep]
+    two = dataclasses.replace(data, train=train_split, num_classes=2)
+    shared = with_head(network("digits_tiny", "gap", 2, 1).eval(), "gcp", two, weight_decay=1e-3)
+    images, labels = train_split.plain(range(len(train_split)))
+    assert float((shared(images).argmax(1) == labels).double().mean()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("decay", "classes", "words"), [(0.0, 10, "weight_decay 0.0"), (0.1, 11, "only 10 of 11 classes")]
+)
+def test_a_classifier_that_cannot_be_fitted_is_refused(decay: float, classes: int, words: str) -> None:
+    data = dataclasses.replace(load_dataset("digits", limit=200), num_classes=classes)
+    with pytest.raises(InputError, match=words):
+        check_sharing(data, decay)
+
+
+def test_images_of_all_classes_when_they_are_in_order() -> None:
+    labels = torch.arange(10).repeat_interleave(640)
+    assert labels[evenly_spaced(6400, 20)].bincount().tolist() == [2] * 10
+    assert evenly_spaced(5, 9).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_another_head_on_a_trained_backbone(tmp_path: Path) -> None:

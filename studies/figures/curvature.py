@@ -13,7 +13,7 @@ from studies.statistics import Comparison
 SHOWN_PHASES = {"initial": "same initial weights", "trained": "after training"}
 ALONG = {
     ("GGN", "largest"): "largest GGN eigenvalue",
-    ("GGN", "condition"): "condition number\non the range",
+    ("GGN", "half_rank_condition"): "λ₁ / λₖ at half of\nthe possible rank",
     ("GGN to Hessian", "relative_difference"): "‖H − G‖ / ‖H‖",
     ("K-FAC (expand)", "cosine"): "cosine of K-FAC (expand)",
 }
@@ -24,7 +24,7 @@ def spectra(table: pd.DataFrame) -> Figure:
     """GGN eigenvalues of the last convolution over their rank, relative to the largest; a row a phase, a column a backbone."""
     some = table[(table.matrix == "GGN") & (table.block == "last")]
     backbones = list(some.backbone.unique())
-    figure, axes = new_figure(2, len(backbones), 2.9 * len(backbones) + 1.6, 5.4, sharex="col", sharey="row")
+    figure, axes = new_figure(2, len(backbones), 2.9 * len(backbones) + 1.6, 5.4, sharex="col", sharey=True)
     for row, (phase, title) in enumerate(SHOWN_PHASES.items()):
         for column, backbone in enumerate(backbones):
             ax = axes[row, column]
@@ -32,7 +32,8 @@ def spectra(table: pd.DataFrame) -> Figure:
             for pooling in here.pooling.unique():
                 own = here[here.pooling == pooling]
                 top = own[own["rank"] == 1].set_index("seed").value
-                scaled = own.assign(share=own.value / own.seed.map(top))
+                seeds = own.groupby("rank").seed.transform("nunique")
+                scaled = own.assign(share=own.value / own.seed.map(top))[seeds == own.seed.nunique()]
                 mean_and_seeds(ax, scaled, "rank", "share", tint=colour(pooling), name=label(pooling))
             logarithmic(ax, "y")
             logarithmic(ax, "x")
@@ -41,6 +42,30 @@ def spectra(table: pd.DataFrame) -> Figure:
             else:
                 ax.set_xlabel("rank of the eigenvalue")
         axes[row, 0].set_ylabel(f"{title}\neigenvalue / largest")
+    axes[0, 0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def hessians(table: pd.DataFrame) -> Figure | None:
+    """All eigenvalues of dense Hessians of all parameters, in descending order; a column a phase; None without any."""
+    some = table[(table.matrix == "Hessian") & (table.block == "whole")]
+    if some.empty:
+        return None
+    figure, axes = new_figure(1, 2, 9.0, 3.4, sharey=True)
+    smallest = float(some.value.abs().max()) * 1e-4
+    for ax, (phase, title) in zip(axes[0], SHOWN_PHASES.items(), strict=True):
+        here = some[some.phase == phase]
+        for _, own in here.groupby(["pooling", "seed"], sort=False):
+            pooling = str(own.pooling.iloc[0])
+            name = label(pooling) if own.seed.iloc[0] == here.seed.min() else None
+            ax.plot(
+                (own["rank"] - 1) / (own["rank"].max() - 1), own.value, color=colour(pooling), linewidth=0.9, label=name
+            )
+        ax.set_yscale("symlog", linthresh=smallest)
+        ax.axhline(0.0, color=colour("gap"), linewidth=0.6)
+        ax.set_title(f"{some.backbone.iloc[0]}, {title}")
+        ax.set_xlabel("rank / number of parameters")
+    axes[0, 0].set_ylabel("Hessian eigenvalue")
     axes[0, 0].legend(frameon=False, fontsize="small")
     return figure
 

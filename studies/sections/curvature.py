@@ -1,11 +1,17 @@
 """What the curvature study found, computed from ``curvature.csv``, ``curvature_spectra.csv`` and ``curvature_training.csv``."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+import torchvision
 
+from secondorder.data import DATASETS
+from secondorder.networks import NETWORKS, network
 from studies.figures import curvature as figures
 from studies.figures.style import label
 from studies.results import Provenance, read_provenance, read_table
@@ -18,56 +24,62 @@ PHASES = {
     "shared: gap": "backbone trained under GAP",
     "shared: gcp": "backbone trained under GCP",
 }
-# quantity -> matrix and measure in the table, and its name.
+WEIGHTS = ("first", "middle", "last")
+"""The convolutions, over which a quantity is averaged."""
+LAST = ("last",)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A measure of a matrix in the table, its name for a reader, and the blocks whose geometric mean is compared."""
+
+    matrix: str
+    measure: str
+    name: str
+    blocks: Collection[str] = WEIGHTS
+
+
 QUANTITIES = {
-    "condition": ("GGN", "condition", "condition number on the range"),
-    "median_condition": ("GGN", "median_condition", "largest / median eigenvalue"),
-    "trace_quantile_condition": ("GGN", "trace_quantile_condition", "10 % / 90 % trace quantile"),
-    "largest": ("GGN", "largest", "largest GGN eigenvalue"),
-    "trace": ("GGN", "trace", "trace of the GGN"),
-    "effective_rank": ("GGN", "effective_rank", "effective rank of the GGN"),
-    "kfac": ("K-FAC (expand)", "cosine", "cosine of K-FAC (expand)"),
-    "ekfac": ("EKFAC", "cosine", "cosine of EKFAC"),
+    "half_rank_condition": Quantity("GGN", "half_rank_condition", "λ₁ / λₖ at half of the possible rank"),
+    "largest_to_mean": Quantity("GGN", "largest_to_mean", "largest / mean eigenvalue"),
+    "condition": Quantity("GGN", "condition", "condition number on the range"),
+    "largest": Quantity("GGN", "largest", "largest GGN eigenvalue"),
+    "trace": Quantity("GGN", "trace", "trace of the GGN"),
+    "effective_rank": Quantity("GGN", "effective_rank", "effective rank of the GGN"),
+    "hessian": Quantity("Hessian", "largest", "largest Hessian eigenvalue, last conv.", LAST),
+    "kfac": Quantity("K-FAC (expand)", "cosine", "cosine of K-FAC, last conv.", LAST),
+    "ekfac": Quantity("EKFAC", "cosine", "cosine of EKFAC, last conv.", LAST),
 }
-DIFFERENCE = ("GGN to Hessian", "relative_difference", "‖H − G‖ / ‖H‖")
+"""What is compared with GAP as a ratio."""
+DIFFERENCE = Quantity("GGN to Hessian", "relative_difference", "‖H − G‖ / ‖H‖")
 """Zero up to rounding under GAP, so that it has no ratio to it."""
-CONDITIONS = ("condition", "trace_quantile_condition")
-WEIGHTS = ("first", "middle", "last", "classifier")
-BACKBONE = ("first", "middle", "last")
+CONDITIONS = ("half_rank_condition", "largest_to_mean")
 COLUMNS = ("backbone", "pooling", "seed", "phase", "step", "block", "matrix", "measure", "value", "error")
 Values = pd.DataFrame
 
 
-def values(table: pd.DataFrame, backbone: str, phase: str, quantity: str, blocks: Collection[str]) -> Values:
-    """One row for each seed and one column for each head: the geometric mean over the blocks of a quantity.
+def values(table: pd.DataFrame, backbone: str, phase: str, quantity: Quantity) -> Values:
+    """One row for each seed and one column for each head: the geometric mean over the quantity's blocks.
 
-    NaN where a value is missing or not positive, so that nothing is hidden in a mean.
+    NaN where a value is missing, not finite or not positive, so that nothing is hidden in a mean.
     """
-    matrix, measure, _ = DIFFERENCE if quantity == "difference" else QUANTITIES[quantity]
     some = table[
         (table.backbone == backbone)
         & (table.phase == phase)
-        & (table.matrix == matrix)
-        & (table.measure == measure)
-        & table.block.isin(blocks)
+        & (table.matrix == quantity.matrix)
+        & (table.measure == quantity.measure)
+        & table.block.isin(quantity.blocks)
     ]
-    logs = np.log(some.value.where(some.value > 0))
+    logs = np.log(some.value.where((some.value > 0) & np.isfinite(some.value)))
     means = logs.groupby([some.seed, some.pooling]).agg(lambda block: block.mean(skipna=False))
     return means.unstack("pooling").pipe(np.exp)
 
 
 def compare(
-    table: pd.DataFrame,
-    backbone: str,
-    phase: str,
-    quantity: str,
-    *,
-    pooling: str = "gcp",
-    reference: str = "gap",
-    blocks: Collection[str] = BACKBONE,
+    table: pd.DataFrame, backbone: str, phase: str, quantity: str, *, pooling: str = "gcp", reference: str = "gap"
 ) -> Comparison | None:
-    """The ratio of a head to another over seeds, geometric mean over blocks; None when one of them was not measured."""
-    found = values(table, backbone, phase, quantity, blocks)
+    """The ratio of a head to another over seeds; None when one of them was not measured."""
+    found = values(table, backbone, phase, QUANTITIES[quantity])
     if not {pooling, reference} <= set(found.columns):
         return None
     return Comparison(pooling, f"{backbone} {phase}", quantity, ratio_interval(found[pooling], found[reference]))
@@ -89,10 +101,13 @@ def section(folder: Path) -> Section:
         Picture("curvature_training", _training_caption(origin, table), figures.along_training(table)),
         Picture("curvature_kfac", _kfac_caption(origin, table), figures.fidelity(table)),
     ]
+    hessians = figures.hessians(spectra)
+    if hessians is not None:
+        pictures.insert(1, Picture("curvature_hessian", _hessian_caption(origin, table), hessians))
     if compared:
         found = all_comparisons(table)
         phases = {p: name for p, name in PHASES.items() if p in set(table.phase)}
-        names = {quantity: name for quantity, (_, _, name) in QUANTITIES.items()}
+        names = {key: quantity.name for key, quantity in QUANTITIES.items()}
         figure = figures.ratios(found, backbones, phases, names)
         pictures.insert(1, Picture("curvature_ratios", _ratios_caption(origin), figure))
     return Section(
@@ -126,79 +141,74 @@ def all_comparisons(table: pd.DataFrame) -> list[Comparison]:
     return [one for one in found if one is not None]
 
 
+CLAIMS = {
+    "largest": ("The largest GGN eigenvalue of the convolutions is smaller under GCP.", "beyond the paper", "gap"),
+    "hessian": (
+        "The largest Hessian eigenvalue of the last convolution is smaller under GCP.",
+        "beyond the paper",
+        "gap",
+    ),
+    "kfac": ("K-FAC (expand) fits the last convolution worse under GCP.", "beyond the paper", "gap"),
+    "half_rank_condition": (
+        "The root conditions the convolutions better than covariance pooling without it.",
+        "control",
+        "covariance",
+    ),
+}
+"""Quantity -> what is claimed of GCP's being smaller, in which group, against which head, for weights of the head's own."""
+
+
 def _claims(table: pd.DataFrame) -> list[Claim]:
     """What the paper's explanation predicts, what goes beyond it, and what the root adds to the covariance."""
-    claims = []
+    better = "The GGN blocks of the convolutions are better conditioned under GCP than under GAP."
+    found: list[Claim | None] = []
     for backbone in table.backbone.unique():
-        for phase, phase_name in PHASES.items():
-            where = f"{backbone}, {phase_name}"
-            for quantity in CONDITIONS:
-                claims += _claim(
-                    table, backbone, phase, quantity, where, "in the paper",
-                    "The GGN blocks of the convolutions are better conditioned under GCP than under GAP.",
-                )  # fmt: skip
-            if phase not in ("initial", "trained"):
-                continue
-            claims += _claim(
-                table, backbone, phase, "largest", where, "beyond the paper",
-                "The largest GGN eigenvalue of the convolutions is smaller under GCP.",
-            )  # fmt: skip
-            claims += _difference_claim(table, backbone, phase, where)
-            claims += _claim(
-                table, backbone, phase, "kfac", where, "beyond the paper",
-                "K-FAC (expand) fits the last convolution worse under GCP.", blocks=("last",),
-            )  # fmt: skip
-            claims += _claim(
-                table, backbone, phase, "condition", where, "control",
-                "The root conditions the convolutions better than covariance pooling without it.", reference="covariance",
-            )  # fmt: skip
-    return claims
+        for phase in PHASES:
+            found += [_claim(table, backbone, phase, q, better, "in the paper") for q in CONDITIONS]
+        for phase in ("initial", "trained"):
+            for quantity, (statement, group, reference) in CLAIMS.items():
+                found.append(_claim(table, backbone, phase, quantity, statement, group, reference))
+            found.append(_difference_claim(table, backbone, phase))
+    return sorted((claim for claim in found if claim is not None), key=lambda claim: GROUPS.index(claim.group))
+
+
+GROUPS = ("in the paper", "beyond the paper", "control")
 
 
 def _claim(
-    table: pd.DataFrame,
-    backbone: str,
-    phase: str,
-    quantity: str,
-    where: str,
-    group: str,
-    statement: str,
-    *,
-    claimed: str = "below",
-    reference: str = "gap",
-    blocks: Collection[str] = BACKBONE,
-) -> list[Claim]:
-    found = compare(table, backbone, phase, quantity, reference=reference, blocks=blocks)
+    table: pd.DataFrame, backbone: str, phase: str, quantity: str, statement: str, group: str, reference: str = "gap"
+) -> Claim | None:
+    found = compare(table, backbone, phase, quantity, reference=reference)
     if found is None:
-        return []
-    what = f"{label('gcp')} / {label(reference)}, {QUANTITIES[quantity][2]}, {where}"
-    return [Claim(statement, what, found.interval, claimed=claimed, group=group)]
+        return None
+    heads = f"{label('gcp')} / {label(reference)}"
+    what = f"{heads}, {QUANTITIES[quantity].name}, {backbone}, {PHASES[phase]}"
+    return Claim(statement, what, found.interval, group=group)
 
 
-def _difference_claim(table: pd.DataFrame, backbone: str, phase: str, where: str) -> list[Claim]:
+def _difference_claim(table: pd.DataFrame, backbone: str, phase: str) -> Claim | None:
     """The GGN as an approximation of the Hessian: exact for single convolutions under GAP, so there is no ratio to it."""
-    found = values(table, backbone, phase, "difference", BACKBONE)
+    found = values(table, backbone, phase, DIFFERENCE)
     if "gcp" not in found.columns:
-        return []
+        return None
     statement = "Under GCP most of the Hessian of the convolutions lies outside the GGN."
-    quantity = f"{label('gcp')}, {DIFFERENCE[2]}, {where}"
+    what = f"{label('gcp')}, {DIFFERENCE.name}, {backbone}, {PHASES[phase]}"
     interval = mean_interval(found["gcp"])
-    return [Claim(statement, quantity, interval, claimed="above", reference=0.5, group="beyond the paper")]
+    return Claim(statement, what, interval, claimed="above", reference=0.5, group="beyond the paper")
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Geometric means over the convolutions and seeds of the main quantities, for each backbone, phase and head."""
+    """Geometric means over blocks and seeds of all quantities, for each backbone, phase and head; empty if not measured."""
     rows = []
     for backbone in table.backbone.unique():
         for phase, phase_name in PHASES.items():
-            found = {q: values(table, backbone, phase, q, BACKBONE) for q in QUANTITIES}
-            for pooling in (p for p in table.pooling.unique() if p in found["condition"].columns):
+            found = {q.name: values(table, backbone, phase, q) for q in (*QUANTITIES.values(), DIFFERENCE)}
+            measured = found[QUANTITIES["condition"].name]
+            for pooling in (p for p in table.pooling.unique() if p in measured.columns):
                 row: dict[str, object] = {"backbone": backbone, "weights": phase_name, "head": label(pooling)}
-                for quantity, (_, _, name) in QUANTITIES.items():
-                    row[name] = float(np.exp(np.log(found[quantity][pooling]).mean()))
-                difference = values(table, backbone, phase, "difference", BACKBONE).get(pooling)
-                row[DIFFERENCE[2]] = "" if difference is None else f"{difference.mean():.2g}"
-                rows.append(row | {"n": len(found["condition"])})
+                for name, each in found.items():
+                    row[name] = f"{np.exp(np.log(each[pooling]).mean()):.3g}" if pooling in each.columns else ""
+                rows.append(row | {"n": len(measured)})
     return pd.DataFrame(rows)
 
 
@@ -225,37 +235,66 @@ def _remarks(origin: Provenance, table: pd.DataFrame, claims: list[Claim]) -> li
     published = [claim for claim in claims if claim.group == "in the paper"]
     words = {word: sum(c.verdict == word for c in published) for word in ("supported", "not supported", "undecided")}
     counts = ", ".join(f"{count} {word}" for word, count in words.items())
-    share = table[(table.matrix == "GGN to Hessian") & (table.phase == "trained")]
+    some = table[(table.matrix == DIFFERENCE.matrix) & (table.phase == "trained") & table.block.isin(WEIGHTS)]
     means = ", ".join(
-        f"{label(str(pooling))} {some.value.mean():.2f}" for pooling, some in share.groupby("pooling", sort=False)
+        f"{label(str(pooling))} {each.value.mean():.2f}" for pooling, each in some.groupby("pooling", sort=False)
     )
     return [
-        f"“GCP gives better conditioned blocks”, over all networks, phases and two measures of condition: {counts}.",
-        f"‖H − G‖ / ‖H‖ after training, mean over networks, blocks and seeds: {means}. Where the network has only ReLU and "
-        "a head that is linear in its features the Hessian of a single convolution's weights is its GGN; a covariance makes "
+        f"“GCP gives better conditioned blocks”, over all networks, weights and two measures: {counts}. These verdicts are "
+        "about the GGN; how much of the Hessian that is, the next paragraph says.",
+        f"‖H − G‖ / ‖H‖ of the convolutions after training, mean over networks, convolutions and seeds: {means}. With ReLU and "
+        "a head that is linear in its features the Hessian of one convolution's weights is its GGN; a covariance makes "
         "them differ.",
-        f"The condition number on the range counts eigenvalues above {origin.config['limits']['threshold']:g} of the largest "
-        "one. It says as much about this threshold as about the block where the spectrum decays through it; the ratio of "
-        "trace quantiles has no threshold. Intervals are not corrected for the number of claims.",
+        f"The GGN of {_samples(origin)} has at most as many eigenvalues as images times (classes − 1), far fewer than most "
+        "blocks have parameters: what is compared is the conditioning of these samples' part. λ₁ / λₖ and the mean eigenvalue "
+        f"are taken at the same possible rank for every head; the condition number on the range (above "
+        f"{origin.config['limits']['threshold']:g} of the largest eigenvalue) is bounded by that threshold and given for "
+        "reference only.",
+        _geometry(origin),
+        "Intervals are over seeds and not corrected for the number of claims.",
     ]
+
+
+def _samples(origin: Provenance) -> str:
+    return " or ".join(f"{images} images" for images in sorted({scale["images"] for scale in _scales(origin).values()}))
+
+
+def _scales(origin: Provenance) -> dict[str, Any]:
+    """The scale of each backbone, as the study chose it."""
+    c = origin.config
+    return {b: c["large"] if hasattr(torchvision.models, b) else c["small"] for b in c["backbones"]}
+
+
+def _geometry(origin: Provenance) -> str:
+    """How many positions the covariance is taken over; its rank is below that."""
+    words = []
+    for backbone, scale in _scales(origin).items():
+        strides = NETWORKS[backbone].last_stride
+        with torch.device("meta"):
+            net = network(backbone, "gap", 2, last_stride=None if strides is None else strides[1])
+        size = scale["image_size"] or DATASETS[origin.config["dataset"]].image_size
+        channels, height, width = net.feature_shape(size)
+        kept = scale["reduced_channels"] or channels
+        words.append(f"{backbone} {kept} channels at {height}×{width} positions")
+    return f"The pooling sees: {'; '.join(words)}. A covariance over M positions has rank at most M − 1, which at 2×2 is 3."
 
 
 def _method(origin: Provenance) -> str:
     c = origin.config
-    small, large = c["small"], c["large"]
-    scales = f"{small['images']} images in {small['precision']}" + (
-        f" ({large['images']} at {large['image_size']}×{large['image_size']} in {large['precision']} for torchvision's networks)"
-        if any(not b.startswith(("digits", "cifar")) for b in c["backbones"])
-        else ""
+    kinds = {(s["images"], s["image_size"], s["precision"]): b for b, s in _scales(origin).items()}
+    scales = " and ".join(
+        f"{images} images" + (f" at {size}×{size}" if size else "") + f" in {precision}"
+        for images, size, precision in kinds
     )
     return (
         f"Preset {c['preset']}: {', '.join(c['backbones'])} with the heads {', '.join(label(p) for p in c['poolings'])}, on "
         f"{origin.data['label']}, {len(origin.seeds)} seeds. For each seed all heads start from the same backbone weights; "
         f"all have the same last stride and the same reduction. Blocks of the mean cross-entropy of {scales}, batch "
         "statistics as constants: weights of the first, middle and last convolution and of the classifier, and all "
-        "parameters of the small networks. GGN blocks are exact, from their factor; Hessian blocks are dense up to "
-        f"{c['limits']['dense']:,} parameters, else estimated (random products, Lanczos). On a shared backbone every "
-        "head has a classifier fitted to its own features by logistic regression."
+        f"parameters together up to {c['limits']['whole']:,}. GGN blocks are exact, from their factor. The Hessian is dense up "
+        f"to {c['limits']['dense']:,} parameters; else its trace and ‖H − G‖ are estimated from {c['limits']['probes']} random "
+        f"vectors and its ends by at most {c['limits']['steps']} Lanczos steps, from within. On a shared backbone every head "
+        "has a classifier fitted to its own features by logistic regression."
     )
 
 
@@ -264,26 +303,42 @@ def _scope(origin: Provenance) -> str:
 
 
 def _table_caption(origin: Provenance) -> str:
-    return f"Geometric means over the three convolutions and over seeds. {_scope(origin)}"
+    return (
+        "Geometric means over seeds and, where no single block is named, the first, middle and last convolution; empty: not "
+        f"measured. {_scope(origin)}"
+    )
 
 
 def _spectra_caption(origin: Provenance) -> str:
     return (
         "Eigenvalues of the GGN block of the last convolution relative to the largest, in descending order, down to "
-        f"{origin.config['limits']['threshold']:g}: geometric mean over seeds, thin lines the seeds. A flatter curve is a better "
-        f"conditioned block. {_scope(origin)}"
+        f"{origin.config['limits']['threshold']:g}: geometric mean over seeds where all have one, thin lines the seeds. A "
+        f"flatter curve is a better conditioned block. {_scope(origin)}"
+    )
+
+
+def _hessian_caption(origin: Provenance, table: pd.DataFrame) -> str:
+    some = table[(table.matrix == "Hessian") & (table.measure == "negative_share") & (table.phase == "trained")]
+    shares = some[some.block == "whole"].groupby("pooling", sort=False).value.mean()
+    found = ", ".join(f"{label(str(pooling))} {100 * value:.0f} %" for pooling, value in shares.items())
+    return (
+        "All eigenvalues of the Hessian of all parameters, a line for each seed; linear between the marks next to zero. "
+        f"{_scope(origin)} Share of negative eigenvalues in Σ|λ| after training: {found}."
     )
 
 
 def _ratios_caption(origin: Provenance) -> str:
     return (
-        "Every head relative to GAP, geometric mean over the three convolutions: left of 1 for a condition number is "
-        f"better conditioned. {_scope(origin)}"
+        "Every head relative to GAP, geometric mean over the three convolutions unless one is named: for the first three rows "
+        f"left of 1 is better conditioned. {_scope(origin)}"
     )
 
 
 def _training_caption(origin: Provenance, table: pd.DataFrame) -> str:
-    return f"The last convolution along training: geometric mean over seeds, thin lines the seeds. {_scope(origin)}"
+    return (
+        "The last convolution along training: geometric mean over seeds, thin lines the seeds; the Hessian is measured at the "
+        f"start and the end only. {_scope(origin)}"
+    )
 
 
 def _kfac_caption(origin: Provenance, table: pd.DataFrame) -> str:
