@@ -22,8 +22,9 @@ import torchvision
 from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, load_dataset
-from secondorder.errors import InputError
+from secondorder.errors import InputError, unknown
 from secondorder.networks import NETWORKS
+from secondorder.pooling import POOLINGS
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
 from studies.curvature_measures import Limits, Row, measure
 from studies.dry_run import cost_of, fake_data
@@ -56,6 +57,8 @@ class Scale:
     """Channels after a 1x1 reduction under every head, GAP too; 0: no reduction."""
     precision: Literal["float32", "float64"] = "float64"
     """Number format of the measurements."""
+    share: tuple[str, ...] = ("gap", "gcp")
+    """Heads, of those compared, whose trained backbone (and reduction) is measured under every head, with classifiers fitted anew."""
 
     def __post_init__(self) -> None:
         for name, least in (("images", 2), ("epochs", 1), ("measurements", 2)):
@@ -87,8 +90,6 @@ class Settings:
     """L2 penalty on the weights."""
     momentum: float = 0.9
     """Momentum of SGD."""
-    share: tuple[str, ...] = ("gap", "gcp")
-    """Heads whose trained backbone (and reduction) is measured under every head, with classifiers fitted anew."""
     limits: Limits = field(default_factory=Limits)
     """Up to which size what is exact, and how far it is estimated beyond."""
 
@@ -97,9 +98,9 @@ class Settings:
             values = getattr(self, name)
             if len(set(values)) < len(values) or not values:
                 raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
-        for pooling in self.share:
-            if pooling not in self.poolings:
-                raise InputError(f"--share {pooling}: is not among the poolings {', '.join(self.poolings)}")
+        for pooling in (*self.small.share, *self.large.share):
+            if pooling not in POOLINGS:
+                raise unknown("pooling to share", pooling, POOLINGS)
 
     def scale(self, backbone: str) -> Scale:
         """The scale of a backbone."""
@@ -109,8 +110,7 @@ class Settings:
 PRESETS = {
     "smoke": Settings(
         poolings=("gap", "gcp"),
-        small=Scale(images=8, train_limit=192, epochs=1, measurements=2),
-        share=("gap",),
+        small=Scale(images=8, train_limit=192, epochs=1, measurements=2, share=("gap",)),
         limits=Limits(probes=2, steps=4),
     ),
     "quick": Settings(),
@@ -126,13 +126,14 @@ PRESETS = {
             measurements=2,
             reduced_channels=64,
             precision="float32",
+            share=(),
         ),
     ),
     "paper": Settings(
         poolings=("gap", "covariance", "gcp"),
         backbones=("resnet18", "mobilenet_v2"),
         dataset="imagefolder",
-        large=Scale(images=256, epochs=100, measurements=5, reduced_channels=256, precision="float32"),
+        large=Scale(images=256, epochs=100, measurements=5, reduced_channels=256, precision="float32", share=()),
         batch_size=256,
     ),
 }
@@ -229,7 +230,7 @@ def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
         if one.seed == 0:
             check_run(one, loaded[scale])
             some_images(loaded[scale], scale.images)
-            if settings.share:
+            if scale.share:
                 check_sharing(loaded[scale], settings.weight_decay)
         data[one.backbone] = loaded[scale]
     return data
@@ -273,7 +274,7 @@ def _after_training(
         return [{"phase": phase, "step": int(last), "pooling": pooling, **row} for row in rows]
 
     yield from _kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
-    if one.pooling not in settings.share:
+    if one.pooling not in settings.scale(one.backbone).share:
         return
     for pooling in settings.poolings:
 
@@ -342,7 +343,7 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
             scale = settings.scale(one.backbone)
             data = fake_data(one.dataset, scale.images, one.image_size)
             watched = CurvatureObserver(settings, scale, *some_images(data, scale.images), every=10**9)
-            shared = len(settings.poolings) if one.pooling in settings.share else 0
+            shared = len(settings.poolings) if one.pooling in scale.share else 0
             costs.append(cost_of(one, {NAME: watched}, scale.measurements + shared))
     hours = common.seeds * sum(seconds for seconds, _ in costs) / 3600
     return [*(words for _, words in costs), f"{common.seeds} seeds of {len(costs)} networks: about {hours:,.1f} h"]

@@ -37,7 +37,7 @@ def table_with_ratio(ratio: float, poolings: tuple[str, ...] = ("gap", "covarian
 
 def write_curvature(folder: Path, table: pd.DataFrame) -> None:
     heads = tuple(table.pooling.unique())
-    settings = curvature.Settings(poolings=heads, share=())
+    settings = curvature.Settings(poolings=heads, small=curvature.Scale(share=()), large=curvature.Scale(share=()))
     config = curvature.asdict(settings) | {"preset": "quick"}
     origin = provenance("curvature", config, [0, 1, 2], {"label": "Digits (8x8)"}, torch.device("cpu"), 1.0)
     write_table(folder, "curvature", table, origin)

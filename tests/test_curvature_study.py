@@ -177,7 +177,7 @@ def test_a_damaged_measurement_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--backbones", "resnet19"], "unknown backbone 'resnet19'"),
         (["--backbones", "digits_tiny", "digits_tiny"], "--backbones digits_tiny digits_tiny: name at least one"),
-        (["--share", "dropcov"], "--share dropcov: is not among the poolings gap, gcp"),
+        (["--small.share", "gpc"], "unknown pooling to share 'gpc'; choose one of: gap"),
         (["--small.images", "5000"], "images 5000: there are only 192 training images"),
         (["--small.images", "1"], "images 1: at least 2"),
         (["--small.measurements", "1"], "measurements 1: at least 2"),
