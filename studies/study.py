@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies import curvature, landscape, performance
+from studies import curvature, curvature_settings, landscape, performance
 from studies.sections import curvature as curvature_section
 from studies.sections import landscape as landscape_section
 from studies.sections import performance as performance_section
@@ -40,7 +40,7 @@ STUDIES: dict[str, Study] = {
     ),
     "curvature": Study(
         "conditioning and spectra of GGN and Hessian blocks, and K-FAC against them",
-        curvature.PRESETS,
+        curvature_settings.PRESETS,
         curvature.check,
         curvature.run,
         curvature.dry_run,

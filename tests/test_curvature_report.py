@@ -1,5 +1,6 @@
 """From the curvature study's tables to verdicts, figures and tables, on tables whose answer is known."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -8,17 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from studies import curvature
 from studies.curvature_costs import QUANTITIES as COSTS
 from studies.curvature_costs import cost_network, work
+from studies.curvature_settings import Scale, Settings
 from studies.report import write_report
 from studies.results import provenance, write_table
 from studies.sections import curvature as section_of
+from studies.sections import curvature_comparisons as comparisons
 from studies.sections import curvature_costs
 from studies.study import STUDIES
 
 BLOCKS = ("first", "middle", "last", "classifier")
-MEASURES = {(q.matrix, q.measure) for q in (*section_of.QUANTITIES.values(), section_of.DIFFERENCE)}
+MEASURES = {(q.matrix, q.measure) for q in (*comparisons.QUANTITIES.values(), comparisons.DIFFERENCE)}
 
 
 def table_with_ratio(ratio: float, poolings: tuple[str, ...] = ("gap", "covariance", "gcp")) -> pd.DataFrame:
@@ -37,8 +39,8 @@ def table_with_ratio(ratio: float, poolings: tuple[str, ...] = ("gap", "covarian
 
 def write_curvature(folder: Path, table: pd.DataFrame) -> None:
     heads = tuple(table.pooling.unique())
-    settings = curvature.Settings(poolings=heads, small=curvature.Scale(share=()), large=curvature.Scale(share=()))
-    config = curvature.asdict(settings) | {"preset": "quick"}
+    settings = Settings(poolings=heads, small=Scale(share=()), large=Scale(share=()))
+    config = dataclasses.asdict(settings) | {"preset": "quick"}
     origin = provenance("curvature", config, [0, 1, 2], {"label": "Digits (8x8)"}, torch.device("cpu"), 1.0)
     write_table(folder, "curvature", table, origin)
     keys = ["backbone", "pooling", "seed", "phase", "step"]
@@ -69,10 +71,10 @@ def test_a_comparison_is_a_geometric_mean_over_blocks() -> None:
     gcp = table.pooling == "gcp"
     for block, factor in zip(BLOCKS, (1.0, 8.0, 27.0, 1000.0), strict=True):
         table.loc[gcp & (table.block == block), "value"] = 0.3 * factor
-    found = section_of.compare(table, "digits_tiny", "trained", "half_rank_condition")
+    found = comparisons.compare(table, "digits_tiny", "trained", "half_rank_condition")
     assert found is not None
     assert found.interval.estimate == pytest.approx(6.0)  # the classifier is not among the convolutions
-    last = section_of.compare(table, "digits_tiny", "trained", "kfac")
+    last = comparisons.compare(table, "digits_tiny", "trained", "kfac")
     assert last is not None
     assert last.interval.estimate == pytest.approx(27.0)
 

@@ -17,6 +17,7 @@ from secondorder.networks import network
 from studies import curvature
 from studies.__main__ import main
 from studies.curvature_measures import Limits, block_names, measure
+from studies.curvature_settings import PRESETS, Scale
 from studies.frozen_statistics import frozen_at
 from studies.settings import Common
 
@@ -136,9 +137,7 @@ def test_phases_and_shared_backbones(tmp_path: Path) -> None:
 
 
 def test_moments_are_equally_spaced() -> None:
-    settings = dataclasses.replace(
-        curvature.PRESETS["smoke"], small=curvature.Scale(images=4, epochs=5, measurements=4, train_limit=192)
-    )
+    settings = dataclasses.replace(PRESETS["smoke"], small=Scale(images=4, epochs=5, measurements=4, train_limit=192))
     common = Common(preset="smoke", seeds=1, threads=1)
     data = curvature.check(common, settings)
     run = curvature.runs(common, settings)[0]
