@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_layers
-from secondorder.curvature.kronecker.ekfac import ekfac_blocks
+from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers
+from secondorder.curvature.kronecker.ekfac import ekfac_blocks, ekfac_bytes
 from secondorder.curvature.matrix_free.batch_parts import Probe, part_size, probed
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
@@ -34,7 +34,7 @@ from secondorder.curvature.matrix_free.loss_curvature import (
     loss_curvature,
     loss_name,
 )
-from secondorder.curvature.matrix_free.memory import budget
+from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
@@ -77,13 +77,14 @@ class Quantity:
     """One kind of curvature.
 
     fisher: columns of M, None for those that the caller chooses; any_loss: whether products with M are enough;
-    graphs: memory in units of the graph of the samples that are evaluated at once.
+    graphs: memory in units of the graph of the samples that are evaluated at once; fixed: other bytes, for N samples.
     """
 
     build: Callable[[Problem], CurvatureBlocks]
     fisher: str | None
     any_loss: bool
     graphs: float
+    fixed: Callable[[FrozenNetwork, Probe, int], int]
     kronecker: bool = False
 
 
@@ -125,15 +126,27 @@ def ekfac(problem: Problem) -> CurvatureBlocks:
     return CurvatureBlocks(blocks, BlockDiagonalOperator(list(blocks.values())))
 
 
+def vectors(network: FrozenNetwork, probe: Probe, samples: int, count: int) -> int:
+    """Bytes of some vectors `[P]`."""
+    return count * sum(w.nbytes for w in network.weights.values())
+
+
+PRODUCTS, ROWS = partial(vectors, count=4), partial(vectors, count=4 + BLOCK_COPIES)
+EXPAND, REDUCE = (partial(kronecker_bytes, sharing=sharing) for sharing in ("expand", "reduce"))
+
 QUANTITIES: dict[str, Quantity] = {
-    "ggn": Quantity(gauss_newton, "exact", any_loss=True, graphs=2.5),
-    "hessian": Quantity(hessian, "exact", any_loss=True, graphs=4),
-    "empirical_fisher": Quantity(gauss_newton, "empirical", any_loss=False, graphs=2.5),
-    "mc_fisher": Quantity(gauss_newton, "mc", any_loss=False, graphs=2.5),
-    "kfac_expand": Quantity(partial(kronecker, sharing="expand"), None, any_loss=False, graphs=2, kronecker=True),
-    "kfac_reduce": Quantity(partial(kronecker, sharing="reduce"), None, any_loss=False, graphs=2, kronecker=True),
-    "ekfac": Quantity(ekfac, None, any_loss=False, graphs=2, kronecker=True),
-    "diagonal": Quantity(gauss_newton_diagonal, "exact", any_loss=False, graphs=2),
+    "ggn": Quantity(gauss_newton, "exact", any_loss=True, graphs=2.5, fixed=PRODUCTS),
+    "hessian": Quantity(hessian, "exact", any_loss=True, graphs=4, fixed=PRODUCTS),
+    "empirical_fisher": Quantity(gauss_newton, "empirical", any_loss=False, graphs=2.5, fixed=PRODUCTS),
+    "mc_fisher": Quantity(gauss_newton, "mc", any_loss=False, graphs=2.5, fixed=PRODUCTS),
+    "kfac_expand": Quantity(
+        partial(kronecker, sharing="expand"), None, any_loss=False, graphs=3, fixed=EXPAND, kronecker=True
+    ),
+    "kfac_reduce": Quantity(
+        partial(kronecker, sharing="reduce"), None, any_loss=False, graphs=3, fixed=REDUCE, kronecker=True
+    ),
+    "ekfac": Quantity(ekfac, None, any_loss=False, graphs=3, fixed=ekfac_bytes, kronecker=True),
+    "diagonal": Quantity(gauss_newton_diagonal, "exact", any_loss=False, graphs=3, fixed=ROWS),
 }
 """Name -> how it is computed."""
 
@@ -176,25 +189,21 @@ def curvature_blocks(
     if row.kronecker:
         kronecker_layers(frozen)
     images, labels = checked_batch(batch, frozen)
-    probe = probed(frozen, images)
+    layers = layers_with_rules(frozen.module, frozen.parameters)
+    probe = probed(frozen, images, layers)
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):
         raise InputError(
             f"quantity {quantity!r} needs cross-entropy or squared error on outputs [N, K], not {loss_name(loss)}; "
             "use quantity 'ggn' or 'hessian', which take any loss"
         )
-    size = part_size(
-        len(images),
-        chunk,
-        row.graphs * probe.sample_bytes,
-        4 * sum(w.nbytes for w in frozen.weights.values()),
-        budget(memory, frozen.device),
-        coupling(probe, loss, curvature),
-    )
-    jacobian = Jacobian(
-        frozen, images, size, probe.coupling is not None, layers_with_rules(frozen.module, frozen.parameters)
-    )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
+    available, fixed = budget(memory, frozen.device), row.fixed(frozen, probe, len(images))
+    columns = 0 if row.any_loss else matrix.column_bytes(probe.outputs.numel(), probe.dtype.itemsize)
+    each, why = row.graphs * probe.sample_bytes + columns, coupling(probe, loss, curvature)
+    size = part_size(len(images), chunk, each, fixed, available, why, reserve=available // 4)
+    block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
+    jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
     with full_precision(images):
         return row.build(Problem(jacobian, curvature, matrix, memory))
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from secondorder.curvature import curvature_blocks
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
+from secondorder.curvature.operators import DenseOperator, SymmetricOperator
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.pooling import AdaptiveChannelDropout, pooling_head
 
@@ -266,9 +267,7 @@ def test_parts_of_a_batch_give_the_same(name: str, quantity: str, monkeypatch: p
     model, data = made(name), batch(CE, 5)
     at_once = curvature_blocks(model, CE, data, quantity)
     v = torch.randn(at_once.whole.size).double()
-    monkeypatch.setattr(
-        "secondorder.curvature.matrix_free.sample_gradients.BLOCK_BYTES", 9000
-    )  # single columns and samples
+    monkeypatch.setattr("secondorder.curvature.blocks.BLOCK_BYTES", 9000)  # single columns and samples
     for chunk in (1, 2, 7):
         parts = curvature_blocks(model, CE, data, quantity, chunk=chunk)
         assert relative(parts.whole @ v, at_once.whole @ v) <= 1e-12
@@ -450,15 +449,38 @@ def test_single_precision_agrees_with_double() -> None:
     assert relative((single @ v).double(), exact @ v.double()) < 1e-4
 
 
-def test_changed_parameters_are_noticed() -> None:
+USES: dict[str, Callable[[SymmetricOperator], Tensor]] = {
+    "product": lambda whole: whole @ torch.ones(whole.size).double(),
+    "diagonal": lambda whole: whole.diagonal(),
+    "dense": lambda whole: whole.dense(),
+    "trace": lambda whole: whole.trace(),
+    "eigenvalues": lambda whole: whole.eigenvalues(),
+}
+
+
+@pytest.mark.parametrize("chunk", [2, None])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("quantity", ["ggn", "hessian", "mc_fisher"])
+def test_changed_parameters_are_noticed(quantity: str, use: str, chunk: int | None) -> None:
     model, data = made("gcp"), batch(CE)
-    blocks = curvature_blocks(model, CE, data, "ggn")
-    v = torch.randn(blocks.whole.size).double()
-    blocks.whole @ v
+    whole = curvature_blocks(model, CE, data, quantity, chunk=chunk).whole
+    before = USES[use](whole)
+    assert torch.equal(USES[use](whole), before)
     with torch.no_grad():
         model[0].weight.mul_(2)
     with pytest.raises(InputError, match=r"parameter 0\.weight has changed"):
-        blocks.whole @ v
+        USES[use](whole)
+
+
+def test_running_statistics_are_those_of_the_time_of_construction() -> None:
+    model, data = made("convolutions"), batch(CE)
+    G, whole = true_ggn(model, CE, data), curvature_blocks(model, CE, data, "ggn").whole
+    assert isinstance(whole, GaussNewtonOperator)
+    assert relative(whole.diagonal(), G.diagonal()) <= 1e-12
+    model.train()(5 + torch.randn(4, 2, 6, 6).double())
+    assert relative(whole.diagonal(), G.diagonal()) <= 1e-12
+    assert relative(whole.dense(), G) <= 1e-12
+    assert relative(whole.rows().mT @ whole.rows(), G) <= 1e-12
 
 
 @pytest.mark.parametrize("build", [batch_statistics, lambda: nn.Sequential(AdaptiveChannelDropout(2), convolutions())])
@@ -478,6 +500,41 @@ def test_coupling_by_the_networks_own_code_is_noticed() -> None:
     model, data = nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.Tanh(), Centred()).double(), batch(CE, 4)
     assert relative(curvature_blocks(model, CE, data, "ggn").whole.dense(), true_ggn(model, CE, data)) <= 1e-12
     with pytest.raises(InputError, match="the network lets images act on one another"):
+        curvature_blocks(model, CE, data, "ggn", chunk=2)
+
+
+class Scaled(nn.Module):
+    """x over a number that gradients do not see: `by` of the whole batch."""
+
+    def __init__(self, by: Callable[[Tensor], Tensor | float]) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.by(x.detach())
+
+
+@pytest.mark.parametrize("by", [lambda x: x.abs().mean(), lambda x: len(x)])
+@pytest.mark.parametrize("more", [[], [nn.Dropout(0.3)]])
+def test_coupling_that_gradients_do_not_see_is_noticed(by: Callable[[Tensor], Tensor], more: list[nn.Module]) -> None:
+    data = batch(CE, 4)
+    model = nn.Sequential(Scaled(by), nn.Flatten(), *more, nn.Linear(72, 3)).double()
+    if more and by(data[0]) == len(data[0]):
+        model.eval()  # random masks hide what the number of images alone does
+    with pytest.raises(InputError, match="the network lets images act on one another"):
+        curvature_blocks(model, CE, data, "ggn", chunk=2)
+    alone = nn.Sequential(Scaled(lambda x: x.abs().mean((1, 2, 3), keepdim=True)), *model[1:])
+    assert curvature_blocks(alone, CE, data, "ggn", chunk=2).whole.size == 219
+
+
+def test_networks_that_take_no_single_image_are_not_divided() -> None:
+    class Squeezed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.squeeze()
+
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(72, 3), Squeezed()).double(), batch(CE, 3)
+    assert relative(curvature_blocks(model, CE, data, "ggn").whole.dense(), true_ggn(model, CE, data)) <= 1e-12
+    with pytest.raises(InputError, match="cannot be evaluated for a single image"):
         curvature_blocks(model, CE, data, "ggn", chunk=2)
 
 
@@ -520,11 +577,28 @@ def broken(images: Tensor) -> Tensor:
         ({"chunk": 0}, "chunk 0"),
         ({"chunk": 2.5}, r"chunk 2\.5"),
         ({"memory": -1}, "memory -1"),
+        ({"loss": None}, r"loss None: must be a function .* nn\.CrossEntropyLoss\(\)"),
+        ({"loss": nn.CrossEntropyLoss}, "loss <class .*: must be a function"),
+        (
+            {"batch": (torch.ones(3, 5, 6, 6).double(), torch.zeros(3).long())},
+            r"the network fails for images \[3, 5, 6, 6\]: Given groups=1",
+        ),
+        ({"batch": (torch.ones(3, 72).double(), torch.zeros(3).long())}, r"the network fails for images \[3, 72\]: "),
     ],
 )
 def test_bad_input_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         curvature_blocks(made("gcp"), **refused(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantity", ["ggn", "hessian", "kfac_expand", "diagonal"])
+def test_short_numbers_are_refused(quantity: str, dtype: torch.dtype) -> None:
+    images, labels = batch(CE)
+    with pytest.raises(InputError, match=rf"parameter 0\.weight is {dtype}, .*; use network\.float\(\)"):
+        curvature_blocks(made("gcp").to(dtype), CE, (images.to(dtype), labels), quantity)
+    with pytest.raises(InputError, match=rf"an operator of {dtype} is too short"):
+        DenseOperator(torch.eye(3, dtype=dtype))
 
 
 def test_networks_that_cannot_be_measured_are_refused() -> None:

@@ -227,7 +227,7 @@ def test_grouped_convolutions_have_a_pair_of_factors_for_each_group() -> None:
 def test_parts_of_a_batch_give_the_same(name: str, quantity: str, fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = made(name), batch(CE, 5)
     at_once = curvature_blocks(model, CE, data, quantity, fisher=fisher, samples=2)
-    monkeypatch.setattr("secondorder.curvature.matrix_free.sample_gradients.BLOCK_BYTES", 3000)
+    monkeypatch.setattr("secondorder.curvature.blocks.BLOCK_BYTES", 3000)
     for chunk in (2, 5):
         parts = curvature_blocks(model, CE, data, quantity, fisher=fisher, samples=2, chunk=chunk)
         for parameter, block in parts.items():

@@ -1,5 +1,6 @@
 """`backpack_quantity`: right values under the network's names, chunks that add up, and no trace in the network."""
 
+import copy
 import random
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,33 @@ class Fork(nn.Module):
         return self.conv(x) + x
 
 
+class MovingAverage(nn.Module):
+    """A leaf that writes into its buffer and counts its calls, and whose output shows both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(), 0.5)
+        self.calls += 1
+        return self.calls * (x - self.mean)
+
+
+class CountingFork(Fork):
+    """A container that counts its calls and keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = x.detach()
+        return super().forward(x)
+
+
 def forked() -> nn.Sequential:
     pooling = pooling_head("gcp", 3)
     return nn.Sequential(
@@ -44,7 +72,8 @@ def forked() -> nn.Sequential:
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TWINS, Fork, lambda fork, part: Branches([part("conv"), nn.Sequential()], Sum()))
+    for kind in (Fork, CountingFork):
+        monkeypatch.setitem(TWINS, kind, lambda fork, part: Branches([part("conv"), nn.Sequential()], Sum()))
 
 
 def test_subsampling_is_of_the_whole_batch() -> None:
@@ -172,6 +201,42 @@ def test_nothing_is_left_in_the_network(extension: Callable[[], BackpropExtensio
         assert vars(parameter) == attributes
     assert not loss._forward_hooks
     assert not extension_instance.saved_quantities._saved_quantities
+
+
+@pytest.mark.parametrize(
+    ("layer", "quantities"),
+    [
+        (MovingAverage, [extensions.BatchGrad, extensions.Variance]),
+        (CountingFork, [extensions.BatchGrad, extensions.DiagGGNExact, extensions.HMP]),
+    ],
+)
+def test_modules_that_change_when_they_run(
+    layer: type[nn.Module], quantities: list[Callable[[], BackpropExtension]]
+) -> None:
+    """They stay as they were, and each chunk starts from there."""
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), layer(), nn.Flatten(), nn.Linear(48, CLASSES)).double()
+    loss = nn.CrossEntropyLoss()
+    data = batch(loss, 2)
+    network(data[0])
+    buffers = {name: (buffer, buffer.clone(), buffer._version) for name, buffer in network.named_buffers()}
+    attributes = dict(vars(network[1]))
+
+    values = [backpack_quantity(network, loss, data, extension()) for extension in quantities]
+    parts = backpack_quantity(network, loss, data, extensions.BatchGrad(), chunk=1)
+
+    for name, buffer in network.named_buffers():
+        before, value, version = buffers[name]
+        assert buffer is before
+        assert torch.equal(buffer, value)
+        assert buffer._version == version
+    assert vars(network[1]) == attributes
+    assert network[1].calls == 1
+    for found, runs in ((values[0], [slice(0, 2)]), (parts, [slice(0, 1), slice(1, 2)])):
+        for run in runs:
+            copied = copy.deepcopy(network)
+            (loss(copied(data[0][run]), data[1][run]) * len(data[0][run]) / 2).backward()
+            for name, parameter in copied.named_parameters():
+                assert relative(found[name][run].sum(0), parameter.grad) <= 1e-12, name
 
 
 def test_nothing_is_left_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

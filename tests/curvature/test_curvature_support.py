@@ -7,7 +7,8 @@ import pytest
 import torch
 from backpack import extensions
 from small_networks import batch, built, chain
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from secondorder.curvature.backpack import support, truth
 from secondorder.curvature.backpack.kinds import KINDS
@@ -25,6 +26,7 @@ from secondorder.curvature.backpack.support import (
 )
 from secondorder.curvature.backpack.support_cases import LAYERS, layer_network
 from secondorder.curvature.backpack.support_networks import NETWORKS, SPOT_CHECKS, network_case
+from secondorder.curvature.kronecker import factors
 from secondorder.errors import InputError
 
 REFUSED_LAYERS = [
@@ -101,17 +103,48 @@ def test_equal_columns_share_one_in_markdown() -> None:
     assert markdown(table) == "| | a<br>c | b |\n|---|---|---|\n| x | 1 | 3 |\n| y | 2 | 3 |"
 
 
-def test_wrong_values_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor of two, or a transposed weight, does not pass for exact nor for Monte-Carlo noise."""
-    assert support.entry("Conv2d", "DiagGGNExact") == "exact"
-    for quantity in ("BatchGrad", "DiagGGNExact", "DiagGGNMC", "DiagHessian", "DiagHessianMC", "KFLR", "KFAC", "HMP"):
-        expected = truth.EXPECTED[quantity]
-        monkeypatch.setitem(truth.EXPECTED, quantity, lambda t, name, expected=expected: 2 * expected(t, name))
-        assert support.entry("Conv2d", quantity) == "wrong", quantity
-    monkeypatch.undo()
+@pytest.mark.parametrize("quantity", [*DRAWS, "BatchGrad", "DiagGGNExact", "DiagHessian", "KFLR", "HMP"])
+def test_a_wrong_scale_is_called_wrong(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.25 times too large for any single parameter, where the noise of Monte-Carlo quantities is largest."""
+    expected, layer = truth.EXPECTED[quantity], "MatrixLogarithm"
+    assert support.entry(layer, quantity) in ("exact", "mc")
+    for wrong in support.layer_truth(layer, 2).parts:
+        scaled = lambda t, name, wrong=wrong: expected(t, name) / (1.25 if name == wrong else 1)  # noqa: E731
+        monkeypatch.setitem(truth.EXPECTED, quantity, scaled)
+        assert support.entry(layer, quantity) == "wrong", wrong
+
+
+def test_wrong_spots_of_a_network_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     for quantity in SPOT_CHECKS:
         monkeypatch.setitem(support.SPOT_CHECKS, quantity, lambda case, found: 1e-6)
         assert support.network_entry("cifar_resnet8, gcp", quantity) == "wrong"
+
+
+def transposed(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Patches with rows and columns of the kernel exchanged."""
+    unfolded = F.unfold(factors.padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)
+    kernels = unfolded.unflatten(1, (-1, *layer.kernel_size)).transpose(2, 3).flatten(1, 3)
+    return kernels.unflatten(1, (layer.groups, -1))
+
+
+def test_wrong_kronecker_factors_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth does not come from the code under test: an error that every way to the factors shares is seen."""
+    monkeypatch.setattr(factors, "autocorrelation_is_faster", lambda layer, x: False)
+    exact = ["KFLR", "WeightSharingKFLR", "WeightSharingKFLR, reduce"]
+    random = ["KFAC", "WeightSharingKFAC", "WeightSharingKFAC, reduce"]
+    squeezed = factors._squeezed
+    for name, mistake, quantities in (
+        ("patches", transposed, exact),
+        ("_squeezed", lambda factor: 1.25 * squeezed(factor), [*exact, *random, "KFRA"]),
+    ):
+        support.layer_truth.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(factors, name, mistake)
+            for quantity in quantities:
+                assert support.entry("Conv2d", quantity) == "wrong", (name, quantity)
+            assert support.network_entry("cifar_resnet8, gcp", "KFLR") == "wrong", name
+    support.layer_truth.cache_clear()
+    assert support.entry("Conv2d", "KFLR") == "exact"
 
 
 def test_check_support_names_module_quantity_and_way_out() -> None:

@@ -129,7 +129,7 @@ def test_everything_is_as_before_after_an_error() -> None:
     model, data = network(), batch(CE, 4)
     model.append(Failing())
     before = state(model)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(InputError, match=r"the network fails for images \[4, 2, 6, 6\]: broken"):
         curvature_blocks(model, CE, data, "ggn")
     check_same(before, state(model))
     with pytest.raises(InputError):

@@ -28,6 +28,7 @@ from secondorder.curvature.backpack.refusals import (
 )
 from secondorder.curvature.backpack.registration import register
 from secondorder.curvature.blocks import curvature_blocks
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.operators.symmetric import SymmetricOperator
 from secondorder.errors import InputError
 from secondorder.untouched import same_randomness
@@ -48,7 +49,8 @@ def backpack_quantity(
     """What `extension` saves for each parameter, under the parameter's name in `network`.
 
     network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
-        (in the same memory), so that values, ``.grad``, hooks, modes and attributes of the network stay as they are.
+        (in the same memory) and copies of the buffers, so that values, ``.grad``, hooks, modes and attributes of the network
+        stay as they are. Each chunk starts from the present buffers.
     loss: nn.CrossEntropyLoss or nn.MSELoss, mean or sum.
     batch: images `[N, ...]` and labels `[N]` or targets `[N, K]`.
     extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
@@ -63,7 +65,7 @@ def backpack_quantity(
     """
     check_loss(loss)
     register(check_extension(extension))
-    twin = backpack_network(network)
+    twin = private_twin(network)
     images, targets = check_images(network, batch)
     check_twin(twin, extension)
     with surroundings(images, seed):
@@ -106,18 +108,19 @@ def surroundings(images: Tensor, seed: int | None = None) -> Iterator[None]:
 
 
 def first_outputs(network: nn.Module, images: Tensor) -> Tensor:
-    """The network's own outputs for the first image, without a graph. Raises InputError when it cannot run on it."""
+    """The network's own outputs for the first image, without a graph or a trace. InputError when it cannot run on it."""
     try:
         with torch.no_grad():
-            outputs = network(images[:1].clone())
+            outputs = FrozenNetwork(network).outputs(images[:1])
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the network cannot run on images of shape {list(images.shape)}: {reason}") from error
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise InputError(f"the network returns {got} for one image; curvature needs outputs [N, K]")
+    if outputs.ndim != 2:
+        raise InputError(
+            f"the network returns shape {list(outputs.shape)} for one image; curvature needs outputs [N, K]"
+        )
     return outputs
 
 
@@ -143,7 +146,7 @@ def run(
     network: nn.Module, loss: nn.Module, piece: tuple[Tensor, Tensor], extension: BackpropExtension, total: int
 ) -> dict[str, Part]:
     """The quantity of one chunk for each parameter that has one, by the parameter's name in the network."""
-    twin = backpack_network(network)
+    twin = private_twin(network)
     parameters = own_parameters(twin)
     images, targets = piece
     criterion = extend_leaves(fresh_leaf(loss))
@@ -165,6 +168,15 @@ def run(
         for name, parameter in parameters.items()
         if parameter.grad is not None and hasattr(parameter, extension.savefield)
     }
+
+
+def private_twin(network: nn.Module) -> Twin:
+    """The twin with copies of the network's buffers, which its modules may write into."""
+    twin = backpack_network(network)
+    for _, leaf in twin.leaves():
+        for name, buffer in leaf.named_buffers(recurse=False):
+            setattr(leaf, name, buffer.clone())
+    return twin
 
 
 def own_parameters(twin: Twin) -> dict[str, nn.Parameter]:

@@ -45,7 +45,7 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "AdaptiveAvgPool2d": lambda: [nn.AdaptiveAvgPool2d(1)],
     "Flatten": lambda: [nn.Flatten()],
     "Dropout": lambda: [nn.Dropout(0.5).eval()],
-    "Dropout, training": lambda: [nn.Dropout(0.0)],  # the masks of one sample cannot be drawn apart from the others'
+    "Dropout, training": lambda: [nn.Dropout(0.3)],
     "Covariance": lambda: [nn.Tanh(), Covariance()],
     "MatrixSquareRoot, Newton-Schulz": lambda: [nn.Tanh(), Covariance(), MatrixSquareRoot()],
     "MatrixSquareRoot, exact": lambda: [nn.Tanh(), Covariance(), MatrixSquareRoot("eigh")],

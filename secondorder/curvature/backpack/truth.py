@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, jacrev
 
-from secondorder.curvature.blocks import curvature_blocks
-from secondorder.curvature.kronecker.blocks import kronecker_parameters
+from secondorder.curvature.backpack.kronecker_truth import output_hessians, true_blocks
+from secondorder.untouched import same_randomness
 
 
 @dataclass(frozen=True)
@@ -28,37 +28,32 @@ class Truth:
     reduce: dict[str, Tensor]
 
 
-def truth_of(network: nn.Module, loss: nn.CrossEntropyLoss, batch: tuple[Tensor, Tensor]) -> Truth:
-    """The dense matrices of a network with few parameters and the mean cross-entropy."""
+def truth_of(network: nn.Module, loss: nn.CrossEntropyLoss, batch: tuple[Tensor, Tensor], seed: int = 0) -> Truth:
+    """The dense matrices of a network with few parameters and the mean cross-entropy.
+
+    seed: of dropout masks; the batch is evaluated as a whole, so that they are those of any other run from this seed.
+    """
     images, labels = batch
+    N = len(images)
     parts, size = {}, 0
     for name, parameter in network.named_parameters():
         parts[name] = slice(size, size + parameter.numel()), parameter.shape
         size += parameter.numel()
     w = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
-    def matrices(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """g_n, G_n and H_n."""
+    def outputs(w: Tensor) -> Tensor:
+        state = {name: w[place].view(shape) for name, (place, shape) in parts.items()}
+        with same_randomness():
+            torch.manual_seed(seed)
+            return functional_call(network, state, (images,))
 
-        def outputs(w: Tensor) -> Tensor:
-            state = {name: w[place].view(shape) for name, (place, shape) in parts.items()}
-            return functional_call(network, state, (image[None],))[0]
+    def losses(w: Tensor) -> Tensor:
+        return torch.stack([loss(z[None], label[None]) / N for z, label in zip(outputs(w), labels, strict=True)])
 
-        def part(z: Tensor) -> Tensor:
-            return loss(z[None], label[None]) / len(images)
-
-        J, M = jacrev(outputs)(w), hessian(part)(outputs(w).detach())
-        gradient = jacrev(lambda w: part(outputs(w)))
-        return gradient(w), J.mT @ M @ J, jacrev(gradient)(w)
-
-    samples = [matrices(image, label) for image, label in zip(images, labels, strict=True)]
-    gradients, ggn, hessians = (torch.stack(dense) for dense in zip(*samples, strict=True))
-    layers = kronecker_parameters(network)
-    expand, reduce = (
-        {name: block.dense() for name, block in curvature_blocks(network, loss, batch, quantity, layers).items()}
-        for quantity in ("kfac_expand", "kfac_reduce")
-    )
-    return Truth(parts, gradients, ggn, hessians, expand, reduce)
+    J, M = jacrev(outputs)(w), output_hessians(loss, outputs(w).detach(), labels)
+    gradients, hessians = jacrev(losses)(w), jacrev(jacrev(losses))(w)
+    blocks = true_blocks(network, loss, batch)
+    return Truth(parts, gradients, J.mT @ M @ J, hessians, blocks["expand"], blocks["reduce"])
 
 
 def diagonal(matrices: Tensor) -> Tensor:
@@ -140,6 +135,11 @@ def mean_error(quantity: str, found: dict[str, Any], truth: Truth) -> float:
     """sum |found - expected| / sum |expected| over all parameters: for random quantities."""
     every = list(compared(quantity, found, truth))
     return float(sum((v - e).abs().sum() for v, e in every) / sum(e.abs().sum() for _, e in every))
+
+
+def largest_scale_error(quantity: str, found: dict[str, Any], truth: Truth) -> float:
+    """max |c - 1| over all parameters, c = <found, expected> / <expected, expected> the least-squares scale of each."""
+    return max(float(((v * e).sum() / e.square().sum() - 1).abs()) for v, e in compared(quantity, found, truth))
 
 
 def compared(quantity: str, found: dict[str, Any], truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,8 @@ from secondorder.curvature.kronecker.factors import (
     input_rows,
     input_width,
 )
+from secondorder.curvature.kronecker.storage import factor_bytes
+from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
 from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
@@ -79,6 +81,7 @@ class KroneckerFactors:
     sharing: str
     samples: int
     wide: int
+    block_bytes: int
     counted: int = 0
     A: Tensor | None = None
     rows: list[Tensor] | None = None
@@ -101,8 +104,8 @@ class KroneckerFactors:
                 self.A = _sum(self.A, rows.mT @ rows)
             return
         for use, T in zip(uses, positions, strict=True):
-            A = input_factor(use.layer, use.input, self.sharing)  # type: ignore[arg-type]
-            self.A = _sum(self.A, A * (n * (T if self.sharing == "expand" else 1)))
+            A = input_factor(use.layer, use.input, self.sharing, self.block_bytes)  # type: ignore[arg-type]
+            self.A = _sum(self.A, A.mul_(n * (T if self.sharing == "expand" else 1)))
 
     def _rows(self, uses: Sequence[LayerUse], positions: Sequence[int]) -> Tensor:
         """a of all positions and uses, or mean_t a over all of them, `[..., R, D]`."""
@@ -117,7 +120,7 @@ class KroneckerFactors:
         if self.sharing == "reduce" and len(uses) > 1:
             s = [sum((_summed(use, g) for use, g in zip(uses[1:], s[1:], strict=True)), start=_summed(uses[0], s[0]))]
         for use, g in zip(uses, s, strict=False):
-            self.B = _sum(self.B, gradient_factor(use.layer, g, self.sharing))  # type: ignore[arg-type]
+            self.B = _sum(self.B, gradient_factor(use.layer, g, self.sharing, self.block_bytes))  # type: ignore[arg-type]
 
     @property
     def input(self) -> list[SymmetricOperator]:
@@ -150,6 +153,12 @@ def kronecker_blocks(
     return {name: factors[shared].block(kind) for name, (shared, kind) in layers.items()}
 
 
+def kronecker_bytes(network: FrozenNetwork, probe: Probe, samples: int, sharing: str) -> int:
+    """Bytes that `kronecker_blocks` takes beside the graph."""
+    layers = kronecker_layers(network)
+    return factor_bytes(layers, probe.shapes, samples, sharing, WIDE_INPUT, network.dtype.itemsize)
+
+
 def kronecker_factors(
     jacobian: Jacobian,
     matrix: OutputMatrix,
@@ -163,13 +172,14 @@ def kronecker_factors(
     """
     with_weight = {shared for shared, kind in layers.values() if kind == "weight"}
     N = len(jacobian.images)
-    factors = {shared: KroneckerFactors(shared, sharing, N, wide) for shared, _ in layers.values()}
+    most = jacobian.block_bytes
+    factors = {shared: KroneckerFactors(shared, sharing, N, wide, most) for shared, _ in layers.values()}
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
         for shared, found in uses.items():
             if shared in with_weight:
                 factors[shared].add_inputs(found)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses)):
+        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most):
             gradients = iter(s)
             for shared, found in uses.items():
                 factors[shared].add_gradients(found, [next(gradients) for _ in found])
@@ -215,4 +225,4 @@ def _summed(use: LayerUse, s: Tensor) -> Tensor:
 
 
 def _sum(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
+    return term if total is None else total.add_(term)

@@ -22,15 +22,22 @@ from secondorder.curvature.kronecker.blocks import (
     flat,
     joined,
     kronecker_factors,
+    kronecker_layers,
     uses_of,
 )
 from secondorder.curvature.kronecker.factors import patches
+from secondorder.curvature.kronecker.storage import factor_bytes
+from secondorder.curvature.matrix_free.batch_parts import Probe
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import over_positions
 from secondorder.curvature.matrix_free.sample_gradients import pulled_columns, slices
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
+
+WIDE_BASIS = 0
+"""Inputs above which A is kept as rows if there are fewer of them: a basis of their span is all that is needed."""
 
 
 class CorrectedEigenbasis:
@@ -45,11 +52,11 @@ class CorrectedEigenbasis:
             self.Q_A = self.Q_B.new_ones(len(self.Q_B), 1, 1)
         self.scales = self.Q_B.new_zeros(*self.Q_B.shape[:2], self.Q_A.shape[-1])
 
-    def add(self, uses: Sequence[LayerUse], s: Sequence[Tensor]) -> None:
-        """The gradients `[n, r, *out]` of some columns at the outputs of the uses."""
+    def add(self, uses: Sequence[LayerUse], s: Sequence[Tensor], most_bytes: int) -> None:
+        """The gradients `[n, r, *out]` of some columns at the outputs of the uses, at most so many bytes at a time."""
         n, r = s[0].shape[:2]
         numbers = r * self.scales.numel() + sum(_vectors(use, use.input[:1]).numel() for use in uses)
-        for rows in slices(n, numbers * s[0].itemsize):
+        for rows in slices(n, numbers * s[0].itemsize, most_bytes):
             projected: Tensor | None = None
             for use, g in zip(uses, s, strict=True):
                 left = self.Q_B.mT @ _by_group(use, g[rows], len(self.Q_B))
@@ -70,16 +77,23 @@ def ekfac_blocks(
     jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]]
 ) -> dict[str, SymmetricOperator]:
     """The EKFAC block of each parameter: a pass over the batch for the bases, another one for the scales."""
-    factors = kronecker_factors(jacobian, matrix, layers, "expand", wide=0)
+    factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS)
     bases = {name: CorrectedEigenbasis(factors[shared], kind) for name, (shared, kind) in layers.items()}
+    most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses)):
+        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most, projected):
             gradients = iter(s)
             of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
             for name, (shared, _) in layers.items():
-                bases[name].add(uses[shared], of_layers[shared])
+                bases[name].add(uses[shared], of_layers[shared], most)
     return {name: basis.block() for name, basis in bases.items()}
+
+
+def ekfac_bytes(network: FrozenNetwork, probe: Probe, samples: int) -> int:
+    """Bytes that `ekfac_blocks` takes beside the graph."""
+    layers, itemsize = kronecker_layers(network), network.dtype.itemsize
+    return factor_bytes(layers, probe.shapes, samples, "expand", WIDE_BASIS, itemsize, corrected=True)
 
 
 def _eigenbasis(factor: SymmetricOperator) -> Tensor:

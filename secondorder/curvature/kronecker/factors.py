@@ -37,18 +37,21 @@ def input_width(layer: Layer) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
 
 
-def input_factor(layer: Layer, x: Tensor, sharing: str) -> Tensor:
-    """A `[D, D]`, or `[G, D, D]` for G > 1 groups, from the layer's input x. Raises InputError for an unknown sharing."""
+def input_factor(layer: Layer, x: Tensor, sharing: str, most_bytes: int | None = None) -> Tensor:
+    """A `[D, D]`, or `[G, D, D]` for G > 1 groups, from the layer's input x. Raises InputError for an unknown sharing.
+
+    most_bytes: of unfolded patches at a time; None: UNFOLDED_BYTES.
+    """
     _check(sharing)
     if isinstance(layer, nn.Linear):
         a = _rows_of_linear(x, sharing)
-        return a.mT @ a / len(a)
+        return (a.mT @ a).div_(len(a))
     if sharing == "reduce":
-        a = _mean_patches(layer, x)
+        a = _mean_patches(layer, x, most_bytes)
         return _squeezed(torch.einsum("ngd,nge->gde", a, a) / len(x))
     if autocorrelation_is_faster(layer, x):
         return autocorrelation_factor(x) / (len(x) * x.shape[-2] * x.shape[-1])
-    return _unfolded_factor(layer, x)
+    return _unfolded_factor(layer, x, most_bytes)
 
 
 def input_rows(layer: Layer, x: Tensor, sharing: str) -> Tensor:
@@ -63,8 +66,11 @@ def input_rows(layer: Layer, x: Tensor, sharing: str) -> Tensor:
     return a / math.sqrt(a.shape[-2])
 
 
-def gradient_factor(layer: Layer, s: Tensor, sharing: str) -> Tensor:
-    """B `[O, O]`, or `[G, O, O]`, from the gradients s `[V, N, *out]` at the layer's output."""
+def gradient_factor(layer: Layer, s: Tensor, sharing: str, most_bytes: int | None = None) -> Tensor:
+    """B `[O, O]`, or `[G, O, O]`, from the gradients s `[V, N, *out]` at the layer's output.
+
+    most_bytes: of products of single samples at a time; None: UNFOLDED_BYTES.
+    """
     _check(sharing)
     if isinstance(layer, nn.Linear):
         s = s.flatten(0, 1).flatten(1, -2) if s.ndim > 3 else s.flatten(0, 1)[:, None]
@@ -74,7 +80,7 @@ def gradient_factor(layer: Layer, s: Tensor, sharing: str) -> Tensor:
     if sharing == "reduce":
         s = s.sum(-1, keepdim=True)
     s = s.unflatten(1, (layer.groups, -1)).flatten(0, 1)
-    step = max(1, UNFOLDED_BYTES // (layer.groups * s.shape[1] ** 2 * s.element_size())) * layer.groups
+    step = _step(layer.groups * s.shape[1] ** 2 * s.element_size(), most_bytes) * layer.groups
     products = (torch.bmm(part, part.mT).unflatten(0, (-1, layer.groups)).sum(0) for part in s.split(step))
     return _squeezed(sum(products))
 
@@ -92,10 +98,10 @@ def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode=mode) if any(sides) else x
 
 
-def _unfolded_factor(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def _unfolded_factor(layer: nn.Conv2d, x: Tensor, most_bytes: int | None) -> Tensor:
     """A through im2col, a part of the batch at a time."""
     one = patches(layer, x[:1])
-    step = max(1, UNFOLDED_BYTES // (one.numel() * one.element_size()))
+    step = _step(one.nbytes, most_bytes)
     A = x.new_zeros(one.shape[1], one.shape[2], one.shape[2])
     for part in x.split(step):
         a = patches(layer, part)
@@ -106,11 +112,15 @@ def _unfolded_factor(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return _squeezed(A / (len(x) * one.shape[-1]))
 
 
-def _mean_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def _mean_patches(layer: nn.Conv2d, x: Tensor, most_bytes: int | None = None) -> Tensor:
     """mean_t a `[N, G, D]`."""
-    one = patches(layer, x[:1])
-    step = max(1, UNFOLDED_BYTES // (one.numel() * one.element_size()))
+    step = _step(patches(layer, x[:1]).nbytes, most_bytes)
     return torch.cat([patches(layer, part).mean(-1) for part in x.split(step)])
+
+
+def _step(sample_bytes: int, most_bytes: int | None) -> int:
+    """Samples at a time, at least one."""
+    return max(1, (UNFOLDED_BYTES if most_bytes is None else min(most_bytes, UNFOLDED_BYTES)) // sample_bytes)
 
 
 def _rows_of_linear(x: Tensor, sharing: str) -> Tensor:

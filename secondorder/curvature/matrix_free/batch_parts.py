@@ -1,9 +1,10 @@
 """How many samples of a batch are evaluated at once: measured on a probe of the batch, bounded by the memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
@@ -11,19 +12,24 @@ from secondorder.curvature.matrix_free.memory import check_memory
 from secondorder.errors import InputError
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
+COUPLED = "the network lets images act on one another's outputs"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What two samples tell about a batch: shape of one sample's outputs, bytes of its graph, what couples samples."""
+    """What two samples tell about a batch: shape of one sample's outputs, bytes of its graph, what couples samples.
+
+    shapes: of the outputs of each use of the layers that were asked for.
+    """
 
     outputs: torch.Size
     dtype: torch.dtype
     sample_bytes: int
     coupling: str | None
+    shapes: Mapping[nn.Module, list[torch.Size]]
 
 
-def probed(network: FrozenNetwork, images: Tensor) -> Probe:
+def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, object] | None = None) -> Probe:
     """Evaluate and differentiate the network on the first samples of a batch."""
     x = images[:PROBE].detach()
     if x.is_floating_point():
@@ -37,20 +43,33 @@ def probed(network: FrozenNetwork, images: Tensor) -> Probe:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-        z = network.outputs(x)
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+            z, uses = network.outputs_and_uses(x, None, 0, layers or {})
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(f"the network fails for images {list(images.shape)}: {_first_line(error)}") from error
     network.check_finite(z, x)
-    coupling = network.couples_samples() or _interaction(z, x)
-    return Probe(z.shape[1:], z.dtype, sum(saved.values()) // len(x) + x[0].nbytes, coupling)
+    coupling = network.couples_samples() or _interaction(network, z, x)
+    shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
+    return Probe(z.shape[1:], z.dtype, sum(saved.values()) // len(x) + x[0].nbytes, coupling, shapes)
 
 
 def part_size(
-    samples: int, chunk: int | None, sample_bytes: float, fixed_bytes: float, available: int, coupling: str | None
+    samples: int,
+    chunk: int | None,
+    sample_bytes: float,
+    fixed_bytes: float,
+    available: int,
+    coupling: str | None,
+    reserve: int = 0,
 ) -> int:
     """Samples in one part of a batch: `chunk`, by default as many as `available` bytes allow.
 
     A part takes `sample_bytes` for each of its samples and `fixed_bytes` however small it is; `coupling` says why a batch
-    cannot be divided. Raises InputError when it would have to be, and when the memory does not suffice.
+    cannot be divided; where it can, the default leaves `reserve` bytes. Raises InputError when it would have to be, and when
+    the memory does not suffice.
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk {chunk!r}: must be a whole number of samples >= 1, or None (what the memory allows)")
@@ -58,10 +77,10 @@ def part_size(
         raise InputError(f"chunk={chunk} would change the result: {coupling}; use chunk=None")
     if chunk is not None:
         size = min(chunk, samples)
-    elif coupling or fixed_bytes + samples * sample_bytes <= available:
+    elif coupling or fixed_bytes + samples * sample_bytes <= available - reserve:
         size = samples
     else:
-        size = max(1, int((available - fixed_bytes) // sample_bytes))
+        size = max(1, int((available - reserve - fixed_bytes) // sample_bytes))
     way_out = (
         f"{coupling}, so use a smaller batch" if coupling and size > 1 else "use a smaller chunk or fewer parameters"
     )
@@ -70,15 +89,40 @@ def part_size(
     return size
 
 
-def _interaction(z: Tensor, x: Tensor) -> str | None:
-    """A module that nobody knows couples samples when the first output has a gradient at the second image."""
-    if len(x) < 2 or not x.requires_grad or not z.requires_grad:
+def _interaction(network: FrozenNetwork, z: Tensor, x: Tensor) -> str | None:
+    """Whether a module that nobody knows couples samples: the first output depends on what comes with the first image.
+
+    Its gradient at the second image tells, or, where the network hides that (detach), its value in other company.
+    """
+    if len(x) < 2:
         return None
+    if _has_gradient_at_second(z, x):
+        return COUPLED
+    first, size = z[0].detach(), z.detach().abs().max()
+    eps = torch.finfo(z.dtype).eps
+    # Of equal shape, images take the same way through the same kernels; otherwise rounding differs, also to 16 bits.
+    companies = [(x.detach()[[0, 0]], eps**0.5)]
+    if not network.random.drawn:  # the masks of a single image would be others
+        companies.append((x.detach()[:1], eps**0.25))
+    for images, tolerance in companies:
+        try:
+            with torch.no_grad():
+                again = network.outputs(images)[0]
+        except (RuntimeError, ValueError, IndexError):
+            return "the network cannot be evaluated for a single image"
+        if again.shape != first.shape or not (again - first).abs().max() <= tolerance * size:
+            return COUPLED
+    return None
+
+
+def _has_gradient_at_second(z: Tensor, x: Tensor) -> bool:
+    if not x.requires_grad or not z.requires_grad:
+        return False
     direction = torch.linspace(1, 2, z[0].numel(), dtype=z.dtype, device=z.device).view_as(z[0])
     with torch.enable_grad():
         gradient = torch.autograd.grad(z[0], x, direction, allow_unused=True)[0]
-    return (
-        "the network lets images act on one another's outputs"
-        if gradient is not None and bool(gradient[1].any())
-        else None
-    )
+    return gradient is not None and bool(gradient[1].any())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

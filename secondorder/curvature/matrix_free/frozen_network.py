@@ -26,7 +26,8 @@ class FrozenNetwork:
     parameters nor `.grad` nor `requires_grad` of the network take part. The network's modules are used but left as they
     were: mode, attributes, hooks and random state. Backward hooks do not run; forward hooks do, they may change the output.
     Every evaluation draws the same random numbers (dropout masks). Raises InputError for a network without parameters,
-    unknown names, images that are not finite, and when parameters were changed after the construction.
+    unknown names, numbers of fewer than 32 bits, images that are not finite, and when parameters were changed after the
+    construction.
     """
 
     def __init__(self, network: nn.Module, params: Iterable[str] | None = None) -> None:
@@ -36,6 +37,9 @@ class FrozenNetwork:
             )
         self.module, self.prefix = unwrapped(network)
         named = {self.prefix + name: p for name, p in self.module.named_parameters()}
+        for name, p in named.items():
+            if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
+                raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
         self.parameters = {name: named[name] for name in _chosen(named, params)}
         self.weights = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
         self.constants = {name: p.detach() for name, p in named.items() if name not in self.weights}
@@ -54,9 +58,7 @@ class FrozenNetwork:
         self, images: Tensor, weights: Mapping[str, Tensor] | None, part: int, layers: Mapping[nn.Module, object]
     ) -> tuple[Tensor, list[LayerUse]]:
         """f, and what went into and came out of the given layers in each use."""
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                raise InputError(f"parameter {name} has changed since this curvature was made; make it anew")
+        self.check_unchanged()
         buffers = {name: b.clone() for name, b in self.buffers.items()}  # batch norm writes into them
         state = {**self.constants, **buffers, **(self.weights if weights is None else weights)}
         state = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
@@ -73,6 +75,12 @@ class FrozenNetwork:
             got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network returns {got} for {len(images)} images; it must return one tensor [N, ...]")
         return outputs, uses
+
+    def check_unchanged(self) -> None:
+        """InputError when a parameter was written into since the construction: w are views of the network's own memory."""
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise InputError(f"parameter {name} has changed since this curvature was made; make it anew")
 
     def check_finite(self, outputs: Tensor, images: Tensor, part: int = 0) -> None:
         """NonFiniteError that names the first module with a NaN or an infinity in its output, if f has one."""

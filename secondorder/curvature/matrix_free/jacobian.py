@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
+from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 
 
 class Linearisation:
@@ -140,7 +141,8 @@ def _along(
 class Jacobian:
     """J of a batch of N images in parts of `chunk` samples; a single part is evaluated once and kept.
 
-    `coupled` says that samples of the batch act on one another, `layers` are those whose uses are recorded.
+    `coupled` says that samples of the batch act on one another, `layers` are those whose uses are recorded, `block_bytes` may
+    be held at one time beside the graph.
     """
 
     def __init__(
@@ -150,18 +152,21 @@ class Jacobian:
         chunk: int,
         coupled: bool = False,
         layers: Mapping[nn.Module, object] | None = None,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.network = network
         self.images = images
         self.chunk = chunk
         self.coupled = coupled
         self.layers = layers or {}
+        self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
         """Whether forward mode gives the same J as reverse mode; None: not known yet."""
         self._kept: Linearisation | None = None
 
     def parts(self) -> Iterator[Linearisation]:
-        """The linearised parts in the order of the samples."""
+        """The linearised parts in the order of the samples. InputError when the network's parameters have changed."""
+        self.network.check_unchanged()
         N = len(self.images)
         if self.chunk < N:
             for part, start in enumerate(range(0, N, self.chunk)):

@@ -22,6 +22,8 @@ class LayerUse:
     output: GradientEdge
     output_shape: torch.Size
     version: int
+    buffers: Mapping[str, Tensor | None]
+    """The layer's buffers in this call, which are not those it has outside of it."""
 
     @property
     def intact(self) -> bool:
@@ -37,7 +39,8 @@ def recorded_uses(layers: Mapping[nn.Module, object]) -> Iterator[list[LayerUse]
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         a = args[0] if args else next(iter(kwargs.values()))
         if isinstance(output, Tensor) and output.requires_grad:
-            uses.append(LayerUse(layer, a.detach(), get_gradient_edge(output), output.shape, a._version))
+            place = get_gradient_edge(output)
+            uses.append(LayerUse(layer, a.detach(), place, output.shape, a._version, dict(layer._buffers)))
 
     # First of all hooks: another one may replace the output.
     handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]

@@ -183,8 +183,10 @@ class AnyLoss(LossCurvature):
 def loss_curvature(loss: Loss, shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> LossCurvature:
     """The loss at these labels for outputs of this shape; closed forms for cross-entropy and squared error.
 
-    Raises InputError for labels that do not fit and for losses that are not reduced to a scalar.
+    Raises InputError for labels that do not fit, and for losses that are no functions or not reduced to a scalar.
     """
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example nn.CrossEntropyLoss()")
     options = _options(loss)
     if options is None or (len(shape) != 2 and options["kind"] == "cross-entropy"):
         return AnyLoss(loss, labels, shape)

@@ -9,6 +9,10 @@ from secondorder.errors import InputError
 
 SHARE = 0.8
 """The part of the free memory that one computation may take when the user gives no budget."""
+BLOCK_BYTES = 256 * 2**20
+"""Most bytes of rows, output gradients or patches that are held at one time, beside the graph; less in a small budget."""
+BLOCK_COPIES = 4
+"""Such blocks at a time: gradients, rows, what both are made of, and their squares."""
 GIB = 2**30
 
 

@@ -38,6 +38,11 @@ class OutputMatrix:
         }
         return columns[self.fisher]()
 
+    def column_bytes(self, K: int, itemsize: int) -> int:
+        """Bytes of the columns of one sample, and of what they are made from."""
+        counts = {"exact": K, "mc": 0 if self.noise is None else self.noise.shape[-1], "empirical": 1}
+        return 2 * K * counts[self.fisher] * itemsize
+
     @property
     def factored(self) -> bool:
         """Whether columns F are known; otherwise there are products only."""

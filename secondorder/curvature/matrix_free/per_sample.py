@@ -1,17 +1,20 @@
 """Gradients of a layer's parameters for each sample, from what goes into the layer and the gradients of its output.
 
 Index letters: R columns (vectors that are pulled back at the same time), m samples, T positions, G groups, O outputs and D
-inputs of a layer (of a group). Inputs a are `[m, *in]`, output gradients s are `[m, R, *out]`.
+inputs of a layer (of a group). Inputs a are `[m, *in]`, output gradients s are `[m, R, *out]`. A use tells the layer's type and
+options and the buffers it was called with; its parameters and buffers outside of the call may have changed since.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.factors import patches
+from secondorder.curvature.kronecker.factors import input_width, patches
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
 
 
-def linear_weight(layer: nn.Linear, a: Tensor, s: Tensor) -> Tensor:
+def linear_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t a_t^T `[m, R, O, D]` for a linear layer with T positions."""
     if a.ndim == 2:
         return s[..., None] * a[:, None, None]
@@ -19,14 +22,22 @@ def linear_weight(layer: nn.Linear, a: Tensor, s: Tensor) -> Tensor:
     return (s.flatten(1, 2) @ a.flatten(1, -2)).unflatten(1, s.shape[1:3])
 
 
-def linear_bias(layer: nn.Linear, a: Tensor, s: Tensor) -> Tensor:
+def linear_bias(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t `[m, R, O]` for a linear layer."""
     return s.flatten(2, -2).sum(2) if s.ndim > 3 else s
 
 
-def convolution_weight(layer: nn.Conv2d, a: Tensor, s: Tensor) -> Tensor:
+def convolution_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t a_t^T `[m, R, G, O, D]` for a convolution, a_t the patches of its input."""
-    return over_positions(s.flatten(3).unflatten(2, (layer.groups, -1)), patches(layer, a))
+    assert isinstance(use.layer, nn.Conv2d)
+    return over_positions(s.flatten(3).unflatten(2, (use.layer.groups, -1)), patches(use.layer, a))
+
+
+def unfolded(use: LayerUse) -> int:
+    """Numbers in the patches of one sample, which a convolution's weight takes."""
+    if not isinstance(use.layer, nn.Conv2d):
+        return 0
+    return use.layer.groups * input_width(use.layer) * math.prod(use.output_shape[2:])
 
 
 def over_positions(s: Tensor, a: Tensor) -> Tensor:
@@ -35,17 +46,18 @@ def over_positions(s: Tensor, a: Tensor) -> Tensor:
     return (folded.flatten(2, 3) @ a.mT).unflatten(2, folded.shape[2:4]).transpose(1, 2)
 
 
-def map_bias(layer: nn.Module, a: Tensor, s: Tensor) -> Tensor:
+def map_bias(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t `[m, R, O]` for a layer with maps `[m, O, H, W]`."""
     return s.flatten(3).sum(-1)
 
 
-def batch_norm_weight(layer: nn.BatchNorm2d, a: Tensor, s: Tensor) -> Tensor:
+def batch_norm_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t a^_t `[m, R, O]`, a^ the input normalised with the running statistics."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    scale = (layer.running_var + layer.eps).rsqrt()[:, None, None]
-    normalised = (a - layer.running_mean[:, None, None]) * scale
+    mean, variance = use.buffers["running_mean"], use.buffers["running_var"]
+    assert isinstance(use.layer, nn.BatchNorm2d)
+    assert mean is not None
+    assert variance is not None
+    normalised = (a - mean[:, None, None]) * (variance + use.layer.eps).rsqrt()[:, None, None]
     return (s * normalised[:, None]).flatten(3).sum(-1)
 
 
@@ -54,7 +66,7 @@ PER_SAMPLE: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = {
     nn.Conv2d: {"weight": convolution_weight, "bias": map_bias},
     nn.BatchNorm2d: {"weight": batch_norm_weight, "bias": map_bias},
 }
-"""Layer type -> parameter -> (layer, input, output gradients) -> gradients of the samples."""
+"""Layer type -> parameter -> (use, input, output gradients) -> gradients of the samples."""
 
 
 def sites(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:

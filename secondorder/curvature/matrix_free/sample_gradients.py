@@ -12,10 +12,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
-from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites
-
-BLOCK_BYTES = 256 * 2**20
-"""Rows and output gradients that are held at one time, beside the graph."""
+from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded
 
 
 class SampleGradients:
@@ -35,9 +32,10 @@ class SampleGradients:
         for part in self.jacobian.parts():
             F = self.matrix.columns(part.z, part.rows)
             uses = self._uses(part, self.by_layers(part))
-            P = sum(self.sizes)
-            for columns, s in pulled_columns(part, F, uses, P):
-                for rows in slices(len(F), (columns.stop - columns.start) * P * F.itemsize):
+            P, most = sum(self.sizes), self.jacobian.block_bytes
+            for columns, s in pulled_columns(part, F, uses, most, P):
+                numbers = (columns.stop - columns.start) * P + max(map(unfolded, uses), default=0)
+                for rows in slices(len(F), numbers * F.itemsize, most):
                     block = self._block(part, rows, F[rows, :, columns], uses, s)
                     yield slice(part.rows.start + rows.start, part.rows.start + rows.stop), columns, block
 
@@ -52,7 +50,7 @@ class SampleGradients:
             U = torch.zeros_like(trial.z)
             U[0] = torch.linspace(1, 2, U.shape[1], dtype=U.dtype, device=U.device)
             uses = self._uses(trial, known)
-            s = next(pulled_columns(trial, U[..., None], uses))[1]
+            s = next(pulled_columns(trial, U[..., None], uses, self.jacobian.block_bytes))[1]
             truth = dict(zip(known, trial.pull_back(U, known), strict=True)) if known else {}
             self._by_layers = [
                 name
@@ -83,7 +81,7 @@ class SampleGradients:
         """Gradients `[m, r, P]` of one parameter, summed over the uses of its layers."""
         attributes = dict(self.sites[name])
         terms = [
-            PER_SAMPLE[type(use.layer)][attributes[use.layer]](use.layer, use.input[rows], gradient[rows]).flatten(2)
+            PER_SAMPLE[type(use.layer)][attributes[use.layer]](use, use.input[rows], gradient[rows]).flatten(2)
             for use, gradient in zip(uses, s, strict=True)
             if use.layer in attributes
         ]
@@ -115,21 +113,22 @@ class SampleGradients:
 
 
 def pulled_columns(
-    part: Linearisation, F: Tensor, uses: Sequence[LayerUse], extra: int = 0
+    part: Linearisation, F: Tensor, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Columns of F `[n, K, R]`, as many as fit into BLOCK_BYTES, and their gradients s `[n, r, *out]` at each use's output.
+    """Columns of F `[n, K, R]`, as many as fit into `most_bytes`, and their gradients s `[n, r, *out]` at each use's output.
 
     `extra` numbers more are held for each column.
     """
     numbers = sum(use.output_shape.numel() for use in uses) + extra
-    for columns in slices(F.shape[-1], numbers * F.itemsize):
+    for columns in slices(F.shape[-1], numbers * F.itemsize, most_bytes):
         pulled = [part.output_gradients(f, uses) for f in F[..., columns].unbind(-1)] if uses else []
-        yield columns, [torch.stack(s, 1) for s in zip(*pulled, strict=True)]
+        # A single column, most often all that fits, is not copied.
+        yield columns, [s[0][:, None] if len(s) == 1 else torch.stack(s, 1) for s in zip(*pulled, strict=True)]
 
 
-def slices(count: int, item_bytes: int) -> list[slice]:
-    """`count` items of this size in slices of at most BLOCK_BYTES, of one item at least."""
-    step = min(count, max(1, BLOCK_BYTES // max(1, item_bytes)))
+def slices(count: int, item_bytes: int, most_bytes: int) -> list[slice]:
+    """`count` items of this size in slices of at most `most_bytes`, of one item at least."""
+    step = min(count, max(1, most_bytes // max(1, item_bytes)))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

@@ -17,10 +17,13 @@ class SymmetricOperator(ABC):
     """A symmetric matrix `[P, P]` given by its products: ``operator @ V`` for V `[P]` or `[P, K]`.
 
     Index letters: P rows, K vectors. A subclass gives `_matmat` and, where it has one, a cheaper `dense`, `diagonal`,
-    `trace` or `eigenvalues`. All tensors of one operator have its `dtype` and `device`.
+    `trace` or `eigenvalues`. All tensors of one operator have its `dtype` and `device`. Raises InputError for numbers of
+    fewer than 32 bits.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype.is_floating_point and torch.finfo(dtype).bits < 32:
+            raise InputError(f"an operator of {dtype} is too short for curvature; use .float()")
         self.size = size
         self.dtype = dtype
         self.device = device
