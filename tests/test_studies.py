@@ -94,7 +94,7 @@ def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["landscap"], "unknown study 'landscap'; choose one of: curvature, landscape, performance"),
+        (["landscap"], "unknown study 'landscap'; choose one of: landscape, curvature, performance"),
         (["landscape", "--preset"], "unknown preset ''; choose one of: smoke"),
         (["--preset", "huge"], "unknown preset 'huge'; choose one of: smoke, quick, cifar10, paper"),
         (["landscape", "--poolings", "gap", "gpc"], "unknown pooling 'gpc'; choose one of: gap, covariance, gcp"),

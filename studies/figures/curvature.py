@@ -119,7 +119,8 @@ def fidelity(table: pd.DataFrame) -> Figure:
                 ax.set_title(backbone)
         axes[row, 0].set_ylabel(f"cosine of\n{name}")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize="small", ncols=len(names), loc="outside upper center")
+    columns = min(len(names), 2 * len(backbones))  # a narrow figure has no room for all beside one another
+    figure.legend(handles, names, frameon=False, fontsize="small", ncols=columns, loc="outside upper center")
     return figure
 
 
