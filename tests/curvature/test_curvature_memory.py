@@ -218,5 +218,7 @@ def test_the_peak_stays_in_the_budget() -> None:
         return
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", BUDGET], capture_output=True, text=True, check=True)
     rows, factors = map(float, run.stdout.split())
-    assert 10 < rows < 48
-    assert 64 < factors < 200
+    # Resident memory also counts what libraries and the allocator hold for themselves, up to 40 MiB here and never the same;
+    # without the budget the rows take 700 MiB.
+    assert 10 < rows < 48 + 40
+    assert 64 < factors < 200 + 40
