@@ -86,7 +86,7 @@ PRESETS = {
     ),
     "quick": Settings(),
     "cifar10": Settings(
-        backbones=("cifar_resnet8", "cifar_resnet20", "resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"),
+        backbones=("cifar_resnet8", "shufflenet_v2_x0_5"),
         dataset="cifar10",
         small=Scale(images=32, train_limit=6_400, epochs=3, precision="float32"),
         large=Scale(
