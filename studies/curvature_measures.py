@@ -103,18 +103,19 @@ def measure(
     ggn = problem.ggn()
     rows: list[Row] = []
     samples_rank = len(labels) * (problem.classes - 1)
-    for role, exact in ggn.items():
+    for role, block in ggn.items():
+        exact = FactoredOperator(block.rows.double())  # a Gram matrix in float32 would drown the small eigenvalues
         rows += _spectrum(role, "GGN", exact, limits, seed)
         rows += _conditioning(role, exact, min(exact.size, samples_rank), limits.threshold)
-    for role, block in problem.hessian().items() if hessian else ():
-        method = "auto" if isinstance(block, DenseOperator) else "stochastic"
-        difference = relative_difference(ggn[role], block, method, probes=limits.probes, seed=seed)
+    for role, second in problem.hessian().items() if hessian else ():
+        method = "auto" if isinstance(second, DenseOperator) else "stochastic"
+        difference = relative_difference(ggn[role], second, method, probes=limits.probes, seed=seed)
         rows.append(_row(role, "GGN to Hessian", "relative_difference", *difference))
-        if isinstance(block, DenseOperator) or role in SUMMARISED:
-            rows += _spectrum(role, "Hessian", block, limits, seed)
+        if isinstance(second, DenseOperator) or role in SUMMARISED:
+            rows += _spectrum(role, "Hessian", second, limits, seed)
     for quantity, name in APPROXIMATIONS.items():
-        for role, block in problem.approximate(quantity).items():
-            found = fidelity(block, ggn[role], seed=seed)
+        for role, approximation in problem.approximate(quantity).items():
+            found = fidelity(approximation, ggn[role], seed=seed)
             rows.append(_row(role, name, "cosine", *found.cosine))
             rows.append(_row(role, name, "relative_error", *found.relative_error))
     return rows
@@ -200,7 +201,7 @@ def block_names(model: nn.Module, largest: int) -> dict[str, str]:
 
 def _conditioning(role: str, block: FactoredOperator, rank: int, threshold: float) -> Iterator[Row]:
     """The measures of conditioning at a given possible rank, and eigenvalues at the same ranks for every head."""
-    values = FactoredOperator(block.rows.double()).eigenvalues().flip(0).cpu()
+    values = block.eigenvalues().flip(0).cpu()
     half = values[-(-rank // 2) - 1]
     yield _row(role, "GGN", "half_rank_condition", values[0] / half if half > 0 else torch.inf, 0.0)
     yield _row(role, "GGN", "largest_to_mean", values[0] * rank / values.sum(), 0.0)
@@ -220,8 +221,6 @@ def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, 
             yield _row(role, matrix, which, top.values[0], top.residuals[0])
         yield _row(role, matrix, "trace", *trace_estimate(block, "hutchinson", probes=limits.probes, seed=seed))
         return
-    if isinstance(block, FactoredOperator):
-        block = FactoredOperator(block.rows.double())  # a Gram matrix in float32 would drown the small eigenvalues
     summary = spectral_summary(block, "exact", threshold=limits.threshold)
     for measure in SPECTRAL:
         yield _row(role, matrix, measure, *getattr(summary, measure))

@@ -10,7 +10,7 @@ the threshold it was computed at, beside two measures that are not ruled by the 
 
     median_condition            |A|_2 / median magnitude on the range (depends weakly on the threshold)
     trace_quantile_condition    a / b, where the magnitudes >= a carry 10 % and those >= b carry 90 % of sum |lambda|:
-                                no threshold at all; 1 for equal eigenvalues
+                                no threshold, but blind to outliers: 1 for rank one too
 """
 
 from collections.abc import Mapping
