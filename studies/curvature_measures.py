@@ -151,7 +151,7 @@ class _Problem:
 
     def hessian(self) -> dict[str, SymmetricOperator]:
         """Dense blocks of a small network, else products."""
-        if self.size <= self.limits.dense:
+        if self.size <= min(self.limits.dense, self.limits.whole):
             matrix = self._blocks("hessian").whole.dense()
             places = self._places() | {WHOLE: slice(None)}
             return {role: DenseOperator(matrix[place, place]) for role, place in places.items()}

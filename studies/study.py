@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies import curvature, curvature_settings, landscape, performance
+from studies import curvature, curvature_settings, landscape, optimisers, optimisers_settings, performance
 from studies.sections import curvature as curvature_section
 from studies.sections import landscape as landscape_section
+from studies.sections import optimisers as optimisers_section
 from studies.sections import performance as performance_section
 from studies.sections.section import Section
 from studies.settings import Common
@@ -53,5 +54,13 @@ STUDIES: dict[str, Study] = {
         performance.run,
         performance.dry_run,
         performance_section.section,
+    ),
+    "optimisers": Study(
+        "K-FAC and other optimisers against tuned SGD: per epoch, per second, per peak memory",
+        optimisers_settings.PRESETS,
+        optimisers.check,
+        optimisers.run,
+        optimisers.dry_run,
+        optimisers_section.section,
     ),
 }

@@ -1,11 +1,14 @@
-"""One thread and a fixed seed for every test, and a launcher of two processes."""
+"""One thread and a fixed seed for every test, little work for the garbage collector, and a launcher of two processes."""
 
+import gc
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 
 import pytest
 import torch
@@ -18,6 +21,21 @@ def deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_modules_are_no_garbage() -> None:
+    """Keep the million objects that imports leave out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Starts processes that may be killed, forked from a server that has imported the packages once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["studies.__main__", "sklearn.datasets"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Checkpoints: killed trainings resume bit for bit; full disks, damage and strangers are refused."""
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,11 @@ def child(folder: str, suicide: int | None, gate: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def attempt() -> Callable[..., Any]:
-    """Start an attempt; a server that has imported the package once forks the processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secondorder.training", "secondorder.data", "sklearn.datasets", __name__])
+def attempt(forkserver: ForkServerContext) -> Callable[..., Any]:
+    """Start an attempt in a process of its own."""
 
     def start(folder: Path, *, suicide: int | None = None, gate: int = STEPS) -> Any:
-        process = context.Process(target=child, args=(str(folder), suicide, gate))
+        process = forkserver.Process(target=child, args=(str(folder), suicide, gate))
         process.start()
         return process
 

@@ -1,10 +1,10 @@
 """The curvature study: what it measures of a network, its runs, and its resumption."""
 
 import dataclasses
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, hessian
+from undrawn_figures import undrawn_figures
 
 from secondorder.networks import network
 from studies import curvature
@@ -22,6 +23,16 @@ from studies.frozen_statistics import frozen_at
 from studies.settings import Common
 
 SMOKE = ["curvature", "--preset", "smoke", "--no-progress", "--threads", "1"]
+SMALLEST = [*SMOKE, "--seeds", "1", "--small.images", "4"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study, to be read or copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with undrawn_figures():
+        assert main([*SMALLEST, "--out", str(folder)]) == 0
+    return folder
 
 
 def rows_of(model: nn.Module, limits: Limits, **options: object) -> pd.Series:
@@ -124,15 +135,14 @@ def test_a_large_convolution_is_replaced_by_the_nearest_small_one() -> None:
     assert names["last"] == "features.stage3.0.conv1.weight"  # conv2 has 36,864 weights, conv1 18,432
 
 
-def test_phases_and_shared_backbones(tmp_path: Path) -> None:
-    assert main([*SMOKE, "--seeds", "1", "--out", str(tmp_path)]) == 0
-    table = pd.read_csv(tmp_path / "curvature.csv")
+def test_phases_and_shared_backbones(finished: Path) -> None:
+    table = pd.read_csv(finished / "curvature.csv")
     assert set(table.phase) == {"initial", "trained", "shared: gap"}
     assert set(table[table.phase == "shared: gap"].pooling) == {"gap", "gcp"}
     assert set(table[table.phase == "initial"].step) == {0}
     assert set(table[table.phase == "trained"].step) == {3}
     assert table.value.notna().all()
-    spectra = pd.read_csv(tmp_path / "curvature_spectra.csv")
+    spectra = pd.read_csv(finished / "curvature_spectra.csv")
     assert (spectra[spectra.matrix == "GGN"].value > 0).all()
 
 
@@ -145,26 +155,29 @@ def test_moments_are_equally_spaced() -> None:
     assert [step for step in range(15) if step % own.every == 0] == [0, 5, 10]
 
 
-def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path) -> None:
-    flags = [*SMOKE, "--seeds", "1"]
-    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-m", "studies", *flags, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@undrawn_figures()
+def test_a_killed_study_resumes_to_the_same_table(
+    finished: Path, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    flags = [*SMALLEST, "--out", str(tmp_path)]
+    process = forkserver.Process(target=main, args=(flags,))
+    process.start()
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "killed").glob("runs/curvature/*/trained.json")) and time.monotonic() < deadline:
-        assert process.poll() is None, "the study ended before it could be killed"
+    while not list(tmp_path.glob("runs/curvature/*/trained.json")) and time.monotonic() < deadline:
+        assert process.exitcode is None, "the study ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert main([*flags, "--out", str(tmp_path / "killed"), "--resume"]) == 0
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "curvature.csv").exists()
+    assert main([*flags, "--resume"]) == 0
     for name in ("curvature.csv", "curvature_spectra.csv", "curvature_summary.csv"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_a_damaged_measurement_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*SMOKE, "--seeds", "1", "--poolings", "gap", "--out", str(tmp_path)]
-    assert main(flags) == 0
+def test_a_damaged_measurement_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*SMALLEST, "--out", str(tmp_path)]
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     file = next(tmp_path.glob("runs/curvature/*/trained.json"))
     file.write_text("[{")
     assert main([*flags, "--resume"]) == 2
@@ -195,7 +208,7 @@ def test_bad_input_is_one_line(
 
 
 def test_dry_run_counts_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
+    assert main([*SMOKE, "--dry-run", "--limits.dense", "0", "--out", str(tmp_path / "none")]) == 0
     printed = capsys.readouterr().out
     assert "digits_tiny + gap" in printed
     assert "2 seeds of 2 networks" in printed

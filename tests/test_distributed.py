@@ -7,16 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from undrawn_figures import undrawn_figures
 
 from secondorder.data import load_dataset
 from secondorder.errors import InputError
 from secondorder.training import Moment, Run, distributed, is_main_process, load_checkpoint, on_main, train
 from secondorder.training.batch_norm import synchronise
+from studies.__main__ import main
 
 RUN = Run("digits_net", "gcp", "digits", epochs=2, batch_size=16, learning_rate=0.05, schedule="cosine", threads=1)
+SMOKE = ["--preset", "smoke", "--no-progress", "--threads", "1"]
+STUDY = ["landscape", *SMOKE, "--seeds", "1", "--poolings", "gcp", "--out"]
 
 
 class Statistics:
@@ -52,15 +57,18 @@ import torch
 from torch import nn
 
 sys.path.insert(0, TESTS)
-from test_distributed import RUN, Broken, Statistics, compare_batch_norm
+from test_distributed import RUN, STUDY, Broken, Statistics, compare_batch_norm
+from undrawn_figures import undrawn_figures
 
 from secondorder.data import load_dataset
 from secondorder.errors import InputError
 from secondorder.training import distributed, is_main_process, on_main, train
+from studies.__main__ import main
 
 out, data = Path(OUT), load_dataset("digits", limit=70, test_limit=31)
-report = {}
 with distributed():
+    with undrawn_figures():
+        report = {"exit_code": main([*STUDY, str(out / "study")])}
     trained = train(RUN, data, out / "run", observers={"s": Statistics()}, progress=is_main_process())
     again = train(RUN, data, out / "run", observers={"s": Statistics()}, progress=False, resume=True)
     continued = train(RUN, data, out / "one", observers={"s": Statistics()}, progress=False, resume=True)
@@ -194,6 +202,16 @@ def test_one_process_writes_and_prints(outcome: dict[str, Any]) -> None:
     assert first["on_main"] == second["on_main"]
     assert "8/8" in outcome["process"].stderr.replace(" ", "")
     assert sorted(path.name for path in (outcome["folder"] / "run").iterdir()) == [".lock", "checkpoint.pt"]
+
+
+@undrawn_figures()
+def test_a_study_gives_the_same_table(outcome: dict[str, Any], tmp_path: Path) -> None:
+    assert [report["exit_code"] for report in outcome["reports"]] == [0, 0]
+    assert main([*STUDY, str(tmp_path)]) == 0
+    one, two = (pd.read_csv(folder / "landscape.csv") for folder in (tmp_path, outcome["folder"] / "study"))
+    # float32 sums in another order; a gradient distance is a difference of nearly equal gradients at eta = 0.1
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-6)
+    assert outcome["process"].stdout.count("report: ") == 1
 
 
 def test_errors_reach_both_processes(outcome: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from undrawn_figures import undrawn_figures
 
 from studies import landscape, performance
 from studies.report import markdown_table, write_report
@@ -97,6 +98,7 @@ def test_a_zero_at_one_step_does_not_decide(tmp_path: Path) -> None:
     assert any("45 ratios at single steps were left out" in remark for remark in section.remarks)
 
 
+@undrawn_figures()
 def test_a_table_of_another_version_does_not_stop_the_report(tmp_path: Path) -> None:
     write_landscape(tmp_path, lines_with_ratio(0.5))
     (tmp_path / "performance.csv").write_text("a,b\n1,2\n")

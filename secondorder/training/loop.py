@@ -84,6 +84,7 @@ class _Training:
         self.memory_format = torch.channels_last if run.channels_last else torch.preserve_format
         self.model = initial_network(run, data).to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimizer = OPTIMIZERS[run.optimizer](self.model, run)
+        self.update_curvature = getattr(self.optimizer, "update_curvature", None)
         self.scaler = torch.amp.GradScaler("cuda", enabled=run.amp == "float16")
         self.progress = Progress(records={name: [] for name in observers})
 
@@ -141,10 +142,12 @@ class _Training:
         started = time.perf_counter()
         images, labels = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
         seed_step(self.run.seed, state.step, processes.rank())
-        loss, right = self._loss(model, images, labels, learning_rate)
+        loss, right, logits = self._loss(model, images, labels, learning_rate)
         value, right = processes.summed(loss.item() / processes.world_size(), right)
         if not math.isfinite(value):
             raise self._diverged(f"the training loss is {value}", learning_rate)
+        if self.update_curvature is not None:
+            self.update_curvature(logits)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -153,12 +156,14 @@ class _Training:
         state.step += 1
         state.training_seconds += time.perf_counter() - started
 
-    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor, learning_rate: float) -> tuple[Tensor, float]:
-        """Mean cross-entropy (a scalar) and the number of right predictions of a batch."""
+    def _loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, learning_rate: float
+    ) -> tuple[Tensor, float, Tensor]:
+        """Mean cross-entropy (a scalar), the number of right predictions of a batch, and its logits."""
         try:
             with autocast(self.device, self.run.amp):
                 logits = model(images).float()
-                return F.cross_entropy(logits, labels), correct(logits, labels, 1)
+                return F.cross_entropy(logits, labels), correct(logits, labels, 1), logits
         except (NonFiniteError, torch.linalg.LinAlgError) as error:
             raise self._diverged("the features before the pooling head are not finite", learning_rate) from error
 

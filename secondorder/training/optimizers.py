@@ -1,22 +1,159 @@
-"""Optimisers by name: functions (network, run) -> torch optimiser over the network's parameters."""
+"""Optimisers by name: functions (network, run) -> torch optimiser over the network's parameters.
+
+The run gives learning rate, momentum and weight decay; `run.optimizer_options` everything else, under the names of the
+optimiser's own arguments. The training loop sets ``lr`` of every parameter group before each step and, of an optimiser that has
+``update_curvature``, calls it with the logits before the backward pass.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from secondorder.errors import InputError
+from secondorder.kfac import KFAC
+from secondorder.training.optimizer_state import Together, plain, with_objects
+
 if TYPE_CHECKING:
     from secondorder.training.run import Run
+
+Builder = Callable[[nn.Module, "Run"], torch.optim.Optimizer]
+
+
+def named_errors(build: Builder) -> Builder:
+    """InputError that names the optimiser for an option that it does not have, or a value that it refuses."""
+
+    @wraps(build)
+    def checked(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+        try:
+            return build(model, run)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"optimizer {run.optimizer!r} refuses optimizer_options {dict(run.optimizer_options)}: {reason}"
+            ) from error
+
+    return checked
+
+
+def check_options(kind: type, options: dict[str, Any]) -> None:
+    """TypeError for an option that is no argument of the optimiser: pytorch_optimizer ignores what it does not know."""
+    known = inspect.signature(kind).parameters
+    for name in options:
+        if name not in known or known[name].kind is inspect.Parameter.VAR_KEYWORD:
+            raise TypeError(f"it has no option {name!r}")
 
 
 def sgd(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """SGD with heavy-ball momentum: v <- momentum v + g + weight_decay w, w <- w - learning_rate v."""
-    return torch.optim.SGD(
-        model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
+    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
+    return torch.optim.SGD(model.parameters(), lr=run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+
+
+def adamw(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), beta1 = momentum, decoupled weight decay."""
+    options: dict[str, Any] = dict(run.optimizer_options)
+    betas = (run.momentum, options.pop("beta2", 0.999))
+    return torch.optim.AdamW(
+        model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=run.weight_decay, **options
     )
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, Run], torch.optim.Optimizer]] = {"sgd": sgd}
+def kfac(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """K-FAC with this package's defaults where the options say nothing: `secondorder.kfac.KFAC`."""
+    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
+    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+
+
+def ekfac(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """EKFAC: K-FAC with second moments corrected in its eigenbasis."""
+    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay, "approximation": "ekfac"}
+    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+
+
+def soap(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """SOAP (Vyas et al. 2024): AdamW in Shampoo's eigenbasis, beta1 = momentum; of pytorch_optimizer."""
+    from pytorch_optimizer.optimizer.soap import SOAP  # imported when used: the package takes a second
+
+    options: dict[str, Any] = dict(run.optimizer_options)
+    betas = (run.momentum, options.pop("beta2", 0.95))
+    check_options(SOAP, options)
+    return SOAP(model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=run.weight_decay, **options)
+
+
+def shampoo(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Shampoo with SGD's step length by layer (Anil et al. 2020), beta1 = momentum; of pytorch_optimizer.
+
+    The preconditioner is computed every 10 steps and used from step 10 on, unless the options say otherwise: the package's own
+    1,000 and 25 are for long trainings.
+    """
+    from pytorch_optimizer import ScalableShampoo
+
+    class Shampoo(ScalableShampoo):
+        """With a state_dict of plain values."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return plain(super().state_dict())
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            torch.optim.Optimizer.load_state_dict(self, with_objects(state_dict))
+
+    options: dict[str, Any] = {"preconditioning_compute_steps": 10, "start_preconditioning_step": 10}
+    options |= dict(run.optimizer_options)
+    betas = (run.momentum, options.pop("beta2", 0.999))
+    check_options(ScalableShampoo, options)
+    return Shampoo(model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=run.weight_decay, **options)
+
+
+def muon(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024): orthogonalised momentum for convolutions, AdamW for all else; of pytorch_optimizer.
+
+    Updates are scaled by shape as by Liu et al. (2025), so that one learning rate serves both kinds of parameters.
+    """
+    from pytorch_optimizer import Muon
+
+    check_options(Muon, dict(run.optimizer_options))
+    convolutions = [p for p in model.parameters() if p.ndim > 2]
+    others = [p for p in model.parameters() if p.ndim <= 2]
+    rate: dict[str, Any] = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
+    groups = [
+        {"params": convolutions, "use_muon": True, "use_adjusted_lr": True, "momentum": run.momentum, **rate},
+        {"params": others, "use_muon": False, **rate},
+    ]
+    return Muon([group for group in groups if group["params"]], **dict(run.optimizer_options))  # type: ignore[arg-type]
+
+
+def singd(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Inverse-free K-FAC of the empirical Fisher (Lin et al. 2024), and SGD for what it leaves out (batch norm); of singd.
+
+    The step of its preconditioner is normalised unless the options say otherwise, which its authors advise for early training.
+    """
+    from singd.optim.optimizer import SINGD
+
+    if run.amp == "float16":
+        raise InputError("optimizer 'singd' cannot be used with amp float16 here; choose off or bfloat16")
+    settings: dict[str, Any] = {"lr": run.learning_rate, "momentum": run.momentum, "weight_decay": run.weight_decay}
+    options: dict[str, Any] = {"normalize_lr_cov": True, "warn_unsupported": False} | dict(run.optimizer_options)
+    layers = SINGD(model, **settings, **options)
+    taken = {id(p) for group in layers.param_groups for p in group["params"]}
+    left = [p for p in model.parameters() if id(p) not in taken]
+    return Together([layers, torch.optim.SGD(left, **settings)] if left else [layers])
+
+
+OPTIMIZERS: dict[str, Builder] = {
+    "sgd": named_errors(sgd),
+    "adamw": named_errors(adamw),
+    "kfac": named_errors(kfac),
+    "ekfac": named_errors(ekfac),
+    "soap": named_errors(soap),
+    "shampoo": named_errors(shampoo),
+    "muon": named_errors(muon),
+    "singd": named_errors(singd),
+}

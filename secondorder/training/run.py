@@ -49,11 +49,13 @@ class Run:
     schedule: str = "resnet_norm"
     """A key of SCHEDULES."""
     momentum: float = 0.9
-    """Heavy-ball momentum of SGD, in [0, 1)."""
+    """Heavy-ball momentum, in [0, 1); of adaptive optimisers the decay of the first moment."""
     weight_decay: float = 1e-4
-    """L2 penalty added to the gradient: 1e-4 for ResNets and 4e-5 for MobileNetV2 as published."""
+    """L2 penalty added to the gradient (SGD), or decoupled: 1e-4 for ResNets and 4e-5 for MobileNetV2 as published."""
     optimizer: str = "sgd"
     """A key of OPTIMIZERS."""
+    optimizer_options: tuple[tuple[str, Option], ...] = ()
+    """The optimiser's own options, such as damping, as sorted (name, value) pairs; a mapping is accepted too."""
     seed: int = 0
     """Determines initial weights, data order, augmentation and dropout masks."""
     device: str = "cpu"
@@ -92,7 +94,8 @@ class Run:
         if not isinstance(self.channels_last, bool):
             raise InputError(f"channels_last is {self.channels_last!r}; it must be True or False")
         check_device(self.device, self.amp)
-        object.__setattr__(self, "pooling_options", _pairs(self.pooling_options))
+        for field in ("pooling_options", "optimizer_options"):
+            object.__setattr__(self, field, _pairs(field, getattr(self, field)))
 
     def _check_whole(self, field: str, low: int) -> None:
         value = getattr(self, field)
@@ -112,7 +115,8 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON and ``torch.load(weights_only=True)`` can hold."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {
-            "pooling_options": dict(self.pooling_options)
+            "pooling_options": dict(self.pooling_options),
+            "optimizer_options": dict(self.optimizer_options),
         }
 
     @classmethod
@@ -138,13 +142,13 @@ class Run:
         return f"{self.dataset}-{self.backbone}-{self.pooling}-{self.schedule}-e{self.epochs}-s{self.seed}-{digest}"
 
 
-def _pairs(options: object) -> tuple[tuple[str, Option], ...]:
-    """Pooling options as sorted pairs of a name and a plain value."""
+def _pairs(field: str, options: object) -> tuple[tuple[str, Option], ...]:
+    """Options as sorted pairs of a name and a plain value."""
     try:
         pairs = sorted(options.items() if isinstance(options, Mapping) else ((k, v) for k, v in options))  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise InputError(f"pooling_options is {options!r}; it must map names to values") from error
+        raise InputError(f"{field} is {options!r}; it must map names to values") from error
     for name, value in pairs:
         if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, type(None))):
-            raise InputError(f"pooling option {name!r} is {value!r}; it must be a number, a word, True, False or None")
+            raise InputError(f"{field}: {name!r} is {value!r}; it must be a number, a word, True, False or None")
     return tuple(pairs)

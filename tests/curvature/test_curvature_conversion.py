@@ -20,6 +20,7 @@ from secondorder.pooling import POOLINGS
 
 # Of each family the smallest member; the others differ in depth and width only.
 KINDS = ["mobilenet_v2", "shufflenet_v2_x0_5", "resnet18", "cifar_resnet8", "digits_net"]
+SMALL = ["cifar_resnet8", "digits_net"]  # these two take every head; the others the two that differ in the last stride
 
 
 def torchvision_network(name: str) -> nn.Module:
@@ -57,8 +58,10 @@ def test_torchvision_networks_are_the_same_function(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("backbone", KINDS)
+@pytest.mark.parametrize(
+    ("backbone", "pooling"),
+    [(backbone, pooling) for backbone in KINDS for pooling in (POOLINGS if backbone in SMALL else ("gap", "gcp"))],
+)
 def test_networks_of_every_kind_and_head_are_the_same_function(backbone: str, pooling: str) -> None:
     """The head's own forward is fused; of few positions the logarithm, steep at zero, loses some of the digits."""
     model = built(backbone, pooling, reduced_channels=6)

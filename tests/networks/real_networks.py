@@ -1,5 +1,7 @@
 """Networks of torchvision with known weights, and images that fit them."""
 
+from functools import cache
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -35,7 +37,9 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@cache
 def on_meta(backbone: str, pooling: str, num_classes: int = 1000, **options: object) -> Network:
+    """Shapes without numbers; the same object for every test that asks for it."""
     with torch.device("meta"):
         return network(backbone, pooling, num_classes, **options)
 

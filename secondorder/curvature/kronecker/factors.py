@@ -47,7 +47,7 @@ def input_factor(layer: Layer, x: Tensor, sharing: str, most_bytes: int | None =
         a = _rows_of_linear(x, sharing)
         return (a.mT @ a).div_(len(a))
     if sharing == "reduce":
-        a = _mean_patches(layer, x, most_bytes)
+        a = mean_patches(layer, x)
         return _squeezed(torch.einsum("ngd,nge->gde", a, a) / len(x))
     if autocorrelation_is_faster(layer, x):
         return autocorrelation_factor(x) / (len(x) * x.shape[-2] * x.shape[-1])
@@ -60,7 +60,7 @@ def input_rows(layer: Layer, x: Tensor, sharing: str) -> Tensor:
     if isinstance(layer, nn.Linear):
         a = _rows_of_linear(x, sharing)
     elif sharing == "reduce":
-        a = _squeezed(_mean_patches(layer, x).transpose(0, 1))
+        a = _squeezed(mean_patches(layer, x).transpose(0, 1))
     else:
         a = _squeezed(patches(layer, x).permute(1, 0, 3, 2).flatten(1, 2))
     return a / math.sqrt(a.shape[-2])
@@ -91,6 +91,23 @@ def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.unflatten(1, (layer.groups, -1))
 
 
+def mean_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """mean_t a `[N, G, D]` without im2col: R x C^T / T, the rows R and columns C marking what a kernel element passes over."""
+    x = padded(layer, x)
+    geometry = zip(x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    R, C = (_passed_over(x, *sizes) for sizes in geometry)
+    T = R[0].sum() * C[0].sum()
+    means = R @ (x @ C.mT) / T
+    return means.flatten(2).unflatten(1, (layer.groups, -1)).flatten(2)
+
+
+def _passed_over(x: Tensor, size: int, kernel: int, stride: int, dilation: int) -> Tensor:
+    """`[kernel, size]`, 1 where an element of the kernel meets the input at some position."""
+    count = (size - dilation * (kernel - 1) - 1) // stride + 1
+    places = dilation * torch.arange(kernel)[:, None] + stride * torch.arange(count)
+    return torch.zeros(kernel, size).scatter_(1, places, 1.0).to(x)
+
+
 def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """The input with the layer's padding around it."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -105,17 +122,14 @@ def _unfolded_factor(layer: nn.Conv2d, x: Tensor, most_bytes: int | None) -> Ten
     A = x.new_zeros(one.shape[1], one.shape[2], one.shape[2])
     for part in x.split(step):
         a = patches(layer, part)
-        if layer.groups == 1:
+        if layer.groups == 1 and x.device.type == "cpu":
+            for sample in a[:, 0]:  # no copy of the patches, unlike tensordot
+                A[0].addmm_(sample, sample.mT)
+        elif layer.groups == 1:
             A[0] += torch.tensordot(a[:, 0], a[:, 0], dims=([0, 2], [0, 2]))
         else:
-            A += torch.einsum("ngdt,nget->gde", a, a)
+            A += (a @ a.mT).sum(0) if a.shape[2] <= a.shape[3] else torch.einsum("ngdt,nget->gde", a, a)
     return _squeezed(A / (len(x) * one.shape[-1]))
-
-
-def _mean_patches(layer: nn.Conv2d, x: Tensor, most_bytes: int | None = None) -> Tensor:
-    """mean_t a `[N, G, D]`."""
-    step = _step(patches(layer, x[:1]).nbytes, most_bytes)
-    return torch.cat([patches(layer, part).mean(-1) for part in x.split(step)])
 
 
 def _step(sample_bytes: int, most_bytes: int | None) -> int:

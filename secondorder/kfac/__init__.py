@@ -1,0 +1,7 @@
+"""K-FAC: natural-gradient optimisation with Kronecker-factored curvature, as a torch optimiser and as a preconditioner."""
+
+from secondorder.kfac.optimizer import KFAC
+from secondorder.kfac.options import Damping, Fisher, LevenbergMarquardt, Options
+from secondorder.kfac.preconditioner import KFACPreconditioner
+
+__all__ = ["KFAC", "Damping", "Fisher", "KFACPreconditioner", "LevenbergMarquardt", "Options"]

@@ -1,0 +1,112 @@
+"""Gradients at the logits whose outer products are the Fisher matrix of a likelihood, exactly or in expectation.
+
+For each sample, sum_v g_v g_v^T = H_n (exact) or E sum_v g_v g_v^T = H_n (mc), H_n the Hessian of the sample's own loss:
+
+    cross_entropy   softmax over dimension 1, T further positions    H = c (diag p - p p^T) at each position,  c = 1 / T
+    mse             sum of squares over E elements                   H = 2 c I,                                c = 1 / E
+    bce             sum of Bernoulli likelihoods of E logits         H = c diag(p (1 - p)),                    c = 1 / E
+
+c = 1 with reduction "sum". The logits are `[N, K, ...]`, as the loss functions of torch have them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, SeparableLoss, SquaredError
+from secondorder.errors import InputError, unknown
+
+REDUCTIONS = ("mean", "sum")
+FISHERS = ("mc", "exact")
+MOST_COLUMNS = 4096
+"""Columns of an exact root: each takes a backward pass."""
+
+
+def output_gradients(
+    logits: Tensor,
+    kind: str,
+    likelihood: str = "cross_entropy",
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+    samples: int = 1,
+) -> Tensor:
+    """g `[V, *logits.shape]`: V = samples draws over sqrt(samples) for "mc", the columns of a root of H for "exact".
+
+    generator: on the CPU, for "mc". Half precision is widened to float32. Raises InputError for unknown words, for logits
+    that are not `[N, ...]`, and for exact roots of more than MOST_COLUMNS columns.
+    """
+    if kind not in FISHERS:
+        raise unknown("fisher", kind, FISHERS)
+    if likelihood not in LIKELIHOODS:
+        raise unknown("likelihood", likelihood, LIKELIHOODS)
+    if reduction not in REDUCTIONS:
+        raise unknown("reduction", reduction, REDUCTIONS)
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    if z.ndim < 2:
+        if likelihood == "cross_entropy" or z.ndim == 0:
+            raise InputError(f"logits of shape {list(z.shape)}; {likelihood} needs [N, K, ...]")
+        return output_gradients(z[:, None], kind, likelihood, reduction, generator, samples)[..., 0]
+    return LIKELIHOODS[likelihood](z, kind, reduction, generator, samples)
+
+
+def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+    K = z.shape[1]
+    last = z.movedim(1, -1)  # [N, ..., K]
+    rows = last.reshape(-1, K)
+    T = len(rows) // max(1, len(z))
+    c = 1 / T if reduction == "mean" else 1.0
+    loss = CrossEntropy(z.new_full((len(rows), 1), c), z.new_ones(()))
+    if kind == "exact":
+        _check_columns(K * T)
+        columns = _spread(loss.root(rows).mT.reshape(len(z), T, K, K))  # [V, N, T, K]
+    else:
+        noise = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64).to(z.device)
+        columns = loss.sampled(rows, noise).movedim(-1, 0)
+    return columns.reshape(-1, *last.shape).movedim(-1, 2)
+
+
+def _spread(columns: Tensor) -> Tensor:
+    """`[V, N, T, K]` of the columns `[N, T, R, K]` at each position, V = T R: each is zero at the other positions."""
+    N, T, R, K = columns.shape
+    spread = columns.new_zeros(T, R, N, T, K)
+    place = torch.arange(T, device=columns.device)
+    spread[place, :, :, place] = columns.permute(1, 2, 0, 3)
+    return spread.flatten(0, 1)
+
+
+def _mse(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+    rows = z.flatten(1)
+    E = rows.shape[1]
+    loss: SeparableLoss = SquaredError(rows, E if reduction == "mean" else 1)
+    if kind == "exact":
+        _check_columns(E)
+        return loss.root(rows).movedim(-1, 0).reshape(E, *z.shape)
+    noise = torch.randn(*rows.shape, samples, generator=generator, dtype=torch.float64).to(z)
+    return loss.sampled(rows, noise).movedim(-1, 0).reshape(samples, *z.shape)
+
+
+def _bce(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+    p = z.sigmoid().flatten(1)
+    E = p.shape[1]
+    c = 1 / E if reduction == "mean" else 1.0
+    if kind == "exact":
+        _check_columns(E)
+        return (c * p * (1 - p)).sqrt().diag_embed().movedim(-1, 0).reshape(E, *z.shape)
+    y = torch.rand(samples, *p.shape, generator=generator, dtype=torch.float64).to(z.device) < p
+    return ((p - y.to(z)) * (c / samples) ** 0.5).reshape(samples, *z.shape)
+
+
+def _check_columns(columns: int) -> None:
+    if columns > MOST_COLUMNS:
+        raise InputError(
+            f"fisher='exact' takes a backward pass for each of {columns} outputs of a sample (at most {MOST_COLUMNS}); "
+            "use fisher='mc'"
+        )
+
+
+LIKELIHOODS: dict[str, Callable[[Tensor, str, str, torch.Generator | None, int], Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+    "bce": _bce,
+}

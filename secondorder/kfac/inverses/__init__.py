@@ -1,0 +1,23 @@
+"""Damped inverses of Kronecker-factored curvature, P = (B kron A + lambda I)^-1 of each layer.
+
+`invert` makes them from `Factors`, `Inverse.solve` applies one to a gradient, `restored` rebuilds one from its state.
+"""
+
+from secondorder.kfac.inverses.build import INVERSES, KINDS, invert, restored
+from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, squared_gradients
+from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, State
+from secondorder.kfac.inverses.numerics import EVENTS
+
+__all__ = [
+    "EVENTS",
+    "INVERSES",
+    "KINDS",
+    "CorrectedEigenbasis",
+    "Factors",
+    "Identity",
+    "Inverse",
+    "State",
+    "invert",
+    "restored",
+    "squared_gradients",
+]

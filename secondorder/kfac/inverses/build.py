@@ -1,0 +1,106 @@
+"""How the inverses of all layers are made at once, and rebuilt from their states."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from secondorder.errors import InputError, unknown
+from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
+from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
+from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
+from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, usable
+from secondorder.kfac.inverses.numerics import all_finite
+from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
+from secondorder.matrix_power.transforms import full_precision, widened
+
+INVERSES: dict[str, type[Inverse]] = {
+    made.kind: made for made in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, Identity)
+}
+"""The class of each state's kind."""
+KINDS = ("eigen", "cholesky", "ekfac")
+"""What `invert` makes; layers with rows have no corrected eigenvalues: "ekfac" is "eigen" there."""
+
+
+@torch.no_grad()
+def invert(
+    factors: Sequence[Factors],
+    kind: str,
+    damping: Sequence[float],
+    relative: bool,
+    previous: Mapping[str, Inverse],
+    report: Counter[str],
+) -> dict[str, Inverse]:
+    """The inverse of each layer by its name, of one of KINDS, each with its own damping.
+
+    A layer whose factors are not finite or cannot be decomposed keeps the inverse it had in `previous`, and without one
+    its gradient is divided by lambda. What went wrong is counted in `report` under the names of EVENTS. Raises InputError
+    for an unknown kind and a damping that is not positive.
+    """
+    if kind not in KINDS:
+        raise unknown("kind of inverse", kind, KINDS)
+    for layer, value in zip(factors, damping, strict=True):
+        if not 0 < value < float("inf"):
+            raise InputError(f"damping {value} of layer {layer.name!r}: must be positive and finite")
+    if not factors:
+        return {}
+    with full_precision(factors[0].B):
+        layers = [_widened(layer) for layer in factors]
+        finite = _finite(layers)
+        good = [(layer, value) for layer, value, ok in zip(layers, damping, finite, strict=True) if ok]
+        made: dict[str, Inverse | None] = {}
+        for wide in (False, True):
+            chosen = [(layer, value) for layer, value in good if (layer.A is None) == wide]
+            chosen_layers, values = [layer for layer, _ in chosen], [value for _, value in chosen]
+            found = _made(chosen_layers, kind, values, relative, wide, previous, report)
+            made |= dict(zip((layer.name for layer in chosen_layers), found, strict=True))
+        return {layer.name: made.get(layer.name) or _fallback(layer, previous, report) for layer in layers}
+
+
+def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
+    """The inverse with the state of `Inverse.tensors`, bit for bit. Raises InputError for an unknown kind."""
+    kind = state.get("kind")
+    if kind not in INVERSES:
+        raise unknown("kind of inverse", kind, INVERSES)
+    return INVERSES[str(kind)].from_tensors(state)
+
+
+def _made(
+    layers: Sequence[Factors],
+    kind: str,
+    damping: Sequence[float],
+    relative: bool,
+    wide: bool,
+    previous: Mapping[str, Inverse],
+    report: Counter[str],
+) -> Sequence[Inverse | None]:
+    """All of one form."""
+    if kind == "cholesky":
+        return (wide_cholesky if wide else cholesky)(layers, damping, relative, report)
+    if wide:
+        return wide_eigenbases(layers, report)
+    return eigenbases(layers, report) if kind == "eigen" else corrected_eigenbases(layers, previous, report)
+
+
+def _finite(layers: Sequence[Factors]) -> list[bool]:
+    """Whether both factors of each layer are finite."""
+    found = iter(all_finite([factor for layer in layers for factor in (layer.given, layer.B)]))
+    return [A and B for A, B in zip(found, found, strict=True)]
+
+
+def _fallback(layer: Factors, previous: Mapping[str, Inverse], report: Counter[str]) -> Inverse:
+    """The last good inverse, or W / lambda."""
+    if layer.name in previous and not isinstance(previous[layer.name], Identity):
+        report["kept"] += 1
+        return previous[layer.name]
+    report["identity"] += 1
+    mean_A, mean_B = layer.means()
+    mean = mean_A * mean_B
+    return Identity(usable(torch.where(mean.isfinite(), mean, 0.0)))
+
+
+def _widened(layer: Factors) -> Factors:
+    """16-bit factors in float32."""
+    A, rows = (None if factor is None else widened(factor) for factor in (layer.A, layer.rows))
+    return Factors(layer.name, A, rows, widened(layer.B))

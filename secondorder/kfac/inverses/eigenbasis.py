@@ -1,0 +1,49 @@
+"""The exact damped inverse of B kron A in the eigenbases of its factors, B = Q_B diag(beta) Q_B^T, A = Q_A diag(alpha) Q_A^T:
+
+P W = Q_B [(Q_B^T W Q_A) / (beta alpha^T + lambda)] Q_A^T
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+from secondorder.kfac.inverses.numerics import eigen
+
+
+@dataclass(eq=False)
+class Eigenbasis(Inverse):
+    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, D]`, Q_A `[G, D, D]`, and the mean eigenvalue `[G, 1, 1]` of the block."""
+
+    kind = "eigen"
+    beta: Tensor
+    Q_B: Tensor
+    alpha: Tensor
+    Q_A: Tensor
+    mean: Tensor
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W, exactly."""
+        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
+        M.div_(self.eigenvalues().add_(shift(self.mean, damping, relative)))
+        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
+
+    def eigenvalues(self) -> Tensor:
+        """beta alpha^T `[G, O, D]`."""
+        return self.beta[:, :, None] * self.alpha[:, None, :]
+
+
+def eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Eigenbasis | None]:
+    """The eigenbases of dense factors, None for a layer of which one cannot be decomposed."""
+    decomposed = iter(eigen([matrix for layer in factors for matrix in (layer.B, layer.given)], report))
+    return [joined(layer, B, A) for layer, B, A in zip(factors, decomposed, decomposed, strict=True)]
+
+
+def joined(layer: Factors, B: tuple[Tensor, Tensor] | None, A: tuple[Tensor, Tensor] | None) -> Eigenbasis | None:
+    """Both decompositions as one inverse."""
+    if B is None or A is None:
+        return None
+    mean_A, mean_B = layer.means()
+    return Eigenbasis(*B, *A, usable(mean_A * mean_B))

@@ -1,0 +1,101 @@
+"""EKFAC: in the eigenbases of the K-FAC factors, the products beta alpha^T give way to the gradients' own second moments.
+
+    S = scale sum_n (Q_B^T (sum_t g_nt a_nt^T) Q_A)^2      P W = Q_B [(Q_B^T W Q_A) / (S + lambda)] Q_A^T
+
+T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, "Fast Approximate Natural Gradient Descent in a
+Kronecker-factored Eigenbasis", NeurIPS 2018. S is a bias-corrected moving average; before its first update it is beta alpha^T.
+When the bases are renewed, from Q to Q', S is carried over: the diagonal of Q diag(S) Q^T in the new bases is
+(Q'_B^T Q_B)^2 S (Q_A^T Q'_A)^2, squared entry by entry, the nearest diagonal in Frobenius norm.
+
+Index letters: N samples, T positions, G groups, D inputs and O outputs of a group.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secondorder.kfac.inverses.eigenbasis import eigenbases
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+
+CHUNK_BYTES = 16 * 2**20
+"""Of the products of single samples at a time."""
+
+
+@dataclass(eq=False)
+class CorrectedEigenbasis(Inverse):
+    """Q_B `[G, O, O]`, Q_A `[G, D, D]`, S `[G, O, D]`, its mean `[G, 1, 1]`, and the weight of the updates so far, 0 to 1."""
+
+    kind = "ekfac"
+    Q_B: Tensor
+    Q_A: Tensor
+    S: Tensor
+    mean: Tensor
+    weight: float
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W, with the mean of S as the mean eigenvalue."""
+        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
+        M.div_(self.S + shift(self.mean, damping, relative))
+        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
+
+    def squared_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]` for inputs a `[N, G, T, D]` and output gradients g `[N, G, T, O]`."""
+        return squared_gradients(self.Q_A, self.Q_B, a, g)
+
+    def update(self, S: Tensor, ema_decay: float) -> None:
+        """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
+        weight = ema_decay * self.weight + (1 - ema_decay)
+        self.S = torch.lerp(self.S, S.to(self.S.dtype), (1 - ema_decay) / weight)
+        self.mean = usable(self.S.mean((1, 2)))
+        self.weight = weight
+
+    def carried(self, other: "CorrectedEigenbasis") -> None:
+        """Take over S of other bases."""
+        left, right = self.Q_B.mT @ other.Q_B, other.Q_A.mT @ self.Q_A
+        self.S = (left.square_() @ other.S) @ right.square_()
+        self.mean = usable(self.S.mean((1, 2)))
+        self.weight = other.weight
+
+
+def corrected_eigenbases(
+    factors: Sequence[Factors], previous: Mapping[str, Inverse], report: Counter[str]
+) -> list[CorrectedEigenbasis | None]:
+    """New bases from dense factors, with S of the previous ones; None for a layer of which one cannot be decomposed."""
+    found: list[CorrectedEigenbasis | None] = []
+    for layer, basis in zip(factors, eigenbases(factors, report), strict=True):
+        if basis is None:
+            found.append(None)
+            continue
+        made = CorrectedEigenbasis(basis.Q_B, basis.Q_A, basis.eigenvalues(), basis.mean, 0.0)
+        before = previous.get(layer.name)
+        if isinstance(before, CorrectedEigenbasis) and before.weight > 0 and before.S.shape == made.S.shape:
+            made.carried(before)
+        found.append(made)
+    return found
+
+
+def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]`, a part of the samples at a time.
+
+    Inputs or products are projected on Q_A, whichever is cheaper: T D^2 or O D^2 multiplications a sample.
+    """
+    (N, G, T, D), outputs = a.shape, g.shape[-1]
+    total = Q_A.new_zeros(G, outputs, D)
+    step = max(1, CHUNK_BYTES // (G * D * (outputs + min(T, outputs)) * total.element_size())) if T > 1 else N
+    for inputs, gradients in zip(a.to(Q_A.dtype).split(step), g.to(Q_B.dtype).split(step), strict=True):
+        left = _projected(gradients, Q_B)
+        if T == 1:
+            total += torch.einsum("ngo,ngd->god", left[:, :, 0].square(), _projected(inputs, Q_A)[:, :, 0].square())
+        elif outputs >= T:
+            total += (left.mT @ _projected(inputs, Q_A)).square_().sum(0)
+        else:
+            total += _projected(left.mT @ inputs, Q_A).square_().sum(0)
+    return total
+
+
+def _projected(x: Tensor, Q: Tensor) -> Tensor:
+    """x Q for x `[n, G, T, K]`, Q `[G, K, K]`; one product for one group."""
+    return (x.flatten(0, 2) @ Q[0]).view(x.shape) if len(Q) == 1 else x @ Q

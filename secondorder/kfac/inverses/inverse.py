@@ -1,0 +1,103 @@
+"""What a damped inverse of one layer's curvature block is: P = (B kron A + lambda I)^-1, made from the factors A and B.
+
+Index letters of this package: G groups, D inputs and O outputs of a group, R rows of a wide layer's input factor. The
+gradient W `[G, O, D]` is row-major, so that (B kron A) vec(W) = vec(B W A).
+
+Damping has one meaning, Tikhonov on the block. Absolute: lambda = damping. Relative, for each group: lambda = damping times
+the mean eigenvalue of the block, (tr A / D) (tr B / O). A mean eigenvalue of zero (below `floor`), as of a layer whose
+gradients are all zero, sets no scale: it counts as 1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor | float | str]
+"""What a checkpoint keeps of an inverse."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The Kronecker factors of a layer: B `[G, O, O]`, and A `[G, D, D]` or rows `[G, R, D]` with A = rows^T rows."""
+
+    name: str
+    A: Tensor | None
+    rows: Tensor | None
+    B: Tensor
+
+    @property
+    def given(self) -> Tensor:
+        """A, or the rows."""
+        found = self.rows if self.A is None else self.A
+        assert found is not None
+        return found
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The mean eigenvalues tr A / D and tr B / O, each `[G]`."""
+        if self.A is not None:
+            return mean_eigenvalue(self.A), mean_eigenvalue(self.B)
+        rows = self.given
+        return rows.square().sum((1, 2)) / rows.shape[-1], mean_eigenvalue(self.B)
+
+
+@dataclass(eq=False)
+class Inverse(ABC):
+    """P of one layer; its fields, tensors and numbers, are its complete state."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W `[G, O, D]` for the gradient W, in its dtype."""
+
+    def tensors(self) -> State:
+        """The complete state, with the kind."""
+        return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor | float | str]) -> Self:
+        """The inverse with this state, bit for bit."""
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(value.nbytes for value in self.tensors().values() if isinstance(value, Tensor))
+
+
+@dataclass(eq=False)
+class Identity(Inverse):
+    """W / lambda, when there is nothing better; mean `[G, 1, 1]`."""
+
+    kind = "identity"
+    mean: Tensor
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """W / lambda."""
+        return (gradient / shift(self.mean, damping, relative)).to(gradient.dtype)
+
+
+def mean_eigenvalue(matrices: Tensor) -> Tensor:
+    """tr S / n `[G]` of symmetric matrices `[G, n, n]`."""
+    return matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def floor(dtype: torch.dtype) -> float:
+    """The square root of the smallest normal number; dividing by it does not overflow."""
+    return torch.finfo(dtype).tiny ** 0.5
+
+
+def usable(mean: Tensor) -> Tensor:
+    """The mean eigenvalues as `[G, 1, 1]`, 1 for those that set no scale."""
+    return torch.where(mean > floor(mean.dtype), mean, 1.0)[:, None, None]
+
+
+def shift(mean: Tensor, damping: float, relative: bool) -> Tensor | float:
+    """lambda, where the usable means are `[G, 1, 1]`."""
+    return mean * damping if relative else damping

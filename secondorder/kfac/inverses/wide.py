@@ -1,0 +1,110 @@
+"""The damped inverse for inputs so wide that A `[D, D]` is never built: A = a^T a is kept as R < D rows a `[R, D]`.
+
+With the eigendecomposition a a^T = V diag(alpha) V^T of the Gram matrix, U = diag(alpha)^-1/2 V^T a `[R, D]` has orthonormal
+rows, and A = U^T diag(alpha) U. In the range of A the inverse is that of the eigenvalues, outside it is 1 / lambda:
+
+    P W = Q_B [ (C / (beta alpha^T + lambda)) U + (M - C U) / lambda ],    M = Q_B^T W,  C = M U^T
+
+The gradient of the batch that made the rows lies in their range, and beta alpha / lambda can be 10^6: what rounding leaves of
+it in M - C U would be larger than the first term. So it is projected out once more, and U is made in float64, block by block.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secondorder.kfac.inverses.cholesky import shifts_of
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+from secondorder.kfac.inverses.numerics import eigen, inverses
+
+BLOCK = 2048
+"""Columns of the rows that are converted to float64 at a time."""
+
+
+@dataclass(eq=False)
+class WideEigenbasis(Inverse):
+    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, zero where alpha is, and the mean `[G, 1, 1]`."""
+
+    kind = "wide_eigen"
+    beta: Tensor
+    Q_B: Tensor
+    alpha: Tensor
+    U: Tensor
+    mean: Tensor
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W."""
+        M = self.Q_B.mT @ gradient.to(self.U.dtype)
+        added = shift(self.mean, damping, relative)
+        eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
+        return (self.Q_B @ in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
+
+
+@dataclass(eq=False)
+class WideCholesky(Inverse):
+    """(B + rho_B I)^-1 `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, rho = rho_A `[G, 1, 1]`; the damping is that of its making."""
+
+    kind = "wide_cholesky"
+    B_inverse: Tensor
+    alpha: Tensor
+    U: Tensor
+    rho: Tensor
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W."""
+        M = self.B_inverse @ gradient.to(self.U.dtype)
+        return in_range(M, self.U, self.alpha[:, None, :] + self.rho, self.rho).to(gradient.dtype)
+
+
+def in_range(M: Tensor, U: Tensor, eigenvalues: Tensor, outside: Tensor | float) -> Tensor:
+    """M / eigenvalues `[G, O, R]` in the range of U^T, M / outside in the rest."""
+    C = M @ U.mT
+    rest = torch.baddbmm(M, C, U, alpha=-1)
+    left = rest @ U.mT
+    return torch.baddbmm(rest.div_(outside), C / eigenvalues - left / outside, U)
+
+
+def wide_eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[WideEigenbasis | None]:
+    """The inverses of layers with rows, None where a decomposition fails."""
+    found: list[WideEigenbasis | None] = []
+    for layer, B in zip(factors, eigen([layer.B for layer in factors], report), strict=True):
+        A = input_range(layer.given, report)
+        mean_A, mean_B = layer.means()
+        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(mean_A * mean_B)))
+    return found
+
+
+def wide_cholesky(
+    factors: Sequence[Factors], damping: Sequence[float], relative: bool, report: Counter[str]
+) -> list[WideCholesky | None]:
+    """The inverses of layers with rows by factored damping, None where a decomposition fails."""
+    found: list[WideCholesky | None] = []
+    for layer, value in zip(factors, damping, strict=True):
+        rho_A, rho_B = shifts_of(layer, value, relative)
+        [B] = inverses([layer.B], [rho_B], report)
+        A = input_range(layer.given, report)
+        found.append(None if B is None or A is None else WideCholesky(B, *A, rho_A))
+    return found
+
+
+def input_range(rows: Tensor, report: Counter[str]) -> tuple[Tensor, Tensor] | None:
+    """alpha `[G, R]` and U `[G, R, D]`, both zero where alpha is that of rounding, so that no shape depends on the rank."""
+    blocks = rows.split(BLOCK, -1)
+    gram = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=torch.float64)
+    for block in blocks:
+        double = block.double()
+        gram.baddbmm_(double, double.mT)
+    [found] = eigen([gram], report)
+    if found is None:
+        return None
+    alpha, V = found
+    cut = rows.shape[1] * torch.finfo(torch.float64).eps * alpha[:, -1:]
+    inside = alpha > cut
+    T = (V * torch.where(inside, alpha.rsqrt(), 0.0)[:, None]).mT
+    U = torch.empty_like(rows)
+    for block, part in zip(blocks, U.split(BLOCK, -1), strict=True):
+        part.copy_(T @ block.double())
+    return torch.where(inside, alpha, 0.0).to(rows.dtype), U

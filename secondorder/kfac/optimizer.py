@@ -1,0 +1,294 @@
+"""The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature.matrix_free.frozen_network import RandomState
+from secondorder.errors import InputError, unknown
+from secondorder.kfac.options import Damping, Fisher, Options, check_damping, check_number, check_positive
+from secondorder.kfac.preconditioner import Directions, KFACPreconditioner, dense
+from secondorder.kfac.report import Report
+from secondorder.kfac.step_size import Trial, quadratic_step
+
+SETTINGS = ("lr", "momentum", "weight_decay", "damping")
+"""Of a parameter group."""
+
+
+class KFAC(torch.optim.Optimizer):
+    """v <- momentum v + P grad,  w <- (1 - lr weight_decay) w - lr v,  with P = (B kron A + lambda I)^-1 of each layer.
+
+        opt = KFAC(model, lr=0.1)
+        for images, labels in loader:
+            opt.zero_grad()
+            logits = model(images)
+            opt.update_curvature(logits)  # nothing in most steps; not needed with fisher="empirical"
+            F.cross_entropy(logits, labels).backward()
+            opt.step()
+
+    Linear layers and 1d and 2d convolutions have Kronecker factors; batch norm, embeddings and other parameters get the
+    fallback in the same step (`Options.fallback`); `report()` says which is which. Works with learning-rate schedulers,
+    closures, gradient accumulation, autocast with GradScaler, DistributedDataParallel. `state_dict()` is complete: a resumed
+    training takes the same steps, bit for bit on a CPU.
+
+    Args:
+        model: the network, also wrapped by DistributedDataParallel or torch.compile.
+        lr: learning rate; of the order of SGD's without momentum.
+        momentum: heavy-ball momentum of the preconditioned gradients.
+        weight_decay: decoupled by default (`Options.decoupled`).
+        damping, ema_decay, factor_interval, inverse_interval, fisher, approximation, sharing: see `KFACPreconditioner`.
+        clip: trust region: the update d is scaled down so that lr^2 d^T (F + lambda I) d <= clip, about twice the KL
+            divergence between the model before and after the step; None: no limit.
+        options: the rest, parameter groups among them.
+
+    Raises:
+        InputError: for a bad value, or a model without a layer to precondition.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float | Damping = Damping(),  # noqa: B008  a frozen dataclass
+        ema_decay: float = 0.95,
+        factor_interval: int = 10,
+        inverse_interval: int = 10,
+        fisher: str | Fisher = "mc",
+        approximation: str | Mapping[str, str] = "kfac",
+        sharing: str = "expand",
+        clip: float | None = None,
+        options: Options = Options(),  # noqa: B008
+    ) -> None:
+        self.preconditioner = KFACPreconditioner(
+            model,
+            damping=damping,
+            ema_decay=ema_decay,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            fisher=fisher,
+            approximation=approximation,
+            sharing=sharing,
+            options=options,
+        )
+        self.clip, self.options = clip, options
+        self.model = model
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": self.preconditioner.damping.value,
+        }
+        check_settings(settings)
+        if clip is not None:
+            check_positive("clip", clip)
+        super().__init__(self._groups(options.groups), settings)
+        self._complete = True
+
+    @property
+    def factor_step(self) -> bool:
+        """Whether the present step updates the factors."""
+        return self.preconditioner.factor_step
+
+    def update_curvature(self, logits: Tensor) -> None:
+        """Statistics for the factors from the graph of the outputs; before `loss.backward()`."""
+        self.preconditioner.update_curvature(logits)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what a skipped step has left."""
+        self.preconditioner.discard()
+        super().zero_grad(set_to_none)
+
+    def report(self) -> Report:
+        """What every parameter is treated as, sizes, memory, time by phase, and what went wrong how often."""
+        return self.preconditioner.report()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
+
+        InputError when no parameter has a gradient, when `update_curvature` was due and not called, and for Levenberg-Marquardt
+        damping without a closure.
+        """
+        adapt = self.preconditioner.damping.adapt
+        if adapt is not None and closure is None:
+            raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
+        loss = None
+        random = RandomState() if self._adapts else None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        directions = self._directions()
+        if directions is None:
+            return loss
+        trial = None if random is None else Trial(self, loss, random)
+        with self.preconditioner.stopwatch("update"), torch.no_grad():
+            self._update(directions)
+        if trial is not None and closure is not None:
+            trial.adapt(closure)
+        return loss
+
+    def quadratic_step(
+        self, loss_function: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
+    ) -> Tensor:
+        """One step with learning rate and momentum that minimise the quadratic model of this batch's loss; returns the loss.
+
+        The update is delta = -alpha P grad + mu delta_before with (alpha, mu) minimising grad . delta + delta^T C delta / 2,
+        C = exact GGN + damping (+ weight decay), from two products with the Jacobian (Martens & Grosse, ICML 2015, section 7).
+        For full batches, or large ones: lr and momentum of the groups are not used, weight decay is part of the loss. The
+        forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
+        """
+        return quadratic_step(self, loss_function, inputs, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with the entry "kfac": factors, inverses, counters, random state."""
+        return super().state_dict() | {"kfac": self.preconditioner.state_dict() | {"groups": self._group_names()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; InputError, and nothing has changed, for that of another architecture or other groups."""
+        state = state_dict.get("kfac", {})
+        if "groups" not in state:
+            raise InputError("state_dict without the entry 'kfac': it is not of a KFAC optimiser")
+        self.preconditioner.check_same(state)
+        for i, (theirs, own) in enumerate(zip_longest(state["groups"], self._group_names())):
+            if theirs != own:
+                raise InputError(f"state of other parameter groups: group {i} was {theirs}, and is {own} now")
+        self.preconditioner.load_state_dict(state)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the layers are found once."""
+        if hasattr(self, "_complete"):
+            raise InputError(
+                "add_param_group: make a new KFAC; groups are given as Options(groups={pattern: settings})"
+            )
+        super().add_param_group(param_group)
+
+    def _groups(self, wanted: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+        """Parameter groups by patterns of names; the rest first."""
+        rest = ""
+        members: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in [rest, *wanted]}
+        for treatment in self.preconditioner.treatments:
+            if treatment.how != "frozen":
+                members[next((p for p in wanted if fnmatch(treatment.name, p)), rest)].append(treatment.parameter)
+        for pattern, settings in wanted.items():
+            if not members[pattern]:
+                raise InputError(f"groups: no parameter is named like {pattern!r}")
+            check_settings(settings)
+        return [{"params": found, **wanted.get(pattern, {})} for pattern, found in members.items() if found]
+
+    def _group_names(self) -> list[list[str]]:
+        """The names of the parameters in each group."""
+        names = {treatment.parameter: treatment.name for treatment in self.preconditioner.treatments}
+        return [[names[parameter] for parameter in group["params"]] for group in self.param_groups]
+
+    def _directions(self) -> Directions | None:
+        """P grad with the dampings of the groups, and weight decay in the gradient where it is not decoupled."""
+        for treatment in self.preconditioner.treatments:
+            if treatment.how == "frozen" and treatment.parameter.requires_grad:
+                raise InputError(
+                    f"parameter {treatment.name} was frozen when the optimiser was made, and is trainable now; make a new KFAC"
+                )
+        group_of = self.set_dampings()
+        decay = (
+            {} if self.options.decoupled else {p: g["weight_decay"] for p, g in group_of.items() if g["weight_decay"]}
+        )
+        return self.preconditioner.directions(decay)
+
+    def set_dampings(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Give the layers the dampings of their weights' groups; returns the group of each parameter."""
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        for name, layer in self.preconditioner.layers.items():
+            check_damping(group_of[layer.weight]["damping"])
+            self.preconditioner.dampings[name] = group_of[layer.weight]["damping"]
+        return group_of
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether the present step adapts the damping."""
+        adapt = self.preconditioner.damping.adapt
+        return adapt is not None and (self.preconditioner.intervals.step + 1) % adapt.every == 0
+
+    def _update(self, directions: Directions) -> None:
+        self._fall_back(directions)
+        if self.clip is not None:
+            self._clip(directions, self.clip)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p in directions]
+            if not parameters:
+                continue
+            steps = [directions[p] for p in parameters]
+            if group["momentum"]:
+                steps = self._with_momentum(parameters, steps, group["momentum"])
+            lr = float(group["lr"])
+            if self.options.decoupled and group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(parameters, steps, alpha=-lr)
+
+    def _with_momentum(self, parameters: list[nn.Parameter], steps: list[Tensor], momentum: float) -> list[Tensor]:
+        """v <- momentum v + d; the first v is d."""
+        velocities = []
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for parameter, step in zip(parameters, steps, strict=True):
+            state = self.state[parameter]
+            if "momentum_buffer" in state:
+                old.append(state["momentum_buffer"])
+                new.append(step)
+            else:
+                state["momentum_buffer"] = step.clone()
+            velocities.append(state["momentum_buffer"])
+        if old:
+            torch._foreach_mul_(old, momentum)
+            torch._foreach_add_(old, new)
+        return velocities
+
+    def _fall_back(self, directions: Directions) -> None:
+        """Directions of parameters without factors, in place: lr times them is their update."""
+        for treatment in self.preconditioner.treatments:
+            parameter = treatment.parameter
+            if treatment.how != "fallback" or parameter not in directions:
+                continue
+            if self.options.fallback == "adam":
+                directions[parameter] = self._adam(parameter, directions[parameter])
+            if self.options.fallback_lr != 1:
+                directions[parameter] = directions[parameter] * self.options.fallback_lr
+
+    def _adam(self, parameter: nn.Parameter, gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
+        """g / (sqrt(v) + eps) with v the bias-corrected running mean of g^2; momentum is that of the group."""
+        state = self.state[parameter]
+        state["square"] = state["square"] if "square" in state else torch.zeros_like(parameter)
+        state["squares"] = state.get("squares", 0) + 1
+        state["square"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
+        return gradient / ((state["square"] / (1 - beta ** state["squares"])).sqrt() + eps)
+
+    def _clip(self, directions: Directions, most: float) -> None:
+        """Scale all directions so that lr^2 d^T (F + lambda I) d <= most; d^T (F + lambda I) d is d . grad, without a product."""
+        total = torch.zeros((), device=self.preconditioner.device)
+        scale = self.preconditioner.mean_scale
+        for group in self.param_groups:
+            decay = 0.0 if self.options.decoupled else group["weight_decay"]
+            for p in (p for p in group["params"] if p in directions):
+                direction = directions[p].flatten()
+                slope = scale * torch.dot(direction, dense(p.grad).flatten().to(direction.dtype))
+                if decay:
+                    slope = slope + decay * torch.dot(direction, p.flatten())
+                total = total + float(group["lr"]) ** 2 * slope
+        shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
+        directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
+
+
+def check_settings(settings: Mapping[str, object]) -> None:
+    """InputError unless the settings of a parameter group are known, and numbers in their range."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise unknown("setting of a parameter group", name, SETTINGS)
+        if name == "damping":
+            check_damping(value)
+        else:
+            check_number(name, value, 0.0, 1.0 if name == "momentum" else float("inf"))

@@ -1,0 +1,124 @@
+"""What K-FAC does to every parameter, and what it costs."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+import torch
+
+from secondorder.kfac.inverses import Inverse
+from secondorder.kfac.layers import KroneckerLayer, Treatment
+from secondorder.kfac.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    treatment: str
+    """kfac, ekfac, fallback or frozen."""
+    reason: str
+    input_factor: str
+    """Size of A: groups x D x D, or "R x D rows" of a wide layer."""
+    gradient_factor: str
+    factor_bytes: int
+    inverse_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Parameters, seconds and calls of each phase, events (what went wrong, how often), and steps done; `print` shows a table."""
+
+    parameters: list[ParameterRow]
+    seconds: Mapping[str, float]
+    calls: Mapping[str, int]
+    events: Mapping[str, int]
+    steps: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory of factors and inverses."""
+        return sum(row.factor_bytes + row.inverse_bytes for row in self.parameters)
+
+    def table(self) -> pd.DataFrame:
+        """One row for each parameter."""
+        return pd.DataFrame([asdict(row) for row in self.parameters])
+
+    def __str__(self) -> str:
+        lines = [
+            self.table().to_string(index=False),
+            f"{self.steps} steps, {self.bytes / 2**20:.1f} MiB of factors and inverses",
+        ]
+        for phase, seconds in self.seconds.items():
+            lines.append(f"{phase}: {seconds:.3f} s in {self.calls[phase]} calls")
+        lines.extend(f"{count} x {event}" for event, count in self.events.items())
+        return "\n".join(lines)
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock seconds by phase; on a GPU only when asked, since every phase then waits for the device."""
+
+    device: torch.device
+    synchronise: bool
+    seconds: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what is inside."""
+        if self.device.type != "cpu" and not self.synchronise:
+            yield
+            return
+        start = self._now()
+        yield
+        self.seconds[phase] += self._now() - start  # type: ignore[assignment]
+        self.calls[phase] += 1
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def parameter_rows(
+    treatments: Sequence[Treatment],
+    layers: Mapping[str, KroneckerLayer],
+    statistics: Mapping[str, LayerStatistics],
+    inverses: Mapping[str, Inverse],
+) -> list[ParameterRow]:
+    """A row for each parameter; the memory of a layer is counted at its weight."""
+    rows = []
+    for treatment in treatments:
+        layer = layers[treatment.layer] if treatment.layer is not None else None
+        weight = layer is not None and treatment.parameter is layer.weight
+        inverse = inverses.get(layer.name) if layer is not None else None
+        rows.append(
+            ParameterRow(
+                treatment.name,
+                tuple(treatment.parameter.shape),
+                treatment.how,
+                treatment.why,
+                _input_size(layer, statistics) if layer is not None else "",
+                _size(layer.groups, layer.outputs) if layer is not None else "",
+                statistics[layer.name].nbytes if layer is not None and weight else 0,
+                inverse.nbytes if inverse is not None and weight else 0,
+            )
+        )
+    return rows
+
+
+def _input_size(layer: KroneckerLayer, statistics: Mapping[str, LayerStatistics]) -> str:
+    if not layer.wide:
+        return _size(layer.groups, layer.inputs)
+    rows = statistics[layer.name].rows
+    return f"{'?' if rows is None else rows.shape[-2]} x {layer.inputs} rows"
+
+
+def _size(groups: int, side: int) -> str:
+    return f"{side} x {side}" if groups == 1 else f"{groups} x {side} x {side}"

@@ -1,0 +1,73 @@
+"""When factors are updated and which layers are inverted at a step."""
+
+from collections.abc import Mapping
+
+from secondorder.kfac.options import check_interval
+
+
+class Intervals:
+    """Counts steps and says what is due.
+
+    factor_interval, inverse_interval: steps between two updates. warm_up: after t steps the interval is at most max(1, t / 4).
+    costs: of inverting each layer; with stagger the layers are spread over the inverse interval, about equal cost a step.
+    """
+
+    def __init__(
+        self, factor_interval: int, inverse_interval: int, warm_up: bool, stagger: bool, costs: Mapping[str, float]
+    ) -> None:
+        check_interval("factor_interval", factor_interval)
+        check_interval("inverse_interval", inverse_interval)
+        self.factor_interval, self.inverse_interval, self.warm_up = factor_interval, inverse_interval, warm_up
+        self.turns = spread(costs, inverse_interval) if stagger else dict.fromkeys(costs, 0)
+        self.step = 0
+        self.last_factors: int | None = None
+        self.last_inverse: dict[str, int] = {}
+
+    @property
+    def factors_due(self) -> bool:
+        """Whether the present step updates the factors."""
+        return self.last_factors is None or self.step - self.last_factors >= self._at_most(self.factor_interval)
+
+    def inverses_due(self) -> list[str]:
+        """The layers whose inverse is older than their factors, and whose turn it is."""
+        return [name for name in self.turns if self._due(name)]
+
+    def _due(self, name: str) -> bool:
+        if self.last_factors is None:
+            return False
+        last = self.last_inverse.get(name)
+        if last is None:
+            return True
+        if last >= self.last_factors:
+            return False  # nothing new since
+        if self._warming_up(self.inverse_interval):
+            return self.step - last >= self._at_most(self.inverse_interval)
+        return (
+            self.step - self.turns[name]
+        ) % self.inverse_interval == 0 or self.step - last >= 2 * self.inverse_interval
+
+    def _at_most(self, interval: int) -> int:
+        return min(interval, max(1, self.step // 4)) if self.warm_up else interval
+
+    def _warming_up(self, interval: int) -> bool:
+        return self.warm_up and self.step // 4 < interval
+
+    def state_dict(self) -> dict[str, object]:
+        """Counters."""
+        return {"step": self.step, "last_factors": self.last_factors, "last_inverse": dict(self.last_inverse)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Counters of `state_dict`."""
+        self.step, self.last_factors = state["step"], state["last_factors"]  # type: ignore[assignment]
+        self.last_inverse = dict(state["last_inverse"])  # type: ignore[call-overload]
+
+
+def spread(costs: Mapping[str, float], slots: int) -> dict[str, int]:
+    """A slot for each name, so that the slots cost about the same: the most expensive first, into the cheapest slot."""
+    loads = [0.0] * slots
+    turns = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        slot = min(range(slots), key=loads.__getitem__)
+        loads[slot] += costs[name]
+        turns[name] = slot
+    return {name: turns[name] for name in costs}

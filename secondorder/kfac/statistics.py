@@ -1,0 +1,212 @@
+"""Sums of one step and averages over steps of a layer's Kronecker factors A and B.
+
+    expand  A = sum_nt a a^T / (N T)                      B = sum_nt g g^T / N
+    reduce  A = sum_n (mean_t a) (mean_t a)^T / N         B = sum_n (sum_t g) (sum_t g)^T / N
+
+Staged are plain sums and counts, which add over batches and processes; `commit` makes averages of them. The average over
+steps is F <- d F + (1 - d) new, w <- d w + (1 - d), read as F / w. Several uses of a layer in one forward are positions.
+A layer with many inputs keeps the last step's rows a instead of A (`staged_rows`), as long as they are fewer than the inputs.
+
+Index letters: V backpropagated vectors a sample, N samples, T positions, G groups, D inputs, O outputs, R rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder.errors import InputError
+from secondorder.kfac.inverses.ekfac import squared_gradients
+from secondorder.kfac.layers import KroneckerLayer
+from secondorder.kfac.products import gradient_products, input_products, input_rows
+from secondorder.kfac.vectors import batched, positions, samples_at_a_time, vectors
+
+AVERAGED = ("A", "B")
+
+
+class LayerStatistics:
+    """The factors of one layer: A `[G, D, D]` or its rows `[G, R, D]` with A = rows^T rows, and B `[G, O, O]`.
+
+    bases: eigenvectors (Q_A `[G, D, D]`, Q_B `[G, O, O]`) in which squared gradients are summed, too (EKFAC), or None.
+    squares: those of the last step, `[G, O, D]`. samples: N of the last step. dense: whether A is kept, not its rows.
+    """
+
+    def __init__(self, layer: KroneckerLayer) -> None:
+        self.layer = layer
+        self.bases: tuple[Tensor, Tensor] | None = None
+        self.squares: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.samples = 0.0
+        self.dense = not layer.wide
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._staged: dict[str, Tensor] = {}
+        self._staged_rows: list[Tensor] = []
+
+    @property
+    def A(self) -> Tensor | None:
+        """The averaged input factor; None before the first step and where its rows are kept."""
+        return self._averaged("A")
+
+    @property
+    def B(self) -> Tensor | None:
+        """The averaged gradient factor; None before the first step."""
+        return self._averaged("B")
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors held."""
+        tensors = [*self._sums.values(), *self._staged.values(), *self._staged_rows, self.rows, self.squares]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is staged."""
+        return "counts" in self._staged
+
+    @property
+    def staged_samples(self) -> float:
+        """N of this step: of all processes once the staged tensors are summed."""
+        return float(self._staged["counts"][1]) if self.used else 0.0
+
+    def add_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Add the inputs of all uses in one forward."""
+        layer = self.layer
+        xs = [self._batched(x) for x in inputs]
+        T = [positions(layer.geometry, x) for x in xs]
+        N = len(xs[0])
+        counted = sum(len(x) * t for x, t in zip(xs, T, strict=True)) if layer.sharing == "expand" else N
+        if not self.used and counted >= layer.inputs:
+            self.dense = True
+        if self.dense:
+            self._stage("A", input_products(layer, xs, T))
+        else:
+            self._staged_rows.append(input_rows(layer, xs, T))
+        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.weight.device, layer.dtype))
+
+    def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""
+        layer = self.layer
+        gs = [batched(layer.module, g.to(layer.dtype), leading=1) for g in gradients]
+        self._stage("B", gradient_products(layer, gs))
+        if self.bases is not None:
+            self._stage("S", self._squared([self._batched(x) for x in inputs], gs))
+
+    def staged_tensors(self) -> list[Tensor]:
+        """The sums and counts of this step, which add over processes: A unless rows are kept, B, squares, counts."""
+        names = [*(["A"] if self.dense else []), "B", *([] if self.bases is None else ["S"]), "counts"]
+        for name in names:
+            if name not in self._staged:
+                self._staged[name] = self._zeros(*self._shapes[name])
+        return [self._staged[name] for name in names]
+
+    def staged_rows(self) -> Tensor:
+        """The rows a `[G, R, D]` of this step, not normalised; R = 0 where A is dense."""
+        if len(self._staged_rows) > 1:
+            self._staged_rows = [torch.cat(self._staged_rows, 1)]
+        return self._staged_rows[0] if self._staged_rows else self._zeros(self.layer.groups, 0, self.layer.inputs)
+
+    def replace_staged_rows(self, rows: Tensor) -> None:
+        """Take the rows of all processes for one's own; nothing where A is dense."""
+        if not self.dense:
+            self._staged_rows = [rows]
+
+    def is_finite(self) -> Tensor:
+        """Whether everything staged is finite, a scalar that stays on the device: the diagonals tell for A and B."""
+        staged = self._staged
+        sums = [torch.diagonal(staged[name], dim1=-2, dim2=-1).sum() for name in AVERAGED if name in staged]
+        sums += [rows.sum() for rows in self._staged_rows] + ([staged["S"].sum()] if "S" in staged else [])
+        return torch.isfinite(torch.stack(sums).sum()) if sums else torch.tensor(True)
+
+    def commit(self, ema_decay: float, gradient_scale: float) -> None:
+        """Take the staged sums into the averages, A as their mean, B and the squares times gradient_scale."""
+        if not self.used:
+            return self.discard()
+        staged = self._staged
+        counted = staged["counts"][0]
+        if not self.dense:
+            self._commit_rows(self.staged_rows(), counted)
+        if "A" in staged:
+            self._average("A", staged["A"].div_(counted), ema_decay)
+        if "B" in staged:
+            self._average("B", staged["B"].mul_(gradient_scale), ema_decay)
+        if "S" in staged:
+            self.squares = staged["S"].mul_(gradient_scale)
+        self.samples = self.staged_samples
+        return self.discard()
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._staged, self._staged_rows = {}, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, their weights, rows and the number of samples; nothing staged."""
+        state: dict[str, Any] = {"samples": self.samples, "dense": self.dense}
+        for name in self._sums:
+            state |= {name: self._sums[name].clone(), f"{name}_weight": self._weights[name]}
+        return state | ({} if self.rows is None else {"rows": self.rows.clone()})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; InputError, and nothing has changed, for factors of other shapes."""
+        kept = [name for name in ("A", "B", "rows") if name in state]
+        for name in kept:
+            found, wanted = list(state[name].shape), list(self._shapes[name])
+            wanted[1] = found[1] if name == "rows" and len(found) == 3 else wanted[1]
+            if found != wanted:
+                raise InputError(f"state of layer {self.layer.name}: {name} has shape {found}, not {wanted}")
+        tensors = {name: self._moved(state[name]) for name in kept}
+        self.rows = tensors.pop("rows", None)
+        self._sums = tensors
+        self._weights = {name: float(state[f"{name}_weight"]) for name in tensors}
+        self.samples, self.dense, self.squares = float(state["samples"]), bool(state["dense"]), None
+        self.discard()
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
+        return {"A": (G, D, D), "B": (G, outputs, outputs), "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
+
+    def _commit_rows(self, rows: Tensor, counted: Tensor) -> None:
+        """Keep the rows; A from now on when there are no fewer of them than inputs."""
+        if rows.shape[1] < self.layer.inputs:
+            self.rows = rows / counted.sqrt()
+            return
+        self.dense, self.rows = True, None
+        self._staged["A"] = rows.mT @ rows
+
+    def _average(self, name: str, new: Tensor, decay: float) -> None:
+        """F <- d F + (1 - d) new."""
+        if name in self._sums:
+            self._sums[name].lerp_(new, 1 - decay)
+        else:
+            self._sums[name] = new.mul_(1 - decay)
+        self._weights[name] = decay * self._weights.get(name, 0.0) + (1 - decay)
+
+    def _averaged(self, name: str) -> Tensor | None:
+        return self._sums[name] / self._weights[name] if name in self._sums else None
+
+    def _stage(self, name: str, value: Tensor) -> None:
+        self._staged[name] = self._staged[name].add_(value) if name in self._staged else value
+
+    def _squared(self, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> Tensor:
+        """sum_vn (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]`; the positions of all uses in one forward are summed over."""
+        assert self.bases is not None
+        Q_A, Q_B = self.bases
+        layer, total = self.layer, self._zeros(*self._shapes["S"])
+        step = max(1, min(samples_at_a_time(layer.geometry, x) for x in xs) // len(xs))
+        for v in range(len(gs[0])):
+            uses = [vectors(layer.geometry, x, g[v], layer.bias is not None, step) for x, g in zip(xs, gs, strict=True)]
+            for parts in zip(*uses, strict=True):
+                a, g = (torch.cat(tensors, 2) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+                total += squared_gradients(Q_A, Q_B, a, g)
+        return total
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return batched(self.layer.module, x.to(self.layer.dtype))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.layer.weight.device, self.layer.dtype, copy=True)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.layer.dtype, device=self.layer.weight.device)

@@ -1,0 +1,192 @@
+"""Step sizes from the quadratic model of a batch's loss, and damping from how well the model predicts.
+
+    M(delta) = grad . delta + delta^T C delta / 2,    C = G + lambda I + weight_decay I
+
+with G the Gauss-Newton matrix and lambda that of each layer (0 for parameters without factors). J. Martens, R. Grosse,
+"Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, sections 6 and 7.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp
+
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
+from secondorder.untouched import untouched
+
+if TYPE_CHECKING:
+    from secondorder.kfac.optimizer import KFAC
+
+Vector = Mapping[nn.Parameter, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Trial:
+    """A step whose change of the loss, as K-FAC's own model predicts it, is compared with the actual one."""
+
+    def __init__(self, optimizer: KFAC, loss: Any, random: RandomState) -> None:
+        self.optimizer, self.loss, self.random = optimizer, _value(loss), random
+        self.before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+    def adapt(self, closure: Callable[[], Any]) -> None:
+        """Evaluate the closure at the new weights and set the damping of every group; the model is otherwise untouched.
+
+        The closure sees the random numbers it has seen in the step, so that dropout masks are the same.
+        """
+        optimizer, preconditioner = self.optimizer, self.optimizer.preconditioner
+        with untouched(optimizer.model), preconditioner.watching_nothing(), torch.enable_grad(), self.random.replayed():
+            after = _value(closure())
+        with torch.no_grad():
+            delta = {p: p - old for p, old in self.before.items()}
+            linear = sum(float((p.grad * delta[p]).sum()) for p in delta if p.grad is not None)
+            square = float(preconditioner.quadratic_form(delta)) + _penalty(optimizer, delta, delta, {})
+        scale = preconditioner.mean_scale
+        adapt_damping(optimizer, scale * _over_processes(optimizer, after - self.loss), scale * linear + square / 2)
+
+
+def quadratic_step(optimizer: KFAC, loss_function: LossFunction, inputs: Tensor, targets: Tensor) -> Tensor:
+    """See `KFAC.quadratic_step`."""
+    preconditioner = optimizer.preconditioner
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    network = FrozenNetwork(optimizer.model)  # before the forward pass: it draws the same dropout masks
+    optimizer.zero_grad()
+    optimizer.set_dampings()
+    with torch.enable_grad():
+        outputs = optimizer.model(inputs)
+        optimizer.update_curvature(outputs)
+        loss = loss_function(outputs, targets)
+        loss.backward()
+    loss = loss.detach()
+    directions = preconditioner.directions(decay)
+    if directions is None:
+        return loss
+    with torch.no_grad(), preconditioner.watching_nothing():
+        basis: list[Vector] = [{p: -direction for p, direction in directions.items()}]
+        if any("update" in optimizer.state[p] for p in directions):
+            basis.append({p: optimizer.state[p].get("update", torch.zeros_like(p)) for p in directions})
+        C = _curvature(optimizer, network, loss_function, inputs, targets, basis, decay)
+        slopes = torch.tensor([_slope(vector, decay, preconditioner.mean_scale) for vector in basis], dtype=C.dtype)
+        coefficients = _minimiser(C, slopes)
+        change = float(slopes @ coefficients + coefficients @ C @ coefficients / 2)
+        _take(optimizer, basis, coefficients.tolist())
+        adapt = preconditioner.damping.adapt
+        if adapt is not None and preconditioner.intervals.step % adapt.every == 0:
+            moved = FrozenNetwork(optimizer.model)
+            moved.random = network.random
+            after = float(loss_function(moved.outputs(inputs), targets))
+            actual = preconditioner.mean_scale * _over_processes(optimizer, after - float(loss))
+            adapt_damping(optimizer, actual + _change_of_decay(optimizer, directions, decay), change)
+    return loss
+
+
+def adapt_damping(optimizer: KFAC, actual: float, predicted: float) -> None:
+    """The damping of every group by Levenberg-Marquardt's rule for actual / predicted; a predicted rise counts as failure."""
+    rule = optimizer.preconditioner.damping.adapt
+    assert rule is not None
+    ratio = actual / predicted if predicted < 0 else float("nan")
+    for group in optimizer.param_groups:
+        group["damping"] = rule.adapted(group["damping"], ratio)
+
+
+def _curvature(
+    optimizer: KFAC,
+    network: FrozenNetwork,
+    loss_function: LossFunction,
+    inputs: Tensor,
+    targets: Tensor,
+    basis: Sequence[Vector],
+    decay: Mapping[nn.Parameter, float],
+) -> Tensor:
+    """b_i . C b_j, float64 on the CPU: one product with the Jacobian for each vector, (J b_i) . H (J b_j)."""
+    weights = {name: w.detach() for name, w in network.weights.items()}
+
+    def outputs(w: Mapping[str, Tensor]) -> Tensor:
+        return network.outputs(inputs, w)
+
+    pushed = []
+    for vector in basis:
+        tangent = {name: vector.get(p, torch.zeros_like(p)) for name, p in network.parameters.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own call
+            z, Jv, *_ = jvp(outputs, (weights,), (tangent,))
+        pushed.append(Jv)
+    HJ = _hessian_products(loss_function, z, targets, pushed)
+    size = range(len(basis))
+    C = torch.stack([torch.stack([(pushed[i] * HJ[j]).sum() for j in size]) for i in size]).double()
+    preconditioner = optimizer.preconditioner
+    preconditioner.processes.sum_in_one_bucket([C])
+    penalties = [[_penalty(optimizer, basis[i], basis[j], decay) for j in size] for i in size]
+    scale = preconditioner.mean_scale / preconditioner.processes.world
+    return C.cpu() * scale + torch.tensor(penalties, dtype=C.dtype)
+
+
+def _hessian_products(
+    loss_function: LossFunction, z: Tensor, targets: Tensor, vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """H v, H the Hessian of the loss at the outputs z; zero for a loss that is piecewise linear."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        [gradient] = torch.autograd.grad(loss_function(z, targets), z, create_graph=True)
+    if not gradient.requires_grad:
+        return [torch.zeros_like(v) for v in vectors]
+    return [torch.autograd.grad(gradient, z, v, retain_graph=True, materialize_grads=True)[0] for v in vectors]
+
+
+def _minimiser(C: Tensor, slopes: Tensor) -> Tensor:
+    """c with slopes . c + c . C c / 2 least, the shortest one where C is singular; the basis is taken at C's length one."""
+    scale = torch.where(C.diagonal() > 0, C.diagonal(), 1.0).rsqrt()
+    unit = scale[:, None] * C * scale
+    return scale * torch.linalg.lstsq(unit, -scale * slopes, driver="gelsd").solution
+
+
+def _value(loss: Any) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
+def _over_processes(optimizer: KFAC, value: float) -> float:
+    """The mean over the processes."""
+    processes = optimizer.preconditioner.processes
+    total = torch.tensor(value, dtype=torch.float64, device=optimizer.preconditioner.device)
+    processes.sum_in_one_bucket([total])
+    return float(total) / processes.world
+
+
+def _penalty(optimizer: KFAC, a: Vector, b: Vector, decay: Mapping[nn.Parameter, float]) -> float:
+    """a . (lambda I + weight_decay I) b."""
+    preconditioner = optimizer.preconditioner
+    total = sum(factor * float((a[p] * b[p]).sum()) for p, factor in decay.items() if factor and p in a)
+    for name, layer in preconditioner.layers.items():
+        products = [(a[p] * b[p]).sum() for p in (layer.weight, layer.bias) if p is not None and p in a]
+        if products:
+            total += preconditioner.tikhonov(name) * float(sum(products))
+    return total
+
+
+def _slope(vector: Vector, decay: Mapping[nn.Parameter, float], scale: float) -> float:
+    """(scale grad + weight_decay w) . vector."""
+    return sum(float(((scale * p.grad + decay[p] * p) * v).sum()) for p, v in vector.items() if p.grad is not None)
+
+
+def _take(optimizer: KFAC, basis: Sequence[Vector], coefficients: Sequence[float]) -> None:
+    """Add the combination of the basis to the weights, and keep it for the next step."""
+    for p in basis[0]:
+        update = coefficients[0] * basis[0][p]
+        for c, vector in zip(coefficients[1:], basis[1:], strict=True):
+            update = update + c * vector[p]
+        optimizer.state[p]["update"] = update
+        p.add_(update)
+
+
+def _change_of_decay(optimizer: KFAC, moved: Vector, decay: Mapping[nn.Parameter, float]) -> float:
+    """Change of weight_decay |w|^2 / 2 by the last update."""
+    total = 0.0
+    for p in moved:
+        if decay[p]:
+            update = optimizer.state[p]["update"]
+            total += decay[p] * float((update * p).sum() - (update * update).sum() / 2)
+    return total

@@ -1,0 +1,163 @@
+"""Optimiser study: does K-FAC, as it comes, train faster than tuned SGD, and how do other optimisers do?
+
+Every arm of `studies.optimisers_settings.ARMS` is tuned with the same number of trials on a seed of its own, then trained from
+the same initial weights on the same batches for each of the reported seeds, on a GAP and a GCP network. Steps of all arms are
+timed interleaved in one process, so that seconds can be compared on a shared machine. K-FAC's damping has a map, and the deep
+autoencoder of Martens & Grosse (2015) is the second problem.
+
+Results: ``optimisers.csv`` (a row for each run and epoch), ``optimisers_curves.csv`` (losses over steps),
+``optimisers_trials.csv`` (every trial), ``optimisers_sensitivity.csv``, ``optimisers_costs.csv`` (every timed step) and
+``optimisers_breakdown.csv`` (where a step's time goes).
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secondorder.data import ImageDataset, load_dataset
+from secondorder.errors import InputError
+from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
+from secondorder.training.processes import world_size
+from secondorder.untouched import same_randomness
+from studies import optimisers_autoencoder as deep
+from studies.dry_run import cost_of
+from studies.optimisers_costs import Stepper, cycled, measure
+from studies.optimisers_runs import Tuning, Work, evaluate, sensitivity, training_run, tune
+from studies.optimisers_settings import ARMS, TUNING_SEED, Settings
+from studies.results import provenance, write_table
+from studies.run_folders import open_runs
+from studies.settings import Common
+
+NAME = "optimisers"
+MAPPED = "kfac"
+"""The arm whose damping has a map."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data that `check` has loaded."""
+
+    data: ImageDataset
+    deep_data: ImageDataset
+    deep_images: Tensor
+
+
+def check(common: Common, settings: Settings) -> Ready:
+    """Find bad names, sizes and data before any training; returns the loaded data."""
+    if world_size() > 1:
+        raise InputError("the optimisers study times its arms in one process; start it without torchrun")
+    runs = [_first_run(common, settings, arm, pooling) for pooling in settings.poolings for arm in settings.arms]
+    data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.train_limit)
+    for run in runs:
+        check_run(run, data)
+        with torch.random.fork_rng(devices=[]):
+            OPTIMIZERS[run.optimizer](initial_network(run, data), run)
+    own = settings.autoencoder
+    deep_data = load_dataset(own.dataset, common.data_root, download=common.download, limit=own.images)
+    images = deep.pixels(deep_data, own)
+    for arm in _deep_arms(settings):
+        deep.build(images, own, arm, deep.settings_at(arm, (0.5, 0.5)), 0)
+    return Ready(data, deep_data, images.to(common.torch_device))
+
+
+def _first_run(common: Common, settings: Settings, arm: str, pooling: str) -> Run:
+    return training_run(common, settings, arm, pooling, ARMS[arm].settings((0.5, 0.5)), TUNING_SEED, settings.epochs)
+
+
+def _deep_arms(settings: Settings) -> list[str]:
+    return [arm for arm in deep.ARMS if arm.partition("_")[0] in settings.arms]
+
+
+def run(common: Common, settings: Settings, ready: Ready) -> None:
+    """Tune, train, map, time; every finished training is kept, the tables are written at the end."""
+    start, folder = time.perf_counter(), common.folder / "runs" / NAME
+    open_runs(folder, settings, common.resume, may_grow=("arms", "poolings"))
+    work = Work(common, settings, ready.data, folder)
+    tables: dict[str, list[pd.DataFrame]] = {
+        name: [] for name in ("trials", "epochs", "curves", "map", "costs", "parts")
+    }
+    with same_randomness():
+        for pooling in settings.poolings:
+            _network(work, pooling, tables)
+        trials, curves, tuned = deep.tune_and_fit(work, ready.deep_images, _deep_arms(settings))
+        tables["trials"].append(trials)
+        tables["curves"].append(curves)
+        own = settings.autoencoder
+        costs, parts = measure(
+            deep.PROBLEM, deep.steppers(ready.deep_images, own, tuned), own.timing_steps, common.torch_device
+        )
+        tables["costs"].append(costs)
+        tables["parts"].append(parts)
+    _write(common, settings, ready, tables, time.perf_counter() - start)
+
+
+def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]]) -> None:
+    """Everything about the network with one head."""
+    settings, tuned = work.settings, {}
+    for arm in settings.arms:
+        tuned[arm], trials = tune(work, pooling, arm)
+        tables["trials"].append(trials)
+    for seed in range(work.common.seeds):
+        for arm in settings.arms:
+            epochs, curves = evaluate(work, pooling, arm, tuned[arm], seed)
+            tables["epochs"].append(epochs)
+            tables["curves"].append(curves)
+    if MAPPED in settings.arms:
+        tables["map"].append(sensitivity(work, pooling, MAPPED, tuned[MAPPED]))
+    work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
+    costs, parts = measure(pooling, _steppers(work, pooling, tuned), settings.timing_steps, work.common.torch_device)
+    tables["costs"].append(costs)
+    tables["parts"].append(parts)
+
+
+def _steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
+    """A stepper of every arm, from the same weights on the same batches."""
+    settings, device = work.settings, work.common.torch_device
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    batches = [
+        (images.contiguous(memory_format=layout), labels)
+        for images, labels in cycled(work.data.train, settings.batch_size, settings.timing_steps, device)
+    ]
+    steppers = {}
+    for arm, tuning in tuned.items():
+        one = training_run(work.common, settings, arm, pooling, tuning, 0, settings.epochs)
+        model = initial_network(one, work.data).to(device, memory_format=layout)  # type: ignore[call-overload]
+        steppers[arm] = Stepper(model, OPTIMIZERS[one.optimizer](model, one), F.cross_entropy, batches)
+    return steppers
+
+
+def _write(
+    common: Common, settings: Settings, ready: Ready, tables: Mapping[str, list[pd.DataFrame]], seconds: float
+) -> None:
+    labels = f"{ready.data.label}; autoencoder: {ready.deep_data.label}, grey"
+    origin = provenance(
+        NAME,
+        asdict(settings) | {"preset": common.preset, "tuning_seed": TUNING_SEED},
+        list(range(common.seeds)),
+        {"label": ready.data.label, "labels": labels, **ready.data.provenance},
+        common.torch_device,
+        seconds,
+    )
+    names = {"trials": "trials", "curves": "curves", "map": "sensitivity", "costs": "costs", "parts": "breakdown"}
+    for key, name in names.items():
+        if tables[key]:
+            write_table(common.folder, f"{NAME}_{name}", pd.concat(tables[key]))
+    write_table(common.folder, NAME, pd.concat(tables["epochs"]), origin)
+
+
+def dry_run(common: Common, settings: Settings) -> list[str]:
+    """One step of every arm and head on fake data; sentences that state the cost of their trials and runs."""
+    lines, total = [], 0.0
+    runs_each = settings.trials * settings.trial_epochs / settings.epochs + common.seeds
+    for pooling in settings.poolings:
+        for arm in settings.arms:
+            seconds, words = cost_of(_first_run(common, settings, arm, pooling), {})
+            lines.append(f"{ARMS[arm].label}: {words}")
+            total += seconds * runs_each
+    scope = f"{settings.trials} trials and {common.seeds} seeds of {len(lines)} arms and heads"
+    return [*lines, f"{scope}, without the damping map and the autoencoder: about {total / 3600:,.1f} h"]

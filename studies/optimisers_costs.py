@@ -1,0 +1,121 @@
+"""What a training step of each optimiser costs: time interleaved with SGD's, peak memory, and where the time goes."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from studies.timing import interleaved, peak_bytes
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Stepper:
+    """One training step of a model with an optimiser at each call, on the batches in turn."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, batches: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.batches = model, optimizer, loss, batches
+        self.update_curvature = getattr(optimizer, "update_curvature", None)
+        self.steps = 0
+        self.seconds: Counter[str] = Counter()
+
+    def __call__(self) -> None:
+        """One step."""
+        self.take(*self.batches[self.steps % len(self.batches)])
+        self.steps += 1
+
+    def take(self, inputs: Tensor, targets: Tensor) -> None:
+        """A step on one batch."""
+        start = self._now(inputs.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self.model(inputs)
+        loss = self.loss(outputs, targets)
+        if self.update_curvature is not None:
+            self.update_curvature(outputs)
+        loss.backward()
+        backward = self._now(inputs.device)
+        self.optimizer.step()
+        self.seconds["forward and backward"] += backward - start  # type: ignore[assignment]
+        self.seconds["optimiser's step"] += self._now(inputs.device) - backward  # type: ignore[assignment]
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def parts(self) -> dict[str, float]:
+        """Mean milliseconds a step by part; K-FAC's parts are those that its report names."""
+        seconds = dict(self.seconds)
+        report = getattr(self.optimizer, "report", None)
+        if report is not None:
+            own = dict(report().seconds)
+            backward = own.get("curvature", 0.0)  # update_curvature, called before the backward pass
+            step = sum(own.values()) - backward
+            for part, inside in (("forward and backward", backward), ("optimiser's step", step)):
+                seconds[part] = max(0.0, seconds[part] - inside)
+            seconds |= own
+        return {part: 1e3 * value / max(1, self.steps) for part, value in seconds.items()}
+
+
+def state_bytes(value: Any) -> int:
+    """Bytes of all tensors in a nested state."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(state_bytes(item) for item in value.values())
+    return sum(state_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
+
+
+def measure(
+    problem: str, steppers: Mapping[str, Stepper], steps: int, device: torch.device
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of every timed step, with the arm's peak memory, and rows of every part; steps interleaved.
+
+    Peak memory is that of a later step in which K-FAC updates its factors, beyond weights and state; the state is counted by
+    itself.
+    """
+    times = list(interleaved(steppers, steps, device))
+    parts = [
+        {"problem": problem, "arm": arm, "part": part, "milliseconds": milliseconds}
+        for arm, stepper in steppers.items()
+        for part, milliseconds in stepper.parts().items()
+    ]
+    memory = {
+        arm: (peak_bytes(_factor_step(stepper), device), state_bytes(stepper.optimizer.state_dict()))
+        for arm, stepper in steppers.items()
+    }
+    rows = [
+        {
+            "problem": problem,
+            "arm": arm,
+            "step": step,
+            "milliseconds": milliseconds,
+            "peak_mib": memory[arm][0] / 2**20,
+            "state_mib": memory[arm][1] / 2**20,
+        }
+        for arm, step, milliseconds in times
+    ]
+    return pd.DataFrame(rows), pd.DataFrame(parts)
+
+
+def _factor_step(stepper: Stepper) -> Callable[[], None]:
+    """The stepper, moved on to a step that updates the factors, if there are any."""
+    for _ in range(1000):
+        if getattr(stepper.optimizer, "factor_step", True):
+            break
+        stepper()
+    return stepper
+
+
+def cycled(split: Any, batch_size: int, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `count` batches of a split."""
+    for start in range(0, min(count * batch_size, len(split) - batch_size + 1), batch_size):
+        images, labels = split.batch(torch.arange(start, start + batch_size))
+        yield images.to(device), labels.to(device)

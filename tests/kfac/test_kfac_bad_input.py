@@ -1,0 +1,206 @@
+"""Every InputError of the optimiser says what is wrong and what to do; those of the scaling check are tested with it."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kfac_training import batches, convnet, same, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+from secondorder.errors import InputError
+from secondorder.kfac import KFAC, Damping, Fisher, KFACPreconditioner, LevenbergMarquardt, Options
+
+NAN = float("nan")
+Thing = Callable[[], Any]
+
+
+def kfac(**settings: Any) -> Thing:
+    return lambda: KFAC(convnet(), **{"lr": 0.1, **settings})
+
+
+VALUES: dict[str, tuple[Thing, str]] = {
+    "lr negative": (kfac(lr=-0.1), "lr -0.1: must be a number in [0, inf)"),
+    "lr nan": (kfac(lr=NAN), "lr nan: must be a number in [0, inf)"),
+    "lr inf": (kfac(lr=float("inf")), "lr inf: must be a number in [0, inf)"),
+    "lr text": (kfac(lr="0.1"), "lr '0.1': must be a number in [0, inf)"),
+    "lr None": (kfac(lr=None), "lr None: must be a number in [0, inf)"),
+    "lr bool": (kfac(lr=True), "lr True: must be a number in [0, inf)"),
+    "momentum 1": (kfac(momentum=1.0), "momentum 1.0: must be a number in [0, 1)"),
+    "momentum negative": (kfac(momentum=-0.1), "momentum -0.1: must be a number in [0, 1)"),
+    "weight decay": (kfac(weight_decay=-1e-4), "weight_decay -0.0001: must be a number in [0, inf)"),
+    "damping zero": (kfac(damping=0), "damping 0: must be above 0; 1e-8 is as good as none"),
+    "damping negative": (kfac(damping=-1.0), "damping -1.0: must be a number in [0, inf)"),
+    "damping nan": (lambda: Damping(NAN), "damping nan: must be a number in [0, inf)"),
+    "damping text": (kfac(damping="much"), "damping 'much': must be a number in [0, inf)"),
+    "inverse": (lambda: Damping(inverse="qr"), "unknown inverse 'qr'; choose one of: eigen, cholesky"),
+    "ema_decay 1": (kfac(ema_decay=1.0), "ema_decay 1.0: must be a number in [0, 1)"),
+    "factor_interval 0": (kfac(factor_interval=0), "factor_interval 0: must be a whole number, at least 1"),
+    "factor_interval negative": (kfac(factor_interval=-3), "factor_interval -3: must be a whole number, at least 1"),
+    "inverse_interval half": (kfac(inverse_interval=2.5), "inverse_interval 2.5: must be a whole number, at least 1"),
+    "inverse_interval bool": (kfac(inverse_interval=True), "inverse_interval True: must be a whole number, at least 1"),
+    "fisher": (kfac(fisher="true"), "unknown fisher 'true'; choose one of: mc, empirical, exact"),
+    "fisher None": (kfac(fisher=None), "unknown fisher None; choose one of: mc, empirical, exact"),
+    "likelihood": (
+        lambda: Fisher(likelihood="nll"),
+        "unknown likelihood 'nll'; choose one of: cross_entropy, mse, bce",
+    ),
+    "reduction": (lambda: Fisher(reduction="none"), "unknown reduction 'none'; choose one of: mean, sum"),
+    "samples": (lambda: Fisher(samples=0), "samples 0: must be a whole number, at least 1"),
+    "seed": (lambda: Fisher(seed=0.5), "seed 0.5: must be a whole number"),
+    "grad_scaler": (lambda: Fisher(grad_scaler=65536), "grad_scaler 65536: must be a torch.amp.GradScaler"),
+    "approximation": (kfac(approximation="diag"), "unknown approximation 'diag'; choose one of: kfac, ekfac, fallback"),
+    "approximation None": (
+        kfac(approximation=None),
+        "unknown approximation None; choose one of: kfac, ekfac, fallback",
+    ),
+    "policy of no layer": (kfac(approximation={"head.*": "ekfac"}), "approximation 'head.*' matches no linear layer"),
+    "nothing left": (kfac(approximation="fallback"), "approximation leaves every layer to the fallback; use 'kfac' or"),
+    "sharing": (kfac(sharing="mean"), "unknown sharing 'mean'; choose one of: expand, reduce"),
+    "clip zero": (kfac(clip=0), "clip 0: must be above 0"),
+    "clip negative": (kfac(clip=-1.0), "clip -1.0: must be a number in [0, inf)"),
+    "options": (kfac(options={"fallback": "adam"}), "options {'fallback': 'adam'}: must be Options(...)"),
+    "fallback": (lambda: Options(fallback="rprop"), "unknown fallback 'rprop'; choose one of: sgd, adam"),
+    "fallback_lr": (lambda: Options(fallback_lr=-1.0), "fallback_lr -1.0: must be a number in [0, inf)"),
+    "wide_inputs": (lambda: Options(wide_inputs=0), "wide_inputs 0: must be a whole number, at least 1"),
+    "groups": (lambda: Options(groups=[{"lr": 0.1}]), "groups [{'lr': 0.1}]: must be settings by pattern"),  # type: ignore[arg-type]
+    "groups of numbers": (
+        lambda: Options(groups={"*.bias": 0.1}),
+        "groups {'*.bias': 0.1}: must be settings by pattern",
+    ),  # type: ignore[dict-item]
+    "group of nothing": (
+        kfac(options=Options(groups={"head.*": {"lr": 0.1}})),
+        "groups: no parameter is named like 'head.*'",
+    ),
+    "group setting": (
+        kfac(options=Options(groups={"6.*": {"nesterov": 1.0}})),
+        "unknown setting of a parameter group 'nesterov'; choose one of: lr, momentum, weight_decay, damping",
+    ),
+    "group value": (kfac(options=Options(groups={"6.*": {"lr": -1.0}})), "lr -1.0: must be a number in [0, inf)"),
+    "group damping": (kfac(options=Options(groups={"6.*": {"damping": 0.0}})), "damping 0.0: must be above 0"),
+    "every": (lambda: LevenbergMarquardt(every=0), "every 0: must be a whole number, at least 1"),
+    "factor": (lambda: LevenbergMarquardt(factor=1.0), "factor 1.0: must lie in (0, 1)"),
+    "least and most": (lambda: LevenbergMarquardt(least=1.0, most=0.1), "least 1.0, most 0.1: must be positive and in"),
+    "parameters": (
+        lambda: KFAC(convnet().parameters(), 0.1),
+        "model generator: must be a torch.nn.Module, the model itself",
+    ),  # type: ignore[arg-type]
+    "no layer": (
+        lambda: KFAC(nn.LayerNorm(3), 0.1),
+        "the model has no layer that K-FAC can treat: no Linear, Conv1d or",
+    ),
+    "all frozen": (
+        lambda: KFAC(convnet().requires_grad_(False), 0.1),
+        "the model has no layer that K-FAC can treat",
+    ),
+    "lazy": (lambda: KFAC(nn.LazyLinear(3), 0.1), "parameter weight is not initialised yet; run the model once before"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_bad_values(case: str) -> None:
+    made, message = VALUES[case]
+    with pytest.raises(InputError, match=f"^{re.escape(message)}") as caught:
+        made()
+    assert "\n" not in str(caught.value)
+
+
+def test_preconditioner_refuses_the_same() -> None:
+    for settings, message in (
+        ({"damping": -1.0}, "damping"),
+        ({"fisher": "f"}, "fisher"),
+        ({"factor_interval": 0}, "fac"),
+    ):
+        with pytest.raises(InputError, match=message):
+            KFACPreconditioner(convnet(), **settings)
+
+
+# ---------------------------------------------------------------------------------------------------- wrong at the time
+
+
+def setup(**settings: Any) -> tuple[nn.Module, KFAC, torch.Tensor, torch.Tensor]:
+    model = convnet()
+    x, y = batches(1)[0]
+    return model, KFAC(model, 0.1, **settings), x, y
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_step_before_backward(fisher: str) -> None:
+    _, optimizer, _, _ = setup(fisher=fisher)
+    with pytest.raises(InputError, match=r"step\(\) before backward\(\): no parameter of the model has a gradient"):
+        optimizer.step()
+
+
+def test_forgotten_update_of_the_curvature() -> None:
+    model, optimizer, x, y = setup()
+    before = weights(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(
+        InputError, match=r"call update_curvature\(logits\) between .* \(fisher 'mc'\), or use fisher='emp"
+    ):
+        optimizer.step()
+    assert same(weights(model), before)
+    train(model, optimizer, [(x, y)])  # and goes on
+
+
+def test_update_of_the_curvature_after_backward() -> None:
+    model, optimizer, x, y = setup()
+    logits = model(x)
+    F.cross_entropy(logits, y).backward()
+    with pytest.raises(InputError, match=r"update_curvature\(logits\) after loss\.backward\(\): it needs the graph"):
+        optimizer.update_curvature(logits)
+
+
+def test_update_of_the_curvature_without_a_graph() -> None:
+    model, optimizer, x, _ = setup()
+    for logits in (model(x).detach(), torch.zeros(12, 3)):
+        with pytest.raises(InputError, match="the logits have no graph"):
+            optimizer.update_curvature(logits)
+
+
+def test_update_of_the_curvature_without_a_call_of_the_model() -> None:
+    _, optimizer, _, _ = setup()
+    with pytest.raises(
+        InputError, match="no layer of the model was called since the last step; a compiled model ignores"
+    ):
+        optimizer.update_curvature(torch.zeros(12, 3, requires_grad=True))
+
+
+def test_gradients_that_no_layer_made() -> None:
+    model, optimizer, _, _ = setup(fisher="empirical", options=Options(check=False))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(InputError, match="no layer was called and had its backward pass since the last step"):
+        optimizer.step()
+
+
+def test_logits_that_do_not_suit_the_likelihood() -> None:
+    model, optimizer, x, _ = setup()
+    with pytest.raises(InputError, match="cross_entropy needs"):
+        optimizer.update_curvature(model(x)[:, 0])
+
+
+def test_groups_are_given_once() -> None:
+    _, optimizer, _, _ = setup()
+    with pytest.raises(InputError, match=r"add_param_group: make a new KFAC; groups are given as Options\(groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_adaptive_damping_needs_two_losses() -> None:
+    _, optimizer, _, _ = setup(damping=Damping(adapt=LevenbergMarquardt()))
+    with pytest.raises(
+        InputError, match=r"Levenberg-Marquardt damping compares two losses: use step\(closure\) or quad"
+    ):
+        optimizer.step()
+
+
+def test_damping_that_a_user_sets_to_nonsense() -> None:
+    model, optimizer, x, y = setup()
+    before = weights(model)
+    optimizer.param_groups[0]["damping"] = 0.0
+    with pytest.raises(InputError, match=r"damping 0\.0: must be above 0"):
+        train(model, optimizer, [(x, y)])
+    assert same(weights(model), before)

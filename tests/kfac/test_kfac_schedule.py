@@ -1,0 +1,87 @@
+"""When factors and inverses are due."""
+
+from itertools import pairwise
+
+import pytest
+
+from secondorder.errors import InputError
+from secondorder.kfac.schedule import Intervals, spread
+
+
+def simulated(intervals: Intervals, steps: int) -> tuple[list[int], dict[str, list[int]]]:
+    factors: list[int] = []
+    inverses: dict[str, list[int]] = {name: [] for name in intervals.turns}
+    for step in range(steps):
+        intervals.step = step
+        if intervals.factors_due:
+            factors.append(step)
+            intervals.last_factors = step
+        for name in intervals.inverses_due():
+            inverses[name].append(step)
+            intervals.last_inverse[name] = step
+    return factors, inverses
+
+
+def test_plain_intervals() -> None:
+    factors, inverses = simulated(Intervals(3, 6, warm_up=False, stagger=False, costs={"a": 1, "b": 1}), 20)
+    assert factors == [0, 3, 6, 9, 12, 15, 18]
+    assert inverses == {"a": [0, 6, 12, 18], "b": [0, 6, 12, 18]}
+
+
+def test_staggered_layers_take_turns() -> None:
+    names = {f"layer{i}": float(1 + i % 3) for i in range(20)}
+    factors, inverses = simulated(Intervals(10, 10, warm_up=False, stagger=True, costs=names), 100)
+    assert factors == list(range(0, 100, 10))
+    for steps in inverses.values():
+        assert steps[0] == 0
+        assert {b - a for a, b in pairwise(steps[1:])} == {10}
+        assert 10 <= steps[1] < 20  # at a turn after the second update of the factors
+    assert max(sum(names[name] for name in names if step in inverses[name]) for step in range(1, 100)) <= 5
+
+
+def test_warm_up_is_dense_at_first_and_then_gives_way_to_the_intervals() -> None:
+    factors, inverses = simulated(Intervals(10, 100, warm_up=True, stagger=True, costs={"a": 1, "b": 2}), 1000)
+    assert factors[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 18]
+    assert {b - a for a, b in pairwise(factors[-20:])} == {10}
+    for steps in inverses.values():
+        gaps = [b - a for a, b in pairwise(steps)]
+        assert max(gaps[:-3]) <= 200
+        assert gaps[-3:] == [100] * 3
+        assert len(steps) < 60
+
+
+def test_no_inversion_without_new_factors() -> None:
+    _, inverses = simulated(Intervals(10, 1, warm_up=False, stagger=True, costs={"a": 1}), 40)
+    assert inverses["a"] == [0, 10, 20, 30]
+
+
+def test_counters_are_restored() -> None:
+    costs = {"a": 1.0, "b": 3.0}
+    whole = Intervals(4, 6, warm_up=True, stagger=True, costs=costs)
+    first = Intervals(4, 6, warm_up=True, stagger=True, costs=costs)
+    simulated(first, 11)
+    second = Intervals(4, 6, warm_up=True, stagger=True, costs=costs)
+    second.load_state_dict(first.state_dict())
+    simulated(whole, 11)
+    for step in range(11, 60):
+        whole.step = second.step = step
+        assert whole.factors_due == second.factors_due
+        for one in (whole, second):
+            if one.factors_due:
+                one.last_factors = step
+        assert whole.inverses_due() == second.inverses_due()
+        for one in (whole, second):
+            one.last_inverse |= dict.fromkeys(one.inverses_due(), step)
+
+
+def test_spread_balances() -> None:
+    turns = spread({"big": 10, "a": 5, "b": 5, "c": 1}, 2)
+    assert turns["a"] == turns["b"] != turns["big"]
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, True, "10"])
+@pytest.mark.parametrize("name", ["factor_interval", "inverse_interval"])
+def test_bad_intervals(name: str, value: object) -> None:
+    values = {"factor_interval": 1, "inverse_interval": 1} | {name: value}
+    with pytest.raises(InputError, match=f"{name} {value!r}: must be a whole number"):
+        Intervals(**values, warm_up=False, stagger=False, costs={})

@@ -1,0 +1,317 @@
+"""The state of KFAC: a resumed training is the same bit for bit, a state that does not fit changes nothing."""
+
+import copy
+import io
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kfac_training import KINDS, batches, convnet, same, snapshot, train, weights
+from torch import nn
+from torch.nn import functional as F
+
+from secondorder.errors import InputError
+from secondorder.kfac import KFAC, KFACPreconditioner, Options
+
+STEPS = 14
+MID_INTERVAL: dict[str, Any] = {"factor_interval": 3, "inverse_interval": 4}
+
+
+def saved(state: Any) -> Any:
+    """What torch.load makes of a state, the safe way."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("at", [0, 1, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_training_is_the_same_bit_for_bit(kind: str, at: int) -> None:
+    settings = {"momentum": 0.8, **MID_INTERVAL, **KINDS[kind]}
+    data = batches(STEPS)
+    model = convnet()
+    optimizer = KFAC(model, 0.03, **settings)
+    train(model, optimizer, data[:at])
+    state = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, data[at:])
+
+    again = convnet(seed=5)
+    other = KFAC(again, 1.0, **settings)
+    train(again, other, batches(3, 6))  # of another training, which the state replaces
+    again.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    assert same(other.state_dict(), state["optimizer"])
+    assert other.factor_step == (at != 10)
+    train(again, other, data[at:])
+    assert same(weights(again), weights(model))
+    assert same(other.state_dict(), optimizer.state_dict())
+
+
+def test_a_state_is_of_its_moment_and_loading_does_not_tie_optimisers_together() -> None:
+    """Momentum buffers aside, which torch's state_dict shares with the optimiser."""
+    model = convnet()
+    optimizer = KFAC(model, 0.1, approximation="ekfac")
+    train(model, optimizer, batches(2))
+    state = optimizer.state_dict()
+    before = snapshot(state["kfac"])
+    other = KFAC(copy.deepcopy(model), 0.1, approximation="ekfac")
+    other.load_state_dict(state)
+    train(model, optimizer, batches(3))
+    assert same(state["kfac"], before)
+    assert same(other.state_dict()["kfac"], before)
+
+
+def test_hyper_parameters_and_schedulers_are_resumed() -> None:
+    def made() -> tuple[nn.Module, KFAC, Any]:
+        model = convnet()
+        optimizer = KFAC(model, 0.1, options=Options(groups={"6.*": {"lr": 0.01, "damping": 1.0}}))
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS)
+
+    def run(model: nn.Module, optimizer: KFAC, scheduler: Any, steps: slice) -> None:
+        for batch in batches(STEPS)[steps]:
+            train(model, optimizer, [batch])
+            scheduler.step()
+
+    whole = made()
+    run(*whole, slice(0, 6))
+    state = saved([part.state_dict() for part in whole])
+    run(*whole, slice(6, STEPS - 1))
+    resumed = made()
+    for part, content in zip(resumed, state, strict=True):
+        part.load_state_dict(content)
+    run(*resumed, slice(6, STEPS - 1))
+    assert same(weights(resumed[0]), weights(whole[0]))
+
+
+def test_preconditioner_alone() -> None:
+    def run(model: nn.Module, pre: KFACPreconditioner, sgd: torch.optim.Optimizer, steps: slice) -> None:
+        for x, y in batches(STEPS)[steps]:
+            sgd.zero_grad()
+            logits = model(x)
+            pre.update_curvature(logits)
+            F.cross_entropy(logits, y).backward()
+            assert pre.step()
+            sgd.step()
+
+    model, again = convnet(), convnet(3)
+    pre, other = (KFACPreconditioner(m, **MID_INTERVAL) for m in (model, again))
+    sgd, sgd_again = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, again))
+    run(model, pre, sgd, slice(0, 5))
+    state = saved(pre.state_dict())
+    again.load_state_dict(model.state_dict())
+    run(model, pre, sgd, slice(5, STEPS))
+    other.load_state_dict(state)
+    run(again, other, sgd_again, slice(5, STEPS))
+    assert same(weights(again), weights(model))
+
+
+class Compiled(nn.Module):
+    """What torch.compile makes of the names of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._orig_mod(x)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bare": lambda model: model,
+    "module.": nn.DataParallel,
+    "_orig_mod.": Compiled,
+    "module._orig_mod.": lambda model: nn.DataParallel(Compiled(model)),
+    "_orig_mod.module.": lambda model: Compiled(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("after", WRAPPERS)
+@pytest.mark.parametrize("before", ["bare", "module._orig_mod."])
+def test_wrappers_do_not_matter(before: str, after: str) -> None:
+    options = Options(groups={"0.*": {"lr": 0.05}})
+    inner, inner_again = convnet(), convnet()
+    model, again = WRAPPERS[before](inner), WRAPPERS[after](inner_again)
+    optimizer = KFAC(model, 0.1, options=options)
+    data = batches(6)
+    train(model, optimizer, data[:4])
+    inner_again.load_state_dict(inner.state_dict())
+    other = KFAC(again, 0.1, options=options)
+    other.load_state_dict(saved(optimizer.state_dict()))
+    train(model, optimizer, data[4:])
+    train(again, other, data[4:])
+    assert same(weights(inner_again), weights(inner))
+
+
+# ---------------------------------------------------------------------------------------------------- a killed process
+
+
+def process_of_its_own(path: Path, die: int) -> None:
+    """Train on from the checkpoint at `path`; in step `die` wait, half done, for the end."""
+    torch.set_num_threads(1)
+    model = convnet()
+    optimizer = KFAC(model, 0.03, approximation={"0": "ekfac"}, **MID_INTERVAL)
+    first = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    for step, (x, y) in enumerate(batches(STEPS)):
+        if step < first:
+            continue
+        logits = model(x)
+        optimizer.update_curvature(logits)
+        if step == die:
+            print("half way", flush=True)
+            time.sleep(600)
+        train(model, optimizer, [(x, y)])
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+
+def started(path: Path, die: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__, str(path), str(die)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_resumed_in_another_process(tmp_path: Path) -> None:
+    with started(tmp_path / "checkpoint.pt", die=8) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half way\n"
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 8
+    with started(tmp_path / "checkpoint.pt", die=-1) as process:
+        assert process.wait(120) == 0
+    process_of_its_own(tmp_path / "whole.pt", die=-1)
+    resumed, whole = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "whole"))
+    assert same(resumed, whole)
+
+
+# ------------------------------------------------------------------------------------------------ states that do not fit
+
+
+def wider() -> nn.Module:
+    model = convnet()
+    model[6] = nn.Linear(16, 4).double()
+    return model
+
+
+def deeper() -> nn.Module:
+    model = convnet()
+    model.append(nn.Linear(3, 3).double())
+    return model
+
+
+def frozen() -> nn.Module:
+    model = convnet()
+    model[0].requires_grad_(False)
+    return model
+
+
+def without(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def with_other_factor(state: dict[str, Any]) -> dict[str, Any]:
+    state["kfac"]["statistics"]["6"]["A"] = torch.eye(3)[None]
+    return state
+
+
+def with_other_version(state: dict[str, Any]) -> dict[str, Any]:
+    state["kfac"]["version"] = 0
+    return state
+
+
+def with_unknown_inverse(state: dict[str, Any]) -> dict[str, Any]:
+    state["kfac"]["inverses"]["6"]["kind"] = "magic"
+    return state
+
+
+CHANGES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "more classes": (
+        wider,
+        {},
+        lambda s: s,
+        r"another architecture: 6\.weight is \[4, 16\] in the state and \[3, 16\] in",
+    ),
+    "one layer more": (
+        deeper,
+        {},
+        lambda s: s,
+        r"another architecture: 7\.weight is \[3, 3\] in the state and missing in",
+    ),
+    "frozen": (frozen, {}, lambda s: s, r"other settings: 0\.weight was frozen, and is kfac now"),
+    "ekfac": (
+        convnet,
+        {"approximation": {"6": "ekfac"}},
+        lambda s: s,
+        r"other settings: 6\.weight was ekfac, and is kfac",
+    ),
+    "reduce": (
+        convnet,
+        {"sharing": "reduce"},
+        lambda s: s,
+        "other settings: sharing was 'reduce', and is 'expand' now",
+    ),
+    "groups": (
+        convnet,
+        {"options": Options(groups={"*.bias": {"lr": 0.1}})},
+        lambda s: s,
+        r"other parameter groups: group 0 was \['0\.weight', .* and is \['0\.weight'",
+    ),
+    "not of KFAC": (convnet, {}, without("kfac"), "without the entry 'kfac'"),
+    "other version": (convnet, {}, with_other_version, "not a state of K-FAC in version 1"),
+    "other factor": (convnet, {}, with_other_factor, r"layer 6: A has shape \[1, 3, 3\], not \[1, 17, 17\]"),
+    "unknown inverse": (convnet, {}, with_unknown_inverse, "unknown kind of inverse 'magic'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_does_not_fit_changes_nothing(change: str) -> None:
+    other_model, settings, edit, message = CHANGES[change]
+    theirs = other_model()
+    state = KFAC(theirs, 0.5, **settings)
+    train(theirs, state, batches(2))
+    model, twin = convnet(), convnet()
+    optimizer, other = KFAC(model, 0.1), KFAC(twin, 0.1)
+    data = batches(8)
+    train(model, optimizer, data[:4])
+    train(twin, other, data[:4])
+    before = snapshot(optimizer.state_dict())
+    with pytest.raises(InputError, match=message):
+        optimizer.load_state_dict(edit(copy.deepcopy(state.state_dict())))
+    assert same(optimizer.state_dict(), before)
+    train(model, optimizer, data[4:])
+    train(twin, other, data[4:])
+    assert same(weights(model), weights(twin))
+
+
+def test_state_of_another_optimiser() -> None:
+    model = convnet()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match="not of a KFAC optimiser"):
+        KFAC(model, 0.1).load_state_dict(sgd.state_dict())
+    with pytest.raises(InputError, match="not of a KFAC optimiser"):
+        KFAC(model, 0.1).load_state_dict({"kfac": KFACPreconditioner(model).state_dict()} | sgd.state_dict())
+    with pytest.raises(InputError, match="not a state of K-FAC"):
+        KFACPreconditioner(model).load_state_dict(sgd.state_dict())
+
+
+if __name__ == "__main__":
+    process_of_its_own(Path(sys.argv[1]), int(sys.argv[2]))
