@@ -87,6 +87,14 @@ def test_measures_against_torch_func(pooling: str) -> None:
     assert model.training
 
 
+def test_a_network_above_the_limit_of_the_whole_has_its_blocks_measured() -> None:
+    model, images = network("digits_tiny", "gap", 10, 1), torch.randn(6, 1, 8, 8)
+    rows = pd.DataFrame(measure(model, images, torch.arange(6), Limits(whole=0, probes=2, steps=4)))
+    assert "whole" not in set(rows.block)
+    assert set(rows[rows.matrix == "Hessian"].block) <= set(rows[rows.matrix == "GGN"].block)
+    assert (rows.matrix == "GGN to Hessian").any()
+
+
 def test_blocks_of_a_larger_network_are_those_of_a_dense_one() -> None:
     model = network("digits_tiny", "gcp", 10, 1)
     torch.manual_seed(1)

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from secondorder.curvature.matrix_free.frozen_network import RandomState
 from secondorder.errors import InputError, unknown
+from secondorder.kfac.blocks import Directions
 from secondorder.kfac.options import Damping, Fisher, Options, check_damping, check_number, check_positive
-from secondorder.kfac.preconditioner import Directions, KFACPreconditioner, dense
+from secondorder.kfac.preconditioner import KFACPreconditioner, dense
 from secondorder.kfac.report import Report
 from secondorder.kfac.step_size import Trial, quadratic_step
 
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")
 """Of a parameter group."""
+CLIP = 0.01
+"""Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; seldom active later."""
 
 
 class KFAC(torch.optim.Optimizer):
@@ -63,7 +66,7 @@ class KFAC(torch.optim.Optimizer):
         fisher: str | Fisher = "mc",
         approximation: str | Mapping[str, str] = "kfac",
         sharing: str = "expand",
-        clip: float | None = None,
+        clip: float | None = CLIP,
         options: Options = Options(),  # noqa: B008
     ) -> None:
         self.preconditioner = KFACPreconditioner(
@@ -205,7 +208,7 @@ class KFAC(torch.optim.Optimizer):
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for name, layer in self.preconditioner.layers.items():
             check_damping(group_of[layer.weight]["damping"])
-            self.preconditioner.dampings[name] = group_of[layer.weight]["damping"]
+            self.preconditioner.blocks.dampings[name] = group_of[layer.weight]["damping"]
         return group_of
 
     @property

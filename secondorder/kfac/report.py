@@ -114,7 +114,7 @@ def parameter_rows(
 
 
 def _input_size(layer: KroneckerLayer, statistics: Mapping[str, LayerStatistics]) -> str:
-    if not layer.wide:
+    if statistics[layer.name].dense:
         return _size(layer.groups, layer.inputs)
     rows = statistics[layer.name].rows
     return f"{'?' if rows is None else rows.shape[-2]} x {layer.inputs} rows"

@@ -44,7 +44,7 @@ class Trial:
         with torch.no_grad():
             delta = {p: p - old for p, old in self.before.items()}
             linear = sum(float((p.grad * delta[p]).sum()) for p in delta if p.grad is not None)
-            square = float(preconditioner.quadratic_form(delta)) + _penalty(optimizer, delta, delta, {})
+            square = float(preconditioner.blocks.quadratic_form(delta)) + _penalty(optimizer, delta, delta, {})
         scale = preconditioner.mean_scale
         adapt_damping(optimizer, scale * _over_processes(optimizer, after - self.loss), scale * linear + square / 2)
 
@@ -163,7 +163,7 @@ def _penalty(optimizer: KFAC, a: Vector, b: Vector, decay: Mapping[nn.Parameter,
     for name, layer in preconditioner.layers.items():
         products = [(a[p] * b[p]).sum() for p in (layer.weight, layer.bias) if p is not None and p in a]
         if products:
-            total += preconditioner.tikhonov(name) * float(sum(products))
+            total += preconditioner.blocks.tikhonov(name) * float(sum(products))
     return total
 
 

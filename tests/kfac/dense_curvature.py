@@ -67,7 +67,7 @@ def optimiser(
         damping, relative=bool(options.pop("relative", False)), inverse=str(options.pop("inverse", "eigen"))
     )
     settings = {"lr": 1.0, "momentum": 0.0, "factor_interval": 1, "inverse_interval": 1, "options": Options()}
-    return KFAC(model, damping=value, fisher=fisher, **(settings | options))  # type: ignore[arg-type]
+    return KFAC(model, damping=value, fisher=fisher, **({"clip": None} | settings | options))  # type: ignore[arg-type]
 
 
 def step(opt: KFAC, loss: Loss, x: Tensor, y: Tensor) -> Tensor:

@@ -97,13 +97,13 @@ def part_of(rank: int, samples: int = 8) -> slice:
 def trained(case: Case, part: slice, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
     """The weights after each step, dampings, and which layers were inverted here at each step."""
     opt, inverted = made(case, wrap), []
-    inner = opt.preconditioner._inverted
+    inner = opt.preconditioner.blocks.inverted
 
-    def noted(names: list[str]) -> Any:
+    def noted(names: list[str], events: Any) -> Any:
         inverted.append((opt.preconditioner.intervals.step, list(names)))
-        return inner(names)
+        return inner(names, events)
 
-    opt.preconditioner._inverted = noted  # type: ignore[method-assign]
+    opt.preconditioner.blocks.inverted = noted  # type: ignore[method-assign]
     path, dampings = [], []
     for x, y in batches(case.samples):
         take(opt, x[part], y[part], case.take)
@@ -148,7 +148,7 @@ def drawn(rank: int) -> dict[str, Tensor]:
     opt = made(Case({"fisher": "mc"}), DistributedDataParallel)
     for x, y in batches():
         take(opt, x[part_of(rank)], y[part_of(rank)])
-    return {"weights": weights(opt.model), "generator": opt.preconditioner.generator.get_state()}
+    return {"weights": weights(opt.model), "generator": opt.preconditioner.gathering.generator.get_state()}
 
 
 def process(out: Path) -> None:

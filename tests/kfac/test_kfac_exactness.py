@@ -211,7 +211,7 @@ def test_moments_of_ekfac_are_the_diagonal_of_the_exact_matrix(sharing: str) -> 
     opt.param_groups[0]["lr"] = 1.0
     change = step(opt, CE, x, y)
     for name, block in blocks(model).items():
-        inverse, layer = opt.preconditioner.inverses[name], opt.preconditioner.layers[name]
+        inverse, layer = opt.preconditioner.blocks.inverses[name], opt.preconditioner.layers[name]
         assert isinstance(inverse, CorrectedEigenbasis)
         order = with_bias_last(layer.outputs, layer.inputs, layer.bias is not None)
         Q = torch.kron(inverse.Q_B[0], inverse.Q_A[0])

@@ -162,10 +162,10 @@ def trained(kind: str, place: str, skipped: bool) -> Tensor:
             if here == place:
                 opt.zero_grad()
 
-    draws = opt.preconditioner.generator.get_state()
+    draws = opt.preconditioner.gathering.generator.get_state()
     if skipped:
         turn(5 * x, stepping=False)
-        opt.preconditioner.generator.set_state(draws)
+        opt.preconditioner.gathering.generator.set_state(draws)
     for _ in range(3):
         turn(x)
     return weights(model)

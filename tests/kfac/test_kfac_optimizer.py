@@ -1,7 +1,5 @@
-"""KFAC as a torch optimiser: its update against one worked out densely, groups, schedulers, closures, fallbacks."""
+"""The update of KFAC against one worked out densely, and what becomes of parameters without factors."""
 
-import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +134,7 @@ def test_absolute_damping_in_the_units_of_the_loss() -> None:
     before = weights(model)
     x, y = torch.randn(7, 5).double(), torch.randn(7, 3).double()
     damping = Damping(0.3, relative=False)
-    optimizer = KFAC(model, 1.0, momentum=0.0, damping=damping, fisher=Fisher("exact", "mse"))
+    optimizer = KFAC(model, 1.0, momentum=0.0, damping=damping, fisher=Fisher("exact", "mse"), clip=None)
     logits = model(x)
     optimizer.update_curvature(logits)
     F.mse_loss(logits, y).backward()
@@ -146,6 +144,38 @@ def test_absolute_damping_in_the_units_of_the_loss() -> None:
     expected = G @ torch.linalg.inv(2 / 3 * a.mT @ a / 7 + 0.3 * torch.eye(6).double())
     torch.testing.assert_close(before["weight"] - model.weight, expected[:, :-1], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(before["bias"] - model.bias, expected[:, -1], rtol=1e-10, atol=1e-12)
+
+
+def test_ekfac_divides_by_the_second_moments_in_the_bases_of_the_first_step() -> None:
+    """S = the running mean of sum_n (Q_B^T g a^T Q_A)^2 / N, from the second factor step on."""
+    model = nn.Linear(5, 3).double()
+    optimizer = KFAC(
+        model,
+        0.1,
+        momentum=0.0,
+        ema_decay=0.8,
+        factor_interval=1,
+        inverse_interval=100,
+        fisher="empirical",
+        approximation="ekfac",
+        clip=None,
+        options=Options(warm_up=False),
+    )
+    S, weight = torch.zeros(3, 6).double(), 0.0
+    for step in range(4):
+        x, y = torch.randn(9, 5).double(), torch.randint(3, (9,))
+        before = torch.cat([model.weight, model.bias[:, None]], 1).detach()
+        a, g = F.pad(x, (0, 1), value=1.0), model(x).softmax(1).detach() - F.one_hot(y, 3)
+        train(model, optimizer, [(x, y)])
+        if step == 0:
+            Q_B, Q_A = (torch.linalg.eigh(v.mT @ v)[1] for v in (g, a))
+            continue
+        squares = torch.einsum("no,nd->nod", g @ Q_B, a @ Q_A).square().mean(0)
+        S, weight = 0.8 * S + 0.2 * squares, 0.8 * weight + 0.2
+        W = Q_B.mT @ (g.mT @ a / 9) @ Q_A
+        expected = Q_B @ (W / (S / weight + 0.1 * S.mean() / weight)) @ Q_A.mT
+        moved = before - torch.cat([model.weight, model.bias[:, None]], 1).detach()
+        torch.testing.assert_close(moved, 0.1 * expected, rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ trust region, lr = 0
@@ -167,7 +197,7 @@ def test_learning_rate_zero_moves_nothing_and_breaks_nothing(clip: float | None)
 def test_a_wide_trust_region_changes_nothing_and_a_narrow_one_bounds_the_divergence() -> None:
     data = batches(5, 64)
     free, wide = convnet(), convnet()
-    train(free, KFAC(free, 0.1), data)
+    train(free, KFAC(free, 0.1, clip=None), data)
     train(wide, KFAC(wide, 0.1, clip=1e6), data)
     assert same(weights(free), weights(wide))
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3)).double()
@@ -178,172 +208,12 @@ def test_a_wide_trust_region_changes_nothing_and_a_narrow_one_bounds_the_diverge
     assert pytest.approx(0.5e-4, rel=0.2) == KL
 
 
-# --------------------------------------------------------------------------------------------- schedulers and closures
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.3),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=8),
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda t: 1 / (1 + t), lambda t: 0.5**t]),
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
-        lambda o: torch.optim.lr_scheduler.SequentialLR(
-            o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)], [3]
-        ),
-    ],
-    ids=["StepLR", "OneCycleLR", "LambdaLR", "CosineAnnealingLR", "SequentialLR"],
-)
-def test_schedulers_set_what_the_steps_use(schedule: Callable[[torch.optim.Optimizer], Any]) -> None:
-    options = Options(groups={"6.*": {"lr": 0.05}})
-    scheduled, by_hand = convnet(), convnet()
-    optimizer = KFAC(scheduled, 0.1, options=options)
-    sgd = torch.optim.SGD(
-        [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (0.1, 0.05)], momentum=0.9
-    )
-    other = KFAC(by_hand, 0.1, options=options)
-    ours, theirs = schedule(optimizer), schedule(sgd)
-    rates = []
-    for batch in batches(6):
-        train(scheduled, optimizer, [batch])
-        for group, wanted in zip(other.param_groups, sgd.param_groups, strict=True):
-            group.update(lr=wanted["lr"], momentum=wanted["momentum"])
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        train(by_hand, other, [batch])
-        sgd.step()
-        ours.step()
-        theirs.step()
-    assert len({tuple(pair) for pair in rates}) > 2
-    assert same(weights(scheduled), weights(by_hand))
-
-
-def test_closure() -> None:
-    plain, closed = convnet(), convnet()
-    data = batches(3)
-    losses = train(plain, KFAC(plain, 0.1), data)
-    optimizer = KFAC(closed, 0.1)
-    for (x, y), loss in zip(data, losses, strict=True):
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            logits = closed(x)
-            optimizer.update_curvature(logits)
-            value = F.cross_entropy(logits, y)
-            value.backward()
-            return value
-
-        with torch.no_grad():
-            assert optimizer.step(closure).item() == loss
-    assert same(weights(plain), weights(closed))
-
-
-# ---------------------------------------------------------------------------------------------- orders and loops
-
-
-def clear_first(optimizer: KFAC, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    logits = model(x)
-    optimizer.update_curvature(logits)
-    F.cross_entropy(logits, y).backward()
-
-
-def clear_before_backward(optimizer: KFAC, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    logits = model(x)
-    optimizer.update_curvature(logits)
-    loss = F.cross_entropy(logits, y)
-    optimizer.zero_grad()
-    loss.backward()
-
-
-def clear_after_forward(optimizer: KFAC, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    logits = model(x)
-    optimizer.zero_grad(set_to_none=False)
-    optimizer.update_curvature(logits)
-    F.cross_entropy(logits, y).backward()
-
-
-def clear_by_the_model(optimizer: KFAC, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    logits = model(x)
-    loss = F.cross_entropy(logits, y)
-    optimizer.update_curvature(logits)
-    model.zero_grad()
-    loss.backward()
-
-
-def look_at_other_data_first(optimizer: KFAC, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    model(x + 1)
-    with torch.no_grad():
-        model(x + 2)
-    clear_first(optimizer, model, x, y)
-
-
-@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
-@pytest.mark.parametrize(
-    "order", [clear_before_backward, clear_after_forward, clear_by_the_model, look_at_other_data_first]
-)
-def test_order_of_the_loop_does_not_matter(order: Callable[..., None], fisher: str) -> None:
-    usual, other = convnet(), convnet()
-    for model, body in ((usual, clear_first), (other, order)):
-        optimizer = KFAC(model, 0.1, fisher=fisher, factor_interval=2)
-        for x, y in batches(6):
-            body(optimizer, model, x, y)
-            optimizer.step()
-        assert not optimizer.preconditioner.events
-    assert same(weights(usual), weights(other))
-
-
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("skipped", [0, 3])
-def test_a_step_that_is_left_out_leaves_nothing(skipped: int, fisher: str) -> None:
-    data = batches(6)
-    usual, other = convnet(), convnet()
-    train(usual, KFAC(usual, 0.1, fisher=fisher), data)
-    optimizer = KFAC(other, 0.1, fisher=fisher)
-    for i, (x, y) in enumerate(data):
-        if i == skipped:
-            clear_first(optimizer, other, x * 3, y)
-        clear_first(optimizer, other, x, y)
-        optimizer.step()
-    assert same(weights(usual), weights(other))
-
-
-def test_copies_and_pickles_of_the_model_between_and_within_steps() -> None:
-    model = convnet()
-    optimizer = KFAC(model, 0.1, fisher="empirical")
-    [(x, y), *rest] = batches(4)
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    copied = copy.deepcopy(model)
-    torch.save(model, io.BytesIO())
-    F.cross_entropy(copied(x), y).backward()  # leaves no trace
-    loss.backward()
-    optimizer.step()
-    alone = convnet()
-    other = KFAC(alone, 0.1, fisher="empirical")
-    train(alone, other, [(x, y)])
-    assert same(weights(model), weights(alone))
-    train(model, optimizer, rest)
-    train(alone, other, rest)
-    assert same(optimizer.state_dict(), other.state_dict())
-
-
-def test_torch_step_hooks_and_repr() -> None:
-    model = convnet()
-    optimizer = KFAC(model, 0.1)
-    called = []
-    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
-    optimizer.register_step_post_hook(lambda *_: called.append("after"))
-    train(model, optimizer, batches(1))
-    assert called == ["before", "after"]
-    assert "damping: 0.1" in repr(optimizer)
-
-
 # ---------------------------------------------------------------------------------------- parameters without factors
 
 
 def test_adam_fallback_is_adam() -> None:
     model = convnet()
-    optimizer = KFAC(model, 0.1, momentum=0.0, options=Options(fallback="adam", fallback_lr=0.2))
+    optimizer = KFAC(model, 0.1, momentum=0.0, clip=None, options=Options(fallback="adam", fallback_lr=0.2))
     norm = model[1]
     copies = [nn.Parameter(p.detach().clone()) for p in norm.parameters()]
     adam = torch.optim.Adam(copies, 0.1 * 0.2, betas=(0.0, 0.999))
@@ -358,7 +228,7 @@ def test_adam_fallback_is_adam() -> None:
 
 def test_sgd_fallback_is_sgd() -> None:
     model = convnet()
-    optimizer = KFAC(model, 0.1, momentum=0.8, options=Options(fallback_lr=0.2))
+    optimizer = KFAC(model, 0.1, momentum=0.8, clip=None, options=Options(fallback_lr=0.2))
     norm = model[1]
     copies = [nn.Parameter(p.detach().clone()) for p in norm.parameters()]
     sgd = torch.optim.SGD(copies, 0.1 * 0.2, momentum=0.8)
@@ -413,6 +283,7 @@ def test_frozen_parameters_stay_and_thawed_ones_are_an_error() -> None:
     train(model, optimizer, data)
     moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
     assert moved == {"0.bias", "1.weight", "1.bias", "3.weight"}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4]
     model[6].requires_grad_(True)
     with pytest.raises(InputError, match=r"parameter 6\.weight was frozen .* make a new KFAC"):
         train(model, optimizer, data)

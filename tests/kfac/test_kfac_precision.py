@@ -133,7 +133,7 @@ def test_sampled_labels_do_not_need_to_know_the_scaler() -> None:
             model = convnet()
             optimizer = KFAC(model, 0.05, fisher=Fisher(grad_scaler=scaler if known else None))
             scaled_training(model, optimizer, scaler, bad=(0, 3), clip=clip)
-            assert optimizer.preconditioner.check is None
+            assert optimizer.preconditioner.gathering.check is None
             trained.append(weights(model))
         assert same(*trained)
 
@@ -156,7 +156,7 @@ def test_clipping_and_disabled_scalers_are_fine(fisher: str) -> None:
     model = convnet()
     optimizer = KFAC(model, 0.05, fisher=Fisher(fisher, grad_scaler=scaler))
     scaled_training(model, optimizer, scaler, clip=0.1)
-    assert optimizer.preconditioner.check is None
+    assert optimizer.preconditioner.gathering.check is None
 
 
 def test_a_loss_of_the_other_reduction_is_still_noticed() -> None:
@@ -231,4 +231,4 @@ def test_accumulation_holds_the_activations_of_one_piece(fisher: str) -> None:
         logits = model(part)
         optimizer.update_curvature(logits)
         (F.cross_entropy(logits, labels) / 3).backward()
-        assert not optimizer.preconditioner.capture._recorded
+        assert not optimizer.preconditioner.gathering.capture._recorded

@@ -32,7 +32,7 @@ def precondition(
 def test_with_sgd_it_is_the_optimiser(kind: str) -> None:
     settings: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 3, **KINDS[kind]}
     model, other = convnet(), convnet()
-    optimizer = KFAC(model, 0.05, momentum=0.8, **settings)
+    optimizer = KFAC(model, 0.05, momentum=0.8, clip=None, **settings)
     train(model, optimizer, batches(8))
     pre = KFACPreconditioner(other, **settings)
     precondition(other, pre, torch.optim.SGD(other.parameters(), 0.05, momentum=0.8))

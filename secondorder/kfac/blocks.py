@@ -1,0 +1,148 @@
+"""The damped inverses of all layers: made from the factors, applied to gradients."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.kfac.distributed import Processes
+from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, invert, restored
+from secondorder.kfac.layers import KroneckerLayer
+from secondorder.kfac.options import Damping
+from secondorder.kfac.statistics import LayerStatistics
+
+Directions = dict[nn.Parameter, Tensor]
+
+
+class Blocks:
+    """P = (B kron A + lambda I)^-1 of each layer, with a damping of its own; each is computed by one of the processes."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, KroneckerLayer],
+        statistics: Mapping[str, LayerStatistics],
+        damping: Damping,
+        processes: Processes,
+    ) -> None:
+        self.layers, self.statistics, self.damping, self.processes = layers, statistics, damping, processes
+        self.costs = {name: _cost(layer) for name, layer in layers.items()}
+        self.owners = processes.owners(self.costs)
+        self.dampings: dict[str, float] = dict.fromkeys(layers, damping.value)
+        self.inverses: dict[str, Inverse] = {}
+        self.device = next(iter(layers.values())).weight.device
+
+    def invert(self, names: Sequence[str], events: Counter[str]) -> None:
+        """New inverses of the named layers, all of which have factors; what goes wrong is counted in `events`."""
+        if not names:
+            return
+
+        def compute(mine: list[str]) -> dict[str, State]:
+            return {name: inverse.tensors() for name, inverse in self.inverted(mine, events).items()}
+
+        if self.processes.world == 1:
+            self.inverses |= self.inverted(names, events)
+        else:
+            contents = self.processes.computed_by_owners(names, self.owners, compute, self.device)
+            self.inverses |= {name: restored(content) for name, content in contents.items()}
+        self._share_bases()
+
+    def inverted(self, names: Sequence[str], events: Counter[str]) -> dict[str, Inverse]:
+        """Inverses of the layers, those of one kind together."""
+        found: dict[str, Inverse] = {}
+        for approximation, kind in (("kfac", self.damping.inverse), ("ekfac", "ekfac")):
+            chosen = [name for name in names if self.layers[name].approximation == approximation]
+            factors, dampings = [self.factors(name) for name in chosen], [self.dampings[name] for name in chosen]
+            found |= invert(factors, kind, dampings, self.damping.relative, self.inverses, events)
+        return found
+
+    def correct(self, statistics: Sequence[LayerStatistics], ema_decay: float) -> None:
+        """Take the squared gradients of a step into EKFAC's second moments."""
+        for one in statistics:
+            inverse = self.inverses.get(one.layer.name)
+            if isinstance(inverse, CorrectedEigenbasis) and one.squares is not None:
+                inverse.update(one.squares, ema_decay)
+
+    def solve(self, gradients: Directions, events: Counter[str]) -> Directions:
+        """P grad for layers with an inverse, the gradient itself for all other parameters."""
+        directions = dict(gradients)
+        for name, layer in self.layers.items():
+            W = self._matrix(layer, directions)
+            if W is None:
+                continue
+            if name not in self.inverses:
+                events[f"{name}: no factors yet, its gradient is used as it is"] += 1
+                continue
+            solution = self.inverses[name].solve(W, self.dampings[name], self.damping.relative)
+            weight, bias = layer.parts(solution)
+            directions[layer.weight] = weight
+            if layer.bias is not None and layer.bias in directions:
+                assert bias is not None
+                directions[layer.bias] = bias
+        return directions
+
+    def quadratic_form(self, directions: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """sum of tr(W^T B W A) over the layers, W a direction: d^T F d of K-FAC's model, undamped."""
+        total = torch.zeros((), device=self.device)
+        for name, layer in self.layers.items():
+            W = self._matrix(layer, directions)
+            if W is None or self.statistics[name].B is None:
+                continue
+            factors = self.factors(name)
+            WA = W @ factors.A if factors.A is not None else (W @ factors.given.mT) @ factors.given
+            total = total + ((factors.B @ W) * WA).sum()
+        return total
+
+    def tikhonov(self, name: str) -> float:
+        """lambda of a layer: damping, times the mean eigenvalue of its block where that is relative (mean over groups)."""
+        damping = self.dampings[name]
+        if not self.damping.relative or self.statistics[name].B is None:
+            return damping
+        of_A, of_B = self.factors(name).means()
+        return damping * float((of_A * of_B).mean())
+
+    def factors(self, name: str) -> Factors:
+        """A or its rows, and B, of a layer that has been used."""
+        statistics = self.statistics[name]
+        assert statistics.B is not None
+        return Factors(name, statistics.A, statistics.rows, statistics.B)
+
+    def state_dict(self) -> dict[str, object]:
+        """Inverses and dampings."""
+        return {
+            "dampings": dict(self.dampings),
+            "inverses": {name: inverse.tensors() for name, inverse in self.inverses.items()},
+        }
+
+    def restored(self, state: Mapping[str, Mapping]) -> dict[str, Inverse]:
+        """The inverses in a state; InputError for an unknown kind."""
+        return {
+            name: restored({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in content.items()})
+            for name, content in state["inverses"].items()
+        }
+
+    def continue_with(self, inverses: dict[str, Inverse], dampings: Mapping[str, float]) -> None:
+        """Use these from now on."""
+        self.inverses, self.dampings = inverses, dict(dampings)
+        self._share_bases()
+
+    def _share_bases(self) -> None:
+        """Squared gradients are gathered in the bases of the present inverses."""
+        for name, inverse in self.inverses.items():
+            if isinstance(inverse, CorrectedEigenbasis):
+                self.statistics[name].bases = (inverse.Q_A, inverse.Q_B)
+
+    def _matrix(self, layer: KroneckerLayer, directions: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
+        """[G, O, D], or None for a layer that was not used; a bias without gradient counts as zero."""
+        if layer.weight not in directions:
+            return None
+        bias = None
+        if layer.bias is not None:
+            bias = directions[layer.bias] if layer.bias in directions else torch.zeros_like(layer.bias)
+        return layer.matrix(directions[layer.weight], bias)
+
+
+def _cost(layer: KroneckerLayer) -> float:
+    """About proportional to the time of an inversion."""
+    inputs = 0 if layer.wide else layer.inputs
+    return layer.groups * (inputs**3 + layer.outputs**3)

@@ -1,0 +1,188 @@
+"""The Kronecker factors of all layers, from the passes of the steps that update them to running means."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secondorder.errors import InputError
+from secondorder.kfac.capture import Capture
+from secondorder.kfac.distributed import Processes
+from secondorder.kfac.fisher import output_gradients
+from secondorder.kfac.layers import KroneckerLayer
+from secondorder.kfac.options import Fisher
+from secondorder.kfac.scaling_check import ScalingCheck, known_scale
+from secondorder.kfac.statistics import LayerStatistics
+
+UNCOMPILED = "a compiled model ignores hooks: run it uncompiled in steps with `factor_step`"
+
+
+class Gathering:
+    """Watches the passes of a factor step (`begin`, `update`), and commits what it found to the statistics of each layer.
+
+    samples: N of the last commit, of all processes: the rows of the outputs, or, where they are not seen ("empirical"), the
+    smallest batch that a layer has had; a linear layer on flattened positions has more rows than there are samples.
+    """
+
+    def __init__(
+        self, layers: Sequence[KroneckerLayer], model: nn.Module, fisher: Fisher, processes: Processes, check: bool
+    ) -> None:
+        self.fisher, self.processes = fisher, processes
+        self.layers, self._checked = list(layers), not check
+        self.statistics = {layer.name: LayerStatistics(layer) for layer in layers}
+        self.samples = 0.0
+        self.capture = Capture(layers, self.statistics, model)
+        self.check: ScalingCheck | None = ScalingCheck(layers) if check else None
+        self.generator = torch.Generator()
+        self.quiet = False
+        self._rows = 0
+        self._backward_seen = False
+
+    def begin(self, due: bool, step: int) -> None:
+        """Hooks on for a step that updates the factors, off otherwise; the labels drawn in it depend on seed, step, process."""
+        self._rows, self._backward_seen = 0, False
+        self.due = due
+        if not due:
+            self.capture.stop()
+            return
+        entropy = [self.fisher.seed % 2**64, step, self.processes.rank]
+        self.generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        if self.capture.active:
+            self.capture.forget()
+        else:
+            self.capture.start()
+        if self.fisher.kind == "empirical":
+            self.capture.from_backward()
+            if self.check is not None:
+                self.check.watch(self.capture)
+
+    def update(self, logits: Tensor) -> None:
+        """Statistics from the graph of the outputs; InputError when they have none, or no layer was called."""
+        if not logits.requires_grad:
+            raise InputError(
+                "update_curvature(logits): the logits have no graph; call it outside torch.no_grad(), before backward()"
+            )
+        if not self.capture.uses:
+            raise InputError(
+                f"update_curvature(logits): no layer of the model was called since the last step; {UNCOMPILED}"
+            )
+        fisher = self.fisher
+        gradients = output_gradients(
+            logits.detach(), fisher.kind, fisher.likelihood, fisher.reduction, self.generator, fisher.samples
+        )
+        if self.check is not None:
+            self.check.watch(self.capture, logits, fisher)
+        self.capture.from_logits(logits, gradients)
+        self._rows += len(logits)
+        self._backward_seen = False
+        logits.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._backward_seen = True
+
+    def discard_past(self) -> None:
+        """Forget what came from backward passes that are over; a forward pass whose backward is still to come stays."""
+        if self.fisher.kind == "empirical" or self._backward_seen:
+            self._discard()
+            self.capture.forget_past()
+        if self.check is not None:
+            self.check.clear()
+
+    def discard(self) -> None:
+        """Forget all that the present step has gathered."""
+        self._discard()
+        self.capture.forget()
+        if self.check is not None:
+            self.check.clear()
+
+    def check_updated(self) -> None:
+        """InputError unless `update` was called in this step, where it is needed."""
+        if self.fisher.kind != "empirical" and not self._rows:
+            raise InputError(
+                f"this step updates the factors: call update_curvature(logits) between the forward pass and loss.backward() "
+                f"(fisher {self.fisher.kind!r}), or use fisher='empirical'"
+            )
+
+    def commit(self, ema_decay: float, events: Counter[str]) -> list[LayerStatistics]:
+        """Take this step, of all processes, into the running means; empty, and nothing has changed, when it is not finite.
+
+        InputError when activations and gradients do not reproduce the weights' gradients, and when no layer was used.
+        """
+        if self.check is not None and self.check.verify(self.fisher):
+            self.check, self._checked = None, True
+        together = self.processes.world > 1
+        used = [statistics for statistics in self.statistics.values() if together or statistics.used]
+        if not used:
+            raise InputError(
+                "this step updates the factors, and no layer was called and had its backward pass since the last step; "
+                + UNCOMPILED
+            )
+        rows = torch.tensor(float(self._rows), dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
+        self.processes.sum_in_one_bucket([tensor for one in used for tensor in one.staged_tensors()] + [rows])
+        for statistics in used:
+            if not statistics.dense:
+                statistics.replace_staged_rows(self.processes.gathered(statistics.staged_rows()))
+        if not bool(torch.stack([statistics.is_finite() for statistics in used]).all()):
+            events["factors that are not finite, dropped"] += 1
+            self._discard()
+            return []
+        smallest = min(one.staged_samples for one in used if one.staged_samples > 0)
+        self.samples = float(rows) if self.fisher.kind != "empirical" else smallest
+        for statistics in used:
+            statistics.commit(ema_decay, self._gradient_scale)
+        return used
+
+    @property
+    def _gradient_scale(self) -> float:
+        """What turns the sum of g g^T into the mean over samples of the samples' own gradients.
+
+        The gradients of `mc` and `exact` are the samples' own. Those of an empirical mean loss are 1/N of them, with W
+        processes W/N, and a scaled loss's are as many times larger.
+        """
+        N, W = self.samples, self.processes.world
+        if self.fisher.kind != "empirical":
+            return 1 / N
+        return (N / W**2 if self.fisher.reduction == "mean" else 1 / N) / known_scale(self.fisher) ** 2
+
+    @property
+    def mean_scale(self) -> float:
+        """What makes the loss's gradient that of the mean over samples; several processes have the mean of their sums."""
+        return 1.0 if self.fisher.reduction == "mean" else self.processes.world / max(1.0, self.samples)
+
+    @contextmanager
+    def watching_nothing(self, step: int) -> Iterator[None]:
+        """Passes inside leave no trace; between two steps, of which `step` is the next."""
+        self.capture.stop()
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
+            self.begin(self.due, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors, number of samples, and whether the scaling is verified."""
+        statistics = {name: statistics.state_dict() for name, statistics in self.statistics.items()}
+        return {"statistics": statistics, "samples": self.samples, "checked": self._checked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; InputError, and nothing has changed, for factors of other shapes."""
+        trial = {layer.name: LayerStatistics(layer) for layer in self.layers}
+        for name, own in trial.items():
+            own.load_state_dict(state["statistics"][name])
+        for name, own in self.statistics.items():
+            own.load_state_dict(state["statistics"][name])
+            own.bases = None
+        self.samples, self._checked = float(state["samples"]), bool(state["checked"])
+        if self.check is not None:
+            self.check.stop()
+        self.check = None if self._checked else ScalingCheck(self.layers)
+
+    def _discard(self) -> None:
+        for statistics in self.statistics.values():
+            statistics.discard()
+        self._rows, self._backward_seen = 0, False
