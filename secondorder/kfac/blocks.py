@@ -94,12 +94,11 @@ class Blocks:
         return total
 
     def tikhonov(self, name: str) -> float:
-        """lambda of a layer: damping, times the mean eigenvalue of its block where that is relative (mean over groups)."""
+        """lambda of a layer: damping, times the scale of its block where that is relative (mean over groups)."""
         damping = self.dampings[name]
         if not self.damping.relative or self.statistics[name].B is None:
             return damping
-        of_A, of_B = self.factors(name).means()
-        return damping * float((of_A * of_B).mean())
+        return damping * float(self.factors(name).scale().mean())
 
     def factors(self, name: str) -> Factors:
         """A or its rows, and B, of a layer that has been used."""

@@ -7,6 +7,7 @@ user's own backward delivers them. The model, its gradients and random numbers a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from secondorder.errors import InputError
+from secondorder.kfac.graph import last_of
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.statistics import LayerStatistics
 
@@ -178,29 +180,40 @@ class Capture:
     def _pulled_back(
         self, logits: Tensor, gradients: Tensor, recorded: Sequence[tuple[Use, GradientEdge]]
     ) -> list[bool]:
-        """Add the gradients at the outputs to the statistics; which uses were reached."""
-        edges = [edge for _, edge in recorded]
-        reached = [False] * len(edges)
-        for v, gradient in enumerate(gradients):
-            self.pulling = True
-            try:
-                pulled = torch.autograd.grad(
-                    logits, edges, gradient.to(logits.dtype), retain_graph=True, allow_unused=True
-                )
-            except RuntimeError as error:
-                for use, _ in recorded:
-                    use.check()
-                raise _explained(error) from error
-            finally:
-                self.pulling = False
-            reached = [g is not None for g in pulled] if v == 0 else reached
-            by_use = {use: g for (use, _), g in zip(recorded, pulled, strict=True) if g is not None}
-            del pulled
-            for uses in _forwards(list(by_use)):
-                self.statistics[uses[0].layer.name].add_gradients(
-                    [use.input for use in uses], [by_use.pop(use)[None] for use in uses]
-                )
-        return reached
+        """Add the gradients at the outputs to the statistics, each as it comes; which uses were reached.
+
+        A gradient is freed as soon as those of all uses of the layer in the same forward are there: together they are as large
+        as the outputs of all layers.
+        """
+        if not recorded or logits.grad_fn is None:
+            return [False] * len(recorded)
+        ends = last_of(logits.grad_fn, [edge.node for _, edge in recorded])
+        pull = Pull(self.statistics, [use for use, _ in recorded])
+        handles = [
+            edge.node.register_prehook(partial(_taken, pull, use, edge.output_nr))
+            for use, edge in recorded
+            if edge.node not in ends
+        ]
+        last = [(use, edge) for use, edge in recorded if edge.node in ends]
+        self.pulling = True
+        try:
+            for gradient in gradients if last else ():
+                given = gradient.to(logits.dtype)
+                found = torch.autograd.grad(logits, [edge for _, edge in last], given, retain_graph=True)
+                for (use, _), g in zip(last, found, strict=True):
+                    pull.take(use, g)
+                pull.finish()
+        except RuntimeError as error:
+            for own in self.statistics.values():  # nothing half counted
+                own.discard()
+            for use, _ in recorded:
+                use.check()
+            raise _explained(error) from error
+        finally:
+            self.pulling = False
+            for handle in handles:
+                handle.remove()
+        return [use in pull.reached for use, _ in recorded]
 
     def _await(self, use: Use, output: GradientEdge) -> None:
         """Note the gradient at the output when a backward of the user brings it."""
@@ -240,6 +253,41 @@ class Capture:
             inputs = [use.input for use in together]
             self.statistics[layer.name].add_inputs(inputs)
             self.statistics[layer.name].add_gradients(inputs, [by_use[use][None] for use in together])
+
+
+class Pull:
+    """Gradients of one backward pass on their way into the statistics."""
+
+    def __init__(self, statistics: Mapping[str, LayerStatistics], uses: Sequence[Use]) -> None:
+        self.statistics = statistics
+        self.reached: set[Use] = set()
+        self._together = {use: uses for uses in _forwards(uses) for use in uses}
+        self._here: dict[Use, Tensor] = {}
+
+    def take(self, use: Use, g: Tensor) -> None:
+        """The gradient at the output of a use; into the statistics when those of the uses that go with it are there."""
+        self.reached.add(use)
+        self._here[use] = g
+        if all(other in self._here for other in self._together[use]):
+            self._add(self._together[use])
+
+    def finish(self) -> None:
+        """Into the statistics with those whose companions are not below the logits."""
+        for uses in _forwards(list(self._here)):
+            self._add(uses)
+
+    @torch.no_grad()
+    def _add(self, uses: Sequence[Use]) -> None:
+        gradients = [self._here.pop(use)[None] for use in uses]
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            self.statistics[uses[0].layer.name].add_gradients([use.input for use in uses], gradients)
+
+
+def _taken(pull: Pull, use: Use, index: int, gradients: tuple[Tensor | None, ...]) -> None:
+    """Of a node that the backward pass goes through."""
+    g = gradients[index]
+    if g is not None:
+        pull.take(use, g)
 
 
 def _forwards(uses: Sequence[Use]) -> list[list[Use]]:

@@ -34,7 +34,7 @@ class KFACPreconditioner:
 
     Args:
         model: the network, also wrapped by DistributedDataParallel or torch.compile.
-        damping: a number, or Damping: Tikhonov's lambda, by default in units of a block's mean eigenvalue.
+        damping: a number, or Damping: Tikhonov's lambda, by default relative to the scale of a block.
         ema_decay: of the running means of the factors, in [0, 1); bias-corrected.
         factor_interval, inverse_interval: steps between two updates of the factors, and of the inverses.
         fisher: "mc", "empirical", "exact", or Fisher (likelihood, reduction, ...).

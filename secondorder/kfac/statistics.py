@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError
-from secondorder.kfac.inverses.ekfac import squared_gradients
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.products import gradient_products, input_products, input_rows
-from secondorder.kfac.vectors import batched, positions, samples_at_a_time, vectors
+from secondorder.kfac.squares import squared_products
+from secondorder.kfac.vectors import batched, positions
 
 AVERAGED = ("A", "B")
 
@@ -91,7 +91,7 @@ class LayerStatistics:
         gs = [batched(layer.module, g.to(layer.dtype), leading=1) for g in gradients]
         self._stage("B", gradient_products(layer, gs))
         if self.bases is not None:
-            self._stage("S", self._squared([self._batched(x) for x in inputs], gs))
+            self._stage("S", squared_products(layer, [self._batched(x) for x in inputs], gs, *self.bases))
 
     def staged_tensors(self) -> list[Tensor]:
         """The sums and counts of this step, which add over processes: A unless rows are kept, B, squares, counts."""
@@ -188,19 +188,6 @@ class LayerStatistics:
 
     def _stage(self, name: str, value: Tensor) -> None:
         self._staged[name] = self._staged[name].add_(value) if name in self._staged else value
-
-    def _squared(self, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> Tensor:
-        """sum_vn (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]`; the positions of all uses in one forward are summed over."""
-        assert self.bases is not None
-        Q_A, Q_B = self.bases
-        layer, total = self.layer, self._zeros(*self._shapes["S"])
-        step = max(1, min(samples_at_a_time(layer.geometry, x) for x in xs) // len(xs))
-        for v in range(len(gs[0])):
-            uses = [vectors(layer.geometry, x, g[v], layer.bias is not None, step) for x, g in zip(xs, gs, strict=True)]
-            for parts in zip(*uses, strict=True):
-                a, g = (torch.cat(tensors, 2) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-                total += squared_gradients(Q_A, Q_B, a, g)
-        return total
 
     def _batched(self, x: Tensor) -> Tensor:
         return batched(self.layer.module, x.to(self.layer.dtype))

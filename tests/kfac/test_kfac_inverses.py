@@ -35,14 +35,15 @@ def input_factor(layer: Factors) -> Tensor:
     return layer.rows.mT @ layer.rows
 
 
-def mean_eigenvalues(layer: Factors) -> Tensor:
+def scales(layer: Factors) -> Tensor:
     blocks = [torch.kron(B, A) for B, A in zip(layer.B, input_factor(layer), strict=True)]
-    return torch.stack([torch.linalg.eigvalsh(block).mean() for block in blocks])
+    eigenvalues = [torch.linalg.eigvalsh(block) for block in blocks]
+    return torch.stack([one.square().sum() / one.sum() for one in eigenvalues])
 
 
 def solved(layer: Factors, W: Tensor, damping: float, relative: bool) -> Tensor:
     """(B kron A + lambda I)^-1 vec(W), group by group."""
-    lambdas = damping * mean_eigenvalues(layer) if relative else [damping] * len(W)
+    lambdas = damping * scales(layer) if relative else [damping] * len(W)
     solutions = []
     for w, B, A, value in zip(W, layer.B, input_factor(layer), lambdas, strict=True):
         block = torch.kron(B, A)
@@ -53,7 +54,7 @@ def solved(layer: Factors, W: Tensor, damping: float, relative: bool) -> Tensor:
 
 def solved_by_factors(layer: Factors, W: Tensor, damping: float, relative: bool) -> Tensor:
     """((B + sqrt(lambda) / pi I) kron (A + pi sqrt(lambda) I))^-1 vec(W), group by group."""
-    lambdas = damping * mean_eigenvalues(layer) if relative else [damping] * len(W)
+    lambdas = damping * scales(layer) if relative else [damping] * len(W)
     solutions = []
     for w, B, A, value in zip(W, layer.B, input_factor(layer), lambdas, strict=True):
         pi = float((A.trace() / len(A)) / (B.trace() / len(B))) ** 0.5
@@ -208,7 +209,7 @@ def test_autocast_does_not_reach_the_decompositions():
     before = made(layer, "ekfac")
     assert isinstance(before, CorrectedEigenbasis)
     before.update(torch.rand_like(before.S), 0.9)
-    single = CorrectedEigenbasis(*(t.float() for t in (before.Q_B, before.Q_A, before.S, before.mean)), before.weight)
+    single = CorrectedEigenbasis(*(t.float() for t in (before.Q_B, before.Q_A, before.S, before.scale)), before.weight)
     factors = Factors("layer", other.given.float(), None, other.B.float())
     with torch.autocast("cpu", torch.bfloat16):
         found = invert([factors], "ekfac", [0.1], True, {"layer": single}, Counter())["layer"]

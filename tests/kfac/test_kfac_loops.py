@@ -170,4 +170,4 @@ def test_torch_step_hooks_and_repr() -> None:
     optimizer.register_step_post_hook(lambda *_: called.append("after"))
     train(model, optimizer, batches(1))
     assert called == ["before", "after"]
-    assert "damping: 0.1" in repr(optimizer)
+    assert "damping: 0.01" in repr(optimizer)

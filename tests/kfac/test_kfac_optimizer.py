@@ -49,8 +49,9 @@ class ByHand:
             own = [name for name in named if name.startswith(layer)]
             W = torch.cat([gradients[name].reshape(len(named[own[0]]), -1) for name in own], 1)
             A, B = self.factors[f"A{layer}"], self.factors[f"B{layer}"]
-            damping = self.of(own[0])["damping"] * A.diagonal().mean() * B.diagonal().mean()
-            F_layer = torch.kron(B, A) + damping * torch.eye(W.numel(), dtype=W.dtype)
+            block = torch.kron(B, A)
+            damping = self.of(own[0])["damping"] * block.square().sum() / block.trace()
+            F_layer = block + damping * torch.eye(W.numel(), dtype=W.dtype)
             P = torch.linalg.solve(F_layer, W.flatten()).view_as(W)
             directions |= {own[0]: P[:, : named[own[0]].shape[1]]} | dict.fromkeys(own[1:], P[:, -1])
         if self.clip is not None:
@@ -173,7 +174,7 @@ def test_ekfac_divides_by_the_second_moments_in_the_bases_of_the_first_step() ->
         squares = torch.einsum("no,nd->nod", g @ Q_B, a @ Q_A).square().mean(0)
         S, weight = 0.8 * S + 0.2 * squares, 0.8 * weight + 0.2
         W = Q_B.mT @ (g.mT @ a / 9) @ Q_A
-        expected = Q_B @ (W / (S / weight + 0.1 * S.mean() / weight)) @ Q_A.mT
+        expected = Q_B @ (W / (S / weight + 0.01 * S.square().sum() / S.sum() / weight)) @ Q_A.mT
         moved = before - torch.cat([model.weight, model.bias[:, None]], 1).detach()
         torch.testing.assert_close(moved, 0.1 * expected, rtol=1e-9, atol=1e-12)
 

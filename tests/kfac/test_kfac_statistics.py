@@ -14,6 +14,8 @@ MODULES = {
     "sequences": (lambda: nn.Linear(4, 3, bias=False), (3, 4)),
     "conv1d": (lambda: nn.Conv1d(2, 4, 3), (2, 6)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 2, groups=2), (2, 4, 4)),
+    "more outputs than positions": (lambda: nn.Conv2d(2, 24, 2, 2, groups=2), (2, 4, 4)),
+    "padded": (lambda: nn.Conv2d(2, 12, 3, 3, (1, 0), 2, bias=False, padding_mode="circular"), (2, 6, 6)),
 }
 
 
@@ -117,7 +119,8 @@ def test_squared_gradients_of_samples(name: str, monkeypatch: pytest.MonkeyPatch
     own = torch.einsum("ntgd,vntgo->vngod", a, s)
     truth = torch.einsum("goi,vngod,gdj->vngij", Q_B, own, Q_A).square().sum((0, 1))
     for most in (2**26, 1):
-        monkeypatch.setattr("secondorder.kfac.vectors.UNFOLDED_BYTES", most)
+        monkeypatch.setattr("secondorder.kfac.squares.CACHED_BYTES", most)
+        monkeypatch.setattr("secondorder.kfac.squares.CHUNK_BYTES", most)
         statistics.bases = (Q_A, Q_B)
         statistics.add_inputs([x, y])
         statistics.add_gradients([x, y], [g, h])

@@ -106,7 +106,8 @@ def penalty(opt: KFAC) -> Tensor:
     for name, layer in opt.preconditioner.layers.items():
         held, value = opt.preconditioner.statistics[name], opt.preconditioner.damping.value
         if opt.preconditioner.damping.relative:
-            value *= float(held.A[0].trace() / len(held.A[0]) * held.B[0].trace() / len(held.B[0]))
+            eigenvalues = torch.linalg.eigvalsh(torch.kron(held.B[0], held.A[0]))
+            value *= float(eigenvalues.square().sum() / eigenvalues.sum())
         for p in (layer.weight, layer.bias):
             if p is not None:
                 found[p] += value

@@ -95,9 +95,8 @@ def _fallback(layer: Factors, previous: Mapping[str, Inverse], report: Counter[s
         report["kept"] += 1
         return previous[layer.name]
     report["identity"] += 1
-    mean_A, mean_B = layer.means()
-    mean = mean_A * mean_B
-    return Identity(usable(torch.where(mean.isfinite(), mean, 0.0)))
+    scale = layer.scale()
+    return Identity(usable(torch.where(scale.isfinite(), scale, 0.0)))
 
 
 def _widened(layer: Factors) -> Factors:

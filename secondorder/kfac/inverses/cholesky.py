@@ -3,7 +3,7 @@
     rho_A = pi sqrt(lambda)     rho_B = sqrt(lambda) / pi     pi^2 = (tr A / D) / (tr B / O)
 
 J. Martens, R. Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, section 6.3.
-With relative damping these are sqrt(damping) times the mean eigenvalues of A and B. pi is 1 where one of them is zero.
+pi is 1 where one of them is zero.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ def cholesky(
 def shifts_of(layer: Factors, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
     """rho_A and rho_B, each `[G, 1, 1]`."""
     mean_A, mean_B = layer.means()
-    root = torch.as_tensor(shift(usable(mean_A * mean_B), damping, relative), dtype=mean_A.dtype).sqrt()
+    root = torch.as_tensor(shift(usable(layer.scale()), damping, relative), dtype=mean_A.dtype).sqrt()
     least = floor(mean_A.dtype)
     both = (mean_A > least) & (mean_B > least)
     pi = torch.where(both, mean_A / mean_B, 1.0).sqrt()[:, None, None]

@@ -15,19 +15,19 @@ from secondorder.kfac.inverses.numerics import eigen
 
 @dataclass(eq=False)
 class Eigenbasis(Inverse):
-    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, D]`, Q_A `[G, D, D]`, and the mean eigenvalue `[G, 1, 1]` of the block."""
+    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, D]`, Q_A `[G, D, D]`, and the scale `[G, 1, 1]` of the block."""
 
     kind = "eigen"
     beta: Tensor
     Q_B: Tensor
     alpha: Tensor
     Q_A: Tensor
-    mean: Tensor
+    scale: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W, exactly."""
         M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
-        M.div_(self.eigenvalues().add_(shift(self.mean, damping, relative)))
+        M.div_(self.eigenvalues().add_(shift(self.scale, damping, relative)))
         return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
 
     def eigenvalues(self) -> Tensor:
@@ -45,5 +45,4 @@ def joined(layer: Factors, B: tuple[Tensor, Tensor] | None, A: tuple[Tensor, Ten
     """Both decompositions as one inverse."""
     if B is None or A is None:
         return None
-    mean_A, mean_B = layer.means()
-    return Eigenbasis(*B, *A, usable(mean_A * mean_B))
+    return Eigenbasis(*B, *A, usable(layer.scale()))

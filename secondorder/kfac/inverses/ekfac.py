@@ -26,19 +26,19 @@ CHUNK_BYTES = 16 * 2**20
 
 @dataclass(eq=False)
 class CorrectedEigenbasis(Inverse):
-    """Q_B `[G, O, O]`, Q_A `[G, D, D]`, S `[G, O, D]`, its mean `[G, 1, 1]`, and the weight of the updates so far, 0 to 1."""
+    """Q_B `[G, O, O]`, Q_A `[G, D, D]`, S `[G, O, D]`, its scale `[G, 1, 1]`, and the weight of the updates so far, 0 to 1."""
 
     kind = "ekfac"
     Q_B: Tensor
     Q_A: Tensor
     S: Tensor
-    mean: Tensor
+    scale: Tensor
     weight: float
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W, with the mean of S as the mean eigenvalue."""
+        """P W, with the scale of S, sum S^2 / sum S."""
         M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
-        M.div_(self.S + shift(self.mean, damping, relative))
+        M.div_(self.S + shift(self.scale, damping, relative))
         return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
 
     def squared_gradients(self, a: Tensor, g: Tensor) -> Tensor:
@@ -49,14 +49,14 @@ class CorrectedEigenbasis(Inverse):
         """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
         weight = ema_decay * self.weight + (1 - ema_decay)
         self.S = torch.lerp(self.S, S.to(self.S.dtype), (1 - ema_decay) / weight)
-        self.mean = usable(self.S.mean((1, 2)))
+        self.scale = usable(_scale(self.S))
         self.weight = weight
 
     def carried(self, other: "CorrectedEigenbasis") -> None:
         """Take over S of other bases."""
         left, right = self.Q_B.mT @ other.Q_B, other.Q_A.mT @ self.Q_A
         self.S = (left.square_() @ other.S) @ right.square_()
-        self.mean = usable(self.S.mean((1, 2)))
+        self.scale = usable(_scale(self.S))
         self.weight = other.weight
 
 
@@ -69,12 +69,18 @@ def corrected_eigenbases(
         if basis is None:
             found.append(None)
             continue
-        made = CorrectedEigenbasis(basis.Q_B, basis.Q_A, basis.eigenvalues(), basis.mean, 0.0)
+        made = CorrectedEigenbasis(basis.Q_B, basis.Q_A, basis.eigenvalues(), basis.scale, 0.0)
         before = previous.get(layer.name)
         if isinstance(before, CorrectedEigenbasis) and before.weight > 0 and before.S.shape == made.S.shape:
             made.carried(before)
         found.append(made)
     return found
+
+
+def _scale(S: Tensor) -> Tensor:
+    """sum S^2 / sum S `[G]`."""
+    total = S.sum((1, 2))
+    return (S / torch.where(total > 0, total, 1.0)[:, None, None]).square().sum((1, 2)) * total
 
 
 def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:

@@ -26,19 +26,19 @@ BLOCK = 2048
 
 @dataclass(eq=False)
 class WideEigenbasis(Inverse):
-    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, zero where alpha is, and the mean `[G, 1, 1]`."""
+    """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, zero where alpha is, and the scale `[G, 1, 1]`."""
 
     kind = "wide_eigen"
     beta: Tensor
     Q_B: Tensor
     alpha: Tensor
     U: Tensor
-    mean: Tensor
+    scale: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
         M = self.Q_B.mT @ gradient.to(self.U.dtype)
-        added = shift(self.mean, damping, relative)
+        added = shift(self.scale, damping, relative)
         eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
         return (self.Q_B @ in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
 
@@ -72,8 +72,7 @@ def wide_eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Wi
     found: list[WideEigenbasis | None] = []
     for layer, B in zip(factors, eigen([layer.B for layer in factors], report), strict=True):
         A = input_range(layer.given, report)
-        mean_A, mean_B = layer.means()
-        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(mean_A * mean_B)))
+        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(layer.scale())))
     return found
 
 
