@@ -5,8 +5,9 @@ beginning with another one each time, so that a busy moment of a shared machine 
 compared. The bound is one batched product of C x n by n x C matrices, n = min(C, H W): neither the covariance nor its root is
 formed with less.
 
-Results: ``performance.csv``, one row for each shape, variant and repeat, and ``performance_curvature.csv``, one for each
-quantity of `studies.curvature_costs` and repeat.
+Results: ``performance.csv``, one row for each shape, variant and repeat, ``performance_curvature.csv``, one for each quantity
+of `studies.curvature_costs` and repeat, ``performance_kfac.csv``, one for each kind of step of `studies.kfac_costs` and repeat,
+and ``performance_kfac_parts.csv``, where the time of K-FAC's largest step goes.
 """
 
 import time
@@ -19,18 +20,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, unknown
 from secondorder.matrix_power.newton_schulz import newton_schulz_sqrt
-from secondorder.pooling import Covariance, UpperTriangle, pooling_head
+from secondorder.networks import NETWORKS
+from secondorder.pooling import POOLINGS, Covariance, UpperTriangle, pooling_head
 from secondorder.training import is_main_process
 from secondorder.untouched import same_randomness
 from studies.curvature_costs import actions as curvature_actions
 from studies.curvature_costs import cost_network, peak_rates, work
+from studies.kfac_costs import Case
+from studies.kfac_costs import measure as measure_kfac
 from studies.results import provenance, write_table
 from studies.settings import Common
 from studies.timing import interleaved, peak_bytes, seconds
 
-NAME, CURVATURE = "performance", "performance_curvature"
+NAME, CURVATURE, KFAC_STEPS, KFAC_PARTS = (
+    "performance",
+    "performance_curvature",
+    "performance_kfac",
+    "performance_kfac_parts",
+)
 Shape = tuple[int, int, int, int]
 Step = Callable[[Tensor], Tensor]
 
@@ -58,6 +67,14 @@ class Settings:
     """Batch for which the curvature quantities are timed."""
     curvature_channels: int = 32
     """Channels of the first convolutions of the network that they are timed on; the later ones have twice as many."""
+    kfac_backbone: str = "cifar_resnet20"
+    """Network whose K-FAC steps are timed, on 32x32 images."""
+    kfac_poolings: tuple[str, ...] = ("gap", "gcp")
+    """Its heads, each timed."""
+    kfac_images: int = 128
+    """Batch of a K-FAC step."""
+    kfac_repeats: int = 9
+    """Timed repeats of each kind of K-FAC step; a 95 % interval of the median takes at least 6."""
 
     def __post_init__(self) -> None:
         for shape in self.shapes:
@@ -68,11 +85,34 @@ class Settings:
             raise InputError(
                 f"--curvature-images {self.curvature_images}, --curvature-channels {self.curvature_channels}: both are at least 1"
             )
+        if self.kfac_backbone not in NETWORKS:
+            raise unknown("backbone", self.kfac_backbone, NETWORKS)
+        for pooling in self.kfac_poolings:
+            if pooling not in POOLINGS:
+                raise unknown("pooling", pooling, POOLINGS)
+        if not self.kfac_poolings or self.kfac_images < 2 or self.kfac_repeats < 1:
+            raise InputError(
+                f"--kfac-poolings {' '.join(self.kfac_poolings)}, --kfac-images {self.kfac_images}, --kfac-repeats "
+                f"{self.kfac_repeats}: at least 1 head, 2 images, 1 repeat"
+            )
+
+    @property
+    def kfac_cases(self) -> list[Case]:
+        """What K-FAC steps are timed on."""
+        return [Case(self.kfac_backbone, pooling, self.kfac_images) for pooling in self.kfac_poolings]
 
 
 PRESETS = {
-    "smoke": Settings(shapes=("2x8x3x3", "2x4x4x4"), repeats=2, curvature_images=2, curvature_channels=2),
-    "quick": Settings(repeats=9),
+    "smoke": Settings(
+        shapes=("2x8x3x3", "2x4x4x4"),
+        repeats=2,
+        curvature_images=2,
+        curvature_channels=2,
+        kfac_backbone="digits_tiny",
+        kfac_images=4,
+        kfac_repeats=2,
+    ),
+    "quick": Settings(repeats=9, kfac_backbone="cifar_resnet8", kfac_images=32, kfac_repeats=7),
     "cifar10": Settings(repeats=31),
     "paper": Settings(shapes=("256x256x14x14", "96x256x7x7", "256x128x14x14"), repeats=31),
 }
@@ -161,6 +201,19 @@ def measure_curvature(images: int, channels: int, repeats: int, device: torch.de
     ]
 
 
+def kfac_tables(
+    settings: Settings, repeats: int, device: torch.device, progress: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the K-FAC steps with every head, and of the parts of the largest."""
+    steps, parts = [], []
+    for case in tqdm(settings.kfac_cases, desc="K-FAC steps", unit="head", disable=not progress):
+        with same_randomness():
+            of_head, parts_of_head = measure_kfac(case, repeats, device)
+        steps += of_head
+        parts += parts_of_head
+    return steps, parts
+
+
 def _action(step: Step, features: Tensor) -> Callable[[], object]:
     with torch.no_grad():
         cotangent = torch.randn_like(step(features.detach()))
@@ -185,6 +238,7 @@ def run(common: Common, settings: Settings, device: torch.device) -> None:
             curvature = measure_curvature(
                 settings.curvature_images, settings.curvature_channels, settings.repeats, device
             )
+        steps, parts = kfac_tables(settings, settings.kfac_repeats, device, common.progress)
         origin = provenance(
             NAME,
             asdict(settings) | {"preset": common.preset},
@@ -196,6 +250,8 @@ def run(common: Common, settings: Settings, device: torch.device) -> None:
     finally:
         torch.set_num_threads(threads)
     write_table(common.folder, CURVATURE, pd.DataFrame(curvature))
+    write_table(common.folder, KFAC_STEPS, pd.DataFrame(steps))
+    write_table(common.folder, KFAC_PARTS, pd.DataFrame(parts))
     write_table(common.folder, NAME, pd.DataFrame(rows), origin)
 
 
@@ -208,7 +264,9 @@ def dry_run(common: Common, settings: Settings) -> list[str]:
         once += seconds(
             lambda: measure_curvature(settings.curvature_images, settings.curvature_channels, 1, device), device
         )
+    kfac = seconds(lambda: kfac_tables(settings, 1, device), device)
     return [
         f"{len(settings.shapes)} shapes and the curvature quantities, {settings.repeats} repeats: at most about "
-        f"{once * settings.repeats:.0f} s on {device}"
+        f"{once * settings.repeats:.0f} s on {device}",
+        f"K-FAC steps, {settings.kfac_repeats} repeats: at most about {kfac * settings.kfac_repeats:.0f} s",
     ]

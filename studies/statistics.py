@@ -72,6 +72,19 @@ def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, confidence: flo
     return Interval(middle, low, high, logs.n, confidence)
 
 
+def median_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Median of independent values with its distribution-free interval between two of them (order statistics).
+
+    The ends are infinite for fewer values than that takes, 6 for 95 %; nan throughout for none, or if one is not finite.
+    """
+    x = np.asarray(values, dtype=float)
+    if x.size == 0 or not np.isfinite(x).all():
+        return Interval(float("nan"), float("nan"), float("nan"), x.size, confidence)
+    found = stats.quantile_test(x, p=0.5).confidence_interval(confidence)
+    low, high = (end if np.isfinite(end) else sign * np.inf for end, sign in ((found.low, -1), (found.high, 1)))
+    return Interval(float(np.median(x)), float(low), float(high), x.size, confidence)
+
+
 def verdict(interval: Interval, claimed: str, reference: float) -> str:
     """What `interval` says of the claim that the value is ``below`` or ``above`` `reference`.
 

@@ -1,5 +1,6 @@
 """From tables to verdicts, figures and pages, on tables whose answer is known."""
 
+import base64
 import itertools
 import re
 from pathlib import Path
@@ -169,7 +170,12 @@ def test_the_page_stands_alone_and_is_reproducible(tmp_path: Path) -> None:
     assert "| Landscape: is the loss smoother under GCP? | in the paper | 2 | 0 | 0 |" in markdown
     assert "| Landscape: is the loss smoother under GCP? | beyond the paper | 9 | 0 | 0 |" in markdown
     assert re.findall(r'<img src="(?!data:)', html) == []
-    assert html.count("data:image/svg+xml;base64,") == 4
+    pictures = re.findall(r'<img src="data:image/([a-z+]+);base64,([^"]+)"', html)
+    assert len(pictures) == 4
+    for (kind, data), name in zip(pictures, re.findall(r"\]\(([\w]+)\.svg\)\n\n\*", markdown), strict=True):
+        smaller = min((pages[0][f"{name}.{suffix}"] for suffix in ("svg", "png")), key=len)
+        assert base64.b64decode(data) == smaller
+        assert kind == ("png" if smaller.startswith(b"\x89PNG") else "svg+xml")
     assert {"landscape.svg", "landscape.png", "landscape_summary.csv", "report.md"} <= set(pages[0])
 
 

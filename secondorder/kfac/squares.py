@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.kronecker.factors import CACHED_BYTES, UNFOLDED_BYTES, padded
+from secondorder.curvature.kronecker.factors import CACHED_BYTES, padded
 from secondorder.kfac.inverses.ekfac import CHUNK_BYTES, squared_gradients
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.vectors import gradient_vectors, input_vectors, positions
@@ -48,12 +48,12 @@ def _of_convolution(
     G, outputs, D = layer.groups, layer.outputs, layer.inputs
     inputs_first = sum(positions(layer.geometry, x) for x in xs) <= outputs
     product = rotated_product if inputs_first else patch_product
-    at_once = max(1, CHUNK_BYTES // (G * outputs * D * Q_A.element_size()))
+    most = CACHED_BYTES if Q_A.is_cpu else CHUNK_BYTES
+    at_once = max(1, most // (G * outputs * D * Q_A.element_size()))
     for first in range(0, len(xs[0]), at_once):
         samples = slice(first, min(first + at_once, len(xs[0])))
         products = Q_A.new_zeros(G, samples.stop - first, outputs, D)
         for x, g in zip(xs, gs, strict=True):
-            most = CACHED_BYTES if x.is_cpu else UNFOLDED_BYTES
             few = max(1, most // (G * D * positions(layer.geometry, x) * Q_A.element_size()))
             parts = zip(x[samples].split(few), g[samples].split(few), products.split(few, 1), strict=True)
             for inputs, gradients, place in parts:

@@ -62,10 +62,12 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def _with_inline_figures(html: str, folder: Path) -> str:
-    """Replace image addresses of SVG files by their data, so that the page stands alone."""
+    """Replace image addresses of SVG files by data, so that the page stands alone: those of the smaller of SVG and PNG."""
 
     def inline(match: re.Match[str]) -> str:
-        data = base64.b64encode((folder / match.group(1)).read_bytes()).decode()
-        return f'src="data:image/svg+xml;base64,{data}"'
+        kinds = {"svg+xml": f"{match.group(1)}.svg", "png": f"{match.group(1)}.png"}
+        contents = {kind: (folder / file).read_bytes() for kind, file in kinds.items() if (folder / file).exists()}
+        kind = min(contents, key=lambda kind: len(contents[kind]))
+        return f'src="data:image/{kind};base64,{base64.b64encode(contents[kind]).decode()}"'
 
-    return re.sub(r'src="([\w.-]+\.svg)"', inline, html)
+    return re.sub(r'src="([\w.-]+)\.svg"', inline, html)

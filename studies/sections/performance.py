@@ -1,4 +1,4 @@
-"""What the performance study found, computed from ``performance.csv`` and ``performance_curvature.csv``."""
+"""What the performance study found, computed from ``performance.csv`` and the tables of curvature and K-FAC steps beside it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 from studies.figures import performance as figures
 from studies.results import Provenance, read_provenance, read_table
-from studies.sections import curvature_costs
+from studies.sections import curvature_costs, kfac_costs
 from studies.sections.section import Picture, Section, Table
 
 COLUMNS = ("images", "channels", "height", "width", "variant", "repeat", "milliseconds", "peak_mib")
@@ -39,16 +39,19 @@ def section(folder: Path) -> Section:
     """The section of the report for the results in `folder`."""
     repeats, origin = read_table(folder, "performance", COLUMNS), read_provenance(folder, "performance")
     curvature = read_table(folder, "performance_curvature", curvature_costs.COLUMNS)
-    table, costs = summary(repeats), curvature_costs.summary(curvature)
+    steps = read_table(folder, "performance_kfac", kfac_costs.COLUMNS)
+    parts = kfac_costs.breakdown(read_table(folder, "performance_kfac_parts", kfac_costs.PART_COLUMNS), steps)
+    table, costs, targets = summary(repeats), curvature_costs.summary(curvature), kfac_costs.summary(steps)
     return Section(
-        title="Performance: what do the GCP head and the curvature cost?",
+        title="Performance: what do the GCP head, the curvature and K-FAC's steps cost?",
         question="The head's forward and backward pass against five Newton-Schulz steps written as in a textbook with plain "
-        "autograd, and curvature quantities against a plain forward and backward pass; all in float32.",
+        "autograd, curvature quantities against a plain forward and backward pass, and K-FAC's steps against SGD's; in float32.",
         method=_method(origin),
         provenance=origin,
         pictures=[
             Picture("performance", _caption(table), figures.times(table)),
             curvature_costs.picture(costs, curvature),
+            kfac_costs.picture(targets, parts),
         ],
         tables=[
             Table(
@@ -58,6 +61,8 @@ def section(folder: Path) -> Section:
                 _printed(table),
             ),
             curvature_costs.printed(costs),
+            *kfac_costs.printed(targets, steps),
+            kfac_costs.parts_table(parts),
         ],
     )
 

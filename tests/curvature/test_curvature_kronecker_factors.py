@@ -67,9 +67,21 @@ def test_convolution(kind: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(gradient_factor(layer, s, sharing), B, rtol=1e-13, atol=1e-12)
     rows = input_rows(layer, x, sharing)
     torch.testing.assert_close(rows.mT @ rows, A, rtol=1e-13, atol=1e-14)
-    monkeypatch.setattr(kronecker_factors, "UNFOLDED_BYTES", 1)  # one image at a time
+    for name in ("UNFOLDED_BYTES", "CACHED_BYTES"):
+        monkeypatch.setattr(kronecker_factors, name, 1)  # one image at a time
     torch.testing.assert_close(input_factor(layer, x, sharing), A, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(gradient_factor(layer, s, sharing), B, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("size", [(20, 18), (9, 7)])  # rows are copied where they are long
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_patches_are_what_the_weight_multiplies(kind: str, size: tuple[int, int]) -> None:
+    layer = nn.Conv2d(4, 8, bias=False, **CONVOLUTIONS[kind]).double()
+    x = torch.randn(3, *size, 4).double().permute(0, 3, 1, 2)  # channels last
+    weight = layer.weight.reshape(layer.groups, -1, layer.weight[0].numel())
+    found = weight @ kronecker_factors.patches(layer, x)
+    torch.testing.assert_close(found.flatten(1, 2), layer(x).flatten(2), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
