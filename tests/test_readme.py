@@ -58,3 +58,12 @@ def test_backpack(names: list[dict[str, Any]]) -> None:
     expected = own["ggn"].diagonal()
     assert own["diagonal"].shape == own["model"].get_parameter(own["name"]).shape
     assert (own["diagonal"].flatten() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_kfac(names: list[dict[str, Any]]) -> None:
+    own = names[3]
+    report = own["optimizer"].report()
+    assert report.steps == 2
+    assert report.events == {}
+    assert [row.parameter for row in report.parameters] == [name for name, _ in own["learner"].named_parameters()]
+    assert own["logits"].isfinite().all()
