@@ -48,7 +48,7 @@ STUDIES: dict[str, Study] = {
         curvature_section.section,
     ),
     "performance": Study(
-        "time and memory of the GCP head against the textbook version, and of curvature quantities",
+        "time and memory of the GCP head against the textbook version, of curvature quantities and of K-FAC's steps",
         performance.PRESETS,
         performance.check,
         performance.run,
