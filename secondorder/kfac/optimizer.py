@@ -1,6 +1,6 @@
 """The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import zip_longest
 from typing import Any
@@ -276,14 +276,20 @@ class KFAC(torch.optim.Optimizer):
         scale = self.preconditioner.mean_scale
         for group in self.param_groups:
             decay = 0.0 if self.options.decoupled else group["weight_decay"]
-            for p in (p for p in group["params"] if p in directions):
-                direction = directions[p].flatten()
-                slope = scale * torch.dot(direction, dense(p.grad).flatten().to(direction.dtype))
-                if decay:
-                    slope = slope + decay * torch.dot(direction, p.flatten())
-                total = total + float(group["lr"]) ** 2 * slope
+            own = [p for p in group["params"] if p in directions]
+            if not own:
+                continue
+            slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
+            if decay:
+                slope = slope + decay * _dot([directions[p] for p in own], own)
+            total = total + float(group["lr"]) ** 2 * slope
         shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
         directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product of two lists of tensors."""
+    return torch.stack([torch.dot(x.flatten(), y.flatten().to(x.dtype)) for x, y in zip(a, b, strict=True)]).sum()
 
 
 def check_settings(settings: Mapping[str, object]) -> None:
