@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, invert, restored
+from secondorder.kfac.inverses.inverse import shift, usable
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
 from secondorder.kfac.statistics import LayerStatistics
@@ -93,12 +94,23 @@ class Blocks:
             total = total + ((factors.B @ W) * WA).sum()
         return total
 
-    def tikhonov(self, name: str) -> float:
-        """lambda of a layer: damping, times the scale of its block where that is relative (mean over groups)."""
-        damping = self.dampings[name]
-        if not self.damping.relative or self.statistics[name].B is None:
+    def penalty(self, a: Mapping[nn.Parameter, Tensor], b: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """a^T (lambda I) b over the layers, with the lambda of each group."""
+        total = torch.zeros((), device=self.device)
+        for name, layer in self.layers.items():
+            V, W = self._matrix(layer, a), self._matrix(layer, b)
+            if V is not None and W is not None:
+                total = total + (self.tikhonov(name) * V * W).sum()
+        return total
+
+    def tikhonov(self, name: str) -> Tensor | float:
+        """lambda of a layer, one number or `[G, 1, 1]`: that of its inverse, without one that of its factors."""
+        damping, relative = self.dampings[name], self.damping.relative
+        if name in self.inverses:
+            return self.inverses[name].tikhonov(damping, relative)
+        if not relative or self.statistics[name].B is None:
             return damping
-        return damping * float(self.factors(name).scale().mean())
+        return shift(usable(self.factors(name).scale), damping, relative)
 
     def factors(self, name: str) -> Factors:
         """A or its rows, and B, of a layer that has been used."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from secondorder.kfac.inverses import State
 
@@ -40,13 +41,19 @@ class Processes:
                 tensor.copy_(summed.view_as(tensor))
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows `[..., R, D]` of all processes, one after another; every process has the same number of rows."""
+        """The rows `[..., R, D]` of all processes, one after another; R may differ between them."""
         if self.world == 1:
             return rows
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts, -2)
+        own = torch.tensor([rows.shape[-2]], device=rows.device)
+        each = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(each, own)  # messages of one collective have one size: the rows are padded to the longest
+        counts = torch.cat(each).tolist()
+        if max(counts) == 0:
+            return rows
+        padded = F.pad(rows, (0, 0, 0, max(counts) - rows.shape[-2])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[..., :count, :] for part, count in zip(parts, counts, strict=True)], -2)
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """The process that inverts each layer, so that all have about as much to do."""

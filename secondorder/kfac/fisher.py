@@ -18,7 +18,9 @@ from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, Separ
 from secondorder.errors import InputError, unknown
 
 REDUCTIONS = ("mean", "sum")
-FISHERS = ("mc", "exact")
+FISHERS = ("mc", "empirical", "exact")
+BACKPROPAGATED = ("mc", "exact")
+"""Those with gradients of their own; "empirical" has the loss's."""
 MOST_COLUMNS = 4096
 """Columns of an exact root: each takes a backward pass."""
 
@@ -34,10 +36,10 @@ def output_gradients(
     """g `[V, *logits.shape]`: V = samples draws over sqrt(samples) for "mc", the columns of a root of H for "exact".
 
     generator: on the CPU, for "mc". Half precision is widened to float32. Raises InputError for unknown words, for logits
-    that are not `[N, ...]`, and for exact roots of more than MOST_COLUMNS columns.
+    that are not `[N, ...]`, for a softmax over a single output, and for exact roots of more than MOST_COLUMNS columns.
     """
-    if kind not in FISHERS:
-        raise unknown("fisher", kind, FISHERS)
+    if kind not in BACKPROPAGATED:
+        raise unknown("fisher", kind, BACKPROPAGATED)
     if likelihood not in LIKELIHOODS:
         raise unknown("likelihood", likelihood, LIKELIHOODS)
     if reduction not in REDUCTIONS:
@@ -52,6 +54,11 @@ def output_gradients(
 
 def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
     K = z.shape[1]
+    if K == 1:
+        raise InputError(
+            f"logits of shape {list(z.shape)}: the softmax of one output is always 1, so cross_entropy has no curvature; "
+            "use Fisher(likelihood='bce')"
+        )
     last = z.movedim(1, -1)  # [N, ..., K]
     rows = last.reshape(-1, K)
     T = len(rows) // max(1, len(z))

@@ -1,7 +1,7 @@
 """The Kronecker factors of all layers, from the passes of the steps that update them to running means."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
-from secondorder.kfac.capture import Capture
+from secondorder.kfac.capture import Capture, Output
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.fisher import output_gradients
+from secondorder.kfac.hooks import Hook, is_pulling
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Fisher
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
@@ -24,8 +25,8 @@ UNCOMPILED = "a compiled model ignores hooks: run it uncompiled in steps with `f
 class Gathering:
     """Watches the passes of a factor step (`begin`, `update`), and commits what it found to the statistics of each layer.
 
-    samples: N of the last commit, of all processes: the rows of the outputs, or, where they are not seen ("empirical"), the
-    smallest batch that a layer has had; a linear layer on flattened positions has more rows than there are samples.
+    samples: N of the last commit, of all processes: the rows of the outputs, or, where the model ("empirical") has no output of
+    rows, the smallest batch of a layer; a linear layer on flattened positions has more rows than there are samples.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Gathering:
         self.quiet = False
         self._rows = 0
         self._backward_seen = False
+        self._noted, self._noting = 0, False
 
     def begin(self, due: bool, step: int) -> None:
         """Hooks on for a step that updates the factors, off otherwise; the labels drawn in it depend on seed, step, process."""
-        self._rows, self._backward_seen = 0, False
+        self._rows, self._backward_seen, self._noting = 0, False, False
         self.due = due
         if not due:
             self.capture.stop()
@@ -60,9 +62,13 @@ class Gathering:
             if self.check is not None:
                 self.check.watch(self.capture)
 
-    def update(self, logits: Tensor) -> None:
-        """Statistics from the graph of the outputs; InputError when they have none, or no layer was called."""
-        if not logits.requires_grad:
+    def update(self, logits: Tensor | Sequence[Tensor]) -> None:
+        """Statistics from the graph of the outputs, of several heads in one call.
+
+        InputError when they have none, or it holds no layer, or a forward pass that has been counted.
+        """
+        outputs = as_outputs(logits)
+        if not any(z.requires_grad for z in outputs):
             raise InputError(
                 "update_curvature(logits): the logits have no graph; call it outside torch.no_grad(), before backward()"
             )
@@ -70,19 +76,57 @@ class Gathering:
             raise InputError(
                 f"update_curvature(logits): no layer of the model was called since the last step; {UNCOMPILED}"
             )
-        fisher = self.fisher
-        gradients = output_gradients(
-            logits.detach(), fisher.kind, fisher.likelihood, fisher.reduction, self.generator, fisher.samples
-        )
+        below = [(z, found) for z in outputs if (found := self.capture.below(z))]
+        if not below:
+            raise InputError(
+                "update_curvature(logits): no layer that was called since the last step is below these logits; pass outputs of "
+                "the model's last forward pass"
+            )
+        batches = _batches(below)
         if self.check is not None:
-            self.check.watch(self.capture, logits, fisher)
-        self.capture.from_logits(logits, gradients)
-        self._rows += len(logits)
+            for _, together in batches:
+                batch = object()
+                for z in together:
+                    self.check.watch(self.capture, z, self.fisher, batch)
+        uses = {output.use: output for _, found in below for output in found}
+        heads = [z for z, _ in below]
+        self.capture.pull(heads, sorted(uses.values(), key=lambda output: output.use.order), self._passes(heads))
+        self._rows += sum(rows for rows, _ in batches)
+        self._watch_backward(heads)
+
+    def _passes(self, heads: Sequence[Tensor]) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
+        """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not."""
+        fisher = self.fisher
+        gradients = [
+            output_gradients(
+                z.detach(), fisher.kind, fisher.likelihood, fisher.reduction, self.generator, fisher.samples
+            )
+            for z in heads
+        ]
+        if fisher.kind == "exact":
+            return ([(z, column)] for z, columns in zip(heads, gradients, strict=True) for column in columns)
+        return (list(zip(heads, drawn, strict=True)) for drawn in zip(*gradients, strict=True))
+
+    def note_rows(self, logits: Tensor | Sequence[Tensor]) -> None:
+        """N of a step that does not update the factors, for a summed loss; several outputs in one call are of one forward.
+
+        Several processes keep the N of the last update, which they agree on.
+        """
+        outputs = as_outputs(logits)
+        if self.fisher.reduction == "mean" or self.processes.world > 1:
+            return
+        self._noted = (self._noted if self._noting else 0) + max(map(len, outputs))
+        self._noting = True
+        self._watch_backward([z for z in outputs if z.requires_grad])
+
+    def _watch_backward(self, outputs: Sequence[Tensor]) -> None:
         self._backward_seen = False
-        logits.register_hook(self._note_backward)
+        for z in outputs:
+            z.register_hook(Hook(self, Gathering._note_backward))
 
     def _note_backward(self, gradient: Tensor) -> None:
-        self._backward_seen = True
+        if not is_pulling():
+            self._backward_seen = True
 
     def discard_past(self) -> None:
         """Forget what came from backward passes that are over; a forward pass whose backward is still to come stays."""
@@ -121,7 +165,8 @@ class Gathering:
                 "this step updates the factors, and no layer was called and had its backward pass since the last step; "
                 + UNCOMPILED
             )
-        rows = torch.tensor(float(self._rows), dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
+        own = self._rows if self.fisher.kind != "empirical" else self.capture.rows or 0
+        rows = torch.tensor(float(own), dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
         self.processes.sum_in_one_bucket([tensor for one in used for tensor in one.staged_tensors()] + [rows])
         for statistics in used:
             if not statistics.dense:
@@ -131,7 +176,8 @@ class Gathering:
             self._discard()
             return []
         smallest = min(one.staged_samples for one in used if one.staged_samples > 0)
-        self.samples = float(rows) if self.fisher.kind != "empirical" else smallest
+        self.samples = float(rows) if float(rows) > 0 else smallest
+        self._noted = 0
         for statistics in used:
             statistics.commit(ema_decay, self._gradient_scale)
         return used
@@ -151,7 +197,7 @@ class Gathering:
     @property
     def mean_scale(self) -> float:
         """What makes the loss's gradient that of the mean over samples; several processes have the mean of their sums."""
-        return 1.0 if self.fisher.reduction == "mean" else self.processes.world / max(1.0, self.samples)
+        return 1.0 if self.fisher.reduction == "mean" else self.processes.world / max(1.0, self._noted or self.samples)
 
     @contextmanager
     def watching_nothing(self, step: int) -> Iterator[None]:
@@ -185,4 +231,32 @@ class Gathering:
     def _discard(self) -> None:
         for statistics in self.statistics.values():
             statistics.discard()
-        self._rows, self._backward_seen = 0, False
+        self._rows, self._backward_seen, self._noting = 0, False, False
+
+
+def as_outputs(logits: Any) -> list[Tensor]:
+    """The outputs that `update_curvature` is given; InputError unless it is a tensor with rows, or some."""
+    outputs = list(logits) if isinstance(logits, list | tuple) else [logits]
+    for z in outputs:
+        if not isinstance(z, Tensor):
+            raise InputError(
+                f"update_curvature(logits): {type(z).__name__} is not a tensor; pass the model's logits, or a list of them"
+            )
+        if z.ndim == 0:
+            raise InputError("update_curvature(logits): a number; pass the model's logits [N, K, ...], not the loss")
+    if not outputs:
+        raise InputError("update_curvature([]): pass the model's logits")
+    return outputs
+
+
+def _batches(below: Sequence[tuple[Tensor, Sequence[Output]]]) -> list[tuple[int, list[Tensor]]]:
+    """Rows and heads of the outputs that share forward passes of the model."""
+    batches: list[tuple[set[Any], int, list[Tensor]]] = []
+    for z, found in below:
+        forwards, rows, heads = {output.use.forward for output in found}, len(z), [z]
+        joined = [batch for batch in batches if batch[0] & forwards]
+        batches = [batch for batch in batches if not batch[0] & forwards]
+        for batch in joined:
+            forwards, rows, heads = forwards | batch[0], max(rows, batch[1]), batch[2] + heads
+        batches.append((forwards, rows, heads))
+    return [(rows, heads) for _, rows, heads in batches]

@@ -27,3 +27,15 @@ def last_of(root: Node, nodes: Collection[Node]) -> set[Node]:
                 last.add(node)
             leads_on[node] = further or node in wanted
     return last
+
+
+def nodes_below(root: Node) -> list[Node]:
+    """`root` and the nodes below it."""
+    seen = {root}
+    stack = [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return list(seen)

@@ -1,9 +1,11 @@
 """What each parameter of a model is treated as: a Kronecker-factored layer, the fallback, or frozen, and why.
 
-Index letters: G groups, O outputs and D inputs of a group; the bias is the last input, which is 1.
+Index letters: G groups, O outputs and D inputs of a group; the bias is the last input, which is 1. The first dimension of a
+layer's input is the sample (batch_first=True for transformers).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,7 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from secondorder.curvature.kronecker.factors import SHARINGS
+from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
 from secondorder.errors import InputError, unknown
+from secondorder.kfac.options import WIDE_INPUT
 from secondorder.kfac.vectors import Geometry, factor_dtype, geometry
 
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -93,39 +97,56 @@ class Treatment:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A module that holds a parameter, under the name `attribute`."""
+    """A module that holds a parameter, under the name `attribute`; path: without what wrappers add."""
 
     path: str
     module: nn.Module
     attribute: str
 
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return f"{self.path}.{self.attribute}".lstrip(".")
 
-def clean(name: str) -> str:
-    """A dotted path without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+def clean_paths(model: nn.Module) -> dict[str, str]:
+    """The dotted path of every module without what wrappers add to it, by its path in `model.named_modules()`.
+
+    DataParallel and DistributedDataParallel add `module`, torch.compile `_orig_mod`; an attribute `module` of any other
+    module is the user's own and stays.
+    """
+    modules = dict(model.named_modules())
+    paths = {"": ""}
+    for path in modules:
+        parent, _, attribute = path.rpartition(".")
+        if path:
+            above = paths[parent]
+            paths[path] = above if _wraps(modules[parent], attribute) else f"{above}.{attribute}".lstrip(".")
+    return paths
+
+
+def _wraps(module: nn.Module, attribute: str) -> bool:
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    return attribute == "_orig_mod" or any(WRAPPERS.get(kind) == attribute for kind in kinds)
 
 
 def find_layers(
-    model: nn.Module, approximation: str | Mapping[str, str] = "kfac", sharing: str = "expand", wide_inputs: int = 4096
+    model: nn.Module,
+    approximation: str | Mapping[str, str] = "kfac",
+    sharing: str = "expand",
+    wide_inputs: int = WIDE_INPUT,
 ) -> tuple[list[KroneckerLayer], list[Treatment]]:
     """The layers with Kronecker factors, in the order of the model, and the treatment of every parameter.
 
     approximation: "kfac", "ekfac" or "fallback" for all layers, or for patterns of layer names ("features.*": "ekfac", the
     first that matches counts; "kfac" where none does). Raises InputError for unknown words, a pattern without layer,
-    uninitialised parameters, and a model without any supported layer.
+    uninitialised parameters, two parameters of one name, and a model without any supported layer.
     """
     policy = _policy(approximation)
     if sharing not in SHARINGS:
         raise unknown("sharing", sharing, SHARINGS)
     places = _places(model)
-    uninitialised = [
-        clean(f"{p.path}.{p.attribute}").lstrip(".")
-        for parameter, ps in places.items()
-        if is_lazy(parameter)
-        for p in ps
-    ]
-    if uninitialised:
-        raise InputError(f"parameter {uninitialised[0]} is not initialised yet; run the model once before this")
+    _check_parameters(places)
     unsupported = _unsupported(model)
     layers: list[KroneckerLayer] = []
     treatments: dict[nn.Parameter, tuple[str, str, str | None]] = {}
@@ -136,7 +157,7 @@ def find_layers(
         if holders[0].attribute != "weight" or why or not weight.requires_grad:
             continue
         candidates += 1
-        names = [clean(holder.path) for holder in holders]
+        names = [holder.path for holder in holders]
         word, pattern = _word(policy, names)
         matched.update(p for p in policy if any(fnmatchcase(name, p) for name in names))
         bias = _bias(holders, places)
@@ -157,9 +178,21 @@ def find_layers(
     if not layers:
         raise InputError(_nothing(candidates))
     return layers, [
-        Treatment(clean(name), p, *treatments.get(p, _other(p, places[p], unsupported)))
-        for name, p in model.named_parameters()
+        Treatment(holders[0].name, p, *(treatments.get(p) or _other(p, places, unsupported)))
+        for p, holders in places.items()
     ]
+
+
+def _check_parameters(places: Mapping[nn.Parameter, Sequence[Place]]) -> None:
+    for parameter, holders in places.items():
+        if is_lazy(parameter):
+            raise InputError(f"parameter {holders[0].name} is not initialised yet; run the model once before this")
+    name, count = Counter(holders[0].name for holders in places.values()).most_common(1)[0] if places else ("", 0)
+    if count > 1:
+        raise InputError(
+            f"{count} parameters are called {name} without what wrappers (DataParallel, torch.compile) add; "
+            "rename the module beside the wrapped one"
+        )
 
 
 def _policy(approximation: str | Mapping[str, str]) -> dict[str, str]:
@@ -181,7 +214,7 @@ def _check_patterns(policy: Mapping[str, str], matched: set[str]) -> None:
         if pattern not in matched and pattern != "*":
             raise InputError(
                 f"approximation {pattern!r} matches no linear layer or convolution with a trainable weight; "
-                "names are those of model.named_modules()"
+                "names are those of model.named_modules(), without what wrappers add"
             )
 
 
@@ -192,12 +225,13 @@ def _nothing(candidates: int) -> str:
 
 
 def _places(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
-    """Every module that holds a parameter, each parameter once."""
+    """Every module that holds a parameter; parameters in the order of `model.named_parameters()`."""
+    paths = clean_paths(model)
     places: dict[nn.Parameter, list[Place]] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(parameter, []).append(Place(path, module, attribute))
+                places.setdefault(parameter, []).append(Place(paths[path], module, attribute))
     return places
 
 
@@ -235,7 +269,7 @@ def _what_differs(module: nn.Module) -> str:
 def _reason(parameter: nn.Parameter, holders: Sequence[Place], unsupported: Mapping[nn.Module, str]) -> str:
     """Why a weight has no Kronecker factors, empty if it has."""
     if len(holders) > 1 and any(not _alike(holders[0], other) for other in holders[1:]):
-        users = " and ".join(f"{type(h.module).__name__} {clean(h.path)}" for h in holders[:3])
+        users = " and ".join(f"{type(h.module).__name__} {h.path}".rstrip() for h in holders[:3])
         return f"shared by unlike modules: {users}"
     return next((unsupported[h.module] for h in holders if h.module in unsupported), "")
 
@@ -261,20 +295,27 @@ def _bias(holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place
 
 
 def _other(
-    parameter: nn.Parameter, holders: Sequence[Place], unsupported: Mapping[nn.Module, str]
+    parameter: nn.Parameter, places: Mapping[nn.Parameter, Sequence[Place]], unsupported: Mapping[nn.Module, str]
 ) -> tuple[str, str, None]:
     """The treatment of a parameter that is in no layer."""
+    holders = places[parameter]
     if not parameter.requires_grad:
         return "frozen", "requires_grad is False", None
     reason = _reason(parameter, holders, unsupported)
     if reason:
         return "fallback", reason, None
     if holders[0].attribute == "bias":
-        alone = "the weight beside it is frozen" if len(holders) == 1 else "shared by modules with different weights"
-        return "fallback", alone, None
+        return "fallback", _without_weight(holders, places, unsupported), None
     return "fallback", type(holders[0].module).__name__, None
 
 
-def layer_modules(layers: Sequence[KroneckerLayer]) -> Iterator[tuple[KroneckerLayer, nn.Module]]:
-    """Every module with its layer."""
-    return ((layer, module) for layer in layers for module in layer.modules)
+def _without_weight(
+    holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]], unsupported: Mapping[nn.Module, str]
+) -> str:
+    """Why a trainable bias of supported modules is not the last input of a layer."""
+    weight, *others = {holder.module._parameters["weight"] for holder in holders}
+    if others or weight is None:
+        return "shared by modules with different weights"
+    if not weight.requires_grad:
+        return "the weight beside it is frozen"
+    return f"the weight beside it is {_reason(weight, places[weight], unsupported)}"

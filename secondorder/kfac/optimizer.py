@@ -1,9 +1,9 @@
 """The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from secondorder.curvature.matrix_free.frozen_network import RandomState
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.blocks import Directions
 from secondorder.kfac.options import Damping, Fisher, Options, check_damping, check_number, check_positive
-from secondorder.kfac.preconditioner import KFACPreconditioner, dense
+from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
 from secondorder.kfac.step_size import Trial, quadratic_step
+from secondorder.kfac.update import fall_back, move, shorten
 
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")
 """Of a parameter group."""
@@ -43,9 +44,13 @@ class KFAC(torch.optim.Optimizer):
         lr: learning rate; of the order of SGD's without momentum.
         momentum: heavy-ball momentum of the preconditioned gradients.
         weight_decay: decoupled by default (`Options.decoupled`).
-        damping, ema_decay, factor_interval, inverse_interval, fisher, approximation, sharing: see `KFACPreconditioner`.
-        clip: trust region: the update d is scaled down so that lr^2 d^T (F + lambda I) d <= clip, about twice the KL
-            divergence between the model before and after the step; None: no limit.
+        damping, ema_decay, factor_interval, inverse_interval, fisher, sharing: see `KFACPreconditioner`.
+        approximation: see `KFACPreconditioner`. Layers with "ekfac" are damped in their eigenbases, also with
+            `Damping(inverse="cholesky")`, which concerns those with "kfac" only.
+        clip: trust region of the direction d, before momentum: d is scaled down so that lr^2 d^T (F + lambda I) d <= clip, with
+            K-FAC's own F and lambda for layers and the identity for the other parameters. Without momentum that is about
+            twice the KL divergence between the model before and after the step, as far as the layers change it; with momentum
+            m the velocity, and so the update, can be 1 / (1 - m) times as long. None: no limit.
         options: the rest, parameter groups among them.
 
     Raises:
@@ -99,8 +104,8 @@ class KFAC(torch.optim.Optimizer):
         """Whether the present step updates the factors."""
         return self.preconditioner.factor_step
 
-    def update_curvature(self, logits: Tensor) -> None:
-        """Statistics for the factors from the graph of the outputs; before `loss.backward()`."""
+    def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
+        """Statistics for the factors from the graph of the outputs, all in one call; before `loss.backward()`."""
         self.preconditioner.update_curvature(logits)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -172,13 +177,20 @@ class KFAC(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refused: a copy, or what pickle makes, would watch no model."""
+        raise InputError(
+            "a KFAC cannot be copied or pickled, it watches the layers of its model: make a new KFAC of the copied model and "
+            "load_state_dict(optimizer.state_dict())"
+        )
+
     def _groups(self, wanted: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
         """Parameter groups by patterns of names; the rest first."""
         rest = ""
         members: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in [rest, *wanted]}
         for treatment in self.preconditioner.treatments:
             if treatment.how != "frozen":
-                members[next((p for p in wanted if fnmatch(treatment.name, p)), rest)].append(treatment.parameter)
+                members[next((p for p in wanted if fnmatchcase(treatment.name, p)), rest)].append(treatment.parameter)
         for pattern, settings in wanted.items():
             if not members[pattern]:
                 raise InputError(f"groups: no parameter is named like {pattern!r}")
@@ -218,78 +230,14 @@ class KFAC(torch.optim.Optimizer):
         return adapt is not None and (self.preconditioner.intervals.step + 1) % adapt.every == 0
 
     def _update(self, directions: Directions) -> None:
-        self._fall_back(directions)
+        """Directions become steps, in place, and steps new weights."""
+        treatments, options = self.preconditioner.treatments, self.options
+        others = [t.parameter for t in treatments if t.how == "fallback" and t.parameter in directions]
+        fall_back(directions, others, self.state, options.fallback, options.fallback_lr)
         if self.clip is not None:
-            self._clip(directions, self.clip)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p in directions]
-            if not parameters:
-                continue
-            steps = [directions[p] for p in parameters]
-            if group["momentum"]:
-                steps = self._with_momentum(parameters, steps, group["momentum"])
-            lr = float(group["lr"])
-            if self.options.decoupled and group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(parameters, steps, alpha=-lr)
-
-    def _with_momentum(self, parameters: list[nn.Parameter], steps: list[Tensor], momentum: float) -> list[Tensor]:
-        """v <- momentum v + d; the first v is d."""
-        velocities = []
-        old: list[Tensor] = []
-        new: list[Tensor] = []
-        for parameter, step in zip(parameters, steps, strict=True):
-            state = self.state[parameter]
-            if "momentum_buffer" in state:
-                old.append(state["momentum_buffer"])
-                new.append(step)
-            else:
-                state["momentum_buffer"] = step.clone()
-            velocities.append(state["momentum_buffer"])
-        if old:
-            torch._foreach_mul_(old, momentum)
-            torch._foreach_add_(old, new)
-        return velocities
-
-    def _fall_back(self, directions: Directions) -> None:
-        """Directions of parameters without factors, in place: lr times them is their update."""
-        for treatment in self.preconditioner.treatments:
-            parameter = treatment.parameter
-            if treatment.how != "fallback" or parameter not in directions:
-                continue
-            if self.options.fallback == "adam":
-                directions[parameter] = self._adam(parameter, directions[parameter])
-            if self.options.fallback_lr != 1:
-                directions[parameter] = directions[parameter] * self.options.fallback_lr
-
-    def _adam(self, parameter: nn.Parameter, gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
-        """g / (sqrt(v) + eps) with v the bias-corrected running mean of g^2; momentum is that of the group."""
-        state = self.state[parameter]
-        state["square"] = state["square"] if "square" in state else torch.zeros_like(parameter)
-        state["squares"] = state.get("squares", 0) + 1
-        state["square"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
-        return gradient / ((state["square"] / (1 - beta ** state["squares"])).sqrt() + eps)
-
-    def _clip(self, directions: Directions, most: float) -> None:
-        """Scale all directions so that lr^2 d^T (F + lambda I) d <= most; d^T (F + lambda I) d is d . grad, without a product."""
-        total = torch.zeros((), device=self.preconditioner.device)
-        scale = self.preconditioner.mean_scale
-        for group in self.param_groups:
-            decay = 0.0 if self.options.decoupled else group["weight_decay"]
-            own = [p for p in group["params"] if p in directions]
-            if not own:
-                continue
-            slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
-            if decay:
-                slope = slope + decay * _dot([directions[p] for p in own], own)
-            total = total + float(group["lr"]) ** 2 * slope
-        shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
-        directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The inner product of two lists of tensors."""
-    return torch.stack([torch.dot(x.flatten(), y.flatten().to(x.dtype)) for x, y in zip(a, b, strict=True)]).sum()
+            scale = self.preconditioner.mean_scale
+            shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
+        move(directions, self.param_groups, self.state, options.decoupled)
 
 
 def check_settings(settings: Mapping[str, object]) -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 from secondorder.curvature.kronecker.factors import SHARINGS
 from secondorder.errors import InputError, unknown
+from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
-FISHERS = ("mc", "empirical", "exact")
-LIKELIHOODS = ("cross_entropy", "mse", "bce")
-REDUCTIONS = ("mean", "sum")
 INVERSES = ("eigen", "cholesky")
 FALLBACKS = ("sgd", "adam")
 DAMPING = 0.01
@@ -104,13 +102,17 @@ class Fisher:
 class Options:
     """What most users leave as it is.
 
+    The first dimension of every layer's input must be the sample (batch_first=True for transformers): with sequences first,
+    `sharing="reduce"` would average over samples, and "ekfac" would square sums over them.
+
     groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}.
         A layer's damping is that of its weight's group.
     fallback: update of parameters without Kronecker structure (batch norm, embeddings, ...): "sgd", or "adam".
     fallback_lr: their learning rate in units of lr.
     decoupled: weight decay acts on the weights, w <- (1 - lr weight_decay) w; otherwise it is added to the gradient, and
         preconditioned with it.
-    wide_inputs: layers with more inputs keep the batch's activations instead of the factor A.
+    wide_inputs: layers with more inputs keep the batch's activations instead of the factor A, while these have fewer rows, of
+        all processes together, than the layer has inputs.
     warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every
         max(1, t / 4) steps until that reaches the interval.
     stagger: layers are inverted at different steps, so that no step is much longer than the others.

@@ -1,7 +1,7 @@
 """The K-FAC preconditioner: P grad with P = (B kron A + lambda I)^-1 for each layer, B and A running means of its factors."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secondorder.errors import InputError
 from secondorder.kfac.blocks import Blocks, Directions
 from secondorder.kfac.distributed import Processes
-from secondorder.kfac.gathering import Gathering
+from secondorder.kfac.gathering import Gathering, as_outputs
 from secondorder.kfac.layers import KroneckerLayer, find_layers
 from secondorder.kfac.options import Damping, Fisher, Options, check_number, check_sharing
 from secondorder.kfac.report import Report, Stopwatch, parameter_rows
@@ -28,6 +28,9 @@ class KFACPreconditioner:
     Linear layers and 1d and 2d convolutions are preconditioned, other parameters keep their gradient (`report()` lists them).
     Martens & Grosse, ICML 2015; Grosse & Martens, ICML 2016; George et al., NeurIPS 2018 (ekfac). The curvature is that of
     the mean loss over samples, F = mean_n J_n^T H_n J_n, whichever reduction the loss has.
+
+    The first dimension of a layer's input counts as the samples: transformers with `batch_first=True`. With positions first,
+    expand K-FAC is the same, `reduce` and `ekfac` are not.
 
     In the training loop `pre.update_curvature(logits)` goes before `loss.backward()` (not needed with fisher="empirical");
     it does nothing in steps that do not update the factors.
@@ -88,15 +91,20 @@ class KFACPreconditioner:
         """Whether the present step updates the factors, so that hooks are on and `update_curvature` does something."""
         return self.intervals.factors_due
 
-    def update_curvature(self, logits: Tensor) -> None:
+    def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Take the factors' statistics from the graph of the outputs `logits` `[N, K, ...]`, before `loss.backward()`.
 
-        InputError when the factors are due and no layer was called, or the outputs have no graph.
+        A network with several outputs whose losses are added gives all of them in one call. InputError when the factors are
+        due and no layer was called, the outputs have no graph, or their forward pass has been counted.
         """
-        if not self.factor_step or self.fisher.kind == "empirical" or self.gathering.quiet:
+        if self.fisher.kind == "empirical" or self.gathering.quiet:
             return
-        with self.stopwatch("curvature"), full_precision(logits):
-            self.gathering.update(logits)
+        outputs = as_outputs(logits)
+        if not self.factor_step:
+            self.gathering.note_rows(outputs)
+            return
+        with self.stopwatch("curvature"), full_precision(outputs[0]):
+            self.gathering.update(outputs)
 
     def discard(self) -> None:
         """Forget what the present step has gathered from backward passes that are over: the optimiser's step was skipped.

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from secondorder.kfac.inverses import Inverse
+from secondorder.kfac.inverses.numerics import EVENTS
 from secondorder.kfac.layers import KroneckerLayer, Treatment
 from secondorder.kfac.statistics import LayerStatistics
 
@@ -56,7 +57,7 @@ class Report:
         ]
         for phase, seconds in self.seconds.items():
             lines.append(f"{phase}: {seconds:.3f} s in {self.calls[phase]} calls")
-        lines.extend(f"{count} x {event}" for event, count in self.events.items())
+        lines.extend(f"{count} x {EVENTS.get(event, event)}" for event, count in self.events.items())
         return "\n".join(lines)
 
 

@@ -7,20 +7,40 @@ gradient has lost between backward and step, to the unscaling of a GradScaler or
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secondorder.errors import InputError
-from secondorder.kfac.capture import Capture, Use
+from secondorder.kfac.capture import Capture
+from secondorder.kfac.hooks import Hook, handles_of, is_pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
+from secondorder.kfac.uses import Use
 from secondorder.kfac.vectors import batched, weight_gradient
 
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 1e-1
 """Relative errors of the whole gradient of a layer; autocast rounds inputs, gradients and the sum to three digits or fewer."""
+
+
+@dataclass(eq=False)
+class Watched:
+    """Logits, the loss's gradients at them by backward pass, and the batch they belong to: heads share one."""
+
+    logits: Tensor
+    fisher: Any
+    batch: Hashable
+    gradients: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def ratio(self, backwards: set[int]) -> float | None:
+        """`loss_ratio` of the sum over these backward passes; None: there was none."""
+        terms = [gradient for backward, gradient in self.gradients if backward in backwards]
+        if not terms:
+            return None
+        return loss_ratio(self.logits, sum(terms[1:], terms[0]), self.fisher.likelihood, self.fisher.reduction)
 
 
 class ScalingCheck:
@@ -33,34 +53,41 @@ class ScalingCheck:
         self._size: dict[KroneckerLayer, Tensor] = {}
         self._half = False
         self._capture: Capture | None = None
-        self._handles: list[Any] = []
-        self._losses: list[tuple[float | None, Any]] = []
+        self._handles: list[Any] = handles_of(self)
+        self._biases: set[KroneckerLayer] = set()
+        self._losses: list[Watched] = []
+        self._backwards: set[int] = set()
 
-    def watch(self, capture: Capture, logits: Tensor | None = None, fisher: Any = None) -> None:
+    def watch(
+        self, capture: Capture, logits: Tensor | None = None, fisher: Any = None, batch: Hashable | None = None
+    ) -> None:
         """Watch the backward passes to come of what `capture` records.
 
-        logits and fisher (its likelihood and reduction): watch the loss's gradient at these logits, too.
+        logits and fisher (its likelihood and reduction): watch the loss's gradient at these logits, too. batch: the same for
+        several outputs of one forward pass.
         """
         self._capture = capture
         if not capture.has(self._compare):
             capture.listen(self._compare)
             for layer in self.layers:
-                if layer.bias is not None:
-                    self._handles.append(layer.bias.register_hook(self._bias_hook(layer)))
+                if layer.bias is not None and layer.bias.requires_grad:
+                    self._biases.add(layer)
+                    self._handles.append(layer.bias.register_hook(Hook(self, ScalingCheck._add_bias, layer)))
         if logits is not None:
-            self._handles.append(logits.register_hook(self._logits_hook(capture, logits.detach(), fisher)))
+            watched = Watched(logits.detach(), fisher, object() if batch is None else batch)
+            self._handles.append(logits.register_hook(Hook(self, ScalingCheck._add_loss, watched)))
 
     def stop(self) -> None:
         """Watch no more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        remove(self._handles)
+        self._biases = set()
         if self._capture is not None:
             self._capture.dismiss(self._compare)
 
     def clear(self) -> None:
         """Forget the backward passes seen so far, and go on watching."""
-        self._expected, self._actual, self._size, self._losses = {}, {}, {}, []
+        self._expected, self._actual, self._size = {}, {}, {}
+        self._losses, self._backwards = [], set()
 
     def verify(self, fisher: Any = None) -> bool:
         """InputError for the first layer or loss that does not fit. False: no finite gradient was seen, nothing is known.
@@ -77,11 +104,25 @@ class ScalingCheck:
         rescaled = self._rescaled()
         if fisher is not None and fisher.kind == "empirical":
             verify_unscaled(rescaled * known_scale(fisher))
-        for ratio, declared in self._losses:
-            expected = 1 / len(self._losses) if declared.reduction == "mean" else 1.0
-            seen = ratio if ratio is None or ratio <= expected else max(expected, ratio * min(1.0, rescaled))
-            verify_loss(seen, declared.likelihood, declared.reduction, len(self._losses))
+        self._verify_losses(rescaled)
         return True
+
+    def _verify_losses(self, rescaled: float) -> None:
+        """Each loss is a mean over its rows times their share in all rows, or divided by the number of batches.
+
+        A gradient at the logits counts that went on to the weights, not one that the user asked for with autograd.grad.
+        """
+        ratios = [(watched, watched.ratio(self._backwards)) for watched in self._losses]
+        rows = {w.batch: len(w.logits) for w in self._losses if any(task in self._backwards for task, _ in w.gradients)}
+        for watched, ratio in ratios:
+            if ratio is None:
+                continue
+            declared, shares = watched.fisher, [1.0]
+            if declared.reduction == "mean":
+                shares = [1 / len(rows), rows[watched.batch] / sum(rows.values())]
+            share = min(shares, key=lambda share: abs(ratio / share - 1))
+            seen = ratio if ratio <= share else max(share, ratio * min(1.0, rescaled))
+            verify_loss(seen, declared.likelihood, declared.reduction, len(rows), share)
 
     def _rescaled(self) -> float:
         """Norm of the gradients as they are now over that of the gradients that backward made."""
@@ -96,6 +137,7 @@ class ScalingCheck:
         self, layer: KroneckerLayer, uses: Sequence[Use], gradients: Sequence[Tensor], weight_grad: Tensor
     ) -> None:
         """Add one backward of one layer to both sides."""
+        self._backwards.add(torch._C._current_graph_task_id())
         weight = weight_grad.detach().to(layer.dtype)
         bias = None if layer.bias is None else layer.bias.new_zeros(layer.bias.shape, dtype=layer.dtype)
         _add(self._expected, layer, layer.matrix(weight, bias).clone())
@@ -103,25 +145,25 @@ class ScalingCheck:
             self._half |= g.dtype.itemsize < 4
             x = batched(layer.module, use.input.to(layer.dtype))
             g = batched(layer.module, g.to(layer.dtype))
-            _add(self._actual, layer, weight_gradient(layer.geometry, x, g, layer.bias is not None))
+            actual = weight_gradient(layer.geometry, x, g, layer.bias is not None)
+            if layer.bias is not None and layer not in self._biases:
+                actual[..., -1] = 0.0  # frozen since
+            _add(self._actual, layer, actual)
             _add(self._size, layer, x.norm() * g.norm())
 
-    def _bias_hook(self, layer: KroneckerLayer) -> Any:
-        def add(gradient: Tensor) -> None:
-            with torch.no_grad():
-                weight = layer.weight.new_zeros(layer.weight.shape, dtype=layer.dtype)
-                _add(self._expected, layer, layer.matrix(weight, gradient.to(layer.dtype)))
+    def _add_bias(self, layer: KroneckerLayer, gradient: Tensor) -> None:
+        if not layer.weight.requires_grad:
+            return
+        with torch.no_grad():
+            weight = layer.weight.new_zeros(layer.weight.shape, dtype=layer.dtype)
+            _add(self._expected, layer, layer.matrix(weight, gradient.to(layer.dtype)))
 
-        return add
-
-    def _logits_hook(self, capture: Capture, logits: Tensor, fisher: Any) -> Any:
-        def add(gradient: Tensor) -> None:
-            if not capture.pulling:
-                scale = known_scale(fisher)
-                ratio = loss_ratio(logits, gradient.detach(), fisher.likelihood, fisher.reduction, scale)
-                self._losses.append((ratio, fisher))
-
-        return add
+    def _add_loss(self, watched: Watched, gradient: Tensor) -> None:
+        if not is_pulling():
+            if watched not in self._losses:
+                self._losses.append(watched)
+            made = gradient.detach() / known_scale(watched.fisher)
+            watched.gradients.append((torch._C._current_graph_task_id(), made))
 
     def _verify_layer(self, layer: KroneckerLayer) -> None:
         if layer not in self._expected:
@@ -180,18 +222,21 @@ def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str
     return float(mean) * (len(z) if reduction == "mean" else 1) / scale
 
 
-def verify_loss(ratio: float | None, likelihood: str, reduction: str, batches: int = 1) -> None:
-    """InputError for a loss whose scale is off by more than 1 % from 1, or 1 / batches for means over accumulated batches."""
-    expected = 1 / batches if reduction == "mean" else 1.0
+def verify_loss(
+    ratio: float | None, likelihood: str, reduction: str, batches: int = 1, expected: float | None = None
+) -> None:
+    """InputError for a loss whose scale is off by more than 1 % from `expected`: 1, or 1 / batches for accumulated means."""
+    if expected is None:
+        expected = 1 / batches if reduction == "mean" else 1.0
     if ratio is None or abs(ratio / expected - 1) <= 1e-2:
         return
     other = "sum" if reduction == "mean" else "mean"
     advice = f"pass reduction={other!r} if that is the loss's, or divide the loss by the factor"
     if batches > 1:
-        advice = f"divide the loss of each of the {batches} accumulated batches by {batches}"
+        advice = f"divide the loss of each of the {batches} accumulated batches by {batches}, or weight it by its share of rows"
     raise InputError(
         f"the loss's gradient is {ratio / expected:.4g} times that of {likelihood} with reduction {reduction!r}; {advice}; "
-        "Options(check=False) switches this check off"
+        "a deliberate factor on the loss is harmless with relative damping: Options(check=False) accepts it"
     )
 
 

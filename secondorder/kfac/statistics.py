@@ -5,7 +5,9 @@
 
 Staged are plain sums and counts, which add over batches and processes; `commit` makes averages of them. The average over
 steps is F <- d F + (1 - d) new, w <- d w + (1 - d), read as F / w. Several uses of a layer in one forward are positions.
-A layer with many inputs keeps the last step's rows a instead of A (`staged_rows`), as long as they are fewer than the inputs.
+A layer with many inputs (`wide`) keeps the last step's rows a instead of A, as long as those of all processes together are
+fewer than the inputs; A from then on. Whether they are is known to all once the counts in `staged_tensors` are summed, so
+that all exchange the same thing in `staged_rows`. A process that has so many rows by itself holds their A meanwhile.
 
 Index letters: V backpropagated vectors a sample, N samples, T positions, G groups, D inputs, O outputs, R rows.
 """
@@ -77,10 +79,9 @@ class LayerStatistics:
         T = [positions(layer.geometry, x) for x in xs]
         N = len(xs[0])
         counted = sum(len(x) * t for x, t in zip(xs, T, strict=True)) if layer.sharing == "expand" else N
-        if not self.used and counted >= layer.inputs:
-            self.dense = True
-        if self.dense:
+        if self.dense or "A" in self._staged or counted + self._row_count >= layer.inputs:
             self._stage("A", input_products(layer, xs, T))
+            self._rows_to_factor()
         else:
             self._staged_rows.append(input_rows(layer, xs, T))
         self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.weight.device, layer.dtype))
@@ -94,7 +95,7 @@ class LayerStatistics:
             self._stage("S", squared_products(layer, [self._batched(x) for x in inputs], gs, *self.bases))
 
     def staged_tensors(self) -> list[Tensor]:
-        """The sums and counts of this step, which add over processes: A unless rows are kept, B, squares, counts."""
+        """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
         names = [*(["A"] if self.dense else []), "B", *([] if self.bases is None else ["S"]), "counts"]
         for name in names:
             if name not in self._staged:
@@ -102,14 +103,24 @@ class LayerStatistics:
         return [self._staged[name] for name in names]
 
     def staged_rows(self) -> Tensor:
-        """The rows a `[G, R, D]` of this step, not normalised; R = 0 where A is dense."""
+        """What processes exchange, after `staged_tensors`, of a layer that is not dense: the rows a `[G, R, D]` of this step.
+
+        Not normalised. Where those of all processes are no fewer than the inputs it is A `[G, D, D]` instead.
+        """
+        if self._many_rows:
+            self._rows_to_factor()
+            return self._staged["A"]
         if len(self._staged_rows) > 1:
             self._staged_rows = [torch.cat(self._staged_rows, 1)]
         return self._staged_rows[0] if self._staged_rows else self._zeros(self.layer.groups, 0, self.layer.inputs)
 
     def replace_staged_rows(self, rows: Tensor) -> None:
-        """Take the rows of all processes for one's own; nothing where A is dense."""
-        if not self.dense:
+        """Take the `staged_rows` of all processes, one after another, for one's own; nothing where A is dense."""
+        if self.dense:
+            return
+        if self._many_rows:
+            self._staged["A"] = rows.unflatten(1, (-1, self.layer.inputs)).sum(1)
+        else:
             self._staged_rows = [rows]
 
     def is_finite(self) -> Tensor:
@@ -121,12 +132,16 @@ class LayerStatistics:
 
     def commit(self, ema_decay: float, gradient_scale: float) -> None:
         """Take the staged sums into the averages, A as their mean, B and the squares times gradient_scale."""
-        if not self.used:
+        self.squares = None
+        if not self.staged_samples:  # not used here, nor by another process
             return self.discard()
         staged = self._staged
         counted = staged["counts"][0]
-        if not self.dense:
-            self._commit_rows(self.staged_rows(), counted)
+        if not self.dense and self._many_rows:
+            self._rows_to_factor()
+            self.dense, self.rows = True, None
+        elif not self.dense:
+            self.rows = self.staged_rows() / counted.sqrt()
         if "A" in staged:
             self._average("A", staged["A"].div_(counted), ema_decay)
         if "B" in staged:
@@ -167,13 +182,22 @@ class LayerStatistics:
         G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
         return {"A": (G, D, D), "B": (G, outputs, outputs), "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
 
-    def _commit_rows(self, rows: Tensor, counted: Tensor) -> None:
-        """Keep the rows; A from now on when there are no fewer of them than inputs."""
-        if rows.shape[1] < self.layer.inputs:
-            self.rows = rows / counted.sqrt()
-            return
-        self.dense, self.rows = True, None
-        self._staged["A"] = rows.mT @ rows
+    @property
+    def _many_rows(self) -> bool:
+        """Whether the rows of this step, those of all processes once the counts are summed, are no fewer than the inputs."""
+        return self.used and float(self._staged["counts"][0]) >= self.layer.inputs
+
+    @property
+    def _row_count(self) -> int:
+        return sum(rows.shape[1] for rows in self._staged_rows)
+
+    def _rows_to_factor(self) -> None:
+        """A of the rows staged here, in their place; zero where there are none."""
+        rows, self._staged_rows = self._staged_rows, []
+        if "A" not in self._staged:
+            self._staged["A"] = self._zeros(*self._shapes["A"])
+        for part in rows:
+            self._staged["A"].baddbmm_(part.mT, part)
 
     def _average(self, name: str, new: Tensor, decay: float) -> None:
         """F <- d F + (1 - d) new."""

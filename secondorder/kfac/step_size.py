@@ -2,7 +2,7 @@
 
     M(delta) = grad . delta + delta^T C delta / 2,    C = G + lambda I + weight_decay I
 
-with G the Gauss-Newton matrix and lambda that of each layer (0 for parameters without factors). J. Martens, R. Grosse,
+with G the Gauss-Newton matrix and lambda that of each layer's inverse (0 for parameters without factors). J. Martens, R. Grosse,
 "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, sections 6 and 7.
 """
 
@@ -158,13 +158,8 @@ def _over_processes(optimizer: KFAC, value: float) -> float:
 
 def _penalty(optimizer: KFAC, a: Vector, b: Vector, decay: Mapping[nn.Parameter, float]) -> float:
     """a . (lambda I + weight_decay I) b."""
-    preconditioner = optimizer.preconditioner
     total = sum(factor * float((a[p] * b[p]).sum()) for p, factor in decay.items() if factor and p in a)
-    for name, layer in preconditioner.layers.items():
-        products = [(a[p] * b[p]).sum() for p in (layer.weight, layer.bias) if p is not None and p in a]
-        if products:
-            total += preconditioner.blocks.tikhonov(name) * float(sum(products))
-    return total
+    return total + float(optimizer.preconditioner.blocks.penalty(a, b))
 
 
 def _slope(vector: Vector, decay: Mapping[nn.Parameter, float], scale: float) -> float:

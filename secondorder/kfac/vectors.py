@@ -3,6 +3,9 @@
 Index letters: N samples, T positions, G groups, D inputs of a group (one more, which is 1, with a bias), O outputs of a group.
 A Conv1d is seen as a Conv2d on maps of one row (`geometry`), so that there are two kinds of layer only. Low precision is
 widened to float32.
+
+The first dimension of a layer's input is the sample, with transformers too (batch_first=True). Where it is the position
+instead, N and T change places: `reduce` then averages over samples, and EKFAC squares sums over samples; both are wrong.
 """
 
 import math
@@ -85,11 +88,11 @@ def vectors(layer: Geometry, x: Tensor, g: Tensor, bias: bool, samples: int) -> 
         yield input_vectors(layer, part, bias), gradient_vectors(layer, gradients)
 
 
-def samples_at_a_time(layer: Geometry, x: Tensor, most_bytes: int | None = None) -> int:
-    """Samples whose unfolded inputs stay below `most_bytes` (UNFOLDED_BYTES), at least one."""
+def samples_at_a_time(layer: Geometry, x: Tensor) -> int:
+    """Samples whose unfolded inputs stay below UNFOLDED_BYTES, at least one."""
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     numbers = positions(layer, x) * groups * (layer.weight[0].numel() + 1)
-    return max(1, (UNFOLDED_BYTES if most_bytes is None else most_bytes) // max(1, numbers * x.element_size()))
+    return max(1, UNFOLDED_BYTES // max(1, numbers * x.element_size()))
 
 
 def weight_gradient(layer: Geometry, x: Tensor, g: Tensor, bias: bool) -> Tensor:

@@ -204,3 +204,10 @@ def test_damping_that_a_user_sets_to_nonsense() -> None:
     with pytest.raises(InputError, match=r"damping 0\.0: must be above 0"):
         train(model, optimizer, [(x, y)])
     assert same(weights(model), before)
+
+
+def test_cross_entropy_of_one_output() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = KFAC(model, 0.1)
+    with pytest.raises(InputError, match=re.escape("use Fisher(likelihood='bce')")):
+        optimizer.update_curvature(model(torch.randn(4, 3)))

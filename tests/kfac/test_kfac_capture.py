@@ -453,3 +453,114 @@ def test_recording_goes_on_from_step_to_step() -> None:
         captured.capture.forget()
         assert captured.capture.uses == 0
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_records_live_as_long_as_the_graph(fisher: str) -> None:
+    model, x = small(), torch.randn(2, 2, 6, 6).double()
+    captured = Captured(model)
+    if fisher == "empirical":
+        captured.capture.from_backward()
+    gc.disable()
+    try:
+        for backward in (False, True, False):
+            z = model(x)  # never a step
+            if backward:
+                z.sum().backward()
+            del z
+            assert not captured.capture._recorded
+            assert not captured.capture._waiting
+    finally:
+        gc.enable()
+    images = x.clone().requires_grad_()
+    for _ in range(2):
+        torch.autograd.grad(model(images).sum(), images)  # brings no weight's gradient
+    assert sum(map(len, captured.capture._arrived.values())) <= 3
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_hooks_go_with_the_capture(fisher: str) -> None:
+    model, x = small(), torch.randn(2, 2, 6, 6).double()
+    captured = Captured(model)
+    if fisher == "empirical":
+        captured.capture.from_backward()
+    z = model(x)
+    capture = weakref.ref(captured.capture)
+    gc.disable()
+    try:
+        del captured
+        assert capture() is None
+    finally:
+        gc.enable()
+    z.sum().backward()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_forward_counts_once() -> None:
+    model, x = small(), torch.randn(2, 2, 6, 6).double()
+    captured = Captured(model)
+    z = captured.exact(x)
+    with pytest.raises(InputError, match=r"has been counted; call it once per forward, with all outputs in one call"):
+        captured.capture.from_logits(z * 2, output_gradients(z, "exact"))
+    captured.capture.forget()
+    captured.capture.from_logits(z, output_gradients(z, "exact"))  # of an earlier step: nothing
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_layers_frozen_and_unfrozen_later(fisher: str) -> None:
+    model, x, y = small(), torch.randn(4, 2, 6, 6).double(), torch.randint(3, (4,))
+    captured = Captured(model)
+    model[2].weight.requires_grad_(False)
+    model[5].bias.requires_grad_(False)
+    for frozen in (True, False):
+        model[2].weight.requires_grad_(not frozen)
+        if fisher == "empirical":
+            captured.capture.from_backward()
+            F.cross_entropy(model(x), y).backward()
+        else:
+            captured.exact(x)
+        assert captured.statistics["2"].used == (fisher == "exact" or not frozen)
+        for statistics in captured.statistics.values():
+            statistics.discard()
+        captured.capture.forget()
+
+
+def test_two_captures_on_parts_of_one_model() -> None:
+    encoder, head = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Linear(5, 3))
+    model, x, y = nn.Sequential(encoder, head).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    values = []
+    for together in (False, True):
+        one, other = Captured(head), Captured(encoder)  # a pull to the encoder goes through the head
+        one.capture.from_backward()
+        z = model(x)
+        if together:
+            other.capture.from_logits(z, output_gradients(z, "exact"))
+            assert not one.capture._arrived
+        F.cross_entropy(z, y).backward()
+        values.append([tensor.clone() for s in one.statistics.values() for tensor in s.staged_tensors()])
+        one.capture.stop()
+        other.capture.stop()
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def test_rows_of_the_output() -> None:
+    class Dictionary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            z = self.layer(x.flatten(0, 1)).view(*x.shape[:2], 3)
+            return {"loss": z.square().sum(), "logits": z}
+
+    captured = Captured(Dictionary())
+    captured.capture.from_backward()
+    captured.model(torch.randn(7, 5, 4))  # without a backward
+    for _ in range(2):
+        captured.model(torch.randn(2, 5, 4))["loss"].backward()
+    assert captured.capture.rows == 4
+    captured.capture.forget()
+    assert captured.capture.rows == 0
+    captured.model.layer(torch.randn(2, 4)).sum().backward()
+    assert captured.capture.rows is None

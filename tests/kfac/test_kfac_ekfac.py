@@ -108,7 +108,7 @@ def test_nearer_to_the_exact_fisher_than_kfac(kind):
     shape = inverse.S.shape
     kfac = blocks(inverted(fisher.factors(), "eigen"), shape)
     torch.testing.assert_close(blocks(inverse, shape), kfac)
-    inverse.update(inverse.squared_gradients(fisher.a, fisher.g) / fisher.samples, 0.9)
+    inverse.update(squared_gradients(inverse.Q_A, inverse.Q_B, fisher.a, fisher.g) / fisher.samples, 0.9)
     ekfac = blocks(inverse, shape)
     for F_ekfac, F_kfac, exact in zip(ekfac, kfac, fisher.blocks, strict=True):
         assert (F_ekfac - exact).norm() < 0.99 * (F_kfac - exact).norm()
@@ -119,7 +119,7 @@ def test_nearer_to_the_exact_fisher_than_kfac(kind):
 def test_the_best_diagonal_in_its_basis(kind):
     fisher = Fisher(kind)
     inverse = corrected(fisher.factors())
-    inverse.update(inverse.squared_gradients(fisher.a, fisher.g) / fisher.samples, 0.9)
+    inverse.update(squared_gradients(inverse.Q_A, inverse.Q_B, fisher.a, fisher.g) / fisher.samples, 0.9)
     for S, Q_B, Q_A, exact in zip(inverse.S, inverse.Q_B, inverse.Q_A, fisher.blocks, strict=True):
         Q = torch.kron(Q_B, Q_A)
         torch.testing.assert_close(S.flatten(), (Q.mT @ exact @ Q).diagonal())
@@ -165,6 +165,9 @@ def test_relative_damping_is_that_of_the_mean_second_moment():
         torch.testing.assert_close(
             inverse.solve(W, 0.3, True)[i], inverse.solve(W, 0.3 * float(S.square().sum() / S.sum()), False)[i]
         )
+        assert float(torch.as_tensor(inverse.tikhonov(0.3, True))[i]) == pytest.approx(
+            0.3 * float(S.square().sum() / S.sum())
+        )
     inverse.update(torch.zeros_like(inverse.S), 0.0)
     torch.testing.assert_close(inverse.solve(W, 0.5, True), 2 * W)
 
@@ -173,7 +176,7 @@ def test_relative_damping_is_that_of_the_mean_second_moment():
 def test_new_bases_carry_the_second_moments_over(kind):
     fisher, other = Fisher(kind), Fisher(kind)
     before = corrected(fisher.factors())
-    before.update(before.squared_gradients(fisher.a, fisher.g) / fisher.samples, 0.9)
+    before.update(squared_gradients(before.Q_A, before.Q_B, fisher.a, fisher.g) / fisher.samples, 0.9)
     same = corrected(fisher.factors(), {"layer": before})
     torch.testing.assert_close(same.S, before.S)
     after = corrected(other.factors(), {"layer": before})

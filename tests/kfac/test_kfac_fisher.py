@@ -9,7 +9,8 @@ from torch.func import hessian
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
-from secondorder.kfac.fisher import LIKELIHOODS, output_gradients
+from secondorder.kfac import options
+from secondorder.kfac.fisher import BACKPROPAGATED, FISHERS, LIKELIHOODS, REDUCTIONS, output_gradients
 
 SHAPES = [(3, 4), (3, 4, 2), (3, 4, 2, 2)]
 
@@ -89,3 +90,16 @@ def test_shapes_that_do_not_fit() -> None:
         output_gradients(torch.zeros(3), "mc")
     with pytest.raises(InputError, match="takes a backward pass for each of 5000 outputs of a sample"):
         output_gradients(torch.zeros(1, 2, 2500), "exact")
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 1, 4, 4)])
+@pytest.mark.parametrize("kind", BACKPROPAGATED)
+def test_a_softmax_of_one_output(kind: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"cross_entropy has no curvature; use Fisher\(likelihood='bce'\)"):
+        output_gradients(torch.zeros(shape), kind)
+
+
+def test_options_know_the_same_words() -> None:
+    assert (options.FISHERS, options.LIKELIHOODS, options.REDUCTIONS) == (FISHERS, LIKELIHOODS, REDUCTIONS)
+    assert options.LIKELIHOODS is LIKELIHOODS
+    assert set(BACKPROPAGATED) == set(FISHERS) - {"empirical"}

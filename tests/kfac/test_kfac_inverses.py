@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError
-from secondorder.kfac.inverses import INVERSES, KINDS, CorrectedEigenbasis, Factors, Identity, Inverse, invert, restored
+from secondorder.kfac.inverses import CLASSES, KINDS, CorrectedEigenbasis, Factors, Identity, Inverse, invert, restored
 
 SHAPES = [(1, 5, 3), (1, 4, 7), (1, 6, 1), (1, 1, 4), (3, 4, 2)]  # G, D, O
 DAMPING = [(0.1, True), (1e-4, True), (0.3, False)]
@@ -86,6 +86,22 @@ def test_solves_the_damped_system(shape, form, damping, relative, kind):
     before = W.clone()
     torch.testing.assert_close(made(layer, kind, damping, relative).solve(W, damping, relative), expected)
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("form", [dense, wide])
+@pytest.mark.parametrize(("damping", "relative"), DAMPING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tells_its_lambda(form, damping, relative, kind):
+    layer = form(2, 5, 3)
+    expected = damping * scales(layer) if relative else torch.full((2,), damping, dtype=torch.float64)
+    found = made(layer, kind, damping, relative).tikhonov(damping, relative)
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64).expand(2, 1, 1)[:, 0, 0], expected)
+
+
+@pytest.mark.parametrize("form", [dense, wide])
+def test_the_lambda_of_factored_damping_is_that_of_its_making(form):
+    inverse = made(form(2, 5, 3), "cholesky", 0.2, False)
+    torch.testing.assert_close(inverse.tikhonov(0.7, False), torch.full((2, 1, 1), 0.2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("form", [dense, wide])
@@ -184,8 +200,8 @@ def test_the_state_restores_the_inverse_bit_for_bit(form, kind):
 
 
 def test_every_kind_is_in_the_table():
-    assert all(INVERSES[kind].kind == kind for kind in INVERSES)
-    assert set(KINDS) < set(INVERSES)
+    assert all(CLASSES[kind].kind == kind for kind in CLASSES)
+    assert set(KINDS) < set(CLASSES)
     identity = restored(Identity(torch.full((2, 1, 1), 4.0)).tensors())
     W = torch.randn(2, 3, 5)
     torch.testing.assert_close(identity.solve(W, 0.5, True), W / 2)
@@ -227,4 +243,6 @@ def test_bad_input_is_refused():
             made(layer, "eigen", damping)
     with pytest.raises(InputError, match="unknown kind of inverse 'svd'"):
         restored({"kind": "svd"})
+    with pytest.raises(InputError, match="state of an inverse 'identity' without 'scale': it is of another version"):
+        restored({"kind": "identity"})
     assert invert([], "eigen", [], True, {}, Counter()) == {}

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from secondorder.errors import InputError
-from secondorder.kfac.layers import clean, find_layers
+from secondorder.kfac.layers import clean_paths, find_layers
+from secondorder.kfac.options import WIDE_INPUT
 from secondorder.networks import network
 
 
 def treated(model: nn.Module, *args: Any, **options: Any) -> dict[str, tuple[str, str, str | None]]:
     _, treatments = find_layers(model, *args, **options)
-    names = [name for name, _ in model.named_parameters()]
-    assert [t.name for t in treatments] == [clean(name) for name in names]  # each once, in order
+    paths = clean_paths(model)
+    names = [name.rpartition(".") for name, _ in model.named_parameters()]
+    assert [t.name for t in treatments] == [f"{paths[path]}.{last}".lstrip(".") for path, _, last in names]  # in order
     assert all(t.parameter is p for t, p in zip(treatments, model.parameters(), strict=True))
     return {t.name: (t.how, t.why, t.layer) for t in treatments}
 
@@ -78,6 +80,8 @@ class Mixed(nn.Module):
         self.same.weight, self.same.bias = self.pair.weight, self.pair.bias
         self.left, self.right = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2)
         self.right.weight, self.right.bias = self.left.weight, self.left.bias
+        self.words, self.decoder = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.decoder.weight = self.words.weight
         self.common, self.bias_only = nn.Linear(4, 4), nn.Linear(4, 4)
         self.bias_only.bias = self.common.bias
 
@@ -106,6 +110,11 @@ def test_reasons() -> None:
         "parametrised.bias": ("fallback", "ParametrizedLinear, its weight is parametrised", None),
         "frozen.weight": ("frozen", "requires_grad is False", None),
         "frozen.bias": ("fallback", "the weight beside it is frozen", None),
+        "decoder.bias": (
+            "fallback",
+            "the weight beside it is shared by unlike modules: Embedding words and Linear decoder",
+            None,
+        ),
         "half_frozen.weight": ("kfac", "Linear", "half_frozen"),
         "half_frozen.bias": ("frozen", "requires_grad is False", None),
         "one.weight": ("fallback", "shared by unlike modules: Linear one and Linear two and Linear three", None),
@@ -155,19 +164,60 @@ def test_bad_models() -> None:
         find_layers(nn.Linear(2, 2), "kfac", "kfc")
 
 
+class OwnParallel(nn.DataParallel):
+    """A wrapper of the user's."""
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize(
-    "name", ["module.a.weight", "_orig_mod.module.a.weight", "module._orig_mod.a.weight", "a.weight"]
+    "wrapped",
+    [
+        nn.DataParallel,
+        OwnParallel,
+        compiled,
+        lambda model: nn.DataParallel(compiled(model)),
+        lambda model: compiled(nn.DataParallel(model)),
+    ],
 )
-def test_names_without_wrappers(name: str) -> None:
-    assert clean(name) == "a.weight"
-
-
-def test_wrapped_models_have_the_same_names() -> None:
+def test_wrapped_models_have_the_same_names(wrapped: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    wrapped = nn.Module()
-    wrapped.module = torch.compile(model, backend="eager")
-    assert treated(wrapped) == treated(model)
-    assert find_layers(wrapped)[0][0].name == "0"
+    assert treated(wrapped(model)) == treated(model)
+    assert find_layers(wrapped(model))[0][0].name == "0"
+    part = nn.ModuleDict({"head": wrapped(model)})
+    assert list(treated(part)) == ["head.0.weight", "head.0.bias"]
+
+
+class Adapter(nn.Module):
+    """Not a wrapper, though it has an attribute `module`, and a parameter beside it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.scale = module, nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, nn.DataParallel, compiled])
+def test_an_attribute_called_module_is_part_of_the_name(wrapped: Any) -> None:
+    model = wrapped(nn.Sequential(Adapter(nn.Linear(2, 2)), Adapter(nn.Linear(2, 2, bias=False))))
+    table = treated(model, {"0.module": "ekfac"})
+    assert list(table) == ["0.scale", "0.module.weight", "0.module.bias", "1.scale", "1.module.weight"]
+    assert table["0.module.weight"] == ("ekfac", "Linear", "0.module")
+    with pytest.raises(InputError, match="approximation '0' matches no linear layer"):
+        find_layers(model, {"0": "ekfac"})
+
+
+def test_two_parameters_of_one_name() -> None:
+    model = OwnParallel(nn.ModuleDict({"head": nn.Linear(2, 2)}))
+    model.head = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"2 parameters are called head\.weight without what wrappers"):
+        find_layers(model)
+
+
+def test_patterns_mind_upper_and_lower_case() -> None:
+    table = treated(nn.ModuleDict({"Head": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), {"h*": "ekfac"})
+    assert (table["Head.weight"][0], table["head.weight"][0]) == ("kfac", "ekfac")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -197,6 +247,7 @@ def test_wide_layers() -> None:
     layer = find_layers(nn.Linear(9, 1), "kfac", "expand", 10)[0][0]
     assert not layer.wide  # 10 inputs with the one of the bias
     assert find_layers(nn.Linear(10, 1), "kfac", "expand", 10)[0][0].wide
+    assert find_layers(nn.Linear(10, 1))[0][0].wide_inputs == WIDE_INPUT
 
 
 def test_finding_layers_draws_no_random_numbers() -> None:

@@ -1,7 +1,9 @@
 """KFAC in the training loops that torch's optimisers meet: schedulers, closures, orders of calls, skipped steps, copies."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ from kfac_training import batches, convnet, same, train, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.kfac import KFAC, Options
+from secondorder.errors import InputError
+from secondorder.kfac import KFAC, Fisher, Options
 
 # --------------------------------------------------------------------------------------------- schedulers and closures
 
@@ -171,3 +174,112 @@ def test_torch_step_hooks_and_repr() -> None:
     train(model, optimizer, batches(1))
     assert called == ["before", "after"]
     assert "damping: 0.01" in repr(optimizer)
+
+
+# ------------------------------------------------------------------------------- other optimisers, heads, bad outputs
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_nothing_is_left_of_a_deleted_optimizer(fisher: str) -> None:
+    model = convnet()
+    optimizer = KFAC(model, 0.1, fisher=fisher)
+    model(batches(1)[0][0])
+    capture = weakref.ref(optimizer.preconditioner.gathering.capture)
+    check = weakref.ref(optimizer.preconditioner.gathering.check)
+    del optimizer
+    gc.collect()
+    assert capture() is None
+    assert check() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.a(h), self.b(h)
+
+
+@pytest.mark.parametrize("batches_of", [[6], [4, 2]])
+def test_outputs_of_several_heads_in_one_call(batches_of: list[int]) -> None:
+    model = Heads().double()
+    x, a, b = torch.randn(6, 4).double(), torch.randint(3, (6,)), torch.randint(2, (6,))
+    optimizer = KFAC(model, 0.1, fisher="exact")
+    weight_before = {name: getattr(model, name).weight.detach().clone() for name in "ab"}
+    slope = 1 - torch.tanh(model.body(x)).square().detach()
+    optimizer.zero_grad()
+    outputs = [model(part) for part in x.split(batches_of)]
+    optimizer.preconditioner.gathering.update([z for pair in outputs for z in pair])
+    za, zb = (torch.cat(zs) for zs in zip(*outputs, strict=True))
+    (F.cross_entropy(za, a) + F.cross_entropy(zb, b)).backward()
+    optimizer.step()
+    statistics = optimizer.preconditioner.statistics
+    assert optimizer.preconditioner.gathering.samples == 6
+    hidden = 0.0
+    for name, z in (("a", za.detach()), ("b", zb.detach())):
+        p = z.softmax(-1)
+        H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        torch.testing.assert_close(statistics[name].B, H.mean(0)[None])
+        J = weight_before[name] * slope[:, None]  # [N, K, 5]
+        hidden = hidden + (J.mT @ H @ J).mean(0)
+    torch.testing.assert_close(statistics["body"].B, hidden[None])
+
+
+def test_drawn_gradients_of_heads_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Heads()
+    optimizer = KFAC(model, 0.1)
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or grad(*args, **kwargs))
+    optimizer.preconditioner.gathering.update(model(torch.randn(6, 4)))
+    assert len(calls) == 1
+
+
+def test_two_calls_for_one_forward() -> None:
+    model = Heads()
+    optimizer = KFAC(model, 0.1)
+    za, zb = model(torch.randn(6, 4))
+    optimizer.update_curvature(za)
+    with pytest.raises(InputError, match=r"all outputs in one call: update_curvature\(\[first, second\]\)"):
+        optimizer.update_curvature(zb)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [(3.0, "float is not a tensor"), ([], "pass the model's logits"), ({"z": 1}, "dict is not")]
+)
+def test_what_is_not_an_output(bad: Any, message: str) -> None:
+    model = convnet()
+    optimizer = KFAC(model, 0.1)
+    with pytest.raises(InputError, match=message):
+        optimizer.preconditioner.gathering.update(bad)
+    with pytest.raises(InputError, match="the loss"):
+        optimizer.preconditioner.gathering.update(model(batches(1)[0][0]).sum())
+
+
+def test_rows_of_a_plain_step() -> None:
+    model = convnet()
+    [(x, y)] = batches(1)
+    optimizer = KFAC(model, 0.1, fisher=Fisher("mc", reduction="sum"), factor_interval=10)
+    gathering = optimizer.preconditioner.gathering
+    while gathering.due:
+        optimizer.zero_grad()
+        logits = model(x)
+        optimizer.update_curvature(logits)
+        F.cross_entropy(logits, y, reduction="sum").backward()
+        optimizer.step()
+    assert gathering.mean_scale == 1 / len(x)
+    gathering.note_rows(model(x[:3]))
+    gathering.note_rows(model(x[:2]))
+    assert gathering.mean_scale == 1 / 5
+
+
+def test_rows_of_an_empirical_step_are_those_of_the_output() -> None:
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3), nn.Unflatten(0, (-1, 5)))
+    optimizer = KFAC(model, 0.1, fisher="empirical")
+    model(torch.randn(2, 5, 4)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.preconditioner.gathering.samples == 2

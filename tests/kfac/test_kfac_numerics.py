@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secondorder.kfac.inverses import EVENTS, KINDS, Factors, Identity, Inverse, invert
+from secondorder.kfac.inverses import EVENTS, KINDS, NO_CURVATURE, Factors, Identity, Inverse, build, invert
 from secondorder.kfac.inverses.inverse import floor
 from secondorder.kfac.inverses.numerics import all_finite, eigen, inverses
 
@@ -23,7 +23,7 @@ def factors(form: str = "dense", dtype: torch.dtype = torch.float64) -> Factors:
 def inverted(layer: Factors, kind: str, previous: dict[str, Inverse], relative: bool = True) -> tuple[Inverse, Counter]:
     report: Counter[str] = Counter()
     found = invert([layer], kind, [0.1], relative, previous, report)["layer"]
-    assert set(report) <= set(EVENTS)
+    assert set(report) <= {*EVENTS, f"layer: {NO_CURVATURE}"}
     return found, report
 
 
@@ -80,7 +80,8 @@ def test_zero_factors_damp_by_the_damping_itself(form, kind, relative, dtype, ze
     if zero != "input":
         layer.B.zero_()
     inverse, report = inverted(layer, kind, {}, relative)
-    assert not report
+    assert report == ({f"layer: {NO_CURVATURE}": 1} if relative else {})
+    torch.testing.assert_close(torch.as_tensor(inverse.tikhonov(0.1, relative)).max().item(), 0.1)
     W = torch.randn(G, O, D, dtype=dtype)
     found = inverse.solve(W, 0.1, relative)
     assert found.isfinite().all()
@@ -96,8 +97,25 @@ def test_tiny_and_huge_float32_factors_stay_finite(form, kind, scale):
     layer = factors(form, torch.float32)
     layer.B.mul_(scale)
     inverse, report = inverted(layer, kind, {})
-    assert not report
+    assert report == ({f"layer: {NO_CURVATURE}": 1} if scale == 1e-30 else {})
     assert inverse.solve(scale**0.5 * torch.randn(G, O, D), 0.1, True).isfinite().all()
+
+
+def test_layers_without_curvature_are_named_and_cost_one_synchronisation(monkeypatch):
+    flat, half, good = factors(), factors(), factors()
+    flat.B.zero_()
+    half.B[0].zero_()
+    layers = [Factors(name, one.A, None, one.B) for name, one in (("flat", flat), ("half", half), ("good", good))]
+    asked, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: asked.append(len(tensor)) or tolist(tensor))
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: pytest.fail("a synchronisation for each layer"))
+    assert build._finite_and_curved(layers) == ([True, True, True], [False, False, True])
+    assert asked == [6]
+    monkeypatch.undo()
+    report: Counter[str] = Counter()
+    for _ in range(2):
+        invert(layers, "eigen", [0.1] * 3, True, {}, report)
+    assert report == {f"flat: {NO_CURVATURE}": 2, f"half: {NO_CURVATURE}": 2}
 
 
 def test_the_floor_can_be_divided_by():

@@ -195,7 +195,7 @@ def test_degenerate_curvature_stays_finite(case: str, kind: str, dtype: torch.dt
     assert finite(model)
     assert finite_state(optimizer.state_dict())
     assert optimizer.report().steps == 4
-    assert set(optimizer.report().events) <= {"jitter", "float64"}
+    assert {e for e in optimizer.report().events if "no curvature" not in e} <= {"jitter", "float64"}
 
 
 def finite_state(state: Any) -> bool:

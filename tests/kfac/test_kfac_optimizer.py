@@ -1,5 +1,8 @@
 """The update of KFAC against one worked out densely, and what becomes of parameters without factors."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -327,6 +330,61 @@ def test_layers_that_are_not_always_used() -> None:
     assert same(weights(model.left), left)
     assert not same(weights(model.right), right)
     assert not optimizer.preconditioner.events
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_of_the_optimiser_are_refused(copied: Callable[[object], object]) -> None:
+    optimizer = KFAC(convnet(), 0.1)
+    with pytest.raises(InputError, match="make a new KFAC of the copied model and load_state_dict"):
+        copied(optimizer)
+    with pytest.raises(InputError, match="make a new KFAC"):
+        copied([optimizer]) if copied is not copy.copy else copied(optimizer)
+
+
+def test_schedulers_and_saved_models_work_all_the_same() -> None:
+    model = convnet()
+    optimizer = KFAC(model, 0.1)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+        ],
+        [2],
+    )
+    for batch in batches(3):
+        train(model, optimizer, [batch])
+        scheduler.step()
+    copy.deepcopy(scheduler.state_dict())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert same(weights(torch.load(file, weights_only=False)), weights(model))
+    twin = copy.deepcopy(model)
+    other = KFAC(twin, 0.1)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, batches(3))
+    train(twin, other, batches(3))
+    assert same(weights(twin), weights(model))
+
+
+def test_the_trust_region_bounds_the_direction_and_momentum_lengthens_the_update() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = KFAC(model, 0.5, momentum=0.9, clip=1e-8, fisher="exact", damping=Damping(0.1, relative=False))
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))
+    lengths = []
+    for _ in range(30):
+        before = weights(model)
+        train(model, optimizer, [(x, y)])
+        update = {p: p.detach() - before[name] for name, p in model.named_parameters()}
+        blocks = optimizer.preconditioner.blocks
+        lengths.append(float(blocks.quadratic_form(update) + blocks.penalty(update, update)) ** 0.5 / 1e-4)
+    assert lengths[0] == pytest.approx(1, rel=1e-6)  # lr^2 d^T (F + lambda I) d = clip
+    assert 8 < lengths[-1] < 10 * (1 + 1e-2)  # 1 / (1 - 0.9)
 
 
 # ------------------------------------------------------------------------------------------------- reductions, truth

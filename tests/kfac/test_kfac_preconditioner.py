@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secondorder.kfac import KFAC, Fisher, KFACPreconditioner, Options
+from secondorder.kfac.report import Report
 from secondorder.networks import network
 
 # ---------------------------------------------------------------------------------------------- with other optimisers
@@ -159,3 +160,12 @@ def test_report_after_steps() -> None:
     text = str(report)
     for part in ("2 steps, ", "curvature: ", "1 x step with gradients that are not finite, skipped", "GroupNorm"):
         assert part in text
+
+
+def test_events_are_sentences() -> None:
+    report = Report([], {}, {}, {"jitter": 2, "kept": 1, "0: no factors yet": 3}, 4)
+    assert str(report).splitlines()[-3:] == [
+        "2 x a factor needed more on its diagonal for its Cholesky decomposition",
+        "1 x a layer kept its last good inverse",
+        "3 x 0: no factors yet",
+    ]

@@ -1,6 +1,8 @@
 """The check at run time: silent where factors and gradients belong together, an error with the ratio where they do not."""
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -216,3 +218,68 @@ def test_all_samples_sure() -> None:
         InputError, match=r"0\.5 times that of cross_entropy with reduction 'sum'; pass reduction='mean'"
     ):
         verify_loss(0.5, "cross_entropy", "sum")
+
+
+class Accumulated:
+    """Batches of 6 and 2 rows, the mean losses times these weights."""
+
+    def __init__(self, *weights: float, ask_first: bool = False) -> None:
+        model = nn.Sequential(nn.Linear(4, 3))
+        layers, _ = find_layers(model)
+        self.capture = Capture(layers, {layer.name: LayerStatistics(layer) for layer in layers}, model)
+        self.check = ScalingCheck(layers)
+        self.capture.start()
+        for rows, weight in zip((6, 2), weights, strict=False):
+            z = model(torch.randn(rows, 4))
+            self.check.watch(self.capture, z, FISHER)
+            self.capture.from_logits(z, output_gradients(z, "mc", generator=torch.Generator()))
+            loss = F.cross_entropy(z, torch.randint(3, (rows,))) * weight
+            if ask_first:
+                torch.autograd.grad(loss, z, retain_graph=True)
+            loss.backward()
+
+
+@pytest.mark.parametrize("weights", [[6 / 8, 2 / 8], [0.5, 0.5]])
+def test_silent_on_unequal_batches(weights: list[float]) -> None:
+    assert Accumulated(*weights).check.verify()
+
+
+def test_unequal_batches_with_wrong_weights() -> None:
+    message = r"or weight it by its share of rows.*deliberate factor.*harmless with relative.*Options\(check=False\) accepts it"
+    with pytest.raises(InputError, match=message):
+        Accumulated(1.0, 1.0).check.verify()
+
+
+def test_a_gradient_that_the_user_asks_for_is_not_a_loss() -> None:
+    assert Accumulated(1.0, ask_first=True).check.verify()
+
+
+@pytest.mark.parametrize("kind", ["mc", "empirical"])
+def test_silent_on_frozen_parameters(kind: str) -> None:
+    model = small()
+    layers, _ = find_layers(model)
+    model[0].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    capture = Capture(layers, {layer.name: LayerStatistics(layer) for layer in layers}, model)
+    check = ScalingCheck(layers)
+    capture.start()
+    if kind == "empirical":
+        capture.from_backward()
+    check.watch(capture)
+    x, y = data()
+    z = model(x)
+    if kind == "mc":
+        capture.from_logits(z, output_gradients(z, "mc", generator=torch.Generator()))
+    F.cross_entropy(z, y).backward()
+    assert check.verify()
+
+
+def test_the_check_is_not_kept_alive() -> None:
+    passed = Accumulated(1.0)
+    reference = weakref.ref(passed.check)
+    gc.disable()
+    try:
+        del passed
+        assert reference() is None
+    finally:
+        gc.enable()

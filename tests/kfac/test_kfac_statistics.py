@@ -6,6 +6,7 @@ from layer_truth import positions_last, weighted
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
+from secondorder.kfac.distributed import Processes
 from secondorder.kfac.layers import find_layers
 from secondorder.kfac.statistics import LayerStatistics
 
@@ -83,21 +84,79 @@ def test_only_the_rows_of_the_last_step_are_kept() -> None:
     torch.testing.assert_close(statistics.rows, x[None] / 2)
 
 
-def test_a_batch_with_no_fewer_rows_than_inputs_makes_a_wide_factor_dense() -> None:
-    statistics = statistics_of(nn.Linear(12, 2, bias=False), wide=10)
-    x = torch.randn(12, 12).double()
-    add(statistics, x, torch.zeros(1, 12, 2).double())
-    assert statistics.staged_rows().shape == (1, 0, 12)
-    statistics.commit(0.9, 1.0)
-    torch.testing.assert_close(statistics.A, (x.mT @ x / 12)[None])
-    gathered = statistics_of(nn.Linear(12, 2, bias=False), wide=10)
-    add(gathered, x[:6], torch.zeros(1, 6, 2).double())
-    gathered.staged_tensors()[1].mul_(2)  # another process had six as well
-    gathered.replace_staged_rows(x[None])
-    gathered.commit(0.9, 1.0)
-    torch.testing.assert_close(gathered.A, statistics.A)
-    assert gathered.rows is None
-    assert gathered.samples == 12
+def exchange(processes: list[LayerStatistics]) -> None:
+    """What several processes do between the passes and the commit."""
+    tensors = [one.staged_tensors() for one in processes]
+    assert len({len(own) for own in tensors}) == 1  # or they would wait for one another
+    for own in zip(*tensors, strict=True):
+        total = torch.stack(own).sum(0)
+        for tensor in own:
+            tensor.copy_(total)
+    if not processes[0].dense:
+        rows = torch.cat([one.staged_rows() for one in processes], 1)
+        for one in processes:
+            one.replace_staged_rows(rows)
+    assert len({one.dense for one in processes}) == 1
+
+
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (14, 2), (5, 0, 9), (15, 0), (4, 3), (7, 0)])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_a_wide_factor_is_dense_from_as_many_rows_of_all_processes_as_inputs(
+    sizes: tuple[int, ...], forwards: int
+) -> None:
+    make = lambda: statistics_of(nn.Linear(12, 2, bias=False), wide=10)  # noqa: E731
+    processes, truth = [make() for _ in sizes], statistics_of(nn.Linear(12, 2, bias=False))
+    for _ in range(2):
+        x = torch.randn(sum(sizes), 12).double()
+        g = torch.zeros(1, sum(sizes), 2).double()
+        add(truth, x, g)
+        truth.commit(0.0, 1.0)
+        for one, part in zip(processes, x.split(list(sizes)), strict=True):
+            for piece in part.chunk(forwards):
+                if len(piece):
+                    add(one, piece, g[:, : len(piece)])
+            held = [*one._staged_rows, *([one._staged["A"]] if "A" in one._staged else [])]
+            assert sum(tensor.numel() for tensor in held) <= 12 * 12  # never more than A
+        exchange(processes)
+        for one in processes:
+            one.commit(0.0, 1.0)
+            dense = sum(sizes) >= 12
+            assert (one.dense, one.rows is None, one.A is None) == (dense, dense, not dense)
+            A = one.rows.mT @ one.rows if one.rows is not None else one.A
+            torch.testing.assert_close(A, truth.A, rtol=1e-13, atol=1e-14)
+            assert one.samples == sum(sizes)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (2, 5), (4, 0), (0, 0)])
+def test_rows_of_processes_with_unequal_batches(counts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = (torch.randn(2, count, 3).double() for count in counts)
+
+    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+        """One message of each process, all of one shape."""
+        parts[0].copy_(own)
+        if own.ndim == 1:
+            parts[1].fill_(counts[1])
+        else:
+            assert own.shape[1] == max(counts)
+            parts[1].zero_()[:, : counts[1]] = other
+
+    monkeypatch.setattr(Processes, "world", 2)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    assert torch.equal(Processes(True).gathered(mine), torch.cat([mine, other], 1))
+
+
+def test_a_step_without_any_use_changes_nothing() -> None:
+    for wide in (10, 100):
+        statistics = statistics_of(nn.Linear(12, 2, bias=False), wide=wide)
+        x, g = torch.randn(4, 12).double(), torch.randn(1, 4, 2).double()
+        add(statistics, x, g)
+        statistics.commit(0.9, 1.0)
+        before = statistics.state_dict()
+        exchange([statistics, statistics_of(nn.Linear(12, 2, bias=False), wide=wide)])
+        statistics.commit(0.9, 1.0)
+        after = statistics.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(torch.as_tensor(before[name]), torch.as_tensor(after[name])) for name in before)
 
 
 @pytest.mark.parametrize("name", MODULES)

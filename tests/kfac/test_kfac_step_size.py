@@ -198,6 +198,36 @@ def test_leaves_the_model_as_one_forward_pass_does(adapt: LevenbergMarquardt | N
         assert not opt.preconditioner.gathering.capture.uses
 
 
+@pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
+def test_the_penalty_is_that_of_the_inverse_in_use(approximation: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(12, 3)).double()
+    opt = made(model, damping=0.3, relative=True, approximation=approximation)
+    blocks = opt.preconditioner.blocks
+    delta = {p: torch.randn_like(p) for p in model.parameters()}
+    assert float(blocks.penalty(delta, delta)) == pytest.approx(
+        0.3 * sum(float(d.square().sum()) for d in delta.values())
+    )
+    for _ in range(2):
+        x, y = torch.randn(12, 4, 3, dtype=torch.float64), torch.randn(12, 3, dtype=torch.float64)
+        opt.zero_grad()
+        z = model(x)
+        opt.update_curvature(z)
+        MSE(z, y).backward()
+        opt.step()
+    expected = 0.0
+    for name, layer in opt.preconditioner.layers.items():
+        scale = blocks.inverses[name].scale.flatten()  # type: ignore[attr-defined]
+        square = delta[layer.weight].square().flatten(1).sum(1) + delta[layer.bias].square()
+        expected += 0.3 * float((scale * square.view(layer.groups, -1).sum(1)).sum())
+    assert float(blocks.penalty(delta, delta)) == pytest.approx(expected)
+    of_factors = [blocks.factors(name).scale for name in blocks.layers]
+    same = [
+        torch.allclose(s, blocks.inverses[n].scale.flatten()) for s, n in zip(of_factors, blocks.layers, strict=True)
+    ]  # type: ignore[attr-defined]
+    assert all(same) == (approximation == "kfac")
+
+
 def test_momentum_is_that_of_the_last_update_and_helps() -> None:
     """On an ill-conditioned quadratic that K-FAC only knows in part, as conjugate gradients do."""
     x, y = regression(40)

@@ -3,15 +3,16 @@
 `invert` makes them from `Factors`, `Inverse.solve` applies one to a gradient, `restored` rebuilds one from its state.
 """
 
-from secondorder.kfac.inverses.build import INVERSES, KINDS, invert, restored
+from secondorder.kfac.inverses.build import CLASSES, KINDS, NO_CURVATURE, invert, restored
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, squared_gradients
 from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, State
 from secondorder.kfac.inverses.numerics import EVENTS
 
 __all__ = [
+    "CLASSES",
     "EVENTS",
-    "INVERSES",
     "KINDS",
+    "NO_CURVATURE",
     "CorrectedEigenbasis",
     "Factors",
     "Identity",

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -10,17 +11,21 @@ from secondorder.errors import InputError, unknown
 from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
 from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, usable
-from secondorder.kfac.inverses.numerics import all_finite
+from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, floor, usable
 from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
 from secondorder.matrix_power.transforms import full_precision, widened
 
-INVERSES: dict[str, type[Inverse]] = {
+CLASSES: dict[str, type[Inverse]] = {
     made.kind: made for made in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, Identity)
 }
 """The class of each state's kind."""
 KINDS = ("eigen", "cholesky", "ekfac")
-"""What `invert` makes; layers with rows have no corrected eigenvalues: "ekfac" is "eigen" there."""
+"""What `invert` makes; layers with rows have no corrected eigenvalues: "ekfac" is "eigen" there.
+
+"ekfac" needs the eigenbases, so that `Damping(inverse="cholesky")` concerns only the layers whose approximation is "kfac".
+"""
+NO_CURVATURE = "no curvature, damping is absolute"
+"""What is counted, after the layer's name, when relative damping finds the scale of a block (of one of the groups) zero."""
 
 
 @torch.no_grad()
@@ -35,8 +40,8 @@ def invert(
     """The inverse of each layer by its name, of one of KINDS, each with its own damping.
 
     A layer whose factors are not finite or cannot be decomposed keeps the inverse it had in `previous`, and without one
-    its gradient is divided by lambda. What went wrong is counted in `report` under the names of EVENTS. Raises InputError
-    for an unknown kind and a damping that is not positive.
+    its gradient is divided by lambda. What went wrong is counted in `report` under the names of EVENTS, and
+    "<name>: NO_CURVATURE". Raises InputError for an unknown kind and a damping that is not positive.
     """
     if kind not in KINDS:
         raise unknown("kind of inverse", kind, KINDS)
@@ -47,7 +52,10 @@ def invert(
         return {}
     with full_precision(factors[0].B):
         layers = [_widened(layer) for layer in factors]
-        finite = _finite(layers)
+        finite, curved = _finite_and_curved(layers)
+        if relative:
+            flat = [layer.name for layer, ok, some in zip(layers, finite, curved, strict=True) if ok and not some]
+            report.update(f"{name}: {NO_CURVATURE}" for name in flat)
         good = [(layer, value) for layer, value, ok in zip(layers, damping, finite, strict=True) if ok]
         made: dict[str, Inverse | None] = {}
         for wide in (False, True):
@@ -61,9 +69,13 @@ def invert(
 def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
     """The inverse with the state of `Inverse.tensors`, bit for bit. Raises InputError for an unknown kind."""
     kind = state.get("kind")
-    if kind not in INVERSES:
-        raise unknown("kind of inverse", kind, INVERSES)
-    return INVERSES[str(kind)].from_tensors(state)
+    if kind not in CLASSES:
+        raise unknown("kind of inverse", kind, CLASSES)
+    made = CLASSES[str(kind)]
+    missing = [field.name for field in fields(made) if field.name not in state]
+    if missing:
+        raise InputError(f"state of an inverse {kind!r} without {missing[0]!r}: it is of another version")
+    return made.from_tensors(state)
 
 
 def _made(
@@ -83,10 +95,12 @@ def _made(
     return eigenbases(layers, report) if kind == "eigen" else corrected_eigenbases(layers, previous, report)
 
 
-def _finite(layers: Sequence[Factors]) -> list[bool]:
-    """Whether both factors of each layer are finite."""
-    found = iter(all_finite([factor for layer in layers for factor in (layer.given, layer.B)]))
-    return [A and B for A, B in zip(found, found, strict=True)]
+def _finite_and_curved(layers: Sequence[Factors]) -> tuple[list[bool], list[bool]]:
+    """Whether both factors of each layer are finite, and whether the scale of each group can be used; one synchronisation."""
+    finite = [layer.given.sum().isfinite() & layer.B.sum().isfinite() for layer in layers]
+    curved = [(layer.scale > floor(layer.scale.dtype)).all() for layer in layers]
+    found = torch.stack(finite + curved).tolist()
+    return found[: len(layers)], found[len(layers) :]
 
 
 def _fallback(layer: Factors, previous: Mapping[str, Inverse], report: Counter[str]) -> Inverse:
@@ -95,7 +109,7 @@ def _fallback(layer: Factors, previous: Mapping[str, Inverse], report: Counter[s
         report["kept"] += 1
         return previous[layer.name]
     report["identity"] += 1
-    scale = layer.scale()
+    scale = layer.scale
     return Identity(usable(torch.where(scale.isfinite(), scale, 0.0)))
 
 

@@ -19,7 +19,7 @@ from secondorder.kfac.inverses.numerics import inverses
 
 @dataclass(eq=False)
 class Cholesky(Inverse):
-    """(B + rho_B I)^-1 `[G, O, O]` and (A + rho_A I)^-1 `[G, D, D]`.
+    """(B + rho_B I)^-1 `[G, O, O]`, (A + rho_A I)^-1 `[G, D, D]`, and lambda = rho_A rho_B `[G, 1, 1]`.
 
     The damping is that of the time when they were made. Explicit inverses: two products a step, half the time of triangular
     solves, which pays for their making after about ten steps.
@@ -28,10 +28,15 @@ class Cholesky(Inverse):
     kind = "cholesky"
     B_inverse: Tensor
     A_inverse: Tensor
+    added: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W; the damping was fixed when P was made."""
         return ((self.B_inverse @ gradient.to(self.B_inverse.dtype)) @ self.A_inverse).to(gradient.dtype)
+
+    def tikhonov(self, damping: float, relative: bool) -> Tensor:
+        """lambda when P was made."""
+        return self.added
 
 
 def cholesky(
@@ -41,13 +46,16 @@ def cholesky(
     shifts = [shifts_of(layer, value, relative) for layer, value in zip(factors, damping, strict=True)]
     matrices = [matrix for layer in factors for matrix in (layer.B, layer.given)]
     found = iter(inverses(matrices, [rho for rho_A, rho_B in shifts for rho in (rho_B, rho_A)], report))
-    return [None if B is None or A is None else Cholesky(B, A) for B, A in zip(found, found, strict=True)]
+    return [
+        None if B is None or A is None else Cholesky(B, A, rho_A * rho_B)
+        for B, A, (rho_A, rho_B) in zip(found, found, shifts, strict=True)
+    ]
 
 
 def shifts_of(layer: Factors, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
     """rho_A and rho_B, each `[G, 1, 1]`."""
     mean_A, mean_B = layer.means()
-    root = torch.as_tensor(shift(usable(layer.scale()), damping, relative), dtype=mean_A.dtype).sqrt()
+    root = torch.as_tensor(shift(usable(layer.scale), damping, relative), dtype=mean_A.dtype).sqrt()
     least = floor(mean_A.dtype)
     both = (mean_A > least) & (mean_B > least)
     pi = torch.where(both, mean_A / mean_B, 1.0).sqrt()[:, None, None]

@@ -3,6 +3,7 @@
 P W = Q_B [(Q_B^T W Q_A) / (beta alpha^T + lambda)] Q_A^T
 """
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,30 @@ from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
 from secondorder.kfac.inverses.numerics import eigen
 
 
+class Rotated(Inverse):
+    """An inverse that is diagonal in the bases Q_B and Q_A, with the scale `[G, 1, 1]` of its eigenvalues."""
+
+    Q_B: Tensor
+    Q_A: Tensor
+    scale: Tensor
+
+    @abstractmethod
+    def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
+        """The eigenvalues plus lambda, `[G, O, D]`."""
+
+    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
+        """P W."""
+        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
+        M.div_(self.damped_eigenvalues(self.tikhonov(damping, relative)))
+        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
+
+    def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
+        """lambda."""
+        return shift(self.scale, damping, relative)
+
+
 @dataclass(eq=False)
-class Eigenbasis(Inverse):
+class Eigenbasis(Rotated):
     """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, D]`, Q_A `[G, D, D]`, and the scale `[G, 1, 1]` of the block."""
 
     kind = "eigen"
@@ -24,11 +47,9 @@ class Eigenbasis(Inverse):
     Q_A: Tensor
     scale: Tensor
 
-    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W, exactly."""
-        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
-        M.div_(self.eigenvalues().add_(shift(self.scale, damping, relative)))
-        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
+    def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
+        """beta alpha^T + lambda."""
+        return self.eigenvalues().add_(added)
 
     def eigenvalues(self) -> Tensor:
         """beta alpha^T `[G, O, D]`."""
@@ -45,4 +66,4 @@ def joined(layer: Factors, B: tuple[Tensor, Tensor] | None, A: tuple[Tensor, Ten
     """Both decompositions as one inverse."""
     if B is None or A is None:
         return None
-    return Eigenbasis(*B, *A, usable(layer.scale()))
+    return Eigenbasis(*B, *A, usable(layer.scale))

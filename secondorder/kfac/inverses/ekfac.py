@@ -17,16 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secondorder.kfac.inverses.eigenbasis import eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
+from secondorder.kfac.inverses.inverse import Factors, Inverse, usable
 
 CHUNK_BYTES = 16 * 2**20
 """Of the products of single samples at a time."""
 
 
 @dataclass(eq=False)
-class CorrectedEigenbasis(Inverse):
-    """Q_B `[G, O, O]`, Q_A `[G, D, D]`, S `[G, O, D]`, its scale `[G, 1, 1]`, and the weight of the updates so far, 0 to 1."""
+class CorrectedEigenbasis(Rotated):
+    """Q_B `[G, O, O]`, Q_A `[G, D, D]`, S `[G, O, D]`, its scale sum S^2 / sum S `[G, 1, 1]`, and the weight of the updates so
+    far, 0 to 1."""
 
     kind = "ekfac"
     Q_B: Tensor
@@ -35,15 +36,9 @@ class CorrectedEigenbasis(Inverse):
     scale: Tensor
     weight: float
 
-    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W, with the scale of S, sum S^2 / sum S."""
-        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
-        M.div_(self.S + shift(self.scale, damping, relative))
-        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
-
-    def squared_gradients(self, a: Tensor, g: Tensor) -> Tensor:
-        """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]` for inputs a `[N, G, T, D]` and output gradients g `[N, G, T, O]`."""
-        return squared_gradients(self.Q_A, self.Q_B, a, g)
+    def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
+        """S + lambda."""
+        return self.S + added
 
     def update(self, S: Tensor, ema_decay: float) -> None:
         """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
@@ -84,9 +79,10 @@ def _scale(S: Tensor) -> Tensor:
 
 
 def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:
-    """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]`, a part of the samples at a time.
+    """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]` for inputs a `[N, G, T, D]` and output gradients g `[N, G, T, O]`.
 
-    Inputs or products are projected on Q_A, whichever is cheaper: T D^2 or O D^2 multiplications a sample.
+    A part of the samples at a time. Inputs or products are projected on Q_A, whichever is cheaper: T D^2 or O D^2
+    multiplications a sample.
     """
     (N, G, T, D), outputs = a.shape, g.shape[-1]
     total = Q_A.new_zeros(G, outputs, D)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -33,6 +34,7 @@ class Factors:
     rows: Tensor | None
     B: Tensor
 
+    @cached_property
     def scale(self) -> Tensor:
         """|F|_F^2 / tr F of the block `[G]`, 0 where it is zero."""
         if self.A is not None:
@@ -64,6 +66,10 @@ class Inverse(ABC):
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W `[G, O, D]` for the gradient W, in its dtype."""
 
+    @abstractmethod
+    def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
+        """The lambda that `solve` adds, one number or `[G, 1, 1]`."""
+
     def tensors(self) -> State:
         """The complete state, with the kind."""
         return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}
@@ -88,7 +94,11 @@ class Identity(Inverse):
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """W / lambda."""
-        return (gradient / shift(self.scale, damping, relative)).to(gradient.dtype)
+        return (gradient / self.tikhonov(damping, relative)).to(gradient.dtype)
+
+    def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
+        """lambda."""
+        return shift(self.scale, damping, relative)
 
 
 def mean_eigenvalue(matrices: Tensor) -> Tensor:

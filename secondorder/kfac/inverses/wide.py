@@ -38,25 +38,37 @@ class WideEigenbasis(Inverse):
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
         M = self.Q_B.mT @ gradient.to(self.U.dtype)
-        added = shift(self.scale, damping, relative)
+        added = self.tikhonov(damping, relative)
         eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
         return (self.Q_B @ in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
+
+    def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
+        """lambda."""
+        return shift(self.scale, damping, relative)
 
 
 @dataclass(eq=False)
 class WideCholesky(Inverse):
-    """(B + rho_B I)^-1 `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, rho = rho_A `[G, 1, 1]`; the damping is that of its making."""
+    """(B + rho_B I)^-1 `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, rho = rho_A and lambda `[G, 1, 1]`.
+
+    The damping is that of the time when it was made.
+    """
 
     kind = "wide_cholesky"
     B_inverse: Tensor
     alpha: Tensor
     U: Tensor
     rho: Tensor
+    added: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
         M = self.B_inverse @ gradient.to(self.U.dtype)
         return in_range(M, self.U, self.alpha[:, None, :] + self.rho, self.rho).to(gradient.dtype)
+
+    def tikhonov(self, damping: float, relative: bool) -> Tensor:
+        """lambda when P was made."""
+        return self.added
 
 
 def in_range(M: Tensor, U: Tensor, eigenvalues: Tensor, outside: Tensor | float) -> Tensor:
@@ -72,7 +84,7 @@ def wide_eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Wi
     found: list[WideEigenbasis | None] = []
     for layer, B in zip(factors, eigen([layer.B for layer in factors], report), strict=True):
         A = input_range(layer.given, report)
-        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(layer.scale())))
+        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(layer.scale)))
     return found
 
 
@@ -85,7 +97,7 @@ def wide_cholesky(
         rho_A, rho_B = shifts_of(layer, value, relative)
         [B] = inverses([layer.B], [rho_B], report)
         A = input_range(layer.given, report)
-        found.append(None if B is None or A is None else WideCholesky(B, *A, rho_A))
+        found.append(None if B is None or A is None else WideCholesky(B, *A, rho_A, rho_A * rho_B))
     return found
 
 

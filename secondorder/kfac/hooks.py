@@ -1,0 +1,58 @@
+"""Hooks on models, parameters and graphs that keep nothing alive, and know the passes that are not the user's."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+
+class Hook:
+    """Calls `function(owner, *given, *args)` as long as the owner lives; a copy or pickle of a hook does nothing."""
+
+    def __init__(self, owner: Any = None, function: Callable[..., None] | None = None, *given: Any) -> None:
+        self.owner = None if owner is None else weakref.ref(owner)
+        self.function, self.given = function, given
+
+    def __call__(self, *args: Any) -> None:
+        """Call the function."""
+        owner = None if self.owner is None else self.owner()
+        if owner is not None and self.function is not None:
+            self.function(owner, *self.given, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
+
+
+def handles_of(owner: Any) -> list[RemovableHandle]:
+    """A list for the handles of an object's hooks, which are removed when the object dies."""
+    handles: list[RemovableHandle] = []
+    weakref.finalize(owner, remove, handles).atexit = False
+    return handles
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove the hooks, and empty the list."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+_pulls: list[None] = []
+"""One for each pull under way; of the process, as the backward pass of a GPU runs its hooks in another thread."""
+
+
+@contextmanager
+def pulling() -> Iterator[None]:
+    """Backward passes inside are those of K-FAC, of whichever model: hooks that wait for the user's pass them over."""
+    _pulls.append(None)
+    try:
+        yield
+    finally:
+        _pulls.pop()
+
+
+def is_pulling() -> bool:
+    """Whether the present backward pass is one of K-FAC."""
+    return bool(_pulls)

@@ -1,0 +1,95 @@
+"""From the directions P grad to new weights: fallback of parameters without factors, trust region, momentum, weight decay.
+
+`groups` are torch's parameter groups, `state` is the optimiser's state of each parameter.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.kfac.blocks import Directions
+from secondorder.kfac.preconditioner import dense
+
+Groups = Sequence[Mapping[str, Any]]
+State = Mapping[Any, dict[str, Any]]
+
+
+def fall_back(
+    directions: Directions, parameters: Sequence[nn.Parameter], state: State, kind: str, relative_lr: float
+) -> None:
+    """Directions of parameters without factors, in place: lr times them is their update; kind "sgd" or "adam"."""
+    for parameter in parameters:
+        if kind == "adam":
+            directions[parameter] = _adam(state[parameter], directions[parameter])
+        if relative_lr != 1:
+            directions[parameter] = directions[parameter] * relative_lr
+
+
+def _adam(state: dict[str, Any], gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
+    """g / (sqrt(v) + eps) with v the bias-corrected running mean of g^2; momentum is that of the group."""
+    state["square"] = state["square"] if "square" in state else torch.zeros_like(gradient)
+    state["squares"] = state.get("squares", 0) + 1
+    state["square"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
+    return gradient / ((state["square"] / (1 - beta ** state["squares"])).sqrt() + eps)
+
+
+def shorten(directions: Directions, groups: Groups, most: float, scale: float, decoupled: bool) -> None:
+    """Scale all directions d by one number so that lr^2 d^T (F + lambda I) d <= most.
+
+    For d = P grad that is lr^2 d . grad, without a product; the metric of a parameter without factors is the identity for
+    "sgd", and Adam's for "adam". `scale` makes the gradients those of the mean loss.
+    """
+    total = torch.zeros((), device=next(iter(directions.values())).device)
+    for group in groups:
+        own = [p for p in group["params"] if p in directions]
+        if not own:
+            continue
+        slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
+        if not decoupled and group["weight_decay"]:
+            slope = slope + group["weight_decay"] * _dot([directions[p] for p in own], own)
+        total = total + float(group["lr"]) ** 2 * slope
+    shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
+    directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
+
+
+def move(directions: Directions, groups: Groups, state: State, decoupled: bool) -> None:
+    """v <- momentum v + d,  w <- (1 - lr weight_decay) w - lr v; without momentum v is d."""
+    for group in groups:
+        parameters = [p for p in group["params"] if p in directions]
+        if not parameters:
+            continue
+        steps = [directions[p] for p in parameters]
+        if group["momentum"]:
+            steps = _with_momentum(state, parameters, steps, group["momentum"])
+        lr = float(group["lr"])
+        if decoupled and group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, steps, alpha=-lr)
+
+
+def _with_momentum(
+    state: State, parameters: Sequence[nn.Parameter], steps: Sequence[Tensor], momentum: float
+) -> list[Tensor]:
+    """v <- momentum v + d; the first v is d."""
+    velocities = []
+    old: list[Tensor] = []
+    new: list[Tensor] = []
+    for parameter, step in zip(parameters, steps, strict=True):
+        own = state[parameter]
+        if "momentum_buffer" in own:
+            old.append(own["momentum_buffer"])
+            new.append(step)
+        else:
+            own["momentum_buffer"] = step.clone()
+        velocities.append(own["momentum_buffer"])
+    if old:
+        torch._foreach_mul_(old, momentum)
+        torch._foreach_add_(old, new)
+    return velocities
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product of two lists of tensors."""
+    return torch.stack([torch.dot(x.flatten(), y.flatten().to(x.dtype)) for x, y in zip(a, b, strict=True)]).sum()
