@@ -213,7 +213,7 @@ def test_outputs_of_several_heads_in_one_call(batches_of: list[int]) -> None:
     slope = 1 - torch.tanh(model.body(x)).square().detach()
     optimizer.zero_grad()
     outputs = [model(part) for part in x.split(batches_of)]
-    optimizer.preconditioner.gathering.update([z for pair in outputs for z in pair])
+    optimizer.update_curvature([z for pair in outputs for z in pair])
     za, zb = (torch.cat(zs) for zs in zip(*outputs, strict=True))
     (F.cross_entropy(za, a) + F.cross_entropy(zb, b)).backward()
     optimizer.step()
@@ -235,7 +235,7 @@ def test_drawn_gradients_of_heads_share_a_pass(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or grad(*args, **kwargs))
-    optimizer.preconditioner.gathering.update(model(torch.randn(6, 4)))
+    optimizer.update_curvature(model(torch.randn(6, 4)))
     assert len(calls) == 1
 
 
@@ -255,9 +255,9 @@ def test_what_is_not_an_output(bad: Any, message: str) -> None:
     model = convnet()
     optimizer = KFAC(model, 0.1)
     with pytest.raises(InputError, match=message):
-        optimizer.preconditioner.gathering.update(bad)
+        optimizer.update_curvature(bad)
     with pytest.raises(InputError, match="the loss"):
-        optimizer.preconditioner.gathering.update(model(batches(1)[0][0]).sum())
+        optimizer.update_curvature(model(batches(1)[0][0]).sum())
 
 
 def test_rows_of_a_plain_step() -> None:
