@@ -9,9 +9,8 @@ Results: ``curvature.csv`` (one row for each network, moment, block and measure)
 and ``curvature_training.csv`` (one row for each epoch).
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from studies.curvature_measures import Row, measure
 from studies.curvature_settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
-from studies.results import provenance, write_file, write_table
-from studies.run_folders import commit_of, open_runs, sign
+from studies.results import provenance, write_table
+from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
 from studies.shared_backbone import check_sharing, evenly_spaced, with_head
 
@@ -171,7 +170,7 @@ def _after_training(
         rows = own.rows(model, one.seed, hessian=phase == "trained")
         return [{"phase": phase, "step": int(last), "pooling": pooling, **row} for row in rows]
 
-    yield from _kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
+    yield from kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
     if one.pooling not in settings.scale(one.backbone).share:
         return
     for pooling in settings.poolings:
@@ -180,18 +179,7 @@ def _after_training(
             model = with_head(frozen_at(trained.model, own.images, torch.float32), pooling, data, one.weight_decay)
             return labelled(f"shared: {one.pooling}", pooling, model)
 
-        yield from _kept(folder / f"shared-{pooling}.json", shared)
-
-
-def _kept(file: Path, compute: Callable[[], list[Row]]) -> list[Row]:
-    """The rows in a file, which is written when it does not exist; InputError when it is damaged."""
-    if not file.exists():
-        write_file(file, json.dumps(compute()))
-    try:
-        rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); delete it and continue with --resume") from None
-    return rows
+        yield from kept(folder / f"shared-{pooling}.json", shared)
 
 
 def _labelled(one: Run, rows: list[Row]) -> pd.DataFrame:

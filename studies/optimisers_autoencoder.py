@@ -19,8 +19,9 @@ from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
 from studies.optimisers_costs import Stepper
-from studies.optimisers_runs import Tuning, Work, chosen, kept, trial_row
+from studies.optimisers_runs import Tuning, Work, chosen, trial_row
 from studies.optimisers_settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
+from studies.run_folders import kept
 
 PROBLEM = "autoencoder"
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue

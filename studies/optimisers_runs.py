@@ -1,8 +1,6 @@
 """Trainings of the optimiser study: tuning trials, the runs that are compared, and the damping map; each kept in a file."""
 
-import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from secondorder.errors import InputError, NonFiniteError
 from secondorder.training import Run, train
 from secondorder.training.checkpoint import CHECKPOINT
 from studies.optimisers_settings import ARMS, TUNING_SEED, Settings, unit_points
-from studies.results import write_file
-from studies.run_folders import sign
+from studies.run_folders import kept, sign
 from studies.settings import Common
 
 RUN_FIELDS = ("learning_rate", "momentum", "weight_decay")
@@ -79,20 +76,9 @@ def trained(work: Work, run: Run) -> dict[str, Any]:
             return {"history": [], "step_losses": [], "diverged": str(error).partition("\n")[0] or type(error).__name__}
         return {"history": done.history, "step_losses": done.step_losses, "diverged": ""}
 
-    result = kept(folder / "result.json", compute)
+    result: dict[str, Any] = kept(folder / "result.json", compute)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
-
-
-def kept(file: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is in a file, which is written when it does not exist; InputError when it is damaged."""
-    if not file.exists():
-        write_file(file, json.dumps(compute()))
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); delete it and continue with --resume") from None
-    return found
 
 
 def final(result: dict[str, Any]) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from secondorder.errors import InputError
 from studies.results import git_commit, write_file
+
+Content = TypeVar("Content")
 
 
 def open_runs(folder: Path, settings: Any, resume: bool, may_grow: Collection[str] = ("poolings",)) -> None:
@@ -43,3 +45,13 @@ def sign(folder: Path) -> None:
 def commit_of(folder: Path) -> str:
     """The commit that `sign` noted."""
     return (folder / "commit").read_text(encoding="utf-8")
+
+
+def kept(file: Path, compute: Callable[[], Content]) -> Content:
+    """What is in a file as JSON, which is computed and written when it does not exist; InputError when it is damaged."""
+    if not file.exists():
+        write_file(file, json.dumps(compute()))
+    try:
+        return cast(Content, json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); delete it and continue with --resume") from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Inverse, usable
+from secondorder.kfac.inverses.inverse import Factors, Inverse, squares_over, usable
 
 CHUNK_BYTES = 16 * 2**20
 """Of the products of single samples at a time."""
@@ -44,14 +44,14 @@ class CorrectedEigenbasis(Rotated):
         """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
         weight = ema_decay * self.weight + (1 - ema_decay)
         self.S = torch.lerp(self.S, S.to(self.S.dtype), (1 - ema_decay) / weight)
-        self.scale = usable(_scale(self.S))
+        self.scale = usable(squares_over(self.S.sum((1, 2)), self.S))
         self.weight = weight
 
     def carried(self, other: "CorrectedEigenbasis") -> None:
         """Take over S of other bases."""
         left, right = self.Q_B.mT @ other.Q_B, other.Q_A.mT @ self.Q_A
         self.S = (left.square_() @ other.S) @ right.square_()
-        self.scale = usable(_scale(self.S))
+        self.scale = usable(squares_over(self.S.sum((1, 2)), self.S))
         self.weight = other.weight
 
 
@@ -70,12 +70,6 @@ def corrected_eigenbases(
             made.carried(before)
         found.append(made)
     return found
-
-
-def _scale(S: Tensor) -> Tensor:
-    """sum S^2 / sum S `[G]`."""
-    total = S.sum((1, 2))
-    return (S / torch.where(total > 0, total, 1.0)[:, None, None]).square().sum((1, 2)) * total
 
 
 def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:

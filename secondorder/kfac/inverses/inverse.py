@@ -108,9 +108,13 @@ def mean_eigenvalue(matrices: Tensor) -> Tensor:
 
 def weighted_eigenvalue(matrices: Tensor) -> Tensor:
     """|S|_F^2 / tr S `[G]` of symmetric positive semi-definite matrices `[G, n, n]`, 0 for zero ones."""
-    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    parts = matrices / torch.where(trace > 0, trace, 1.0)[:, None, None]  # squares of tiny numbers would vanish
-    return parts.square().sum((-2, -1)) * trace
+    return squares_over(matrices.diagonal(dim1=-2, dim2=-1).sum(-1), matrices)
+
+
+def squares_over(total: Tensor, values: Tensor) -> Tensor:
+    """sum of squares of values `[G, m, n]` / total `[G]`, 0 where the total is; squares of tiny numbers do not vanish."""
+    parts = values / torch.where(total > 0, total, 1.0)[:, None, None]
+    return parts.square().sum((1, 2)) * total
 
 
 def floor(dtype: torch.dtype) -> float:
