@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studies import curvature, curvature_settings, landscape, optimisers, optimisers_settings, performance
-from studies.sections import curvature as curvature_section
-from studies.sections import landscape as landscape_section
-from studies.sections import optimisers as optimisers_section
-from studies.sections import performance as performance_section
-from studies.sections.section import Section
+from studies.curvature import section as curvature_section
+from studies.curvature import settings as curvature_settings
+from studies.curvature import study as curvature
+from studies.landscape import section as landscape_section
+from studies.landscape import study as landscape
+from studies.optimisers import section as optimisers_section
+from studies.optimisers import settings as optimisers_settings
+from studies.optimisers import study as optimisers
+from studies.performance import section as performance_section
+from studies.performance import study as performance
+from studies.report.section import Section
 from studies.settings import Common
 
 

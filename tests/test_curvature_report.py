@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from studies.curvature_costs import QUANTITIES as COSTS
-from studies.curvature_costs import cost_network, work
-from studies.curvature_settings import Scale, Settings
+from studies.curvature import comparisons
+from studies.curvature import section as section_of
+from studies.curvature.settings import Scale, Settings
+from studies.performance import curvature_section
+from studies.performance.curvature_costs import QUANTITIES as COSTS
+from studies.performance.curvature_costs import cost_network, work
 from studies.report import write_report
 from studies.results import provenance, write_table
-from studies.sections import curvature as section_of
-from studies.sections import curvature_comparisons as comparisons
-from studies.sections import curvature_costs
 from studies.study import STUDIES
 
 BLOCKS = ("first", "middle", "last", "classifier")
@@ -131,13 +131,13 @@ def test_costs_are_ratios_within_a_repeat() -> None:
         for repeat, busy in enumerate((1.0, 100.0, 10.0))
         for name in COSTS
     ]
-    table = curvature_costs.summary(pd.DataFrame(rows)).set_index("quantity")
+    table = curvature_section.summary(pd.DataFrame(rows)).set_index("quantity")
     assert table.ratio["forward + backward"] == 1.0
     assert table.ratio["GGN-vector product"] == 3.0
     assert table.times_floor["GGN-vector product"] == pytest.approx(30.0 / 0.5)
-    caption = curvature_costs.picture(table.reset_index(), pd.DataFrame(rows)).caption
+    caption = curvature_section.picture(table.reset_index(), pd.DataFrame(rows)).caption
     assert "Every quantity with a target is within it" in caption
     slow = pd.DataFrame(rows)
     slow.loc[slow.quantity == "GGN-vector product", "milliseconds"] *= 2
-    caption = curvature_costs.picture(curvature_costs.summary(slow), slow).caption
+    caption = curvature_section.picture(curvature_section.summary(slow), slow).caption
     assert "Above its target: GGN-vector product" in caption

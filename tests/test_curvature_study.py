@@ -15,10 +15,10 @@ from torch.func import functional_call, hessian
 from undrawn_figures import undrawn_figures
 
 from secondorder.networks import network
-from studies import curvature
 from studies.__main__ import main
-from studies.curvature_measures import Limits, block_names, measure
-from studies.curvature_settings import PRESETS, Scale
+from studies.curvature import study as curvature
+from studies.curvature.measures import Limits, block_names, measure
+from studies.curvature.settings import PRESETS, Scale
 from studies.frozen_statistics import frozen_at
 from studies.settings import Common
 

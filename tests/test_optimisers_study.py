@@ -16,13 +16,14 @@ from secondorder.errors import InputError
 from secondorder.networks.autoencoder import INCOMING, autoencoder
 from secondorder.training import OPTIMIZERS, Run, Trained, initial_network, loop, train
 from secondorder.training.optimizer_state import plain, with_objects
-from studies import optimisers, optimisers_runs
-from studies import optimisers_autoencoder as deep
 from studies.__main__ import main
-from studies.optimisers_costs import Stepper, state_bytes
-from studies.optimisers_settings import ARMS, PRESETS, TUNING_SEED, Tuned, unit_points
-from studies.sections import optimisers as section
-from studies.sections.optimisers_measures import Clock, reached, steps_ratio
+from studies.optimisers import autoencoder as deep
+from studies.optimisers import runs as optimisers_runs
+from studies.optimisers import section
+from studies.optimisers import study as optimisers
+from studies.optimisers.costs import Stepper, state_bytes
+from studies.optimisers.measures import Clock, reached, steps_ratio
+from studies.optimisers.settings import ARMS, PRESETS, TUNING_SEED, Tuned, unit_points
 from studies.settings import Common
 
 SMOKE = ["optimisers", "--preset", "smoke", "--no-progress", "--threads", "1"]

@@ -9,9 +9,9 @@ import torch
 
 from secondorder.errors import InputError
 from secondorder.untouched import same_randomness
-from studies.kfac_costs import KINDS, METHODS, PERIODS, PLAIN, TARGETS, WHOLE, Case, measure, shares
-from studies.performance import PRESETS, Settings
-from studies.sections import kfac_costs
+from studies.performance import kfac_section
+from studies.performance.kfac_costs import KINDS, METHODS, PERIODS, PLAIN, TARGETS, WHOLE, Case, measure, shares
+from studies.performance.study import PRESETS, Settings
 from studies.statistics import median_interval
 
 CASE = Case("digits_tiny", "gap", 4)
@@ -39,7 +39,7 @@ def test_a_period_is_made_of_all_its_steps() -> None:
 
 def test_targets_are_judged_by_the_interval() -> None:
     fast = {"plain": 1.01, "factors": 1.9, "factors and inverses": 2.4}
-    table = kfac_costs.summary(rows(fast))
+    table = kfac_section.summary(rows(fast))
     assert len(table) == len(METHODS) * len(TARGETS)
     assert set(table.reached) == {"yes"}
     found = table[table.method == "EKFAC"].set_index("quantity")
@@ -48,15 +48,15 @@ def test_targets_are_judged_by_the_interval() -> None:
     assert found.estimate["(10, 100)"] == pytest.approx(0.9 * 1.01 + 0.09 * 1.9 + 0.01 * 2.4)
     assert found.estimate["peak memory"] == pytest.approx(1.0)
     slow = {kind: 2 * ratio for kind, ratio in fast.items()}
-    assert set(kfac_costs.summary(rows(slow, memory=2.0)).reached) == {"no"}
-    few = kfac_costs.summary(rows(fast, repeats=3))
+    assert set(kfac_section.summary(rows(slow, memory=2.0)).reached) == {"no"}
+    few = kfac_section.summary(rows(fast, repeats=3))
     assert set(few[few.quantity != "peak memory"].reached) == {"undecided"}
 
 
 def test_the_caption_names_what_is_missed() -> None:
     steps = rows({"plain": 1.0, "factors": 2.0, "factors and inverses": 4.0})
-    table = kfac_costs.summary(steps)
-    parts = kfac_costs.breakdown(
+    table = kfac_section.summary(steps)
+    parts = kfac_section.breakdown(
         pd.DataFrame(
             CASE.labels | {"method": method, "repeat": repeat, "part": part, "milliseconds": float(repeat)}
             for method, repeat, part in itertools.product(METHODS, range(3), ("curvature", "update"))
@@ -65,19 +65,19 @@ def test_the_caption_names_what_is_missed() -> None:
     )
     assert (parts.milliseconds == 1.0).all()
     assert parts.sgd_steps.to_numpy() == pytest.approx(1.0 / steps.sgd_ms.median())
-    caption = kfac_costs.picture(table, parts).caption
+    caption = kfac_section.picture(table, parts).caption
     assert "missed: K-FAC, eigen (1, 1) with gap" in caption
-    tables = kfac_costs.printed(table, steps)
+    tables = kfac_section.printed(table, steps)
     assert list(tables[0].data.columns[-2:]) == ["target: below", "reached"]
     assert "plain" in tables[1].data
-    assert list(kfac_costs.parts_table(parts).data.columns) == ["head", "method", "curvature", "update"]
+    assert list(kfac_section.parts_table(parts).data.columns) == ["head", "method", "curvature", "update"]
 
 
 def test_every_kind_of_step_is_measured_and_its_parts_named() -> None:
     with same_randomness():
         steps, parts = (pd.DataFrame(table) for table in measure(CASE, 2, torch.device("cpu")))
-    assert set(kfac_costs.COLUMNS) == set(steps)
-    assert set(kfac_costs.PART_COLUMNS) == set(parts)
+    assert set(kfac_section.COLUMNS) == set(steps)
+    assert set(kfac_section.PART_COLUMNS) == set(parts)
     assert len(steps) == 2 * len(METHODS) * len(KINDS)
     assert steps.notna().all().all()
     assert (steps[["milliseconds", "sgd_ms", "peak_mib", "state_mib", "sgd_peak_mib", "sgd_state_mib"]] > 0).all().all()

@@ -11,11 +11,12 @@ import pytest
 import torch
 from undrawn_figures import undrawn_figures
 
-from studies import landscape, performance
+from studies.landscape import section as landscape_section
+from studies.landscape import study as landscape
+from studies.performance import section as performance_section
+from studies.performance import study as performance
 from studies.report import markdown_table, write_report
 from studies.results import provenance, write_table
-from studies.sections import landscape as landscape_section
-from studies.sections import performance as performance_section
 from studies.study import STUDIES
 
 SEEDS, STEPS, ETAS = (0, 1, 2), (0, 10), (1.0, 2.0, 4.0)
@@ -180,7 +181,7 @@ def test_the_page_stands_alone_and_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_figures_draw_the_numbers() -> None:
-    from studies.figures.landscape import bands
+    from studies.landscape.figures import bands
 
     figure = bands(lines_with_ratio(0.5))
     axes = figure.axes

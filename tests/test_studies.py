@@ -17,10 +17,11 @@ import torch
 from undrawn_figures import undrawn_figures
 
 from secondorder.training import train
-from studies import landscape, performance
 from studies.__main__ import main
 from studies.command_line import parse
 from studies.dry_run import fake_data
+from studies.landscape import study as landscape
+from studies.performance import study as performance
 from studies.settings import PRESETS, Common
 from studies.study import STUDIES
 

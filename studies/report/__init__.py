@@ -10,9 +10,9 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from secondorder.errors import InputError
-from studies.figures.style import save
+from studies.report.section import Section
+from studies.report.style import save
 from studies.results import write_file
-from studies.sections.section import Section
 
 HERE = Path(__file__).parent
 

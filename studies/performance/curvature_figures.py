@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.figures.style import colour, logarithmic, new_figure
+from studies.report.style import colour, logarithmic, new_figure
 
 
 def costs(table: pd.DataFrame) -> Figure:

@@ -13,7 +13,7 @@ from secondorder.data import ImageDataset
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.training import Run, train
 from secondorder.training.checkpoint import CHECKPOINT
-from studies.optimisers_settings import ARMS, TUNING_SEED, Settings, unit_points
+from studies.optimisers.settings import ARMS, TUNING_SEED, Settings, unit_points
 from studies.run_folders import kept, sign
 from studies.settings import Common
 

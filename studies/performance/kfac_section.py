@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from studies.figures import kfac_costs as figures
-from studies.kfac_costs import KINDS, PERIODS, PLAIN, TARGETS, shares
-from studies.sections.section import Picture, Table
+from studies.performance import kfac_figures as figures
+from studies.performance.kfac_costs import KINDS, PERIODS, PLAIN, TARGETS, shares
+from studies.report.section import Picture, Table
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Interval, median_interval, verdict
 
 CASE = ["backbone", "pooling", "images"]

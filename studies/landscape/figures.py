@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.figures.style import colour, label, logarithmic, mean_and_seeds, new_figure
+from studies.report.style import colour, label, logarithmic, mean_and_seeds, new_figure
 from studies.statistics import Comparison
 
 PUBLISHED = ("feature", "ascent")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from studies.figures.style import label
+from studies.report.style import label
 from studies.statistics import Comparison, ratio_interval
 
 PHASES = {

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.curvature_measures import APPROXIMATIONS
-from studies.figures.style import colour, label, logarithmic, mean_and_seeds, new_figure
+from studies.curvature.measures import APPROXIMATIONS
+from studies.report.style import colour, label, logarithmic, mean_and_seeds, new_figure
 from studies.statistics import Comparison
 
 SHOWN_PHASES = {"initial": "same initial weights", "trained": "after training"}

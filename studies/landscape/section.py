@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 
 from secondorder.networks import NETWORKS, network
-from studies.figures import landscape as figures
-from studies.figures.style import label
+from studies.landscape import figures
+from studies.report.section import Claim, Picture, Section, Table
+from studies.report.style import label
 from studies.results import Provenance, read_provenance, read_table
-from studies.sections.section import Claim, Picture, Section, Table
 from studies.statistics import Comparison, mean_interval, ratio_interval
 
 # The measured lines, "<space> <direction>" as in the table.

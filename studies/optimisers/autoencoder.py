@@ -18,9 +18,9 @@ from secondorder.data import ImageDataset, epoch_order
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
-from studies.optimisers_costs import Stepper
-from studies.optimisers_runs import Tuning, Work, chosen, trial_row
-from studies.optimisers_settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
+from studies.optimisers.costs import Stepper
+from studies.optimisers.runs import Tuning, Work, chosen, trial_row
+from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
 from studies.run_folders import kept
 
 PROBLEM = "autoencoder"

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.figures.style import label, logarithmic, new_figure
+from studies.report.style import label, logarithmic, new_figure
 
 TINTS = {
     "sgd": "#555555",

@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from studies.curvature_costs import BASELINE, COPY_BYTES, PRODUCT_OPERATIONS, TARGETS
-from studies.figures import curvature_costs as figures
-from studies.sections.section import Picture, Table
+from studies.performance import curvature_figures as figures
+from studies.performance.curvature_costs import BASELINE, COPY_BYTES, PRODUCT_OPERATIONS, TARGETS
+from studies.report.section import Picture, Table
 
 COLUMNS = (
     "images",

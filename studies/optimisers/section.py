@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies.figures import optimisers as figures
-from studies.figures.style import label
-from studies.optimisers_autoencoder import ARMS as DEEP_ARMS
-from studies.optimisers_autoencoder import PROBLEM as DEEP
-from studies.optimisers_settings import ARMS
-from studies.results import Provenance, read_provenance, read_table
-from studies.sections.optimisers_measures import (
+from studies.optimisers import figures
+from studies.optimisers.autoencoder import ARMS as DEEP_ARMS
+from studies.optimisers.autoencoder import PROBLEM as DEEP
+from studies.optimisers.measures import (
     EARLY,
     REFERENCE,
     Clock,
@@ -21,7 +18,10 @@ from studies.sections.optimisers_measures import (
     reached,
     steps_ratio,
 )
-from studies.sections.section import Claim, Picture, Section, Table
+from studies.optimisers.settings import ARMS
+from studies.report.section import Claim, Picture, Section, Table
+from studies.report.style import label
+from studies.results import Provenance, read_provenance, read_table
 from studies.statistics import Interval, mean_interval
 
 COLUMNS = ("problem", "arm", "seed", "epoch", "step", "train_loss", "test_top1", "seconds")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies.figures import performance as figures
+from studies.performance import curvature_section, figures, kfac_section
+from studies.report.section import Picture, Section, Table
 from studies.results import Provenance, read_provenance, read_table
-from studies.sections import curvature_costs, kfac_costs
-from studies.sections.section import Picture, Section, Table
 
 COLUMNS = ("images", "channels", "height", "width", "variant", "repeat", "milliseconds", "peak_mib")
 BASELINE, BOUND = "textbook", "one matrix product"
@@ -38,10 +37,10 @@ def summary(repeats: pd.DataFrame) -> pd.DataFrame:
 def section(folder: Path) -> Section:
     """The section of the report for the results in `folder`."""
     repeats, origin = read_table(folder, "performance", COLUMNS), read_provenance(folder, "performance")
-    curvature = read_table(folder, "performance_curvature", curvature_costs.COLUMNS)
-    steps = read_table(folder, "performance_kfac", kfac_costs.COLUMNS)
-    parts = kfac_costs.breakdown(read_table(folder, "performance_kfac_parts", kfac_costs.PART_COLUMNS), steps)
-    table, costs, targets = summary(repeats), curvature_costs.summary(curvature), kfac_costs.summary(steps)
+    curvature = read_table(folder, "performance_curvature", curvature_section.COLUMNS)
+    steps = read_table(folder, "performance_kfac", kfac_section.COLUMNS)
+    parts = kfac_section.breakdown(read_table(folder, "performance_kfac_parts", kfac_section.PART_COLUMNS), steps)
+    table, costs, targets = summary(repeats), curvature_section.summary(curvature), kfac_section.summary(steps)
     return Section(
         title="Performance: what do the GCP head, the curvature and K-FAC's steps cost?",
         question="The head's forward and backward pass against five Newton-Schulz steps written as in a textbook with plain "
@@ -50,8 +49,8 @@ def section(folder: Path) -> Section:
         provenance=origin,
         pictures=[
             Picture("performance", _caption(table), figures.times(table)),
-            curvature_costs.picture(costs, curvature),
-            kfac_costs.picture(targets, parts),
+            curvature_section.picture(costs, curvature),
+            kfac_section.picture(targets, parts),
         ],
         tables=[
             Table(
@@ -60,9 +59,9 @@ def section(folder: Path) -> Section:
                 "the bound is one batched product of C × n by n × C matrices, n = min(C, HW).",
                 _printed(table),
             ),
-            curvature_costs.printed(costs),
-            *kfac_costs.printed(targets, steps),
-            kfac_costs.parts_table(parts),
+            curvature_section.printed(costs),
+            *kfac_section.printed(targets, steps),
+            kfac_section.parts_table(parts),
         ],
     )
 

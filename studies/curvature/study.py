@@ -3,7 +3,7 @@
 Trains the same backbone with each pooling head, from the same initial backbone weights and on the same batches for each
 seed, and measures the blocks of the Gauss-Newton matrix and of the Hessian at equally spaced moments (the first is the
 same backbone weights for all heads), at the end, and on shared trained backbones: the backbone trained under one head, with
-every head put on it and its classifier fitted anew. What is measured of a network is in `studies.curvature_measures`.
+every head put on it and its classifier fitted anew. What is measured of a network is in `studies.curvature.measures`.
 
 Results: ``curvature.csv`` (one row for each network, moment, block and measure), ``curvature_spectra.csv`` (eigenvalues)
 and ``curvature_training.csv`` (one row for each epoch).
@@ -22,8 +22,8 @@ from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.networks import NETWORKS
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
-from studies.curvature_measures import Row, measure
-from studies.curvature_settings import Scale, Settings
+from studies.curvature.measures import Row, measure
+from studies.curvature.settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
 from studies.results import provenance, write_table

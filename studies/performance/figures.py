@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.figures.style import colour, new_figure
+from studies.report.style import colour, new_figure
 
 TINTS = {
     "textbook": colour("gap"),

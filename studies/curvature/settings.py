@@ -7,7 +7,7 @@ import torchvision
 
 from secondorder.errors import InputError, unknown
 from secondorder.pooling import POOLINGS
-from studies.curvature_measures import Limits
+from studies.curvature.measures import Limits
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Optimiser study: does K-FAC, as it comes, train faster than tuned SGD, and how do other optimisers do?
 
-Every arm of `studies.optimisers_settings.ARMS` is tuned with the same number of trials on a seed of its own, then trained from
+Every arm of `studies.optimisers.settings.ARMS` is tuned with the same number of trials on a seed of its own, then trained from
 the same initial weights on the same batches for each of the reported seeds, on a GAP and a GCP network. Steps of all arms are
 timed interleaved in one process, so that seconds can be compared on a shared machine. K-FAC's damping has a map, and the deep
 autoencoder of Martens & Grosse (2015) is the second problem.
@@ -24,11 +24,11 @@ from secondorder.errors import InputError
 from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
 from secondorder.training.processes import world_size
 from secondorder.untouched import same_randomness
-from studies import optimisers_autoencoder as deep
 from studies.dry_run import cost_of
-from studies.optimisers_costs import Stepper, cycled, measure
-from studies.optimisers_runs import Tuning, Work, evaluate, sensitivity, training_run, tune
-from studies.optimisers_settings import ARMS, TUNING_SEED, Settings
+from studies.optimisers import autoencoder as deep
+from studies.optimisers.costs import Stepper, cycled, measure
+from studies.optimisers.runs import Tuning, Work, evaluate, sensitivity, training_run, tune
+from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
 from studies.results import provenance, write_table
 from studies.run_folders import open_runs
 from studies.settings import Common

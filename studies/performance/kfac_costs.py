@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from secondorder.kfac import KFAC
 from secondorder.kfac.options import Damping, Options
 from secondorder.networks import network
-from studies.optimisers_costs import Stepper, state_bytes
+from studies.optimisers.costs import Stepper, state_bytes
 from studies.timing import peak_bytes, seconds
 
 Row = dict[str, Any]

@@ -6,8 +6,8 @@ compared. The bound is one batched product of C x n by n x C matrices, n = min(C
 formed with less.
 
 Results: ``performance.csv``, one row for each shape, variant and repeat, ``performance_curvature.csv``, one for each quantity
-of `studies.curvature_costs` and repeat, ``performance_kfac.csv``, one for each kind of step of `studies.kfac_costs` and repeat,
-and ``performance_kfac_parts.csv``, where the time of K-FAC's largest step goes.
+of `studies.performance.curvature_costs` and repeat, ``performance_kfac.csv``, one for each kind of step of
+`studies.performance.kfac_costs` and repeat, and ``performance_kfac_parts.csv``, where the time of K-FAC's largest step goes.
 """
 
 import time
@@ -26,10 +26,10 @@ from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS, Covariance, UpperTriangle, pooling_head
 from secondorder.training import is_main_process
 from secondorder.untouched import same_randomness
-from studies.curvature_costs import actions as curvature_actions
-from studies.curvature_costs import cost_network, peak_rates, work
-from studies.kfac_costs import Case
-from studies.kfac_costs import measure as measure_kfac
+from studies.performance.curvature_costs import actions as curvature_actions
+from studies.performance.curvature_costs import cost_network, peak_rates, work
+from studies.performance.kfac_costs import Case
+from studies.performance.kfac_costs import measure as measure_kfac
 from studies.results import provenance, write_table
 from studies.settings import Common
 from studies.timing import interleaved, peak_bytes, seconds

@@ -9,10 +9,8 @@ import torchvision
 
 from secondorder.data import DATASETS
 from secondorder.networks import NETWORKS, network
-from studies.figures import curvature as figures
-from studies.figures.style import label
-from studies.results import Provenance, read_provenance, read_table
-from studies.sections.curvature_comparisons import (
+from studies.curvature import figures
+from studies.curvature.comparisons import (
     COLUMNS,
     CONDITIONS,
     DIFFERENCE,
@@ -24,7 +22,9 @@ from studies.sections.curvature_comparisons import (
     summary,
     values,
 )
-from studies.sections.section import Claim, Picture, Section, Table
+from studies.report.section import Claim, Picture, Section, Table
+from studies.report.style import label
+from studies.results import Provenance, read_provenance, read_table
 from studies.statistics import mean_interval
 
 

@@ -1,0 +1,1 @@
+"""Curvature study: conditioning and spectra of GGN and Hessian blocks, and K-FAC against them."""

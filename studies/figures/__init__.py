@@ -1,1 +1,0 @@
-"""Figures drawn from result tables only: `studies/figures/<study>.py` reads `<study>.csv`."""

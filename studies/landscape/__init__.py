@@ -1,0 +1,1 @@
+"""Landscape study: the smoothness of the loss over training."""

@@ -1,0 +1,1 @@
+"""Optimiser study: K-FAC and other optimisers against tuned SGD."""

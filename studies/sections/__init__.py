@@ -1,1 +1,0 @@
-"""Report sections: `studies/sections/<study>.py` turns `<study>.csv` into numbers, verdicts and captions in words."""
