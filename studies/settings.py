@@ -41,7 +41,7 @@ class Common:
     seeds: int = 3
     """Number of seeds, 0 to seeds - 1; confidence intervals need at least 2."""
     threads: int = 2
-    """CPU threads that torch uses inside an operation."""
+    """CPU threads that torch uses inside an operation; several processes share them."""
     resume: bool = False
     """Continue an interrupted run from its checkpoints instead of starting afresh."""
     dry_run: bool = False

@@ -167,7 +167,7 @@ def test_moments_are_equally_spaced() -> None:
 def test_a_killed_study_resumes_to_the_same_table(
     finished: Path, tmp_path: Path, forkserver: ForkServerContext
 ) -> None:
-    flags = [*SMALLEST, "--out", str(tmp_path)]
+    flags = [*SMALLEST, "--processes", "2", "--out", str(tmp_path)]  # the finished one was trained by one process
     process = forkserver.Process(target=main, args=(flags,))
     process.start()
     deadline = time.monotonic() + 100
@@ -201,6 +201,7 @@ def test_a_damaged_measurement_is_named(finished: Path, tmp_path: Path, capsys: 
         (["--small.images", "5000"], "images 5000: there are only 192 training images"),
         (["--small.images", "1"], "images 1: at least 2"),
         (["--small.measurements", "1"], "measurements 1: at least 2"),
+        (["--processes", "0"], "--processes 0: at least 1"),
         (["--limits.threshold", "2"], "threshold 2.0: a share of the largest eigenvalue"),
         (["--limits.probes", "1"], "probes 1: at least 2"),
     ],

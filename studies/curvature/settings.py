@@ -61,6 +61,8 @@ class Settings:
     """L2 penalty on the weights."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    processes: int = 1
+    """Networks that are trained and measured side by side; they share the threads."""
     limits: Limits = field(default_factory=Limits)
     """Up to which size what is exact, and how far it is estimated beyond."""
 
@@ -69,6 +71,8 @@ class Settings:
             values = getattr(self, name)
             if len(set(values)) < len(values) or not values:
                 raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
+        if self.processes < 1:
+            raise InputError(f"--processes {self.processes}: at least 1")
         for pooling in (*self.small.share, *self.large.share):
             if pooling not in POOLINGS:
                 raise unknown("pooling to share", pooling, POOLINGS)
@@ -84,7 +88,7 @@ PRESETS = {
         small=Scale(images=8, train_limit=192, epochs=1, measurements=2, share=("gap",)),
         limits=Limits(probes=2, steps=4),
     ),
-    "quick": Settings(),
+    "quick": Settings(processes=2),
     "cifar10": Settings(
         backbones=("cifar_resnet8", "shufflenet_v2_x0_5"),
         dataset="cifar10",

@@ -11,7 +11,7 @@ and ``curvature_training.csv`` (one row for each epoch).
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,10 +22,12 @@ from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.networks import NETWORKS
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
+from secondorder.training.processes import world_size
 from studies.curvature.measures import Row, measure
 from studies.curvature.settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
+from studies.parallel import one_after_another, threads_each
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
@@ -133,31 +135,45 @@ def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
     return data
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A network that was trained and measured."""
+
+    run: Run
+    history: list[dict[str, float | int]]
+    seconds: float
+    table: pd.DataFrame
+
+
 def run(common: Common, settings: Settings, data: dict[str, ImageDataset]) -> None:
     """Train and measure every run; ``<name>.partial.csv`` grows with every finished one and becomes the tables at the end."""
-    todo, folder = runs(common, settings), common.folder / "runs" / NAME
-    start = time.perf_counter()
-    on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "backbones")))
-    results: list[tuple[Run, Trained]] = []
-    rows: list[pd.DataFrame] = []
-    for number, one in enumerate(todo, start=1):
-        if common.progress and is_main_process():
-            print(f"{NAME}: run {number} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}", flush=True)
-        on_main(lambda one=one: sign(folder / one.name))  # type: ignore[misc]
-        own = observer(one, settings, data[one.backbone])
-        trained = train(
-            one,
-            data[one.backbone],
-            folder / one.name,
-            observers={NAME: own},
-            resume=common.resume,
-            progress=common.progress,
-        )
-        results.append((one, trained))
+    folder, start = common.folder / "runs" / NAME, time.perf_counter()
+    on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "backbones", "processes")))
+    processes = settings.processes if world_size() == 1 else 1
+    each = replace(common, threads=threads_each(common.threads, processes))
+    todo = [(one, each, settings, data[one.backbone], folder) for one in runs(each, settings)]
+    done: list[Measured] = []
+    for measured in one_after_another(trained_and_measured, todo, processes):
+        done.append(measured)
         if is_main_process():
-            later = list(_after_training(one, trained, own, data[one.backbone], settings, folder / one.name))
-            rows.append(_labelled(one, trained.records[NAME] + later))
-            _write(common, settings, data, results, rows, folder, start, partial=number < len(todo))
+            if common.progress:
+                one = measured.run
+                print(
+                    f"{NAME}: run {len(done)} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}",
+                    flush=True,
+                )
+            _write(common, settings, data, done, folder, start, partial=len(done) < len(todo))
+
+
+def trained_and_measured(one: Run, common: Common, settings: Settings, data: ImageDataset, folder: Path) -> Measured:
+    """Train a network and measure it; only the main process of several measures, the others return an empty table."""
+    on_main(lambda: sign(folder / one.name))
+    own = observer(one, settings, data)
+    trained = train(one, data, folder / one.name, observers={NAME: own}, resume=common.resume, progress=common.progress)
+    rows: list[Row] = []
+    if is_main_process():
+        rows = trained.records[NAME] + list(_after_training(one, trained, own, data, settings, folder / one.name))
+    return Measured(one, trained.history, trained.seconds, _labelled(one, rows) if rows else pd.DataFrame())
 
 
 def _after_training(
@@ -193,13 +209,12 @@ def _write(
     common: Common,
     settings: Settings,
     data: dict[str, ImageDataset],
-    results: list[tuple[Run, Trained]],
-    rows: list[pd.DataFrame],
+    done: list[Measured],
     folder: Path,
     start: float,
     partial: bool,
 ) -> None:
-    table = pd.concat(rows)
+    table = pd.concat([measured.table for measured in done])
     measures = table[table.measure != "eigenvalue"].drop(columns="rank")
     if partial:
         write_table(common.folder, f"{NAME}.partial", measures)
@@ -208,13 +223,13 @@ def _write(
     origin = provenance(
         NAME,
         asdict(settings) | {"preset": common.preset},
-        sorted({one.seed for one, _ in results}),
+        sorted({measured.run.seed for measured in done}),
         {"label": label.label, **label.provenance},
         common.torch_device,
-        sum(trained.seconds for _, trained in results) if common.resume else time.perf_counter() - start,
-        [commit_of(folder / one.name) for one, _ in results],
+        sum(measured.seconds for measured in done) if common.resume else time.perf_counter() - start,
+        [commit_of(folder / measured.run.name) for measured in done],
     )
-    epochs = [_labelled(one, [{"phase": "training", **row} for row in trained.history]) for one, trained in results]
+    epochs = [_labelled(m.run, [{"phase": "training", **row} for row in m.history]) for m in done]
     write_table(common.folder, TRAINING, pd.concat(epochs).drop(columns="phase"))
     write_table(common.folder, SPECTRA, table[table.measure == "eigenvalue"].drop(columns=["measure", "error"]))
     write_table(common.folder, NAME, measures, origin)

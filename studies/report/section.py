@@ -19,6 +19,8 @@ class Claim:
     claimed: str = "below"
     reference: float = 1.0
     group: str = "in the paper"
+    meaning: str = ""
+    """A sentence on what the verdict means, for the abstract of the report; chosen by code from the verdict."""
 
     @property
     def verdict(self) -> str:
@@ -61,6 +63,15 @@ class Section:
     def groups(self) -> list[str]:
         """The groups of claims, in order."""
         return list(dict.fromkeys(claim.group for claim in self.claims))
+
+    @property
+    def abstract(self) -> dict[str, list[str]]:
+        """What the claims of each group mean, each sentence once, for the beginning of the report."""
+        found: dict[str, list[str]] = {}
+        for claim in self.claims:
+            if claim.meaning and claim.meaning not in found.setdefault(claim.group, []):
+                found[claim.group].append(claim.meaning)
+        return {group: sentences for group, sentences in found.items() if sentences}
 
     def count(self, word: str, group: str) -> int:
         """How many claims of a group have this verdict."""
