@@ -9,14 +9,15 @@ One weight gradient of a 3x5 convolution of x with itself gives R for all shifts
 transposes: 15 C^2 products a position instead of the 81 C^2 of im2col.
 """
 
-import itertools
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 SMALLEST_SAMPLE = 128
 """Numbers of a sample, C H W, from which it is faster than im2col."""
+SHIFT = torch.tensor([[2, 3, 4], [1, 2, 3], [0, 1, 2]])
+"""k - i + 2 for i, k = 0, 1, 2."""
 
 
 def autocorrelation_applies(layer: nn.Conv2d) -> bool:
@@ -33,33 +34,24 @@ def autocorrelation_applies(layer: nn.Conv2d) -> bool:
 def autocorrelation_factor(x: Tensor) -> Tensor:
     """sum_nt a a^T `[9 C, 9 C]` for the 3x3 patches a of x `[N, C, H, W]` with one row of zeros around."""
     C, H, W = x.shape[1:]
-    # R[..., k - i, m - j + 2]; a shift upwards is the transpose of one downwards.
-    R = conv2d_weight(F.pad(x, (0, 0, 0, 2)), (C, C, 3, 5), x, padding=(0, 2))
-    rows, columns = {0: H - 1, 2: 0}, {0: W - 1, 2: 0}
-    row = {i: _lags(x[:, :, r]) for i, r in rows.items()}
-    column = {j: _lags(x[..., c]) for j, c in columns.items()}
-    A = x.new_empty(C, 3, 3, C, 3, 3)
-    for i, k, j, m in itertools.product(range(3), repeat=4):
-        if i > k:
-            continue
-        block = R[:, :, k - i, m - j + 2]
-        if i == k and i in rows:
-            block = block - (row[i][m - j] if m >= j else row[i][j - m].mT)
-        if j == m and j in columns:
-            block = block - column[j][k - i]
-        if i == k and j == m and i in rows and j in columns:
-            corner = x[:, :, rows[i], columns[j]]
-            block = block + corner.mT @ corner
-        A[:, i, j, :, k, m] = block
-        if k > i:
-            A[:, k, m, :, i, j] = block.mT
-    return A.view(9 * C, 9 * C)
+    R = conv2d_weight(F.pad(x, (0, 0, 0, 2)), (C, C, 3, 5), x, padding=(0, 2)).permute(2, 3, 0, 1)
+    # R[k - i + 2, m - j + 2]; a shift upwards is the transpose of one downwards.
+    R = torch.cat([R[1:].flip(0, 1).mT, R])
+    A = R[SHIFT[:, None, :, None], SHIFT[None, :, None, :]]  # [i, j, k, m, C, C]
+    rows, columns = x[:, :, [H - 1, 0]], x[..., [W - 1, 0]]
+    same_row, same_column = A.diagonal(0, 0, 2), A.diagonal(0, 1, 3)  # [j, m, C, C, i], [i, k, C, C, j]
+    same_row[..., ::2] -= _lags(rows.movedim(2, 0)).movedim(2, -1)
+    same_column[..., ::2] -= _lags(columns.movedim(3, 0)).movedim(2, -1)
+    corners = rows[..., [W - 1, 0]].flatten(2).permute(2, 1, 0)
+    same_row.diagonal(0, 0, 1)[..., ::2, ::2] += (corners @ corners.mT).unflatten(0, (2, 2)).permute(2, 3, 0, 1)
+    return A.permute(4, 0, 1, 5, 2, 3).reshape(9 * C, 9 * C)
 
 
-def _lags(edge: Tensor) -> list[Tensor]:
-    """sum_np x_c(p) x_d(p + k) `[C, C]` for the shifts k = 0, 1, 2 along an edge `[N, C, L]` of the map."""
-    x = F.pad(edge.transpose(0, 1), (0, 2)).flatten(1)
-    return [x[:, : x.shape[1] - k] @ x[:, k:].mT for k in range(3)]
+def _lags(edges: Tensor) -> Tensor:
+    """sum_np x_c(p) x_d(p + m - j) `[j, m, 2, C, C]` along two edges `[2, N, C, L]` of the map."""
+    x = F.pad(edges.transpose(1, 2), (0, 2)).flatten(2)
+    ahead = torch.stack([x[..., : x.shape[-1] - k] @ x[..., k:].mT for k in range(3)])
+    return torch.cat([ahead[1:].flip(0).mT, ahead])[SHIFT]  # lags from -2 to 2
 
 
 def autocorrelation_is_faster(layer: nn.Conv2d, x: Tensor) -> bool:

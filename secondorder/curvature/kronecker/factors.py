@@ -145,13 +145,16 @@ def _unfolded_factor(layer: nn.Conv2d, x: Tensor, most_bytes: int | None) -> Ten
     A = x.new_zeros(one.shape[1], one.shape[2], one.shape[2])
     for part in x.split(step):
         a = patches(layer, part)
-        if layer.groups == 1 and x.device.type == "cpu":
+        few = a.shape[2] <= a.shape[3]  # the products of single samples are no larger than the patches
+        if few and (layer.groups > 1 or x.device.type == "cpu"):
+            A += (a @ a.mT).sum(0)
+        elif layer.groups > 1:
+            A += torch.einsum("ngdt,nget->gde", a, a)
+        elif x.device.type == "cpu":
             for sample in a[:, 0]:  # no copy of the patches, unlike tensordot
                 A[0].addmm_(sample, sample.mT)
-        elif layer.groups == 1:
-            A[0] += torch.tensordot(a[:, 0], a[:, 0], dims=([0, 2], [0, 2]))
         else:
-            A += (a @ a.mT).sum(0) if a.shape[2] <= a.shape[3] else torch.einsum("ngdt,nget->gde", a, a)
+            A[0] += torch.tensordot(a[:, 0], a[:, 0], dims=([0, 2], [0, 2]))
     return _squeezed(A / (len(x) * one.shape[-1]))
 
 
