@@ -1,5 +1,6 @@
 """Result tables: tidy CSV files, each with its provenance in a JSON file of the same name."""
 
+import gzip
 import importlib.metadata
 import json
 import os
@@ -108,16 +109,23 @@ def write_file(path: Path, content: str | bytes) -> None:
         ) from None
 
 
-def write_table(folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None) -> None:
-    """``<name>.csv``, with ``<name>.json`` beside it when `origin` is given."""
-    write_file(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+def write_table(
+    folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None, *, compressed: bool = False
+) -> None:
+    """``<name>.csv`` (for a long table compressed, ``<name>.csv.gz``), with ``<name>.json`` beside it when `origin` is given."""
+    text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    if compressed:
+        write_file(folder / f"{name}.csv.gz", gzip.compress(text.encode(), mtime=0))
+    else:
+        write_file(folder / f"{name}.csv", text)
     if origin is not None:
         write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
 
 
 def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataFrame:
     """The table that `write_table` wrote; InputError if it is missing, no table, empty or without one of `columns`."""
-    path = folder / f"{name}.csv"
+    compressed = folder / f"{name}.csv.gz"
+    path = compressed if compressed.exists() else folder / f"{name}.csv"
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:

@@ -35,11 +35,19 @@ def check_sharing(data: ImageDataset, weight_decay: float) -> None:
         )
 
 
-def with_head(model: nn.Module, pooling: str, data: ImageDataset, weight_decay: float) -> Network:
+def with_head(
+    model: nn.Module,
+    pooling: str,
+    data: ImageDataset,
+    weight_decay: float,
+    labels: Tensor | None = None,
+    most_images: int = MOST_IMAGES,
+) -> Network:
     """A copy of a Network (in eval mode) with another pooling and a classifier fitted on its features; a reduction stays.
 
     The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over evenly spaced training images, not augmented
-    (scikit-learn's L-BFGS), so that every head is compared at a classifier of its own for the same features.
+    (scikit-learn's L-BFGS), so that every head is compared at a classifier of its own for the same features. `labels` of all
+    training images replace the given ones, as a control. At most `most_images` images are used.
     """
     assert isinstance(model, Network)
     old = model.head
@@ -51,13 +59,13 @@ def with_head(model: nn.Module, pooling: str, data: ImageDataset, weight_decay: 
     channels = reduced[-1] if reduced else old.in_channels
     layers = pooling_head(pooling, channels)
     head = PoolingHead(old.in_channels, shared.head.reduction, layers.layers, layers.out_features).to(parameter).eval()
-    indices = evenly_spaced(len(data.train), MOST_IMAGES)
+    indices = evenly_spaced(len(data.train), most_images)
     with torch.no_grad():
         features = torch.cat([
             head(shared.features(shared.stem(data.train.plain(part)[0].to(parameter))))
             for part in indices.split(BATCH)
         ])  # fmt: skip
-    weight, bias = _fitted(features, data.train.labels[indices], weight_decay)
+    weight, bias = _fitted(features, (data.train.labels if labels is None else labels)[indices], weight_decay)
     classifier = nn.Linear(head.out_features, data.num_classes).to(parameter)
     with torch.no_grad():
         classifier.weight.copy_(weight)

@@ -15,6 +15,9 @@ from studies.optimisers import settings as optimisers_settings
 from studies.optimisers import study as optimisers
 from studies.performance import section as performance_section
 from studies.performance import study as performance
+from studies.preconditioning import section as preconditioning_section
+from studies.preconditioning import settings as preconditioning_settings
+from studies.preconditioning import study as preconditioning
 from studies.report.section import Section
 from studies.settings import Common
 
@@ -51,6 +54,14 @@ STUDIES: dict[str, Study] = {
         curvature.run,
         curvature.dry_run,
         curvature_section.section,
+    ),
+    "preconditioning": Study(
+        "is GCP a second-order method in disguise: its head, its gradients, its curvature, its training",
+        preconditioning_settings.PRESETS,
+        preconditioning.check,
+        preconditioning.run,
+        preconditioning.dry_run,
+        preconditioning_section.section,
     ),
     "performance": Study(
         "time and memory of the GCP head against the textbook version, of curvature quantities and of K-FAC's steps",

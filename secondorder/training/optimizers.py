@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from secondorder.errors import InputError
+from secondorder.gauss_newton import GaussNewton
 from secondorder.kfac import KFAC
 from secondorder.training.optimizer_state import Together, plain, with_objects
 
@@ -76,6 +77,14 @@ def ekfac(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """EKFAC: K-FAC with second moments corrected in its eigenbasis."""
     settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay, "approximation": "ekfac"}
     return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+
+
+def gauss_newton(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """The exact counterpart of K-FAC, for small networks: `secondorder.gauss_newton.GaussNewton`."""
+    if run.amp != "off":
+        raise InputError(f"optimizer 'gauss_newton' cannot be used with amp {run.amp}; choose off")
+    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
+    return GaussNewton(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
 
 
 def soap(model: nn.Module, run: Run) -> torch.optim.Optimizer:
@@ -152,6 +161,7 @@ OPTIMIZERS: dict[str, Builder] = {
     "adamw": named_errors(adamw),
     "kfac": named_errors(kfac),
     "ekfac": named_errors(ekfac),
+    "gauss_newton": named_errors(gauss_newton),
     "soap": named_errors(soap),
     "shampoo": named_errors(shampoo),
     "muon": named_errors(muon),

@@ -56,8 +56,11 @@ ARMS: dict[str, Arm] = {
     "shampoo": Arm("Shampoo", "shampoo", rate(0.05, 3.0), Tuned("beta2", 0.9, 0.999)),
     "muon": Arm("Muon", "muon", rate(1e-2, 5e-1), Tuned("momentum", 0.8, 0.98)),
     "singd": Arm("SINGD", "singd", rate(0.05, 3.0), Tuned("damping", 1e-3, 1.0)),
+    "gauss_newton": Arm("Gauss-Newton by CG", "gauss_newton", rate(0.03, 1.0), Tuned("damping", 1e-3, 1.0)),
 }
 """K-FAC and EKFAC keep their default damping and are tuned in what SGD is tuned in; damping has a map of its own."""
+LARGE_SCALE = tuple(name for name in ARMS if name != "gauss_newton")
+"""Arms whose steps cost at most some of SGD's; Gauss-Newton's is for small networks, in the preconditioning study."""
 
 
 def unit_points(count: int) -> list[tuple[float, float]]:
@@ -109,7 +112,7 @@ class AutoencoderSettings:
 class Settings:
     """Settings of the optimiser study."""
 
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = LARGE_SCALE
     """Optimisers to compare; sgd is the reference of every comparison."""
     poolings: tuple[str, ...] = ("gap", "gcp")
     """Pooling heads of the networks that are trained."""

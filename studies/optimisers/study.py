@@ -110,12 +110,12 @@ def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]])
     if MAPPED in settings.arms:
         tables["map"].append(sensitivity(work, pooling, MAPPED, tuned[MAPPED]))
     work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
-    costs, parts = measure(pooling, _steppers(work, pooling, tuned), settings.timing_steps, work.common.torch_device)
+    costs, parts = measure(pooling, steppers(work, pooling, tuned), settings.timing_steps, work.common.torch_device)
     tables["costs"].append(costs)
     tables["parts"].append(parts)
 
 
-def _steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
+def steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
     """A stepper of every arm, from the same weights on the same batches."""
     settings, device = work.settings, work.common.torch_device
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format

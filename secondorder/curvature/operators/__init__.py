@@ -1,4 +1,4 @@
-"""Symmetric linear operators: dense, factored, diagonal, block-diagonal, Kronecker-factored, in an eigenbasis, difference."""
+"""Symmetric linear operators: dense, factored, diagonal, block-diagonal, Kronecker, eigenbasis, difference, preconditioned."""
 
 from secondorder.curvature.operators.block_diagonal import BlockDiagonalOperator
 from secondorder.curvature.operators.dense import DenseOperator
@@ -7,6 +7,12 @@ from secondorder.curvature.operators.difference import DifferenceOperator
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.curvature.operators.kronecker import KroneckerOperator
+from secondorder.curvature.operators.preconditioned import (
+    PreconditionedOperator,
+    damped_inverse_root,
+    in_eigenbasis,
+    preconditioned,
+)
 from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
 
 __all__ = [
@@ -18,5 +24,9 @@ __all__ = [
     "EigenbasisOperator",
     "FactoredOperator",
     "KroneckerOperator",
+    "PreconditionedOperator",
     "SymmetricOperator",
+    "damped_inverse_root",
+    "in_eigenbasis",
+    "preconditioned",
 ]

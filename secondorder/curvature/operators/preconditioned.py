@@ -1,0 +1,106 @@
+"""A curvature matrix as an optimiser sees it that multiplies gradients with P.
+
+In the coordinates w = P^(1/2) u a step of gradient descent in u is a step along P times the gradient in w, and the curvature F
+becomes P^(1/2) F P^(1/2): symmetric, and similar to P F, so that its eigenvalues are those that the optimiser has to deal with.
+
+For K-FAC, P = (B kron A + lambda I)^-1 is diagonal in the bases of B = Q_B diag(b) Q_B^T and A = Q_A diag(a) Q_A^T:
+
+    P^(1/2) = (Q_B kron Q_A) diag((b_i a_j + lambda)^(-1/2)) (Q_B kron Q_A)^T
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.operators.dense import DenseOperator
+from secondorder.curvature.operators.difference import check_same_space
+from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
+from secondorder.curvature.operators.factored import FactoredOperator
+from secondorder.curvature.operators.kronecker import KroneckerOperator
+from secondorder.curvature.operators.symmetric import SymmetricOperator
+from secondorder.errors import InputError, NonFiniteError
+
+
+class PreconditionedOperator(SymmetricOperator):
+    """P^(1/2) F P^(1/2) `[P, P]` by products with F and with the symmetric root P^(1/2).
+
+    Raises InputError when the two differ in size, number format or device.
+    """
+
+    def __init__(self, operator: SymmetricOperator, root: SymmetricOperator) -> None:
+        check_same_space(operator, root)
+        super().__init__(operator.size, operator.dtype, operator.device)
+        self.operator = operator
+        self.root = root
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.root @ (self.operator @ (self.root @ V))
+
+
+def preconditioned(operator: SymmetricOperator, root: SymmetricOperator) -> SymmetricOperator:
+    """P^(1/2) F P^(1/2) of F and the root P^(1/2), in the form in which F is stored.
+
+    rows^T rows becomes (rows P^(1/2))^T (rows P^(1/2)), with as cheap an exact spectrum as before; a dense matrix stays dense;
+    everything else is known by its products. Raises InputError when the two differ in size, number format or device.
+    """
+    check_same_space(operator, root)
+    if isinstance(operator, FactoredOperator):
+        return FactoredOperator((root @ operator.rows.mT).mT)
+    if isinstance(operator, DenseOperator):
+        half = root @ operator.matrix
+        matrix = root @ half.mT
+        return DenseOperator((matrix + matrix.mT) / 2)
+    return PreconditionedOperator(operator, root)
+
+
+def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool = True) -> EigenbasisOperator:
+    """P^(1/2) for P = (B kron A + lambda I)^-1, from the K-FAC block B kron A of a weight.
+
+    relative: lambda = damping |F|_F^2 / tr F of F = B kron A, as in `secondorder.kfac.options.Damping`, where a scale too small
+    to divide by counts as 1; otherwise lambda = damping. The factors are decomposed in full: an input wider than its number of
+    activations has directions with a_j = 0, in which P is 1 / lambda. Negative eigenvalues are rounding and count as zero.
+    Raises InputError for a block that is not a KroneckerOperator, or a damping that is not positive; NonFiniteError.
+    """
+    if not isinstance(block, KroneckerOperator):
+        raise InputError(f"{type(block).__name__} is no B kron A; give the K-FAC block of a weight without groups")
+    if not 0 < damping < math.inf:
+        raise InputError(f"damping {damping}: must be positive and finite; 1e-8 is as good as none")
+    (b, Q_B), (a, Q_A) = (_decomposed(factor) for factor in (block.gradient, block.input))
+    damped = torch.outer(b, a) + damping * (_scale(b, a) if relative else 1.0)
+    return EigenbasisOperator(Q_B, Q_A, damped.rsqrt())
+
+
+def in_eigenbasis(operator: FactoredOperator, basis: EigenbasisOperator) -> FactoredOperator:
+    """(Q_B kron Q_A)^T F (Q_B kron Q_A) of F = rows^T rows: the same spectrum in coordinates where `basis` is diagonal.
+
+    One rotation then serves every damping, whose root is `DiagonalOperator(root.scales.flatten())`, and B kron A itself.
+    Raises InputError when the two do not fit, or the bases do not span the space.
+    """
+    check_same_space(operator, basis)
+    Q_B, Q_A = basis.gradient_basis, basis.input_basis
+    if basis.scales.numel() < basis.size:
+        raise InputError(f"bases of {basis.scales.numel()} of {basis.size} vectors would lose a part of the operator")
+    rows = operator.rows.view(-1, len(Q_B), len(Q_A))
+    return FactoredOperator((Q_B.mT @ (rows @ Q_A)).flatten(1))
+
+
+def _decomposed(factor: SymmetricOperator) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none negative, and eigenvectors of a factor."""
+    matrix = factor.dense()
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError(f"a Kronecker factor {list(matrix.shape)} contains NaN or infinity")
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp_min(0), vectors
+
+
+def _scale(b: Tensor, a: Tensor) -> Tensor:
+    """|F|_F^2 / tr F of F with eigenvalues b_i a_j, 1 where it is too small to divide by."""
+    scale = _weighted_mean(b) * _weighted_mean(a)
+    return torch.where(scale > torch.finfo(scale.dtype).tiny ** 0.5, scale, 1.0)
+
+
+def _weighted_mean(values: Tensor) -> Tensor:
+    """sum v^2 / sum v, 0 for zeros; squares of tiny numbers do not vanish."""
+    total = values.sum()
+    return (values / torch.where(total > 0, total, 1.0)).square().sum() * total

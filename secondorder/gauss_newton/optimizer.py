@@ -1,0 +1,229 @@
+"""The Gauss-Newton optimiser: momentum on (G + lambda I)^-1 grad, by conjugate gradients."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from secondorder.curvature.matrix_free.jacobian import flattened
+from secondorder.curvature.operators import SymmetricOperator
+from secondorder.errors import InputError, unknown
+from secondorder.gauss_newton.batch_curvature import LIKELIHOODS, BatchCurvature
+from secondorder.kfac.optimizer import CLIP, check_settings
+from secondorder.kfac.options import DAMPING, check_interval, check_positive
+from secondorder.kfac.report import Stopwatch
+from secondorder.kfac.update import move, shorten
+from secondorder.preconditioning.conjugate_gradients import conjugate_gradients
+
+TOLERANCE, ITERATIONS = 0.1, 20
+SCALE_DECAY = 0.95
+"""Of the running means that the scale of G is made of; K-FAC's factors have the same."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the steps took."""
+
+    steps: int
+    iterations: float
+    """Of conjugate gradients in a step, on average."""
+    unconverged: float
+    """Share of the steps whose iterations ended before the tolerance."""
+    skipped: int
+    """Steps without an update, because a gradient was not finite."""
+    scale: float
+    """|G|_F^2 / tr G, of the running means: lambda is damping times this."""
+    seconds: Mapping[str, float]
+    """By phase."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps of {self.iterations:.1f} iterations on average, {self.unconverged:.0%} ended before the "
+            f"tolerance, {self.skipped} skipped; scale of G {self.scale:.3g}; {sum(self.seconds.values()):.1f} s"
+        )
+
+
+class GaussNewton(torch.optim.Optimizer):
+    """v <- momentum v + d,  w <- (1 - lr weight_decay) w - lr v,  with d = (G + lambda I)^-1 grad of the mini-batch.
+
+        opt = GaussNewton(model, lr=0.3)
+        for images, labels in loader:
+            opt.zero_grad()
+            logits = model(images)
+            opt.update_curvature(logits)
+            F.cross_entropy(logits, labels).backward()
+            opt.step()
+
+    G is the generalised Gauss-Newton matrix of the mean loss, of all parameters together, batch norm's too (Schraudolph 2002;
+    Martens 2010): what `secondorder.kfac.KFAC` approximates by Kronecker factors of each layer. A step evaluates the network
+    again on the same images, without a trace: batch norm counts them once. `state_dict()` is complete: a resumed training
+    takes the same steps, bit for bit on a CPU.
+
+    Args:
+        model: the network; a function of one tensor to one tensor `[N, K]`.
+        lr: learning rate, of the order of 1 without momentum.
+        momentum: heavy-ball momentum of the directions d.
+        weight_decay: decoupled, or in d = (G + lambda I)^-1 (grad + weight_decay w).
+        damping: lambda in units of the scale of G, as `secondorder.kfac.Damping` has it: lambda = damping |G|_F^2 / tr G.
+            Both are running means of one estimate a step, |G z|^2 and z^T G z with a vector z of random signs.
+        tolerance, iterations: conjugate gradients end at this residual, relative to the right side, or after so many steps,
+            whichever comes first. They start from zero, so that every iterate descends: the last direction, from which
+            Martens (2010) starts with his large batches, is further from the next mini-batch's than zero is.
+        clip: trust region: d is scaled down so that lr^2 d^T grad <= clip; for an exact d that is lr^2 d^T (G + lambda I) d,
+            about twice the KL divergence that the step makes, as in KFAC. None: no limit.
+        likelihood: the loss, a mean over the batch: a key of LIKELIHOODS.
+        decoupled: where weight decay enters.
+
+    Raises:
+        InputError: for a bad value, a model without a trainable parameter, and several processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = DAMPING,
+        tolerance: float = TOLERANCE,
+        iterations: int = ITERATIONS,
+        clip: float | None = CLIP,
+        likelihood: str = "cross_entropy",
+        decoupled: bool = True,
+    ) -> None:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
+        check_settings(settings)
+        check_positive("tolerance", tolerance)
+        check_interval("iterations", iterations)
+        if clip is not None:
+            check_positive("clip", clip)
+        if likelihood not in LIKELIHOODS:
+            raise unknown("likelihood", likelihood, LIKELIHOODS)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InputError("GaussNewton trains in one process: its products are those of its own images; use KFAC")
+        self.curvature = BatchCurvature(model, likelihood)
+        self.names = {p: name for name, p in self.curvature.module.named_parameters() if p.requires_grad}
+        if not self.names:
+            raise InputError("the model has no trainable parameter; there is nothing to optimise")
+        self.tolerance, self.iterations, self.clip, self.decoupled = tolerance, iterations, clip, decoupled
+        self.counts = {"steps": 0, "iterations": 0, "unconverged": 0, "skipped": 0}
+        self.squared_norm = self.trace = 0.0
+        self.stopwatch = Stopwatch(next(iter(self.names)).device, synchronise=False)
+        super().__init__(list(self.names), settings)
+        self._complete = True
+
+    def update_curvature(self, logits: Tensor) -> None:
+        """Note the outputs of the forward pass that this step is about; once a step, before `step()`."""
+        with self.stopwatch("curvature"):
+            self.curvature.take(logits)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what a skipped step has left."""
+        self.curvature.forget()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
+
+        InputError without a gradient, and without `update_curvature(logits)`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            raise InputError("step() before backward(): no parameter of the model has a gradient")
+        if not self.curvature.taken:
+            raise InputError("step() without update_curvature(logits): call it between the forward pass and step()")
+        gradient = flattened([p.grad for p in parameters])
+        if not bool(torch.isfinite(gradient).all()):
+            self.counts["skipped"] += 1
+            self.curvature.forget()
+            return loss
+        if not self.decoupled and group["weight_decay"]:
+            gradient = gradient + group["weight_decay"] * flattened([p.detach() for p in parameters])
+        with self.stopwatch("conjugate gradients"), self.curvature.quietly():
+            d = self._direction(parameters, gradient)
+        with self.stopwatch("update"), torch.no_grad():
+            self._update(parameters, d)
+        self.curvature.forget()
+        self.counts["steps"] += 1
+        return loss
+
+    def report(self) -> Report:
+        """Iterations, how they ended, and seconds, of all steps so far."""
+        steps = max(1, self.counts["steps"])
+        return Report(
+            steps=self.counts["steps"],
+            iterations=self.counts["iterations"] / steps,
+            unconverged=self.counts["unconverged"] / steps,
+            skipped=self.counts["skipped"],
+            scale=self._scale,
+            seconds=dict(self.stopwatch.seconds),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with the entry "gauss_newton": counters and the running means."""
+        means = {"squared_norm": self.squared_norm, "trace": self.trace}
+        own = {"counts": dict(self.counts), "means": means, "names": list(self.names.values())}
+        return super().state_dict() | {"gauss_newton": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`; InputError, and nothing has changed, for that of another model."""
+        own = state_dict.get("gauss_newton", {})
+        if own.get("names") != list(self.names.values()):
+            raise InputError(f"the state is not of a GaussNewton with the parameters {', '.join(self.names.values())}")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "gauss_newton"})
+        self.counts = dict(own["counts"])
+        self.squared_norm, self.trace = own["means"]["squared_norm"], own["means"]["trace"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: one damping holds for the whole matrix."""
+        if hasattr(self, "_complete"):
+            raise InputError("add_param_group: GaussNewton has one group, all trainable parameters; make a new one")
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refused: a copy would watch no model."""
+        raise InputError(
+            "a GaussNewton cannot be copied or pickled, it watches its model: make a new one and load_state_dict(state_dict())"
+        )
+
+    def _direction(self, parameters: list[nn.Parameter], gradient: Tensor) -> Tensor:
+        """(G + lambda I)^-1 gradient `[P]`."""
+        G = self.curvature.operator([self.names[p] for p in parameters])
+        self._update_scale(G)
+        damping = self.param_groups[0]["damping"] * self._scale
+        solution = conjugate_gradients(
+            G.__matmul__, gradient, damping=damping, tolerance=self.tolerance, iterations=self.iterations
+        )
+        self.counts["iterations"] += solution.iterations
+        self.counts["unconverged"] += not solution.converged
+        return solution.x
+
+    def _update_scale(self, G: SymmetricOperator) -> None:
+        """Running means of |G z|^2 and z^T G z, whose expectations are |G|_F^2 and tr G, with signs z that the step decides."""
+        generator = torch.Generator().manual_seed(self.counts["steps"])
+        z = 2 * torch.randint(2, (G.size,), generator=generator).to(G.device, G.dtype) - 1
+        Gz = G @ z
+        for name, estimate in (("squared_norm", Gz.square().sum()), ("trace", Gz @ z)):
+            setattr(self, name, SCALE_DECAY * getattr(self, name) + (1 - SCALE_DECAY) * float(estimate))
+
+    @property
+    def _scale(self) -> float:
+        """|G|_F^2 / tr G: the mean eigenvalue, each weighted by itself. Both means begin at zero, which the quotient undoes."""
+        return self.squared_norm / self.trace if self.trace > 0 else 0.0
+
+    def _update(self, parameters: list[nn.Parameter], d: Tensor) -> None:
+        """Trust region, momentum, weight decay."""
+        parts = d.split([p.numel() for p in parameters])
+        directions = {p: part.view_as(p).to(p.dtype) for p, part in zip(parameters, parts, strict=True)}
+        if self.clip is not None:
+            shorten(directions, self.param_groups, self.clip, 1.0, self.decoupled)
+        move(directions, self.param_groups, self.state, self.decoupled)

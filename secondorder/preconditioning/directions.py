@@ -1,0 +1,62 @@
+"""Directions in parameter space: tensors by the names of a network's parameters, and the gradient of a batch's loss as one."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secondorder.curvature.blocks import checked_batch
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.loss_curvature import Loss
+from secondorder.errors import InputError, NonFiniteError
+from secondorder.matrix_power.transforms import full_precision
+
+Batch = tuple[Tensor, Tensor]
+"""Images `[N, ...]` and their labels."""
+Direction = dict[str, Tensor]
+"""A tensor of each parameter's shape by the parameter's name."""
+
+
+def loss_gradient(
+    network: nn.Module, batch: Batch, *, loss: Loss = F.cross_entropy, params: Iterable[str] | None = None
+) -> Direction:
+    """dL/dw of the loss of a batch for the named parameters (None: all that require gradients), zero where w is not used.
+
+    The network is evaluated in its present mode and left as it is, bit for bit, its `.grad` too. Raises InputError for bad
+    input, and NonFiniteError.
+    """
+    frozen = FrozenNetwork(network, params)
+    images, labels = checked_batch(batch, frozen)
+    with torch.enable_grad(), full_precision(images):
+        value = loss(frozen.outputs(images), labels)
+        found = torch.autograd.grad(value, list(frozen.weights.values()), allow_unused=True, materialize_grads=True)
+    gradient = dict(zip(frozen.weights, found, strict=True))
+    check_finite(gradient)
+    return gradient
+
+
+def checked_gradient(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Direction:
+    """The gradient of these parameters in their order; InputError unless names and shapes are theirs, NonFiniteError."""
+    for name in gradient:
+        if name not in parameters:
+            raise InputError(
+                f"the gradient has {name!r}, which is not preconditioned; there are: {', '.join(parameters)}"
+            )
+    for name, parameter in parameters.items():
+        if name not in gradient:
+            raise InputError(f"the gradient lacks {name!r}; it needs: {', '.join(parameters)}")
+        if gradient[name].shape != parameter.shape:
+            raise InputError(
+                f"the gradient of {name} has the shape {list(gradient[name].shape)}, not {list(parameter.shape)}"
+            )
+    ordered = {name: gradient[name].detach().to(parameter) for name, parameter in parameters.items()}
+    check_finite(ordered)
+    return ordered
+
+
+def check_finite(gradient: Mapping[str, Tensor]) -> None:
+    """NonFiniteError that names the first tensor with NaN or infinity."""
+    for name, tensor in gradient.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"the gradient of {name} contains NaN or infinity; check the weights and the images")

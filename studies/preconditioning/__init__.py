@@ -1,0 +1,1 @@
+"""Preconditioning study: is GCP a second-order method in disguise?"""

@@ -1,0 +1,1 @@
+"""Part D: GGN and Hessian blocks before and after K-FAC."""

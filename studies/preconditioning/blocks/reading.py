@@ -1,0 +1,72 @@
+"""What the section and the figures of part D read from the table: one number for each seed and head, and its interval."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from studies.preconditioning.blocks.measure import CONVOLUTIONS, LAST
+from studies.report.style import label
+from studies.statistics import Interval, mean_interval, ratio_interval
+
+UNTRAINED = "untrained"
+HALF_RANK, TO_MEAN = "half_rank_condition", "largest_to_mean"
+MEASURES = {HALF_RANK: "λ₁ / λₖ at half of the possible rank", TO_MEAN: "largest / mean eigenvalue"}
+ONLY_LAST = (LAST,)
+
+
+def phase_name(backbone: str) -> str:
+    """How a backbone is called in claims, tables and figures."""
+    return "untrained backbone" if backbone == UNTRAINED else f"backbone trained under {short(backbone)}"
+
+
+def short(head: str) -> str:
+    """The name of a head without what is in brackets."""
+    return label(head).partition(" (")[0]
+
+
+def at_the_end(table: pd.DataFrame) -> pd.DataFrame:
+    """The last moment of each backbone and seed: after training, or the only one of an untrained backbone."""
+    return table[table.step == table.groupby(["backbone", "seed"]).step.transform("max")]
+
+
+def per_seed(
+    table: pd.DataFrame, setting: str, measure: str, layers: Iterable[str] = CONVOLUTIONS, index: str = "seed"
+) -> pd.DataFrame:
+    """The geometric mean over the layers for each seed (rows; or other `index`) and head (columns).
+
+    NaN where a layer has no positive finite value, so that nothing is hidden in a mean.
+    """
+    layers = tuple(layers)
+    some = table[(table.setting == setting) & (table.measure == measure) & table.layer.isin(layers)]
+    logs = np.log(some.value.where((some.value > 0) & np.isfinite(some.value)))
+    groups = logs.groupby([some[index], some["head"]])
+    means = groups.mean().where(groups.count() == len(layers))  # a missing layer has no row, or no number
+    return np.exp(means).unstack("head")
+
+
+def ratio(numerator: pd.DataFrame, denominator: pd.DataFrame, head: str, other: str) -> pd.Series:
+    """head / other for each seed that has both."""
+    if head not in numerator.columns or other not in denominator.columns:
+        return pd.Series(dtype=float)
+    return (numerator[head] / denominator[other]).dropna()
+
+
+def geometric(values: Iterable[float]) -> Interval:
+    """The geometric mean of one positive number for each seed."""
+    found = np.asarray(list(values), dtype=float)
+    return ratio_interval(found, np.ones_like(found))
+
+
+def words(interval: Interval) -> str:
+    """``1.2 [1.0, 1.4]``, without an interval for a single seed, empty when nothing was measured."""
+    if interval.n == 0:
+        return ""
+    if not np.isfinite([interval.low, interval.high]).all():
+        return f"{interval.estimate:.3g}"
+    return f"{interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def mean_words(values: Iterable[float]) -> str:
+    """The mean over seeds of numbers of any sign, in words."""
+    return words(mean_interval(list(values)))

@@ -1,0 +1,1 @@
+"""Part E: every pooling trained with every optimiser."""

@@ -1,0 +1,1 @@
+"""Part B: the published approximation of GCP's backward pass against the exact one."""

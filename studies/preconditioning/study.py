@@ -1,0 +1,203 @@
+"""Preconditioning study: is GCP a second-order method in disguise?
+
+Five parts (theory T1 to T6). A to D measure one backbone under several heads, untrained, during training and trained under GAP
+and under GCP; E trains every pooling with every optimiser.
+
+    A  head conditioning    singular values of the pooling head's Jacobian on real features        `heads`
+    B  backward forms       the published approximation of GCP's backward pass, against the exact  `forms`
+    C  two heads            gradients of one backbone under two heads, with and without K-FAC      `directions`
+    D  block conditioning   GGN and Hessian blocks before and after K-FAC, and K-FAC's fidelity    `blocks`
+    E  factorial training   {GAP, covariance, GCP} x {SGD, K-FAC, Gauss-Newton}                    `factorial`
+
+Results: ``preconditioning.csv`` (one row for each number of A, B and D), ``preconditioning_gradients.csv.gz`` (of C),
+``preconditioning_training.csv`` (epochs of the backbones' training), and the tables of E (`factorial.training`).
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from secondorder.data import ImageDataset, load_dataset
+from secondorder.errors import InputError
+from secondorder.networks import NETWORKS
+from secondorder.training import Moment, Run, check_run, train
+from secondorder.training.checkpoint import CHECKPOINT
+from secondorder.training.processes import world_size
+from studies.dry_run import cost_of
+from studies.parallel import side_by_side, threads_each
+from studies.preconditioning.blocks.measure import measure as blocks
+from studies.preconditioning.directions.measure import measure as directions
+from studies.preconditioning.factorial import training as factorial
+from studies.preconditioning.forms.measure import measure as forms
+from studies.preconditioning.heads.measure import measure as heads
+from studies.preconditioning.settings import Settings
+from studies.preconditioning.situation import HEADS, Row, Situation
+from studies.results import provenance, write_table
+from studies.run_folders import commit_of, kept, open_runs, sign
+from studies.settings import Common
+from studies.shared_backbone import check_sharing
+
+NAME = "preconditioning"
+TRAINING, GRADIENTS = "preconditioning_training", "preconditioning_gradients"
+KEYS = ("backbone", "seed", "step", "moment")
+UNTRAINED = "untrained"
+Measure = Callable[[Situation], list[Row]]
+
+OFTEN: dict[str, Measure] = {"heads": heads, "forms": forms, "blocks": blocks}
+"""Parts that are measured at every moment."""
+ENDS: dict[str, Measure] = {"directions": directions}
+"""Parts that are measured of the untrained and of the trained backbones only."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data that `check` has loaded."""
+
+    data: ImageDataset
+
+
+def backbone_run(common: Common, settings: Settings, pooling: str, seed: int) -> Run:
+    """The training of a backbone; every ResNet has the published GCP network's last stride, whatever its head."""
+    strides = NETWORKS[settings.backbone].last_stride if settings.backbone in NETWORKS else None
+    return Run(
+        backbone=settings.backbone,
+        pooling=pooling,
+        dataset=settings.dataset,
+        train_limit=settings.train_limit,
+        last_stride=None if strides is None else strides[1],
+        reduced_channels=settings.reduced_channels,
+        dropout=0.0,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        seed=seed,
+        device=common.device,
+        threads=common.threads,
+    )
+
+
+def measure(
+    model: nn.Module, data: ImageDataset, settings: Settings, seed: int, parts: Mapping[str, Measure]
+) -> list[Row]:
+    """The rows of some parts for one backbone, which is copied."""
+    situation = Situation(model, data, settings, seed)
+    return [row for part in parts.values() for row in part(situation)]
+
+
+@dataclass(frozen=True)
+class BackboneObserver:
+    """Measures the backbone that training has at equally spaced steps."""
+
+    data: ImageDataset
+    settings: Settings
+    every: int
+    """Steps between two measurements."""
+
+    def __call__(self, moment: Moment) -> list[Row]:
+        """Rows for the moment; the untrained backbone, the same under every head, only where it is the first head's."""
+        if moment.step == 0 and moment.run.pooling != self.settings.trained[0]:
+            return []
+        parts = OFTEN if moment.step else OFTEN | ENDS
+        rows = measure(moment.model, self.data, self.settings, moment.run.seed, parts)
+        return [{"backbone": moment.run.pooling if moment.step else UNTRAINED, "step": moment.step, **r} for r in rows]
+
+
+def observed_every(run: Run, data: ImageDataset, settings: Settings) -> int:
+    """Steps between two measurements; the last of them is made after training."""
+    total = len(data.train) // run.batch_size * run.epochs
+    return max(1, -(-total // (settings.measurements - 1)))
+
+
+def check(common: Common, settings: Settings) -> Ready:
+    """Find bad names, sizes and data before any training; returns the loaded data."""
+    if world_size() > 1:
+        raise InputError("the preconditioning study is started without torchrun; --processes trains several at once")
+    runs = [backbone_run(common, settings, pooling, 0) for pooling in (*settings.trained, *HEADS)]
+    data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.train_limit)
+    for run in runs:
+        check_run(run, data)
+    check_sharing(data, settings.weight_decay)
+    factorial.check(common, settings, data)
+    return Ready(data)
+
+
+def run(common: Common, settings: Settings, ready: Ready) -> None:
+    """Train and measure the backbones, then the factorial; each finished training is kept, tables are written at the end."""
+    start, folder = time.perf_counter(), common.folder / "runs" / NAME
+    open_runs(folder, settings, common.resume, may_grow=("processes",))
+    each = replace(common, threads=threads_each(common.threads, settings.processes))
+    todo = [
+        (each, settings, ready.data, folder, pooling, seed)
+        for seed in range(common.seeds)
+        for pooling in settings.trained
+    ]
+    done = side_by_side(backbone_rows, todo, settings.processes)
+    tables = factorial.run(common, settings, ready.data, folder)
+    rows = pd.concat([pd.DataFrame(one["rows"]) for one in done])
+    others = [name for name in rows.columns if name not in KEYS]
+    epochs = pd.concat([pd.DataFrame(one["epochs"]) for one in done])
+    origin = provenance(
+        NAME,
+        asdict(settings) | {"preset": common.preset},
+        list(range(common.seeds)),
+        {"label": ready.data.label, **ready.data.provenance},
+        common.torch_device,
+        time.perf_counter() - start + sum(one["seconds"] for one in done if not one["fresh"]),
+        [one["commit"] for one in done],
+    )
+    write_table(common.folder, TRAINING, epochs)
+    for name, table in tables.items():
+        write_table(common.folder, name, table)
+    rows = rows[[*KEYS, *others]]
+    ends = rows.part.isin(ENDS)
+    write_table(common.folder, GRADIENTS, rows[ends], compressed=True)
+    write_table(common.folder, NAME, rows[~ends], origin)
+
+
+def backbone_rows(
+    common: Common, settings: Settings, data: ImageDataset, folder: Path, pooling: str, seed: int
+) -> dict[str, Any]:
+    """Train one backbone and measure it: rows, epochs, seconds and the commit; kept in a file."""
+    one = backbone_run(common, settings, pooling, seed)
+    own, began = folder / one.name, time.perf_counter()
+    fresh = not (own / "rows.json").exists()
+
+    def compute() -> dict[str, Any]:
+        sign(own)
+        watching = BackboneObserver(data, settings, observed_every(one, data, settings))
+        trained = train(one, data, own, observers={NAME: watching}, resume=common.resume, progress=common.progress)
+        last = int(trained.history[-1]["step"])
+        rows = measure(trained.model, data, settings, seed, OFTEN | ENDS)
+        rows = [*trained.records[NAME], *({"backbone": pooling, "step": last, **r} for r in rows)]
+        return {
+            "rows": [{"seed": seed, "moment": float(r["step"]) / last, **r} for r in rows],
+            "epochs": [{"backbone": pooling, "seed": seed, **epoch} for epoch in trained.history],
+            "seconds": time.perf_counter() - began,
+        }
+
+    result: dict[str, Any] = kept(own / "rows.json", compute)
+    (own / CHECKPOINT).unlink(missing_ok=True)
+    if common.progress:
+        print(f"{NAME}: backbone trained under {pooling}, seed {seed}: measured", flush=True)
+    return result | {"fresh": fresh, "commit": commit_of(own)}
+
+
+def dry_run(common: Common, settings: Settings) -> list[str]:
+    """One training step of every backbone and cell on fake data; sentences that state what the training alone would cost."""
+    lines, total = [], 0.0
+    for pooling in settings.trained:
+        seconds, words = cost_of(backbone_run(common, settings, pooling, 0), {})
+        lines.append(f"backbone: {words}")
+        total += common.seeds * seconds
+    own, seconds = factorial.dry_run(common, settings)
+    hours = (total + seconds) / settings.processes / 3600
+    scope = f"{common.seeds} seeds and the factorial, {settings.processes} process(es), without measuring"
+    return [*lines, *own, f"{scope}: about {hours:,.1f} h"]

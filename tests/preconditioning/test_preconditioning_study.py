@@ -1,0 +1,125 @@
+"""The preconditioning study end to end: its tables, its verdicts, resumption after a kill, bad input."""
+
+import signal
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from undrawn_figures import undrawn_figures
+
+from studies.__main__ import main
+from studies.preconditioning.section import section
+from studies.preconditioning.study import ENDS, OFTEN
+from studies.report import write_report
+from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
+from studies.study import STUDIES
+
+SMOKE = ["preconditioning", "--preset", "smoke", "--no-progress", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study, to be read or copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with undrawn_figures():
+        assert main([*SMOKE, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_every_part_is_measured_at_its_moments(finished: Path) -> None:
+    table = pd.read_csv(finished / "preconditioning.csv", keep_default_na=False, na_values=["nan"])
+    assert set(table.part) == set(OFTEN) | set(ENDS)
+    assert set(table.backbone) == {"untrained", "gap", "gcp"}
+    assert set(table.seed) == {0, 1}
+    assert table.value.notna().all()
+    assert set(table[table.backbone == "untrained"].step) == {0}
+    assert set(table[table.backbone == "gcp"].moment) == {1.0}  # two measurements: before and after training
+    trained = table[(table.backbone == "gap") & (table.seed == 0)]
+    assert set(trained.part) == set(OFTEN) | set(ENDS)
+    epochs = pd.read_csv(finished / "preconditioning_training.csv")
+    assert epochs.groupby(["backbone", "seed"]).size().to_dict() == {(b, s): 1 for b in ("gap", "gcp") for s in (0, 1)}
+
+
+def test_every_claim_has_its_row(finished: Path) -> None:
+    verdicts = pd.read_csv(finished / "preconditioning_verdicts.csv")
+    found = section(finished)
+    assert list(verdicts.prediction) == [claim.statement for claim in found.claims]
+    assert list(verdicts.verdict) == [claim.verdict for claim in found.claims]
+    assert set(verdicts.verdict) <= {SUPPORTED, NOT_SUPPORTED, UNDECIDED}
+    assert [part[:2] for part in dict.fromkeys(verdicts.part)] == ["A:", "B:", "C:", "D:", "E:"]
+    assert verdicts.meaning.notna().all()
+    assert not verdicts.prediction.duplicated().any()
+
+
+def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "report.md").read_text()
+    beginning = text[: text.index("| study |")]
+    assert "## In short" in beginning
+    for claim in section(finished).claims:
+        assert claim.meaning in beginning
+
+
+@undrawn_figures()
+def test_a_killed_study_resumes_to_the_same_tables(
+    finished: Path, tmp_path: Path, forkserver: ForkServerContext
+) -> None:
+    flags = [*SMOKE, "--processes", "2", "--out", str(tmp_path)]  # the finished one was trained by one process
+    process = forkserver.Process(target=main, args=(flags,))
+    process.start()
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("runs/preconditioning/*/rows.json")) and time.monotonic() < deadline:
+        assert process.exitcode is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "preconditioning.csv").exists()
+    assert main([*flags, "--resume"]) == 0
+    for name in ("preconditioning.csv", "preconditioning_verdicts.csv", "preconditioning_factorial_curves.csv"):
+        own, theirs = pd.read_csv(tmp_path / name), pd.read_csv(finished / name)
+        pd.testing.assert_frame_equal(own, theirs)
+
+
+def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) -> None:
+    for name in ("preconditioning.csv", "preconditioning.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    table = pd.read_csv(tmp_path / "preconditioning.csv").drop(columns="measure")
+    table.to_csv(tmp_path / "preconditioning.csv", index=False)
+    write_report(tmp_path, {"preconditioning": STUDIES["preconditioning"].section}, "smoke")
+    assert "lacks the columns measure" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backbone", "resnet19"], "unknown backbone 'resnet19'"),
+        (["--trained", "gpc"], "unknown pooling 'gpc'; choose one of: gap"),
+        (["--dampings", "0"], "--dampings 0: every value must be above 0"),
+        (["--measurements", "1"], "--measurements 1: at least 2"),
+        (["--gradient-batches", "1"], "--gradient-batches 1: at least 2"),
+        (["--weight-decay", "0"], "weight_decay 0.0: a shared backbone needs a positive one"),
+        (["--factorial.optimisers", "adamw"], "the factorial needs 'sgd' among adamw"),
+        (["--factorial.poolings", "gap"], "the factorial needs 'gcp' among gap"),
+        (["--factorial.trials", "0"], "--factorial.trials 0: at least 1"),
+        (["--factorial.schedule", "sinus"], "unknown schedule 'sinus'"),
+        (["--processes", "0"], "--processes 0: at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMOKE, *arguments, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "preconditioning.csv").exists()
+
+
+def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr().out
+    assert "digits_net + gcp" in printed
+    assert "without measuring: about" in printed
+    assert not (tmp_path / "none").exists()
