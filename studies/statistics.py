@@ -1,6 +1,6 @@
 """Confidence intervals over seeds and the verdicts drawn from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,8 +68,13 @@ def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, confidence: flo
         raise InputError(f"{a.size} numerators and {b.size} denominators cannot be paired")
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = mean_interval(np.log(a) - np.log(b), confidence)
+    return exponential(logs)
+
+
+def exponential(logs: Interval) -> Interval:
+    """The interval of exp(x), of the geometric mean where `logs` is that of a mean of logarithms."""
     low, middle, high = (float(np.exp(v)) for v in (logs.low, logs.estimate, logs.high))
-    return Interval(middle, low, high, logs.n, confidence)
+    return Interval(middle, low, high, logs.n, logs.confidence)
 
 
 def median_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -83,6 +88,19 @@ def median_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     found = stats.quantile_test(x, p=0.5).confidence_interval(confidence)
     low, high = (end if np.isfinite(end) else sign * np.inf for end, sign in ((found.low, -1), (found.high, 1)))
     return Interval(float(np.median(x)), float(low), float(high), x.size, confidence)
+
+
+def with_error(interval: Interval, error: float) -> Interval:
+    """The interval of the same estimate with one more independent source of error, of standard error `error`.
+
+    Each half width becomes the root of its square plus (z error)^2, z the normal quantile.
+    """
+    z = float(stats.norm.ppf(0.5 + interval.confidence / 2))
+    down, up = (
+        np.hypot(interval.estimate - interval.low, z * error),
+        np.hypot(interval.high - interval.estimate, z * error),
+    )
+    return replace(interval, low=interval.estimate - float(down), high=interval.estimate + float(up))
 
 
 def verdict(interval: Interval, claimed: str, reference: float) -> str:

@@ -331,6 +331,18 @@ def test_steps_and_seconds_to_the_target() -> None:
     assert set(early.steps) == {50}
 
 
+def test_seconds_have_the_scatter_of_the_timing_in_their_interval() -> None:
+    costs = costs_of(1.5)
+    sgd = costs.arm == "sgd"
+    costs.loc[sgd, "milliseconds"] *= [math.exp(0.1 * (-1) ** step) for step in costs[sgd].step]
+    clock = Clock(costs)
+    error = clock.log_error("gap")
+    assert error == pytest.approx(0.1 * math.sqrt(4 / 3) * math.sqrt(2 / 4))  # four later steps, 0.1 above and below
+    targets = reached(curves_of({0: 50, 1: 50, 2: 50}))
+    found = steps_ratio(targets, "gap", "kfac", "final", clock).interval
+    assert math.log(found.high / found.estimate) == pytest.approx(1.959964 * error, rel=1e-5)
+
+
 def test_a_censored_run_is_a_lower_bound() -> None:
     ratio = steps_ratio(reached(curves_of({0: 50, 1: None, 2: 50})), "gap", "kfac", "final")
     assert ratio.censored == 1

@@ -1,11 +1,13 @@
 """Intervals and verdicts."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from secondorder.errors import InputError
-from studies.statistics import Comparison, Interval, mean_interval, ratio_interval, verdict
+from studies.statistics import Comparison, Interval, mean_interval, ratio_interval, verdict, with_error
 
 
 def test_mean_interval_is_students_t() -> None:
@@ -63,3 +65,11 @@ def test_bad_input() -> None:
         ratio_interval([1.0, 2.0], [1.0])
     with pytest.raises(InputError, match="'beside'"):
         verdict(mean_interval([1.0, 2.0]), "beside", 1.0)
+
+
+def test_independent_errors_add_in_quadrature() -> None:
+    found = with_error(Interval(1.0, 0.7, 1.3, 5), 0.4 / 1.959963984540054)
+    assert (found.low, found.high) == pytest.approx((0.5, 1.5))
+    assert (found.estimate, found.n) == (1.0, 5)
+    unknown = with_error(Interval(1.0, 0.7, math.inf, 5), math.inf)
+    assert (unknown.low, unknown.high) == (-math.inf, math.inf)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from studies.statistics import Interval, mean_interval, ratio_interval
+from studies.statistics import Interval, exponential, mean_interval, ratio_interval, with_error
 
 REFERENCE = "sgd"
 EARLY = 0.5
@@ -70,6 +70,15 @@ class Clock:
         later = float(times[len(times) // 2 :].mean())
         return float(times[: int(steps)].sum()) + max(0.0, steps - len(times)) * later
 
+    def log_error(self, problem: str) -> float:
+        """Standard error of the logarithm of a ratio of two mean step times, from the scatter of SGD's later steps.
+
+        SGD's steps are all alike, so their scatter is the machine's; that of interleaved arms is counted as independent.
+        """
+        times = self.times[problem, REFERENCE]
+        logs = np.log(times[len(times) // 2 :])
+        return float(logs.std(ddof=1) * np.sqrt(2 / len(logs))) if len(logs) > 1 else math.inf
+
     def step_ratio(self, problem: str, arm: str) -> float:
         """Mean time of a later step, in those of SGD."""
         mean = {
@@ -79,14 +88,20 @@ class Clock:
 
 
 def steps_ratio(table: pd.DataFrame, problem: str, arm: str, target: str, clock: Clock | None = None) -> Ratio:
-    """Steps of an arm to the target, or with a clock seconds, over those of SGD: geometric mean over seeds."""
+    """Steps of an arm to the target, or with a clock seconds, over those of SGD: geometric mean over seeds.
+
+    The interval of seconds has the scatter of the timing in it, too.
+    """
     some = table[(table.problem == problem) & (table.target == target)].set_index(["arm", "seed"])
 
     def sizes(name: str) -> list[float]:
         steps = some.steps.xs(name, level="arm").sort_index()
         return [clock.seconds(problem, name, s) if clock else float(s) for s in steps]
 
-    interval = ratio_interval(sizes(arm), sizes(REFERENCE))
+    logs = mean_interval(np.log(sizes(arm)) - np.log(sizes(REFERENCE)))
+    if clock:
+        logs = with_error(logs, clock.log_error(problem))
+    interval = exponential(logs)
     censored = int(some.censored.xs(arm, level="arm").sum())
     if censored:
         interval = replace(interval, high=math.inf)

@@ -53,8 +53,13 @@ def section(folder: Path) -> Section:
         remarks=[words for part in parts for words in part.remarks],
         pictures=[picture for part in parts for picture in part.pictures],
         tables=[
-            Table("preconditioning_verdicts", "Every prediction of the study.", verdicts(claims)),
             *(own for part in parts for own in part.tables),
+            Table(
+                "preconditioning_verdicts",
+                f"All {len(claims)} predictions of the study.",
+                verdicts(claims),
+                folded=True,
+            ),
         ],
     )
 

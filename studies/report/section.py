@@ -20,7 +20,9 @@ class Claim:
     reference: float = 1.0
     group: str = "in the paper"
     meaning: str = ""
-    """A sentence on what the verdict means, for the abstract of the report; chosen by code from the verdict."""
+    """A sentence on what the verdict means, chosen by code from the verdict."""
+    headline: bool = False
+    """Whether it is among the few that stand for all in the summary at the beginning of the report."""
 
     @property
     def verdict(self) -> str:
@@ -30,11 +32,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report with its caption; also written as ``<name>.csv``."""
+    """A table of the report with its caption; also written as ``<name>.csv``. A `folded` one is shown when asked for."""
 
     name: str
     caption: str
     data: pd.DataFrame
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,18 @@ class Section:
         return list(dict.fromkeys(claim.group for claim in self.claims))
 
     @property
-    def abstract(self) -> dict[str, list[str]]:
-        """What the claims of each group mean, each sentence once, for the beginning of the report."""
-        found: dict[str, list[str]] = {}
-        for claim in self.claims:
-            if claim.meaning and claim.meaning not in found.setdefault(claim.group, []):
-                found[claim.group].append(claim.meaning)
-        return {group: sentences for group, sentences in found.items() if sentences}
+    def headlines(self) -> list[Claim]:
+        """The claims that stand for all."""
+        return [claim for claim in self.claims if claim.headline]
+
+    @property
+    def abstract(self) -> dict[str, list[tuple[str, str]]]:
+        """For each group what its headlines mean: each sentence once, with the numbers that it rests on."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for claim in self.headlines:
+            numbers = f"{claim.verdict}: {claim.quantity}: {claim.interval}"
+            found.setdefault(claim.group, {}).setdefault(claim.meaning, []).append(numbers)
+        return {group: [(words, "; ".join(n)) for words, n in said.items()] for group, said in found.items()}
 
     def count(self, word: str, group: str) -> int:
         """How many claims of a group have this verdict."""

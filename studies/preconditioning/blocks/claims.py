@@ -34,18 +34,31 @@ class Phase:
     name: str
 
     def claim(
-        self, statement: str, quantity: str, ratios: pd.Series, meanings: Meanings, claimed: str = "below"
+        self,
+        statement: str,
+        quantity: str,
+        ratios: pd.Series,
+        meanings: Meanings,
+        claimed: str = "below",
+        headline: bool = False,
     ) -> Iterator[Claim]:
         """The claim that one ratio for each seed is below or above 1; nothing when there is no ratio."""
         if ratios.empty:
             return
-        found = Claim(statement, f"{quantity}, {self.name}", geometric(ratios), claimed, group=GROUP)
+        found = Claim(statement, f"{quantity}, {self.name}", geometric(ratios), claimed, group=GROUP, headline=headline)
         yield replace(found, meaning=meanings[found.verdict])
 
 
 def claims_of(table: pd.DataFrame, backbone: str) -> Iterator[Claim]:
-    """Better conditioned than GAP and than no root; what K-FAC adds under each head; and the controls of both."""
-    phase = Phase(table, phase_name(backbone))
+    """Better conditioned than GAP and than no root; what K-FAC adds under each head; and the controls of both.
+
+    The headlines are of the backbones that are trained.
+    """
+    for claim in _claims(Phase(table, phase_name(backbone))):
+        yield replace(claim, headline=claim.headline and backbone != "untrained")
+
+
+def _claims(phase: Phase) -> Iterator[Claim]:
     for reference, meanings in (("gap", BETTER_THAN_GAP), ("covariance", BETTER_THAN_COVARIANCE)):
         for measure in (HALF_RANK, TO_MEAN):
             yield from _better(phase, measure, reference, meanings)
@@ -64,6 +77,7 @@ def _better(phase: Phase, measure: str, reference: str, meanings: Meanings) -> I
         f"{short('gcp')} / {short(reference)}, {MEASURES[measure]}, {CONVOLUTIONS}",
         ratio(values, values, "gcp", reference),
         meanings,
+        headline=measure == HALF_RANK,
     )
 
 
@@ -108,6 +122,7 @@ def _improved_less(phase: Phase) -> Iterator[Claim]:
         _gain_ratio(phase, AFTER),
         LESS,
         claimed="above",
+        headline=True,
     )
 
 
@@ -122,6 +137,7 @@ def _persists(phase: Phase) -> Iterator[Claim]:
         (exact / np.sqrt(kfac)).dropna(),
         PERSISTS,
         claimed="above",
+        headline=True,
     )
 
 
@@ -137,6 +153,7 @@ def _fits_worse(phase: Phase) -> Iterator[Claim]:
             NOT_SUPPORTED: "K-FAC fits no worse below GCP: its fidelity does not explain a smaller gain there.",
             UNDECIDED: "Whether K-FAC's fidelity confounds the interaction of GCP with K-FAC is open.",
         },
+        headline=True,
     )
 
 

@@ -101,6 +101,7 @@ def _claim(found: Readings, backbone: str, measure: str, setting: Setting, contr
         claimed="above",
         reference=0.0,
         group=GROUP,
+        headline=backbone != "untrained" and setting == found.default and control in ("", "covariance"),
     )
     meanings: Mapping[str, str] = CONTROL_MEANINGS[control] if control else MEANINGS[measure]
     nothing = control and found.interval(backbone, measure, setting).low <= 0

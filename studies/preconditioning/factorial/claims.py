@@ -1,11 +1,14 @@
 """The predictions of part E and their verdicts: main effects, and the interactions of head and optimiser."""
 
+import math
+from dataclasses import replace
+
 from studies.optimisers.measures import REFERENCE
 from studies.optimisers.settings import ARMS
 from studies.preconditioning.factorial.measures import COMMON, OWN, Bounded, Factorial, interaction, interval, ratio
 from studies.report.section import Claim
 from studies.report.style import label
-from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
+from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, with_error
 
 GROUP = "E: factorial training"
 FIRST, CONTRASTS = "kfac", ("gap", "covariance")
@@ -38,6 +41,7 @@ def faster(factorial: Factorial, optimiser: str, pooling: str) -> Claim:
         f"steps, {name(optimiser)} / SGD",
         found,
         group=GROUP,
+        headline=optimiser == FIRST,
     )
     return said(
         claim,
@@ -57,6 +61,7 @@ def gcp_faster(factorial: Factorial) -> Claim:
         "steps, GCP / GAP",
         found,
         group=GROUP,
+        headline=True,
     )
     return said(
         claim,
@@ -69,15 +74,16 @@ def gcp_faster(factorial: Factorial) -> Claim:
 def interactions(factorial: Factorial, optimiser: str, other: str) -> list[Claim]:
     """Speed-up (or gain in final loss) under GCP minus that under another pooling: predicted below 0."""
     own, head = name(optimiser), label(other)
+    common, final = "in steps to the common target", "in the final training loss"
     rows: list[tuple[str, str, list[Bounded]]] = [
-        ("in steps to the common target", "log speed-up in steps", _steps(factorial, COMMON, optimiser, other)),
+        (common, "log speed-up in steps", _steps(factorial, COMMON, optimiser, other)),
         (
             "in steps to SGD's final loss under the same head",
             "log speed-up in steps",
             _steps(factorial, OWN, optimiser, other),
         ),
         (
-            "in the final training loss",
+            final,
             "log gain in final loss",
             interaction(factorial.gains("gcp", optimiser), factorial.gains(other, optimiser)),
         ),
@@ -89,13 +95,17 @@ def interactions(factorial: Factorial, optimiser: str, other: str) -> list[Claim
     ]
     claims = []
     for words, quantity, values in rows:
+        found = interval(values)
+        if quantity.endswith("seconds"):
+            found = with_error(found, math.hypot(*(factorial.clock.log_error(p) for p in ("gcp", other))))
         claim = Claim(
             f"{own} helps GCP less than {head} {words} (interaction below 0).",
             f"{quantity}, GCP minus {head}",
-            interval(values),
+            found,
             "below",
             0.0,
             GROUP,
+            headline=other == "gap" and words in (common, final),
         )
         claims.append(
             said(
@@ -118,7 +128,7 @@ def said(claim: Claim, supported: str, not_supported: str, undecided: str) -> Cl
     """The claim with the sentence that its verdict has."""
     words = {SUPPORTED: supported, NOT_SUPPORTED: not_supported, UNDECIDED: undecided}[claim.verdict]
     meaning = f"{words[0].upper()}{words[1:]}."
-    return Claim(claim.statement, claim.quantity, claim.interval, claim.claimed, claim.reference, claim.group, meaning)
+    return replace(claim, meaning=meaning)
 
 
 def control(factorial: Factorial, claims: list[Claim]) -> str:

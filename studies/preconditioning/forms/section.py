@@ -1,6 +1,7 @@
 """Part B in the report: the published approximation of the backward pass."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
 
@@ -22,7 +23,8 @@ def part(table: pd.DataFrame) -> Part:
     if table.empty:
         return Part([], remarks=["The published approximation: no layer had a gradient, so nothing was measured."])
     end = at_the_end(table)
-    claims = [claim for words, rows in scopes(table, end) for claim in _better_than_none(words, rows)]
+    everything = scopes(table, end)[-1][0]
+    claims = [c for words, rows in scopes(table, end) for c in _better_than_none(words, rows, words == everything)]
     claims += _stands(*scopes(table, end)[0])
     return Part(
         claims,
@@ -48,7 +50,7 @@ def per_seed(rows: pd.DataFrame, form: str, measure: str) -> pd.Series:
     return found
 
 
-def _better_than_none(words: str, rows: pd.DataFrame) -> list[Claim]:
+def _better_than_none(words: str, rows: pd.DataFrame, headline: bool) -> list[Claim]:
     """Whether the trimmed forms are nearer to the exact one than plain covariance pooling's backward pass is."""
     claims = []
     for form in ("trimmed", "trimmed_rotated"):
@@ -66,6 +68,7 @@ def _better_than_none(words: str, rows: pd.DataFrame) -> list[Claim]:
                     f"cannot carry the argument ({words}).",
                     UNDECIDED: f"The form '{name}' is not clearly nearer than no preconditioner ({words}).",
                 },
+                headline,
             )
         )
     return [claim for claim in claims if claim is not None]
@@ -97,20 +100,26 @@ def _stands(words: str, rows: pd.DataFrame) -> list[Claim]:
                 per_seed(rows, form, measure),
                 GOOD,
                 meanings,
+                headline=(form, measure) == ("trimmed", "cosine"),
             )
         )
     return [claim for claim in claims if claim is not None]
 
 
 def _claim(
-    statement: str, quantity: str, values: pd.Series, reference: float, meanings: Mapping[str, str]
+    statement: str,
+    quantity: str,
+    values: pd.Series,
+    reference: float,
+    meanings: Mapping[str, str],
+    headline: bool = False,
 ) -> Claim | None:
     """The claim that values are above a reference, with the sentence that belongs to its verdict; None without values."""
     if values.empty:
         return None
     interval = mean_interval(values)
-    plain = Claim(statement, quantity, interval, "above", reference)
-    return Claim(statement, quantity, interval, "above", reference, GROUP, meanings[plain.verdict])
+    plain = Claim(statement, quantity, interval, "above", reference, GROUP, headline=headline)
+    return replace(plain, meaning=meanings[plain.verdict])
 
 
 def summary(end: pd.DataFrame) -> pd.DataFrame:

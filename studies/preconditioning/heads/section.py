@@ -1,6 +1,7 @@
 """Part A in the report: head conditioning."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
 
@@ -48,11 +49,17 @@ def part(table: pd.DataFrame) -> Part:
 
 
 def _claim(
-    statement: str, quantity: str, interval: Interval, claimed: str, reference: float, meanings: Mapping[str, str]
+    statement: str,
+    quantity: str,
+    interval: Interval,
+    claimed: str,
+    reference: float,
+    meanings: Mapping[str, str],
+    headline: bool = False,
 ) -> Claim:
     """The claim with the sentence that belongs to its verdict."""
-    plain = Claim(statement, quantity, interval, claimed, reference)
-    return Claim(statement, quantity, interval, claimed, reference, GROUP, meanings[plain.verdict])
+    plain = Claim(statement, quantity, interval, claimed, reference, GROUP, headline=headline)
+    return replace(plain, meaning=meanings[plain.verdict])
 
 
 def _theorem(table: pd.DataFrame) -> Claim:
@@ -69,6 +76,7 @@ def _theorem(table: pd.DataFrame) -> Claim:
             NOT_SUPPORTED: "On real features the bound of the theory is broken: theory or code is wrong.",
             UNDECIDED: "The bound of the theory is neither confirmed nor broken by so few seeds.",
         },
+        headline=True,
     )
 
 
@@ -107,6 +115,7 @@ def _published(end: pd.DataFrame) -> list[Claim]:
                     "exact root holds for it in part.",
                     UNDECIDED: f"Whether {PUBLISHED} steps suffice is open ({here}).",
                 },
+                headline=backbone == "gcp",
             )
         )
     return claims
@@ -127,6 +136,7 @@ def _others(end: pd.DataFrame) -> Claim:
             NOT_SUPPORTED: "Another function conditions the head at least as well: the root is not special on these features.",
             UNDECIDED: "Whether the root is special on these features is open.",
         },
+        headline=True,
     )
 
 
