@@ -103,11 +103,11 @@ def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["landscap"], "unknown study 'landscap'; choose one of: landscape, curvature, performance"),
+        (["landscap"], "unknown study 'landscap'; choose one of: landscape, curvature, preconditioning"),
         (["landscape", "--preset"], "unknown preset ''; choose one of: smoke"),
         (["--preset", "huge"], "unknown preset 'huge'; choose one of: smoke, quick, cifar10, paper"),
         (["landscape", "--poolings", "gap", "gpc"], "unknown pooling 'gpc'; choose one of: gap, covariance, gcp"),
-        (["landscape", "--poolings", "gap", "gap"], "--poolings gap gap: name at least one head, each once"),
+        (["landscape", "--poolings", "gap", "gap"], "--poolings gap gap: name at least one, each once"),
         (["landscape", "--backbone", "resnet19"], "unknown backbone 'resnet19'; choose one of: mobilenet_v2"),
         (["landscape", "--dataset", "mnist"], "unknown dataset 'mnist'; choose one of: digits"),
         (["landscape", "--schedule", "fast"], "unknown schedule 'fast'; choose one of:"),

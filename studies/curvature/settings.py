@@ -5,8 +5,9 @@ from typing import Literal
 
 import torchvision
 
-from secondorder.errors import InputError, unknown
+from secondorder.errors import unknown
 from secondorder.pooling import POOLINGS
+from studies.checks import check_count, check_names
 from studies.curvature.measures import Limits
 
 
@@ -33,8 +34,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         for name, least in (("images", 2), ("epochs", 1), ("measurements", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)}: at least {least}")
+            check_count(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("poolings", "backbones"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values) or not values:
-                raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
-        if self.processes < 1:
-            raise InputError(f"--processes {self.processes}: at least 1")
+            check_names(name, getattr(self, name))
+        check_count("processes", self.processes)
         for pooling in (*self.small.share, *self.large.share):
             if pooling not in POOLINGS:
                 raise unknown("pooling to share", pooling, POOLINGS)

@@ -16,7 +16,6 @@ import pandas as pd
 from torch.nn import functional as F
 
 from secondorder.data import ImageDataset, load_dataset
-from secondorder.errors import InputError
 from secondorder.landscape import (
     LandscapeLine,
     equally_spaced,
@@ -25,6 +24,7 @@ from secondorder.landscape import (
     weight_landscape,
 )
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
+from studies.checks import check_count, check_names
 from studies.dry_run import cost_of
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, open_runs, sign
@@ -85,10 +85,8 @@ class Settings:
     """Longest walk in weight space, in steps of the optimiser."""
 
     def __post_init__(self) -> None:
-        if len(set(self.poolings)) < len(self.poolings) or not self.poolings:
-            raise InputError(f"--poolings {' '.join(self.poolings) or '(none)'}: name at least one head, each once")
-        if self.measure_every < 1:
-            raise InputError(f"--measure-every {self.measure_every}: at least 1 step between two measurements")
+        check_names("poolings", self.poolings)
+        check_count("measure_every", self.measure_every)
         equally_spaced(self.eta_low, self.eta_high, self.eta_points)
         equally_spaced(self.step_low, self.step_high, self.eta_points)
 

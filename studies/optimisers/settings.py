@@ -7,6 +7,7 @@ from secondorder.errors import InputError, unknown
 from secondorder.networks.autoencoder import ACTIVATIONS, INITIALISATIONS
 from secondorder.training import SCHEDULES
 from secondorder.training.run import Option
+from studies.checks import check_count, check_names
 
 TUNING_SEED = 1000
 """Trials use this seed; the seeds that are reported are 0, 1, 2, ..."""
@@ -148,8 +149,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, known in (("arms", ARMS), ("poolings", None)):
             values = getattr(self, name)
-            if len(set(values)) < len(values) or not values:
-                raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
+            check_names(name, values)
             for value in values if known is not None else ():
                 if value not in ARMS:
                     raise unknown("arm", value, ARMS)
@@ -162,12 +162,6 @@ class Settings:
         for name in ("dampings", "damping_rates"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"--{name.replace('_', '-')}: every value must be above 0")
-
-
-def check_count(name: str, value: int) -> None:
-    """InputError unless at least 1."""
-    if value < 1:
-        raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
 
 
 PRESETS = {

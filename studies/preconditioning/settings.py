@@ -6,6 +6,7 @@ from typing import Literal
 from secondorder.errors import InputError, unknown
 from secondorder.pooling import POOLINGS
 from secondorder.training import SCHEDULES
+from studies.checks import check_count, check_names
 from studies.optimisers.settings import ARMS
 
 
@@ -41,21 +42,21 @@ class FactorialSettings:
     """Memory layout of the convolutions."""
 
     def __post_init__(self) -> None:
-        _check_names("factorial.poolings", self.poolings)
+        check_names("factorial.poolings", self.poolings)
         for pooling in self.poolings:
             if pooling not in POOLINGS:
                 raise unknown("pooling", pooling, POOLINGS)
         for arm in self.optimisers:
             if arm not in ARMS:
                 raise unknown("optimiser", arm, ARMS)
-        _check_names("factorial.optimisers", self.optimisers)
+        check_names("factorial.optimisers", self.optimisers)
         for needed, values in (("gap", self.poolings), ("gcp", self.poolings), ("sgd", self.optimisers)):
             if needed not in values:
                 raise InputError(f"the factorial needs {needed!r} among {', '.join(values)}")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         for name in ("batch_size", "epochs", "trials", "trial_epochs", "seeds", "timing_steps"):
-            _check_count(f"factorial.{name}", getattr(self, name), 1)
+            check_count(f"factorial.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Settings:
     """The factorial training."""
 
     def __post_init__(self) -> None:
-        _check_names("trained", self.trained)
+        check_names("trained", self.trained)
         for pooling in self.trained:
             if pooling not in POOLINGS:
                 raise unknown("pooling", pooling, POOLINGS)
@@ -118,22 +119,12 @@ class Settings:
             raise unknown("schedule", self.schedule, SCHEDULES)
         least = {"measurements": 2, "images": 1, "curvature_images": 2, "reference_images": 2, "gradient_batches": 2}
         for name, low in (least | {"epochs": 1, "gradient_batch_size": 1, "processes": 1}).items():
-            _check_count(name, getattr(self, name), low)
+            check_count(name, getattr(self, name), low)
         for damping in self.dampings:
             if not damping > 0:
                 raise InputError(f"--dampings {damping:g}: every value must be above 0")
         for steps in self.newton_schulz_steps:
-            _check_count("newton_schulz_steps", steps, 1)
-
-
-def _check_names(name: str, values: tuple[str, ...]) -> None:
-    if len(set(values)) < len(values) or not values:
-        raise InputError(f"--{name} {' '.join(values) or '(none)'}: name at least one, each once")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"--{name.replace('_', '-')} {value}: at least {least}")
+            check_count("newton_schulz_steps", steps)
 
 
 PRESETS = {

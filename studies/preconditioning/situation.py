@@ -14,6 +14,8 @@ from studies.frozen_statistics import frozen_at
 from studies.preconditioning.settings import Settings
 from studies.shared_backbone import evenly_spaced, with_head
 
+UNTRAINED = "untrained"
+"""The backbone before training, the same under every head."""
 HEADS = ("gap", "covariance", "gcp")
 """Heads that share each backbone, every classifier fitted on the same features."""
 Row = dict[str, Any]

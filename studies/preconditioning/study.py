@@ -36,7 +36,7 @@ from studies.preconditioning.factorial import training as factorial
 from studies.preconditioning.forms.measure import measure as forms
 from studies.preconditioning.heads.measure import measure as heads
 from studies.preconditioning.settings import Settings
-from studies.preconditioning.situation import HEADS, Row, Situation
+from studies.preconditioning.situation import HEADS, UNTRAINED, Row, Situation
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
@@ -45,7 +45,6 @@ from studies.shared_backbone import check_sharing
 NAME = "preconditioning"
 TRAINING, GRADIENTS = "preconditioning_training", "preconditioning_gradients"
 KEYS = ("backbone", "seed", "step", "moment")
-UNTRAINED = "untrained"
 Measure = Callable[[Situation], list[Row]]
 
 OFTEN: dict[str, Measure] = {"heads": heads, "forms": forms, "blocks": blocks}

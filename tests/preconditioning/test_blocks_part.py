@@ -32,8 +32,9 @@ from studies.preconditioning.blocks.measure import (
     measure,
     of_block,
 )
-from studies.preconditioning.blocks.reading import at_the_end, geometric, per_seed
+from studies.preconditioning.blocks.reading import geometric, per_seed
 from studies.preconditioning.blocks.section import all_claims, part
+from studies.preconditioning.reading import at_the_end
 from studies.preconditioning.settings import PRESETS, Settings
 from studies.preconditioning.situation import HEADS, Situation
 from studies.report.section import Claim

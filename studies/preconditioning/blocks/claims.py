@@ -16,8 +16,8 @@ from studies.preconditioning.blocks.reading import (
     per_seed,
     phase_name,
     ratio,
-    short,
 )
+from studies.preconditioning.reading import short
 from studies.report.section import Claim
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 

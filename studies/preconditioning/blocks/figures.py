@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.preconditioning.blocks.measure import AFTER, BEFORE, CONVOLUTIONS
-from studies.preconditioning.blocks.reading import MEASURES, UNTRAINED, geometric, per_seed, phase_name
+from studies.preconditioning.blocks.reading import MEASURES, geometric, per_seed, phase_name
+from studies.preconditioning.situation import UNTRAINED
 from studies.report.style import colour, label, logarithmic, mean_and_seeds, new_figure
 
 STYLES = {BEFORE: "-", AFTER: "--"}

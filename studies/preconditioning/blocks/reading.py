@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from studies.preconditioning.blocks.measure import CONVOLUTIONS, LAST
-from studies.report.style import label
+from studies.preconditioning.reading import backbone_name
+from studies.preconditioning.situation import UNTRAINED
 from studies.statistics import Interval, mean_interval, ratio_interval
 
-UNTRAINED = "untrained"
 HALF_RANK, TO_MEAN = "half_rank_condition", "largest_to_mean"
 MEASURES = {HALF_RANK: "λ₁ / λₖ at half of the possible rank", TO_MEAN: "largest / mean eigenvalue"}
 ONLY_LAST = (LAST,)
@@ -17,17 +17,7 @@ ONLY_LAST = (LAST,)
 
 def phase_name(backbone: str) -> str:
     """How a backbone is called in claims, tables and figures."""
-    return "untrained backbone" if backbone == UNTRAINED else f"backbone trained under {short(backbone)}"
-
-
-def short(head: str) -> str:
-    """The name of a head without what is in brackets."""
-    return label(head).partition(" (")[0]
-
-
-def at_the_end(table: pd.DataFrame) -> pd.DataFrame:
-    """The last moment of each backbone and seed: after training, or the only one of an untrained backbone."""
-    return table[table.step == table.groupby(["backbone", "seed"]).step.transform("max")]
+    return "untrained backbone" if backbone == UNTRAINED else f"backbone {backbone_name(backbone)}"
 
 
 def per_seed(

@@ -13,16 +13,15 @@ from studies.preconditioning.blocks.reading import (
     MEASURES,
     ONLY_LAST,
     TO_MEAN,
-    at_the_end,
     geometric,
     mean_words,
     per_seed,
     phase_name,
     ratio,
-    short,
     words,
 )
 from studies.preconditioning.part import Part
+from studies.preconditioning.reading import at_the_end, short
 from studies.report.section import Claim, Picture, Table
 
 NAME = "preconditioning_blocks"

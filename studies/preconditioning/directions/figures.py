@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.preconditioning.directions.measure import CONTROLS, NATURAL, NATURAL_DAMPING
-from studies.preconditioning.directions.reading import GAIN, PLAIN, Readings, backbone_name, band
+from studies.preconditioning.directions.reading import GAIN, PLAIN, Readings, band
+from studies.preconditioning.reading import backbone_name
 from studies.report.style import colour, label, logarithmic, new_figure
 
 COSINES = {

@@ -8,7 +8,6 @@ import pandas as pd
 from secondorder.kfac.options import DAMPING
 from secondorder.preconditioning import bootstrap_interval
 from studies.preconditioning.directions.measure import ALL, CONTROLS, MEAN, NATURAL
-from studies.report.style import label
 from studies.statistics import Interval, mean_interval
 
 BACKBONES = ("untrained", "gap", "gcp")
@@ -80,11 +79,6 @@ def _with_gain(table: pd.DataFrame) -> pd.DataFrame:
     turned = table[table.measure == "preconditioned"].join(plain, on=keys, how="inner")
     gains = turned.assign(value=turned.value - turned.plain, measure=GAIN).drop(columns="plain")
     return pd.concat([table, gains], ignore_index=True)
-
-
-def backbone_name(backbone: str) -> str:
-    """For a reader."""
-    return backbone if backbone == "untrained" else f"trained under {label(backbone).split(' (')[0]}"
 
 
 def band(values: Sequence[float] | pd.Series) -> tuple[float, float, float]:

@@ -10,8 +10,9 @@ import pandas as pd
 from studies.preconditioning.directions import figures
 from studies.preconditioning.directions.figures import HEADS
 from studies.preconditioning.directions.measure import MEAN, NATURAL, NATURAL_BATCHES, NATURAL_DAMPING
-from studies.preconditioning.directions.reading import GAIN, PLAIN, Readings, Setting, backbone_name
+from studies.preconditioning.directions.reading import GAIN, PLAIN, Readings, Setting
 from studies.preconditioning.part import Part
+from studies.preconditioning.reading import backbone_name
 from studies.report.section import Claim, Picture, Table
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 

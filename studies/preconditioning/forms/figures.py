@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from studies.preconditioning.heads.reading import UNTRAINED
+from studies.preconditioning.situation import UNTRAINED
 from studies.report.style import COLOURS, logarithmic, new_figure
 
 FORMS = {

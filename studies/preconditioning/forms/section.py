@@ -6,8 +6,8 @@ from dataclasses import replace
 import pandas as pd
 
 from studies.preconditioning.forms import figures
-from studies.preconditioning.heads.reading import at_the_end, backbone_name
 from studies.preconditioning.part import Part
+from studies.preconditioning.reading import at_the_end, backbone_name
 from studies.report.section import Claim, Picture, Table
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, mean_interval
 

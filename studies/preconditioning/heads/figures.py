@@ -6,7 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.preconditioning.heads.measure import PROBED
-from studies.preconditioning.heads.reading import UNTRAINED, at_the_end, backbone_name, prepared
+from studies.preconditioning.heads.reading import prepared
+from studies.preconditioning.reading import at_the_end, backbone_name
+from studies.preconditioning.situation import UNTRAINED
 from studies.report.style import COLOURS, logarithmic, mean_and_seeds, new_figure
 
 BACKBONES = {UNTRAINED: COLOURS["dropcov"], "gap": COLOURS["gap"], "gcp": COLOURS["gcp"]}

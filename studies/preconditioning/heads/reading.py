@@ -3,11 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from studies.report.style import label
-
 PUBLISHED = 5
 """Newton-Schulz steps of the published head."""
-UNTRAINED = "untrained"
 OTHERS = ("covariance", "power 1/4", "power 3/4", "logarithm")
 """Heads by name that are neither the root nor an approximation of it."""
 
@@ -26,16 +23,6 @@ def head_name(head: str, setting: float) -> str:
     if head == "gcp_power":
         return f"power {int(4 * setting)}/4" if setting in (0.25, 0.75) else f"power {setting:g}"
     return {"covariance": "covariance", "gcp_exact": "exact root", "gcp_log": "logarithm"}.get(head, head)
-
-
-def backbone_name(backbone: str) -> str:
-    """How a backbone is named in figures and claims."""
-    return UNTRAINED if backbone == UNTRAINED else f"trained under {label(backbone).split(' (')[0]}"
-
-
-def at_the_end(table: pd.DataFrame) -> pd.DataFrame:
-    """The last moment of each backbone and seed; the only one of the untrained backbone."""
-    return table[table.step == table.groupby(["backbone", "seed"]).step.transform("max")]
 
 
 def per_seed(table: pd.DataFrame, name: str, measure: str, of_many: str = "mean") -> pd.DataFrame:

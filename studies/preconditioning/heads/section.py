@@ -7,17 +7,9 @@ import pandas as pd
 
 from studies.preconditioning.heads import figures
 from studies.preconditioning.heads.measure import PROBED
-from studies.preconditioning.heads.reading import (
-    OTHERS,
-    PUBLISHED,
-    at_the_end,
-    backbone_name,
-    geometric_mean,
-    head_name,
-    per_seed,
-    prepared,
-)
+from studies.preconditioning.heads.reading import OTHERS, PUBLISHED, geometric_mean, head_name, per_seed, prepared
 from studies.preconditioning.part import Part
+from studies.preconditioning.reading import at_the_end, backbone_name
 from studies.report.section import Claim, Picture, Table
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Interval, mean_interval, ratio_interval
 
