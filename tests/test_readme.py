@@ -67,3 +67,22 @@ def test_kfac(names: list[dict[str, Any]]) -> None:
     assert report.events == {}
     assert [row.parameter for row in report.parameters] == [name for name, _ in own["learner"].named_parameters()]
     assert own["logits"].isfinite().all()
+
+
+def test_preconditioning(names: list[dict[str, Any]]) -> None:
+    own = names[4]
+    maps, spectrum = own["maps"], own["head_spectrum"]
+    root, none = spectrum(maps, "gcp_exact").condition, spectrum(maps, "covariance").condition
+    assert float(root.max()) <= 2**0.5 + 1e-9
+    assert (none > root).all()
+    x = maps.clone().requires_grad_()
+    head = own["pooling_head"]("gcp_exact", 16)
+    (head(x) * own["incoming"]).sum().backward()
+    assert torch.allclose(own["exact"], x.grad, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(own["printed"], x.grad, rtol=0.1)
+    gradient = torch.autograd.grad(
+        own["loss"](own["model"](own["batch"][0]), own["batch"][1]), own["model"].get_parameter(own["name"])
+    )[0]
+    cosine = torch.cosine_similarity(own["direction"][own["name"]].flatten(), gradient.flatten(), dim=0)
+    assert own["alignment"](own["direction"], {own["name"]: gradient}).whole == pytest.approx(float(cosine), rel=1e-4)
+    assert 0.01 < float(cosine) < 0.99

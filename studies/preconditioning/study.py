@@ -150,7 +150,7 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
         {"label": ready.data.label, **ready.data.provenance},
         common.torch_device,
         time.perf_counter() - start + sum(one["seconds"] for one in done if not one["fresh"]),
-        [one["commit"] for one in done],
+        [*(one["commit"] for one in done), *factorial.commits(folder)],
     )
     write_table(common.folder, TRAINING, epochs)
     for name, table in tables.items():

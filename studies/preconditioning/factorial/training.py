@@ -24,6 +24,7 @@ from studies.optimisers.settings import ARMS, TUNING_SEED, unit_points
 from studies.optimisers.study import steppers
 from studies.parallel import side_by_side
 from studies.preconditioning.settings import Settings
+from studies.run_folders import commit_of
 from studies.settings import Common
 from studies.timing import interleaved
 
@@ -114,6 +115,11 @@ def run(common: Common, settings: Settings, data: ImageDataset, folder: Path) ->
         COSTS: costs,
     }
     return {name: pd.concat(parts, ignore_index=True).rename(columns=COLUMNS) for name, parts in tables.items()}
+
+
+def commits(folder: Path) -> list[str]:
+    """Those of the code that trained the cells."""
+    return sorted({commit_of(file.parent) for file in (folder / "factorial").glob("*/commit")})
 
 
 def one_run(work: Work, pooling: str, arm: str, tuning: Tuning, seed: int, epochs: int) -> None:
