@@ -21,7 +21,7 @@ from studies.optimisers import autoencoder as deep
 from studies.optimisers import runs as optimisers_runs
 from studies.optimisers import section
 from studies.optimisers import study as optimisers
-from studies.optimisers.costs import Stepper, state_bytes
+from studies.optimisers.costs import Stepper, slowed, state_bytes
 from studies.optimisers.measures import Clock, reached, steps_ratio
 from studies.optimisers.settings import ARMS, PRESETS, TUNING_SEED, Tuned, unit_points
 from studies.settings import Common
@@ -443,3 +443,28 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimisers, "world_size", lambda: 2)
     with pytest.raises(InputError, match="in one process"):
         optimisers.check(Common(preset="smoke"), PRESETS["smoke"])
+
+
+def test_timed_steps_have_a_small_learning_rate_and_all_else_as_tuned() -> None:
+    assert slowed({"learning_rate": 0.5, "momentum": 0.9}) == {"learning_rate": 0.0005, "momentum": 0.9}
+
+
+def test_the_provenance_names_the_code_that_trained(tmp_path: Path) -> None:
+    flags = [
+        "optimisers",
+        "--preset",
+        "smoke",
+        "--arms",
+        "sgd",
+        "kfac",
+        "--seeds",
+        "1",
+        "--no-progress",
+        "--threads",
+        "1",
+    ]
+    assert main([*flags, "--out", str(tmp_path)]) == 0
+    signed = next(tmp_path.glob("runs/optimisers/*/commit"))
+    signed.write_text("0123456789abcdef")
+    assert main([*flags, "--out", str(tmp_path), "--resume"]) == 0
+    assert "0123456789abcdef" in json.loads((tmp_path / "optimisers.json").read_text())["git_commit"].split()

@@ -101,6 +101,8 @@ def head_spectrum(
     x = features.detach().double()
     C, M = x.shape[1], x.shape[2] * x.shape[3]
     a, t = _normalised_eigenvalues(x)
+    if not (t.isfinite().all() and (t > 0).all()):
+        raise NonFiniteError(f"the covariance of features up to {x.abs().max():.3g} is beyond float64; rescale them")
     null = null_directions(a, C)
     a = torch.where(null, 0, a)
     rank = (~null).sum(-1)

@@ -18,7 +18,7 @@ from secondorder.data import ImageDataset, epoch_order
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
-from studies.optimisers.costs import Stepper
+from studies.optimisers.costs import Stepper, slowed
 from studies.optimisers.runs import Tuning, Work, chosen, trial_row
 from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
 from studies.run_folders import kept
@@ -207,4 +207,4 @@ def _kept_fit(work: Work, images: Tensor, arm: str, tuning: Tuning, seed: int) -
 
 def steppers(images: Tensor, settings: AutoencoderSettings, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
     """A stepper of every arm, to be timed."""
-    return {arm: build(images, settings, arm, tuning, seed=0) for arm, tuning in tuned.items()}
+    return {arm: build(images, settings, arm, slowed(tuning), seed=0) for arm, tuning in tuned.items()}

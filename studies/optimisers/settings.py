@@ -57,9 +57,9 @@ ARMS: dict[str, Arm] = {
     "shampoo": Arm("Shampoo", "shampoo", rate(0.05, 3.0), Tuned("beta2", 0.9, 0.999)),
     "muon": Arm("Muon", "muon", rate(1e-2, 5e-1), Tuned("momentum", 0.8, 0.98)),
     "singd": Arm("SINGD", "singd", rate(0.05, 3.0), Tuned("damping", 1e-3, 1.0)),
-    "gauss_newton": Arm("Gauss-Newton by CG", "gauss_newton", rate(0.03, 1.0), Tuned("damping", 1e-3, 1.0)),
+    "gauss_newton": Arm("Gauss-Newton by CG", "gauss_newton", rate(0.03, 1.0), Tuned("momentum", 0.8, 0.98)),
 }
-"""K-FAC and EKFAC keep their default damping and are tuned in what SGD is tuned in; damping has a map of its own."""
+"""K-FAC, EKFAC and Gauss-Newton keep their default damping and are tuned in what SGD is; K-FAC's damping has a map."""
 LARGE_SCALE = tuple(name for name in ARMS if name != "gauss_newton")
 """Arms whose steps cost at most some of SGD's; Gauss-Newton's is for small networks, in the preconditioning study."""
 

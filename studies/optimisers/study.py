@@ -26,11 +26,11 @@ from secondorder.training.processes import world_size
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
 from studies.optimisers import autoencoder as deep
-from studies.optimisers.costs import Stepper, cycled, measure
+from studies.optimisers.costs import Stepper, cycled, measure, slowed
 from studies.optimisers.runs import Tuning, Work, evaluate, sensitivity, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
 from studies.results import provenance, write_table
-from studies.run_folders import open_runs
+from studies.run_folders import commit_of, open_runs
 from studies.settings import Common
 
 NAME = "optimisers"
@@ -93,7 +93,8 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
         )
         tables["costs"].append(costs)
         tables["parts"].append(parts)
-    _write(common, settings, ready, tables, time.perf_counter() - start)
+    commits = sorted({commit_of(file.parent) for file in folder.glob("*/commit")})
+    _write(common, settings, ready, tables, time.perf_counter() - start, commits)
 
 
 def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]]) -> None:
@@ -125,14 +126,19 @@ def steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str,
     ]
     steppers = {}
     for arm, tuning in tuned.items():
-        one = training_run(work.common, settings, arm, pooling, tuning, 0, settings.epochs)
+        one = training_run(work.common, settings, arm, pooling, slowed(tuning), 0, settings.epochs)
         model = initial_network(one, work.data).to(device, memory_format=layout)  # type: ignore[call-overload]
         steppers[arm] = Stepper(model, OPTIMIZERS[one.optimizer](model, one), F.cross_entropy, batches)
     return steppers
 
 
 def _write(
-    common: Common, settings: Settings, ready: Ready, tables: Mapping[str, list[pd.DataFrame]], seconds: float
+    common: Common,
+    settings: Settings,
+    ready: Ready,
+    tables: Mapping[str, list[pd.DataFrame]],
+    seconds: float,
+    commits: list[str],
 ) -> None:
     labels = f"{ready.data.label}; autoencoder: {ready.deep_data.label}, grey"
     origin = provenance(
@@ -142,6 +148,7 @@ def _write(
         {"label": ready.data.label, "labels": labels, **ready.data.provenance},
         common.torch_device,
         seconds,
+        commits,
     )
     names = {"trials": "trials", "curves": "curves", "map": "sensitivity", "costs": "costs", "parts": "breakdown"}
     for key, name in names.items():

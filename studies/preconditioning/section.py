@@ -44,7 +44,7 @@ def section(folder: Path) -> Section:
         method=(
             f"{origin.data['label']}, `{config['backbone']}`. A to D measure one backbone, untrained, in training and trained "
             f"under GAP and under GCP ({len(origin.seeds)} seeds), with every head put on the same backbone weights and its "
-            "classifier fitted anew; batch-norm statistics are constants. E trains every pooling with every optimiser, each "
+            "classifier fitted anew; batch norm has constant statistics in A and B, and is in training mode in C and D. E trains every pooling with every optimiser, each "
             f"cell tuned by the same number of trials ({config['factorial']['backbone']}, {config['factorial']['seeds']} seeds). "
             "Intervals are over seeds (t intervals of 95 %)."
         ),

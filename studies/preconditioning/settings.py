@@ -36,7 +36,7 @@ class FactorialSettings:
     """Passes over the training images in a trial."""
     seeds: int = 5
     """Seeds of each cell after tuning; at least 5 for an interval worth having."""
-    timing_steps: int = 30
+    timing_steps: int = 40
     """Steps of each optimiser that are timed, interleaved."""
     channels_last: bool = False
     """Memory layout of the convolutions."""
@@ -89,7 +89,7 @@ class Settings:
     """Equally spaced moments of training at which is measured; the first and the last step are among them."""
     images: int = 64
     """Training images whose features (head conditioning) are measured."""
-    curvature_images: int = 24
+    curvature_images: int = 16
     """Training images whose curvature blocks are measured."""
     reference_images: int = 512
     """Training images that give batch-norm statistics and K-FAC's factors on a shared backbone."""
@@ -120,6 +120,8 @@ class Settings:
         least = {"measurements": 2, "images": 1, "curvature_images": 2, "reference_images": 2, "gradient_batches": 2}
         for name, low in (least | {"epochs": 1, "gradient_batch_size": 1, "processes": 1}).items():
             check_count(name, getattr(self, name), low)
+        for name in ("dampings", "newton_schulz_steps"):
+            check_names(name, tuple(f"{value:g}" for value in getattr(self, name)))
         for damping in self.dampings:
             if not damping > 0:
                 raise InputError(f"--dampings {damping:g}: every value must be above 0")
@@ -150,6 +152,7 @@ PRESETS = {
         epochs=5,
         batch_size=128,
         images=64,
+        curvature_images=24,
         precision="float32",
         gradient_batches=16,
         gradient_batch_size=128,

@@ -1,5 +1,6 @@
 """What every part of the study measures: one backbone under several heads, and the images."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,15 @@ class Situation:
     def heads(self) -> Mapping[str, Network]:
         """The backbone under each of HEADS; all share its convolutions' values, not the tensors."""
         return {head: self.with_head(head) for head in HEADS}
+
+    @cached_property
+    def training_heads(self) -> Mapping[str, Network]:
+        """The same in training mode: batch norm takes the statistics of each batch, and its derivative goes through them.
+
+        With statistics as constants the loss has slopes and curvature along the scale and the mean of every channel, in which
+        the loss that is trained is flat, and these are much of the gradient.
+        """
+        return {head: copy.deepcopy(network).train() for head, network in self.heads.items()}
 
     def with_head(self, head: str, labels: Tensor | None = None) -> Network:
         """The backbone under a head whose classifier is fitted on its features, on other labels as a control."""

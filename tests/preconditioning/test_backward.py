@@ -209,3 +209,9 @@ def test_the_adjoint_refuses_another_shape() -> None:
 def test_whitening_refuses_what_the_backward_pass_refuses() -> None:
     with pytest.raises(InputError, match="1 position"):
         whitened_features(GOOD[..., :1, :1])
+
+
+@pytest.mark.parametrize(("grad", "kind"), [(torch.zeros(2, 6, dtype=torch.complex128), "complex128"), ([1.0], "list")])
+def test_a_gradient_that_is_no_real_tensor_is_named(grad: object, kind: str) -> None:
+    with pytest.raises(InputError, match=f"real floating-point numbers, got .*{kind}"):
+        gcp_backward(torch.randn(2, 3, 2, 2), grad)  # type: ignore[arg-type]

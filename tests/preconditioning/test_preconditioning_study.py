@@ -101,6 +101,9 @@ def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) ->
     [
         (["--backbone", "resnet19"], "unknown backbone 'resnet19'"),
         (["--trained", "gpc"], "unknown pooling 'gpc'; choose one of: gap"),
+        (["--dampings"], "--dampings (none): name at least one"),
+        (["--dampings", "0.1", "0.1"], "--dampings 0.1 0.1: name at least one, each once"),
+        (["--newton-schulz-steps"], "--newton-schulz-steps (none): name at least one"),
         (["--dampings", "0"], "--dampings 0: every value must be above 0"),
         (["--measurements", "1"], "--measurements 1: at least 2"),
         (["--gradient-batches", "1"], "--gradient-batches 1: at least 2"),

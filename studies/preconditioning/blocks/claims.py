@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from studies.preconditioning.blocks.measure import AFTER, BEFORE, EXACT, SQUARED
+from studies.preconditioning.blocks.measure import AFTER, BEFORE, CONSTANTS, EXACT, SQUARED
 from studies.preconditioning.blocks.reading import (
     HALF_RANK,
     MEASURES,
@@ -63,6 +63,7 @@ def _claims(phase: Phase) -> Iterator[Claim]:
         for measure in (HALF_RANK, TO_MEAN):
             yield from _better(phase, measure, reference, meanings)
     yield from _without_softmax(phase)
+    yield from _constants(phase)
     for head in ("gap", "gcp"):
         yield from _improved(phase, head)
     yield from _improved_less(phase)
@@ -91,6 +92,21 @@ def _without_softmax(phase: Phase) -> Iterator[Claim]:
             SUPPORTED: "Heads differ in the Jacobian itself, not only in how confident their classifiers are.",
             NOT_SUPPORTED: "The Jacobian below GCP is the worse conditioned one: an advantage of GCP's GGN is the softmax's.",
             UNDECIDED: "Whether an advantage of either head is the Jacobian's or the softmax's is open.",
+        },
+    )
+
+
+def _constants(phase: Phase) -> Iterator[Claim]:
+    values = per_seed(phase.table, CONSTANTS, HALF_RANK)
+    yield from phase.claim(
+        "Control: with the statistics of batch norm as constants, GGN blocks below GCP are better conditioned than below GAP.",
+        f"{short('gcp')} / {short('gap')}, {MEASURES[HALF_RANK]} with batch norm's statistics as constants, {CONVOLUTIONS}",
+        ratio(values, values, "gcp", "gap"),
+        {
+            SUPPORTED: "With batch norm's statistics as constants GCP's blocks are the better conditioned ones; compare the "
+            "claim for the loss that training has.",
+            NOT_SUPPORTED: "With batch norm's statistics as constants GCP's blocks are the worse conditioned ones.",
+            UNDECIDED: "With batch norm's statistics as constants no head's blocks are clearly better conditioned.",
         },
     )
 

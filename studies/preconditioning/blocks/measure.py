@@ -1,8 +1,9 @@
 """What part D measures of one backbone under several heads: curvature blocks before and after K-FAC, and K-FAC's fidelity.
 
-Blocks are the weights of the first, the middle and the last convolution. The classifier is left out: it has another size under
-every head, and lies above what the heads are compared for. A block F of the GGN is turned into the eigenbasis of its K-FAC block
-B kron A of the same images, where the latter and the preconditioner are diagonal. Settings:
+The network is in training mode, so that blocks are of the loss that training has: batch norm makes it flat along the scale of
+a channel. Blocks are the weights of the first, the middle and the last convolution. The classifier is left out: it has another
+size under every head, and lies above what the heads are compared for. A block F of the GGN is turned into the eigenbasis of its
+K-FAC block B kron A of the same images, where the latter and the preconditioner are diagonal. Settings:
 
     before          F
     K-FAC 0.01      P^(1/2) F P^(1/2), P = (B kron A + lambda I)^-1 with this relative damping, the optimiser's default
@@ -12,9 +13,11 @@ B kron A of the same images, where the latter and the preconditioner are diagona
     squared error   the GGN of the squared error, J^T J up to a factor, of the last convolution: without the softmax, whose
                     Hessian is as badly conditioned as the classifier's confidence differs between images
 
+    constants       F with the statistics of batch norm as constants, as in the curvature study: whether a verdict depends on it
+
 lambda is relative to |C|_F^2 / tr C of the matrix C that is inverted. Conditioning is compared at the rank that N images and K
 classes make possible under every head, min(P, N (K - 1)), or min(P, N K) for the squared error: see `studies.curvature.measures`.
-The Hessian is that of the last convolution; with ReLU and a head that is linear in its features it is the GGN.
+The Hessian is that of the last convolution.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature import curvature_blocks, spectral_summary
+from secondorder.curvature.matrix_free.loss_curvature import loss_curvature
 from secondorder.curvature.operators import (
     DiagonalOperator,
     EigenbasisOperator,
@@ -35,6 +39,7 @@ from secondorder.curvature.operators import (
 )
 from secondorder.curvature.spectrum.krylov_basis import KrylovBasis
 from secondorder.networks import Network
+from secondorder.untouched import untouched
 from studies.curvature.measures import Limits, block_names
 from studies.preconditioning.situation import Row, Situation, row
 
@@ -42,6 +47,7 @@ PART = "blocks"
 LAST = "last"
 CONVOLUTIONS = ("first", "middle", LAST)
 BEFORE, AFTER, EXACT, SQUARED = "before", "K-FAC 0.01", "exact 0.01", "squared error"
+CONSTANTS = "constants"
 DAMPINGS = {AFTER: 0.01, "K-FAC 0.0001": 1e-4}
 EXACT_DAMPINGS = {EXACT: 0.01, "exact 0.0001": 1e-4}
 """Setting -> relative damping."""
@@ -64,45 +70,59 @@ def measure(situation: Situation) -> list[Row]:
 
 def _of_head(situation: Situation, head: str) -> Iterator[tuple[str, str, str, str, float]]:
     """Layer, head, setting, measure and value."""
-    network, loss = situation.heads[head], nn.CrossEntropyLoss()
+    network, loss = situation.training_heads[head], nn.CrossEntropyLoss()
     batch = situation.some_images(situation.settings.curvature_images)
     named = block_names(network, Limits().block)
     names = {role: named[role] for role in CONVOLUTIONS}
-    ggn = gauss_newton_blocks(network, batch, names)
+    jacobians, z = jacobian_rows(network, batch[0], names, situation.data.num_classes)
     kfac = curvature_blocks(network, loss, batch, "kfac_expand", set(names.values()), fisher="exact")
+    fixed = jacobian_rows(situation.heads[head], batch[0], names, situation.data.num_classes)
     for role, name in names.items():
-        block = in_double(kfac[name])
+        block, ggn = in_double(kfac[name]), gauss_newton_block(jacobians[role], z, batch[1])
         chosen = DAMPINGS if role == LAST else {AFTER: DAMPINGS[AFTER]}
         roots = {setting: damped_inverse_root(block, damping) for setting, damping in chosen.items()}
         possible = min(block.size, len(batch[0]) * (situation.data.num_classes - 1))
-        for found in of_block(FactoredOperator(ggn[role].rows.double()), block, roots, possible, listed=role == LAST):
+        for found in of_block(ggn, block, roots, possible, listed=role == LAST):
             yield role, head, *found
+        constant = descending(gauss_newton_block(fixed[0][role], fixed[1], batch[1]))
+        for measured in conditioning(constant, possible) if float(constant[0]) > 0 else ():
+            yield role, head, CONSTANTS, *measured
         if role == LAST:
-            for measured in without_softmax(network, batch[0], name, situation.data.num_classes):
+            for measured in without_softmax(jacobians[role]):
                 yield role, head, SQUARED, *measured
             hessian = curvature_blocks(network, loss, batch, "hessian", [name])[name]
-            for found in of_hessian(hessian, ggn[role], roots[AFTER], situation.seed):
+            for found in of_hessian(hessian, ggn, roots[AFTER], situation.seed):
                 yield role, head, *found
 
 
-def gauss_newton_blocks(
-    network: Network, batch: tuple[Tensor, Tensor], names: Mapping[str, str]
-) -> dict[str, FactoredOperator]:
-    """The GGN block of each named weight, by role, cut out of the rows of all of them, which one pass gives."""
-    chosen = curvature_blocks(network, nn.CrossEntropyLoss(), batch, "ggn", set(names.values()))
-    sizes = {name: block.size for name, block in chosen.items()}
-    rows = chosen.whole.factored().rows.split(list(sizes.values()), 1)  # type: ignore[attr-defined]
-    parts = dict(zip(sizes, rows, strict=True))
-    return {role: FactoredOperator(parts[name]) for role, name in names.items()}
+def jacobian_rows(
+    network: Network, images: Tensor, names: Mapping[str, str], classes: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """J = dz/dw `[N, K, P]` of each named weight, by role, and the logits z `[N, K]`, both in float64.
 
-
-def without_softmax(network: Network, images: Tensor, name: str, classes: int) -> Iterator[tuple[str, float]]:
-    """Conditioning of J^T J of a weight."""
+    The rows of the Gauss-Newton matrix of a squared error c |z - y|^2 are sqrt(2 c) J.
+    """
     targets = torch.zeros(len(images), classes, dtype=images.dtype, device=images.device)
-    rows = curvature_blocks(network, nn.MSELoss(), (images, targets), "ggn", [name])[name].rows()  # type: ignore[attr-defined]
-    values = descending(FactoredOperator(rows.double()))
+    chosen = curvature_blocks(network, nn.MSELoss(reduction="sum"), (images, targets), "ggn", set(names.values()))
+    sizes = {name: block.size for name, block in chosen.items()}
+    J = chosen.whole.factored().rows.double().unflatten(0, targets.shape) / 2**0.5  # type: ignore[attr-defined]
+    parts = dict(zip(sizes, J.split(list(sizes.values()), 2), strict=True))
+    with torch.no_grad(), untouched(network):
+        z = network(images).double()
+    return {role: parts[name] for role, name in names.items()}, z
+
+
+def gauss_newton_block(J: Tensor, z: Tensor, labels: Tensor) -> FactoredOperator:
+    """J^T H J of the mean cross-entropy, with the rows F_n^T J_n, F F^T = H."""
+    F = loss_curvature(nn.CrossEntropyLoss(), z.shape, labels, z.dtype).root(z)  # type: ignore[attr-defined]
+    return FactoredOperator((F.mT @ J).flatten(0, 1))
+
+
+def without_softmax(J: Tensor) -> Iterator[tuple[str, float]]:
+    """Conditioning of J^T J of a weight."""
+    values = descending(FactoredOperator(J.flatten(0, 1)))
     if float(values[0]) > 0:
-        yield from conditioning(values, min(rows.shape))
+        yield from conditioning(values, min(J.flatten(0, 1).shape))
 
 
 def in_double(block: SymmetricOperator) -> KroneckerOperator:

@@ -31,27 +31,30 @@ SWEPT = {GAIN: "cos(g, P g GAP) − cos(g, g GAP)", "partial": "partial correlat
 
 
 def by_layer(found: Readings) -> Figure:
-    """The three cosines of GCP and the partial correlations, first to last convolution; a column a backbone."""
+    """The three cosines of GCP and the partial correlations, first to last convolution; a column a backbone.
+
+    Above those of the reference images' gradient, below the partial correlations of single mini-batches.
+    """
     count = len(found.backbones)
-    layers = [str(layer) for layer in found.rows(found.backbones[0], "turn", "gap", found.default).layer.unique()]
-    figure, axes = new_figure(2, count, 2.7 * count + 1.5, 5.6, sharex=True, sharey="row")
-    for backbone, (cosines, partial) in zip(found.backbones, axes.T, strict=True):
+    layers = [str(layer) for layer in found.layers(found.backbones[0], "turn", "gap", found.default).layer.unique()]
+    figure, axes = new_figure(3, count, 2.7 * count + 1.5, 7.6, sharex=True, sharey="row")
+    for backbone, (cosines, partial, single) in zip(found.backbones, axes.T, strict=True):
         for measure, (name, tint, line) in COSINES.items():
             setting, head = (PLAIN if measure == "plain" else found.default), ("gap" if measure == "turn" else "gcp")
-            values = dict(list(found.rows(backbone, measure, head, setting).groupby("layer").value))
+            values = dict(list(found.layers(backbone, measure, head, setting).groupby("layer").value))
             _banded(cosines, values, layers, tint, line, name)
         for head in ("gcp", *found.controls):
-            values = dict(list(found.rows(backbone, "partial", head, found.default).groupby("layer").value))
-            _banded(partial, values, layers, TINTS[head], LINES[head], HEADS[head])
+            for ax, rows in ((partial, found.layers), (single, found.rows)):
+                values = dict(list(rows(backbone, "partial", head, found.default).groupby("layer").value))
+                _banded(ax, values, layers, TINTS[head], LINES[head], HEADS[head])
         cosines.set_title(backbone_name(backbone))
-        for ax in (cosines, partial):
+        for ax in (cosines, partial, single):
             ax.axhline(0.0, color="black", linewidth=0.6)
-        partial.set_xticks(
-            range(len(layers)), layers, rotation=40, ha="right", rotation_mode="anchor", fontsize="small"
-        )
-        partial.set_xlabel("convolution, first to last")
+        single.set_xticks(range(len(layers)), layers, rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
+        single.set_xlabel("convolution, first to last")
     axes[0, 0].set_ylabel(f"cosine, damping {found.default:g}")
     axes[1, 0].set_ylabel(SWEPT["partial"])
+    axes[2, 0].set_ylabel("the same of\nsingle mini-batches")
     for ax in axes[:, -1]:
         ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -65,11 +68,11 @@ def sweep(found: Readings) -> Figure:
         for column, backbone in enumerate(found.backbones):
             ax = axes[row, column]
             for head in ("gcp", *found.controls):
-                values = {d: _over_layers(found.rows(backbone, measure, head, d)) for d in found.dampings}
+                values = {d: found.per_seed(backbone, measure, head, d) for d in found.dampings}
                 _banded(ax, values, found.dampings, TINTS[head], LINES[head], HEADS[head])
-            means = [found.average(backbone, measure, "gcp", d, mean=True) for d in found.dampings]
-            ax.plot(found.dampings, means, "-.", color=colour("gcp"), linewidth=0.9, label="GCP, mean gradient")
-            _natural(ax, _over_layers(found.rows(backbone, measure, "gcp", NATURAL)))
+            means = [found.average(backbone, measure, "gcp", d, batches=True) for d in found.dampings]
+            ax.plot(found.dampings, means, "-.", color=colour("gcp"), linewidth=0.9, label="GCP, mini-batches")
+            _natural(ax, found.per_seed(backbone, measure, "gcp", NATURAL))
             ax.axhline(0.0, color="black", linewidth=0.6)
             ax.axvline(found.default, color="black", linewidth=0.6, linestyle=":")
             logarithmic(ax, "x")
@@ -82,13 +85,8 @@ def sweep(found: Readings) -> Figure:
     return figure
 
 
-def _over_layers(rows: pd.DataFrame) -> pd.Series:
-    """Means over convolutions of each mini-batch."""
-    return rows.groupby(["seed", "batch"]).value.mean()
-
-
 def _banded(ax: Axes, values: Mapping, order: Sequence, tint: str, line: str, name: str) -> None:
-    """Means over mini-batches and seeds along `order`, with bootstrap bands; words are evenly spaced."""
+    """Means of several values along `order`, with bootstrap bands; words are evenly spaced."""
     shown = [(place, x) for place, x in enumerate(order) if len(values.get(x, ()))]
     if not shown:
         return

@@ -1,7 +1,9 @@
 """Two heads on one backbone: does a GCP head's gradient point where K-FAC turns the GAP head's gradient (theory T6.1)?
 
-For the weights of every convolution of the backbone, g is the gradient of a mini-batch's mean cross-entropy under a head, and
-P the K-FAC preconditioner of the network with the GAP head. Rows, each for a layer (in the network's order) or for "all":
+For the weights of every convolution of the backbone, g is the gradient of the mean cross-entropy under a head, and P the K-FAC
+preconditioner of the network with the GAP head, both with batch norm in training mode, as training has them: with its
+statistics as constants, gradients under all heads share a part along the scale of the features that training does not have.
+Rows, each for a layer (in the network's order) or for "all":
 
     measure          of                                  head               setting
     plain            cos(g_head, g_gap)                  every other head   ""
@@ -9,11 +11,13 @@ P the K-FAC preconditioner of the network with the GAP head. Rows, each for a la
     partial          the same beside their part along    every other head   damping, or natural gradient
                      g_gap
     turn             cos(g_gap, P g_gap)                 gap                damping, or natural gradient
-    cg_residual, cg_iterations   of the natural gradient gap                natural gradient
+    cg_residual, cg_iterations,
+    cg_converged                 of the natural gradient gap                natural gradient
 
-`batch` is the number of the mini-batch, MEAN for the mean of all mini-batches' gradients: the noise of a mini-batch is common
-to the gradients under all heads. The controls: a covariance head without the root; a GCP head with random weights in its
-classifier; a GCP head fitted to permuted labels, whose gradients are taken with them too. Everything is in float32: float64
+`batch` is WHOLE for the gradient of all reference images at once, which are also those of P, and else the number of a
+mini-batch: its noise is common to the gradients under all heads, and may hide or feign what they share. The controls: a
+covariance head without the root; a GCP head with random weights in its classifier; a GCP head fitted to permuted labels, whose
+gradients are taken with them too. Everything is in float32: float64
 changes no cosine by more than 1e-3, and takes twice as long.
 """
 
@@ -36,24 +40,23 @@ from secondorder.preconditioning import (
 )
 from secondorder.preconditioning.directions import Direction
 from studies.preconditioning.situation import Row, Situation, row
+from studies.shared_backbone import evenly_spaced
 
 PART = "directions"
 ALL = "all"
 """The layer of rows of all convolutions as one vector."""
-MEAN = -1
-"""The `batch` of the mean gradient."""
+WHOLE = -1
+"""The `batch` of the gradient of the reference images."""
 NATURAL = "natural gradient"
-"""The setting with the exact Gauss-Newton matrix of the mini-batch, over all convolutions together."""
+"""The setting with the exact Gauss-Newton matrix of the reference images, over all convolutions together."""
 NATURAL_DAMPING = 0.01
 """Relative, as K-FAC's default is."""
-NATURAL_BATCHES = 2
-"""Mini-batches whose natural gradient is computed."""
 CONTROLS = ("covariance", "random", "permuted")
 """Heads for which "GCP acts like K-FAC" predicts less than for GCP."""
 
 
 Gradients = Mapping[str, Mapping[int, Direction]]
-"""The gradient under each head of each mini-batch, and of their mean."""
+"""The gradient under each head of each mini-batch, and of the reference images."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,25 @@ class Head:
 
 def measure(situation: Situation) -> list[Row]:
     """The rows of one backbone."""
-    heads, batches = every_head(situation), float_batches(situation)
+    heads, batches = every_head(situation), numbered_batches(situation)
     gap = heads["gap"].network
     convolutions = backbone_convolutions(gap)
     gradients = {name: head_gradients(head, batches, convolutions) for name, head in heads.items()}
-    images, labels = situation.reference
-    kfac = KFACDirections(gap, (images.float(), labels), params=convolutions)
+    indices, images = batches[WHOLE]
+    reference = images, heads["gap"].labels[indices]
+    kfac = KFACDirections(gap, reference, params=convolutions)
     found = [*plain_rows(gradients), *kfac_rows(kfac, gradients, situation.settings.dampings)]
     if situation.settings.natural_gradient:
-        found += natural_rows(heads["gap"], batches[:NATURAL_BATCHES], gradients)
+        found += natural_rows(gap, reference, gradients)
     return found
 
 
-def float_batches(situation: Situation) -> list[tuple[Tensor, Tensor]]:
-    """The mini-batches as the numbers of their images among all training images, and the images in float32."""
+def numbered_batches(situation: Situation) -> dict[int, tuple[Tensor, Tensor]]:
+    """By `batch`: the numbers of the images among all training images, and the images in float32."""
     batches = zip(situation.mini_batch_indices(), situation.mini_batches(), strict=True)
-    return [(indices, images.float()) for indices, (images, _) in batches]
+    found = {number: (indices, images.float()) for number, (indices, (images, _)) in enumerate(batches)}
+    everything = evenly_spaced(len(situation.data.train), situation.settings.reference_images)
+    return found | {WHOLE: (everything, situation.reference[0].float())}
 
 
 def backbone_convolutions(network: Network) -> list[str]:
@@ -96,9 +102,10 @@ def every_head(situation: Situation) -> dict[str, Head]:
     labels = situation.data.train.labels
     random = np.random.default_rng([situation.seed, len(labels)])  # not the numbers that draw the mini-batches
     permuted = labels[torch.from_numpy(random.permutation(len(labels)))]
-    heads = {name: Head(copy.deepcopy(network).float(), labels) for name, network in situation.heads.items()}
+    networks = situation.training_heads.items()
+    heads = {name: Head(copy.deepcopy(network).float(), labels) for name, network in networks}
     heads["random"] = Head(with_random_classifier(heads["gcp"].network, random), labels)
-    heads["permuted"] = Head(situation.with_head("gcp", permuted).float(), permuted)
+    heads["permuted"] = Head(situation.with_head("gcp", permuted).float().train(), permuted)
     return heads
 
 
@@ -115,15 +122,13 @@ def with_random_classifier(fitted: Network, random: np.random.Generator) -> Netw
 
 
 def head_gradients(
-    head: Head, batches: Sequence[tuple[Tensor, Tensor]], convolutions: list[str]
+    head: Head, batches: Mapping[int, tuple[Tensor, Tensor]], convolutions: list[str]
 ) -> dict[int, Direction]:
-    """The gradient of each mini-batch by its number, and their mean."""
-    found = {
-        number: loss_gradient(head.network, (images, head.labels[indices]), params=convolutions)
-        for number, (indices, images) in enumerate(batches)
+    """The gradient of each batch by its number."""
+    return {
+        number: loss_gradient(head.network, (images, head.labels[indices].to(images.device)), params=convolutions)
+        for number, (indices, images) in batches.items()
     }
-    mean = {name: torch.stack([g[name] for g in found.values()]).mean(0) for name in convolutions}
-    return found | {MEAN: mean}
 
 
 def plain_rows(gradients: Gradients) -> Iterator[Row]:
@@ -140,20 +145,16 @@ def kfac_rows(kfac: KFACDirections, gradients: Gradients, dampings: Sequence[flo
             yield from compared(gradients, batch, kfac.direction(g_gap, damping), damping)
 
 
-def natural_rows(gap: Head, batches: Sequence[tuple[Tensor, Tensor]], gradients: Gradients) -> Iterator[Row]:
-    """Everything with P the inverse of the exact Gauss-Newton matrix of each mini-batch itself, to three digits."""
-    for batch, (indices, images) in enumerate(batches):
-        found = natural_gradient_direction(
-            gap.network,
-            (images, gap.labels[indices]),
-            NATURAL_DAMPING,
-            gradient=gradients["gap"][batch],
-            tolerance=1e-3,
-            iterations=300,
-        )
-        yield from compared(gradients, batch, found.direction, NATURAL)
-        yield row(PART, ALL, "gap", NATURAL, "cg_residual", found.solution.residual, batch)
-        yield row(PART, ALL, "gap", NATURAL, "cg_iterations", found.solution.iterations, batch)
+def natural_rows(gap: Network, reference: tuple[Tensor, Tensor], gradients: Gradients) -> Iterator[Row]:
+    """Everything with P the inverse of the exact Gauss-Newton matrix, to three digits, of the reference images' gradient."""
+    found = natural_gradient_direction(
+        gap, reference, NATURAL_DAMPING, gradient=gradients["gap"][WHOLE], tolerance=1e-3, iterations=300
+    )
+    yield from compared(gradients, WHOLE, found.direction, NATURAL)
+    solution = found.solution
+    measures = {"residual": solution.residual, "iterations": solution.iterations, "converged": solution.converged}
+    for name, value in measures.items():
+        yield row(PART, ALL, "gap", NATURAL, f"cg_{name}", value, WHOLE)
 
 
 def compared(gradients: Gradients, batch: int, P_g: Direction, setting: object) -> Iterator[Row]:

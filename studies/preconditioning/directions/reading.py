@@ -7,7 +7,7 @@ import pandas as pd
 
 from secondorder.kfac.options import DAMPING
 from secondorder.preconditioning import bootstrap_interval
-from studies.preconditioning.directions.measure import ALL, CONTROLS, MEAN, NATURAL
+from studies.preconditioning.directions.measure import ALL, CONTROLS, NATURAL, WHOLE
 from studies.statistics import Interval, mean_interval
 
 BACKBONES = ("untrained", "gap", "gcp")
@@ -33,35 +33,41 @@ class Readings:
         self.default = min(self.dampings, key=lambda value: abs(np.log(value / DAMPING)))
         """The optimiser's default damping, or what is nearest to it (as a ratio) in the sweep."""
         single = table[table.layer != ALL]
-        mean = single.batch == MEAN
+        whole = single.batch == WHOLE
         by = ["backbone", "measure", "head", "setting"]
-        self._rows = dict(list(single[~mean].groupby(by, sort=False)))
-        self._mean_rows = dict(list(single[mean].groupby(by, sort=False)))
+        self._rows = dict(list(single[~whole].groupby(by, sort=False)))
+        self._whole_rows = dict(list(single[whole].groupby(by, sort=False)))
 
     @property
     def natural(self) -> bool:
         """Whether there is a natural gradient."""
-        return any(setting == NATURAL for *_, setting in self._rows)
+        return any(setting == NATURAL for *_, setting in self._whole_rows)
 
     def rows(self, backbone: str, measure: str, head: str, setting: Setting) -> pd.DataFrame:
         """Those of single convolutions and mini-batches."""
         return self._rows.get((backbone, measure, head, setting), self.table[:0])
 
-    def per_seed(self, backbone: str, measure: str, head: str, setting: Setting, mean: bool = False) -> pd.Series:
-        """Mean over mini-batches, then over convolutions, by seed; of the mean gradient if asked."""
-        rows = (self._mean_rows if mean else self._rows).get((backbone, measure, head, setting))
+    def per_seed(self, backbone: str, measure: str, head: str, setting: Setting, batches: bool = False) -> pd.Series:
+        """Mean over convolutions by seed, of the reference images' gradient; over the mini-batches, too, if asked."""
+        rows = (self._rows if batches else self._whole_rows).get((backbone, measure, head, setting))
         return EMPTY if rows is None else rows.groupby(["seed", "layer"]).value.mean().groupby("seed").mean()
 
-    def average(self, backbone: str, measure: str, head: str, setting: Setting, mean: bool = False) -> float:
+    def average(self, backbone: str, measure: str, head: str, setting: Setting, batches: bool = False) -> float:
         """Mean over seeds; nan where there is nothing."""
-        return float(self.per_seed(backbone, measure, head, setting, mean).mean())
+        return float(self.per_seed(backbone, measure, head, setting, batches).mean())
 
-    def interval(self, backbone: str, measure: str, setting: Setting, control: str = "") -> Interval:
+    def interval(
+        self, backbone: str, measure: str, setting: Setting, control: str = "", batches: bool = False
+    ) -> Interval:
         """GCP's over seeds; its difference to a control where one is given."""
-        values = self.per_seed(backbone, measure, "gcp", setting)
+        values = self.per_seed(backbone, measure, "gcp", setting, batches)
         if control:
-            values = (values - self.per_seed(backbone, measure, control, setting)).dropna()
+            values = (values - self.per_seed(backbone, measure, control, setting, batches)).dropna()
         return mean_interval(values)
+
+    def layers(self, backbone: str, measure: str, head: str, setting: Setting) -> pd.DataFrame:
+        """Rows of the reference images' gradient."""
+        return self._whole_rows.get((backbone, measure, head, setting), self.table[:0])
 
     def best(self, backbone: str, measure: str, control: str = "") -> float:
         """The damping with the largest mean over seeds."""
@@ -82,7 +88,7 @@ def _with_gain(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def band(values: Sequence[float] | pd.Series) -> tuple[float, float, float]:
-    """Mean and its bootstrap interval over mini-batches; the mean alone where there is one."""
+    """Mean and its bootstrap interval; the mean alone where there is one value."""
     x = np.asarray(values, dtype=float)
     if x.size < 2:
         return float(x.mean()), float(x.mean()), float(x.mean())

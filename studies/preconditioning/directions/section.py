@@ -9,7 +9,7 @@ import pandas as pd
 
 from studies.preconditioning.directions import figures
 from studies.preconditioning.directions.figures import HEADS
-from studies.preconditioning.directions.measure import MEAN, NATURAL, NATURAL_BATCHES, NATURAL_DAMPING
+from studies.preconditioning.directions.measure import NATURAL, NATURAL_DAMPING, WHOLE
 from studies.preconditioning.directions.reading import GAIN, PLAIN, Readings, Setting
 from studies.preconditioning.part import Part
 from studies.preconditioning.reading import backbone_name
@@ -80,29 +80,33 @@ def part(table: pd.DataFrame) -> Part:
 
 
 def backbone_claims(found: Readings, backbone: str) -> list[Claim]:
-    """At the default damping and at the best of the sweep; the first two also with the exact natural gradient."""
+    """At the default damping and at the best of the sweep; the first two also of mini-batches and with the exact P."""
     claims = []
     for measure in (GAIN, "partial"):
         settings: list[Setting] = [found.default, found.best(backbone, measure), *([NATURAL] if found.natural else [])]
         claims += [_claim(found, backbone, measure, setting) for setting in dict.fromkeys(settings)]
+        claims.append(_claim(found, backbone, measure, found.default, batches=True))
     for control in found.controls:
         settings = [found.default, found.best(backbone, "partial", control)]
         claims += [_claim(found, backbone, "partial", setting, control) for setting in dict.fromkeys(settings)]
     return claims
 
 
-def _claim(found: Readings, backbone: str, measure: str, setting: Setting, control: str = "") -> Claim:
+def _claim(
+    found: Readings, backbone: str, measure: str, setting: Setting, control: str = "", batches: bool = False
+) -> Claim:
     quantity = "gain in cosine" if measure == GAIN else "partial correlation"
     against = f", GCP − {HEADS[control]}" if control else ""
-    words = f"{quantity}{against}, mean over convolutions and mini-batches, {backbone_name(backbone)}"
+    of = "single mini-batches" if batches else "the reference images"
+    words = f"{quantity}{against}, gradient of {of}, mean over convolutions, {backbone_name(backbone)}"
     claim = Claim(
         CONTROL.format(HEADS[control]) if control else STATEMENTS[measure],
         f"{words}, {_setting_words(found, backbone, measure, setting, control)}",
-        found.interval(backbone, measure, setting, control),
+        found.interval(backbone, measure, setting, control, batches),
         claimed="above",
         reference=0.0,
         group=GROUP,
-        headline=backbone != "untrained" and setting == found.default and control in ("", "covariance"),
+        headline=backbone != "untrained" and setting == found.default and not batches,
     )
     meanings: Mapping[str, str] = CONTROL_MEANINGS[control] if control else MEANINGS[measure]
     nothing = control and found.interval(backbone, measure, setting).low <= 0
@@ -112,7 +116,7 @@ def _claim(found: Readings, backbone: str, measure: str, setting: Setting, contr
 def _setting_words(found: Readings, backbone: str, measure: str, setting: Setting, control: str) -> str:
     """Which preconditioner, and whether its damping was chosen after the fact, in favour of the claim."""
     if isinstance(setting, str):
-        return f"exact natural gradient, damping {NATURAL_DAMPING:g}"
+        return f"exact natural gradient, damping {NATURAL_DAMPING:g}{_unsolved(found)}"
     if setting == found.default:
         best = setting == found.best(backbone, measure, control)
         return f"K-FAC's default damping {setting:g}" + (", also the best of the sweep" if best else "")
@@ -134,10 +138,17 @@ def remarks(found: Readings, claims: list[Claim]) -> list[str]:
     if len(residuals):
         said.append(
             f"Natural gradients of part C: {len(residuals)} systems (the exact Gauss-Newton matrix of the GAP network on the "
-            f"mini-batch itself, all convolutions together, {NATURAL_BATCHES} mini-batches for each backbone and seed); largest "
-            f"relative residual of conjugate gradients {residuals.max():.2g}, at most {steps.max():.0f} steps."
+            f"reference images, all convolutions together){_unsolved(found) or ', all solved'}; largest relative residual of "
+            f"conjugate gradients {residuals.max():.2g}, at most {steps.max():.0f} steps."
         )
     return said
+
+
+def _unsolved(found: Readings) -> str:
+    """How many systems of the natural gradient conjugate gradients left unsolved, in words; empty when there is none."""
+    converged = found.table[found.table.measure == "cg_converged"].value
+    left = int((converged == 0).sum())
+    return f", {left} of {len(converged)} systems not solved to the tolerance" if left else ""
 
 
 def layer_caption(found: Readings) -> str:
@@ -154,8 +165,8 @@ def layer_caption(found: Readings) -> str:
         )
     return (
         "Gradients of the same weights under two heads, and K-FAC's direction P g GAP (factors of the GAP network), for every "
-        "convolution: the cosines (above), and what the gradient under each head shares with P g GAP beyond g GAP (below). "
-        f"{_scope(found)} Means over convolutions at damping {found.default:g}. {'. '.join(said)}."
+        "convolution: the cosines (top), and what the gradient under each head shares with P g GAP beyond g GAP (middle; bottom: "
+        f"of single mini-batches). {_scope(found)} Means over convolutions at damping {found.default:g}. {'. '.join(said)}."
     )
 
 
@@ -169,8 +180,8 @@ def sweep_caption(found: Readings) -> str:
         said.append(f"{backbone_name(backbone)}: at best {estimate:+.3f}, {side} GCP's gradient (damping {best:g})")
     return (
         "Above: how much nearer K-FAC brings the GAP head's gradient to that under each head; below: the partial correlation. "
-        f"Means over convolutions. {_scope(found)} Dotted: the optimiser's default damping. Diamonds: the exact natural gradient "
-        f"of the first {NATURAL_BATCHES} mini-batches; dash-dotted: the mean of all mini-batches' gradients. {'; '.join(said)}. "
+        f"Means over convolutions. {_scope(found)} Dotted: the optimiser's default damping. Diamonds: the exact natural "
+        f"gradient; dash-dotted: means over single mini-batches. {'; '.join(said)}. "
         f"With much damping P is a multiple of the identity, and the gain is 0 by construction.{_opposed(found)}"
     )
 
@@ -183,12 +194,15 @@ def _opposed(found: Readings) -> str:
 
 
 def _scope(found: Readings) -> str:
-    batches, seeds = found.table[found.table.batch != MEAN].batch.nunique(), found.table.seed.nunique()
-    return f"n = {seeds} seeds, {batches} mini-batches each; bands: 95 % bootstrap intervals over mini-batches of all seeds."
+    batches, seeds = found.table[found.table.batch != WHOLE].batch.nunique(), found.table.seed.nunique()
+    return (
+        f"Gradients of the reference images, n = {seeds} seeds, and of {batches} mini-batches each; bands: 95 % bootstrap "
+        "intervals over seeds, or over the mini-batches of all seeds."
+    )
 
 
 def summary(found: Readings) -> pd.DataFrame:
-    """Means over convolutions, mini-batches and seeds."""
+    """Means over convolutions and seeds."""
     settings: list[Setting] = [*found.dampings, *([NATURAL] if found.natural else [])]
     rows = []
     for backbone, setting in product(found.backbones, settings):
@@ -201,7 +215,7 @@ def summary(found: Readings) -> pd.DataFrame:
             **{
                 f"partial, {HEADS[h]}": found.average(backbone, "partial", h, setting) for h in ("gcp", *found.controls)
             },
-            "partial, GCP, mean gradient": found.average(backbone, "partial", "gcp", setting, mean=True),
+            "partial, GCP, mini-batches": found.average(backbone, "partial", "gcp", setting, batches=True),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -209,6 +223,6 @@ def summary(found: Readings) -> pd.DataFrame:
 def table_caption(found: Readings) -> str:
     """What is in the summary."""
     return (
-        "Part C: gradients under two heads, means over convolutions, mini-batches and "
+        "Part C: gradients of the reference images under two heads, means over convolutions and "
         f"{found.table.seed.nunique()} seeds; “partial” is the partial correlation with P g GAP given g GAP. Empty: not measured."
     )
