@@ -44,9 +44,10 @@ def section(folder: Path) -> Section:
         method=(
             f"{origin.data['label']}, `{config['backbone']}`. A to D measure one backbone, untrained, in training and trained "
             f"under GAP and under GCP ({len(origin.seeds)} seeds), with every head put on the same backbone weights and its "
-            "classifier fitted anew; batch norm has constant statistics in A and B, and is in training mode in C and D. E trains every pooling with every optimiser, each "
-            f"cell tuned by the same number of trials ({config['factorial']['backbone']}, {config['factorial']['seeds']} seeds). "
-            "Intervals are over seeds (t intervals of 95 %)."
+            "classifier fitted anew; batch norm has constant statistics in A and B, and is in training mode in C and D. E trains "
+            "every pooling with every optimiser, each cell tuned by as many trials "
+            f"({config['factorial']['backbone']}, {config['factorial']['seeds']} seeds). Intervals are over seeds (t intervals, "
+            "95 %); of all predictions about one in twenty would be decided by chance."
         ),
         provenance=origin,
         claims=claims,
