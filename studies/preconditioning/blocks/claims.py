@@ -143,9 +143,9 @@ def _improved_less(phase: Phase) -> Iterator[Claim]:
 
 
 def _persists(phase: Phase) -> Iterator[Claim]:
-    """Whether at least half of log r remains with an exact preconditioner; no claim where K-FAC gains no less below GCP."""
+    """Whether at least half of log r remains with an exact preconditioner; no claim unless K-FAC clearly gains less below GCP."""
     kfac, exact = _gain_ratio(phase, AFTER), _gain_ratio(phase, EXACT)
-    if not geometric(kfac).estimate > 1:
+    if not geometric(kfac).low > 1:
         return
     yield from phase.claim(
         "Control: at least half of the smaller gain, in logarithms, remains with the exact preconditioner (F + λI)⁻¹.",

@@ -50,7 +50,8 @@ def by_layer(found: Readings) -> Figure:
         cosines.set_title(backbone_name(backbone))
         for ax in (cosines, partial, single):
             ax.axhline(0.0, color="black", linewidth=0.6)
-        single.set_xticks(range(len(layers)), layers, rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
+        words = [layer.removeprefix("features.") for layer in layers]
+        single.set_xticks(range(len(layers)), words, rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
         single.set_xlabel("convolution, first to last")
     axes[0, 0].set_ylabel(f"cosine, damping {found.default:g}")
     axes[1, 0].set_ylabel(SWEPT["partial"])
