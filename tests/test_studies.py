@@ -45,7 +45,7 @@ def test_all_studies_write_results_figures_and_report(tmp_path: Path, capsys: py
     for name in STUDIES:
         table = pd.read_csv(out / f"{name}.csv")
         assert len(table) > 0
-        assert table.notna().all().all()
+        assert table.select_dtypes("number").notna().all().all()  # a word may be empty
         assert json.loads((out / f"{name}.json").read_text())["config"]["preset"] == "smoke"
         assert (out / f"{name}.svg").stat().st_size > 1000
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -131,6 +131,7 @@ class Settings:
 
 PRESETS = {
     "smoke": Settings(
+        backbone="digits_tiny",
         train_limit=256,
         epochs=1,
         measurements=2,
@@ -142,7 +143,9 @@ PRESETS = {
         dampings=(0.01, 1.0),
         newton_schulz_steps=(1, 5),
         processes=1,
-        factorial=FactorialSettings(train_limit=192, epochs=1, trials=1, trial_epochs=1, seeds=2, timing_steps=4),
+        factorial=FactorialSettings(
+            optimisers=("sgd", "kfac"), train_limit=192, epochs=1, trials=1, trial_epochs=1, seeds=2, timing_steps=4
+        ),
     ),
     "quick": Settings(),
     "cifar10": Settings(

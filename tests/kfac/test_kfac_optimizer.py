@@ -419,7 +419,7 @@ def test_direction_is_not_the_gradient_on_a_trained_network() -> None:
     train(model, optimizer, [(images[chosen], labels[chosen]) for chosen in order])
     model.eval()
     with torch.no_grad():
-        assert (model(images).argmax(1) == labels).float().mean() > 0.95
+        assert (model(images).argmax(1) == labels).float().mean() > 0.9
     model.train()
     optimizer.zero_grad()
     logits = model(images)

@@ -128,6 +128,6 @@ def test_bad_input_is_one_line(
 def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
     printed = capsys.readouterr().out
-    assert "digits_net + gcp" in printed
+    assert "digits_tiny + gcp" in printed
     assert "without measuring: about" in printed
     assert not (tmp_path / "none").exists()

@@ -50,7 +50,7 @@ def by_layer(found: Readings) -> Figure:
         cosines.set_title(backbone_name(backbone))
         for ax in (cosines, partial, single):
             ax.axhline(0.0, color="black", linewidth=0.6)
-        words = [layer.removeprefix("features.") for layer in layers]
+        words = [layer.removeprefix("features.") if layer.count(".") > 1 else layer for layer in layers]
         single.set_xticks(range(len(layers)), words, rotation=40, ha="right", rotation_mode="anchor", fontsize="small")
         single.set_xlabel("convolution, first to last")
     axes[0, 0].set_ylabel(f"cosine, damping {found.default:g}")

@@ -35,7 +35,7 @@ def part(table: pd.DataFrame) -> Part:
     return Part(
         [claim for claim in claims if claim is not None],
         remarks=[_remark(end)],
-        pictures=[Picture("preconditioning_heads", _caption(table, end), figures.conditioning(table))],
+        pictures=[Picture("preconditioning", _caption(table, end), figures.conditioning(table))],
         tables=[Table("preconditioning_heads", _table_caption(end), summary(end))],
     )
 
