@@ -47,6 +47,11 @@ def commit_of(folder: Path) -> str:
     return (folder / "commit").read_text(encoding="utf-8")
 
 
+def commits_below(folder: Path) -> list[str]:
+    """Those that `sign` noted in the folders directly below."""
+    return sorted({commit_of(file.parent) for file in folder.glob("*/commit")})
+
+
 def kept(file: Path, compute: Callable[[], Content]) -> Content:
     """What is in a file as JSON, which is computed and written when it does not exist; InputError when it is damaged."""
     if not file.exists():

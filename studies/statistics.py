@@ -24,7 +24,16 @@ class Interval:
     def __str__(self) -> str:
         if not np.isfinite([self.low, self.high]).all():
             return f"{self.estimate:.3g} (no interval, n = {self.n})"
-        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}] ({self.confidence:.0%} CI, n = {self.n})"
+        return f"{self.short} ({self.confidence:.0%} CI, n = {self.n})"
+
+    @property
+    def short(self) -> str:
+        """``1.2 [1, 1.4]`` for tables, without ends that are not finite; empty when nothing was measured."""
+        if self.n == 0:
+            return ""
+        if not np.isfinite([self.low, self.high]).all():
+            return f"{self.estimate:.3g}"
+        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,12 @@ def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, confidence: flo
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = mean_interval(np.log(a) - np.log(b), confidence)
     return exponential(logs)
+
+
+def geometric_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Geometric mean of independent positive values, with the t interval of their logarithms."""
+    x = np.asarray(values, dtype=float)
+    return ratio_interval(x, np.ones_like(x), confidence)
 
 
 def exponential(logs: Interval) -> Interval:

@@ -1,4 +1,4 @@
-"""One thread and a fixed seed for every test, little work for the garbage collector, and a launcher of two processes."""
+"""One thread and a fixed seed for every test, little work for the garbage collector, and ways to start and kill studies."""
 
 import gc
 import multiprocessing
@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,40 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["studies.__main__", "sklearn.datasets"])
     return context
+
+
+@pytest.fixture
+def killed(forkserver: ForkServerContext) -> Callable[..., None]:
+    """Start the studies with some arguments and kill them as soon as a condition holds."""
+    from studies.__main__ import main  # of the tests of studies only: it takes a second
+
+    def kill_when(condition: Callable[[], bool], arguments: list[str], seconds: float = 100.0) -> None:
+        process = forkserver.Process(target=main, args=(arguments,))
+        process.start()
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            assert process.exitcode is None, "the study ended before it could be killed"
+            time.sleep(0.01)
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+    return kill_when
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Start the studies with bad arguments: exit code 2, one line that has the words, and no result."""
+    from studies.__main__ import main
+
+    def one_line(words: str, *arguments: str) -> None:
+        assert main([*arguments, "--out", str(tmp_path)]) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+        assert not list(tmp_path.glob("*.csv"))
+
+    return one_line
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -421,14 +423,8 @@ def test_the_report_says_what_limits_the_tuning(finished: Path) -> None:
         (["--batch-size", "4096"], "4096"),
     ],
 )
-def test_bad_input_is_one_line(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*SMOKE, *arguments, "--out", str(tmp_path)]) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
-    assert not (tmp_path / "optimisers.csv").exists()
+def test_bad_input_is_one_line(arguments: list[str], words: str, refused: Callable[..., None]) -> None:
+    refused(words, *SMOKE, *arguments)
 
 
 def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,22 +445,8 @@ def test_timed_steps_have_a_small_learning_rate_and_all_else_as_tuned() -> None:
     assert slowed({"learning_rate": 0.5, "momentum": 0.9}) == {"learning_rate": 0.0005, "momentum": 0.9}
 
 
-def test_the_provenance_names_the_code_that_trained(tmp_path: Path) -> None:
-    flags = [
-        "optimisers",
-        "--preset",
-        "smoke",
-        "--arms",
-        "sgd",
-        "kfac",
-        "--seeds",
-        "1",
-        "--no-progress",
-        "--threads",
-        "1",
-    ]
-    assert main([*flags, "--out", str(tmp_path)]) == 0
-    signed = next(tmp_path.glob("runs/optimisers/*/commit"))
-    signed.write_text("0123456789abcdef")
-    assert main([*flags, "--out", str(tmp_path), "--resume"]) == 0
+def test_the_provenance_names_the_code_that_trained(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    next(tmp_path.glob("runs/optimisers/*/commit")).write_text("0123456789abcdef")
+    assert main([*SMOKE, "--out", str(tmp_path), "--resume"]) == 0
     assert "0123456789abcdef" in json.loads((tmp_path / "optimisers.json").read_text())["git_commit"].split()

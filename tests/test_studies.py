@@ -4,10 +4,8 @@ import dataclasses
 import json
 import runpy
 import shutil
-import signal
 import sys
-import time
-from multiprocessing.context import ForkServerContext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -260,18 +258,13 @@ def test_the_baseline_is_five_textbook_steps() -> None:
 
 
 @undrawn_figures()
-def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path, forkserver: ForkServerContext) -> None:
+def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path, killed: Callable[..., None]) -> None:
     flags = ["landscape", *SMOKE, "--seeds", "1", "--epochs", "3", "--poolings", "gap", "gcp"]
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    process = forkserver.Process(target=main, args=([*flags, "--out", str(tmp_path / "killed")],))
-    process.start()
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "killed").glob("runs/landscape/*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
-        assert process.exitcode is None, "the study ended before it could be killed"
-        time.sleep(0.01)
-    process.kill()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    killed(
+        lambda: len(list((tmp_path / "killed").glob("runs/landscape/*/checkpoint.pt"))) >= 2,
+        [*flags, "--out", str(tmp_path / "killed")],
+    )
     assert main([*flags, "--out", str(tmp_path / "killed"), "--resume"]) == 0
     for name in ("landscape.csv", "landscape_summary.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from secondorder.curvature.kronecker.scale import usable
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, invert, restored
-from secondorder.kfac.inverses.inverse import shift, usable
+from secondorder.kfac.inverses.inverse import shift
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
 from secondorder.kfac.statistics import LayerStatistics

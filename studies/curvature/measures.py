@@ -28,6 +28,7 @@ from secondorder.curvature import (
 from secondorder.curvature.operators import DenseOperator, FactoredOperator, SymmetricOperator
 from secondorder.curvature.spectrum import trace_estimate
 from secondorder.errors import InputError
+from studies.checks import check_count
 from studies.frozen_statistics import frozen_at
 
 Row = dict[str, Any]
@@ -77,8 +78,7 @@ class Limits:
         if not 0.0 <= self.threshold < 1.0:
             raise InputError(f"threshold {self.threshold}: a share of the largest eigenvalue, in [0, 1)")
         for name, least in (("dense", 0), ("block", 1), ("whole", 0), ("probes", 2), ("steps", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)}: at least {least}")
+            check_count(name, getattr(self, name), least)
 
 
 def measure(

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
-from secondorder.networks import NETWORKS
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
 from secondorder.training.processes import world_size
 from studies.curvature.measures import Row, measure
 from studies.curvature.settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
+from studies.moments import steps_between
 from studies.parallel import one_after_another, threads_each
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
-from studies.shared_backbone import check_sharing, evenly_spaced, with_head
+from studies.shared_backbone import check_sharing, evenly_spaced, published_stride, with_head
 
 NAME = "curvature"
 SPECTRA, TRAINING = "curvature_spectra", "curvature_training"
@@ -51,7 +51,6 @@ def runs(common: Common, settings: Settings) -> list[Run]:
 def _run(common: Common, settings: Settings, backbone: str, pooling: str, seed: int) -> Run:
     """All heads of a backbone get the published GCP network's last stride, so that it differs in nothing but the head."""
     scale = settings.scale(backbone)
-    strides = NETWORKS[backbone].last_stride if backbone in NETWORKS else None
     return Run(
         backbone=backbone,
         pooling=pooling,
@@ -59,7 +58,7 @@ def _run(common: Common, settings: Settings, backbone: str, pooling: str, seed: 
         image_size=scale.image_size,
         train_limit=scale.train_limit,
         reduced_channels=scale.reduced_channels,
-        last_stride=None if strides is None else strides[1],
+        last_stride=published_stride(backbone),
         dropout=0.0,
         epochs=scale.epochs,
         batch_size=settings.batch_size,
@@ -99,9 +98,8 @@ class CurvatureObserver:
 def observer(run: Run, settings: Settings, data: ImageDataset) -> CurvatureObserver:
     """The observer of a run, with training images as they are, not augmented."""
     scale = settings.scale(run.backbone)
-    total = len(data.train) // run.batch_size * run.epochs
     images, labels = some_images(data, scale.images)
-    return CurvatureObserver(settings, scale, images, labels, every=max(1, -(-total // (scale.measurements - 1))))
+    return CurvatureObserver(settings, scale, images, labels, every=steps_between(run, data, scale.measurements))
 
 
 def some_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:

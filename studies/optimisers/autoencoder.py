@@ -19,7 +19,7 @@ from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
 from studies.optimisers.costs import Stepper, slowed
-from studies.optimisers.runs import Tuning, Work, chosen, trial_row
+from studies.optimisers.runs import Tuning, Work, chosen, in_words, trial_row
 from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
 from studies.run_folders import kept
 
@@ -183,8 +183,9 @@ def tune_and_fit(work: Work, images: Tensor, arms: list[str]) -> tuple[pd.DataFr
             rows.append(
                 trial_row(PROBLEM, arm, number, tuning) | {"train_loss": loss, "diverged": bool(result["diverged"])}
             )
-            words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in tuning.items())
-            work.say(f"{PROBLEM}, {arm}, trial {number} of {settings.trials}: {words}, training loss {loss:.4g}")
+            work.say(
+                f"{PROBLEM}, {arm}, trial {number} of {settings.trials}: {in_words(tuning)}, training loss {loss:.4g}"
+            )
         tuned[arm], table = chosen(rows)
         trials.append(table)
         for seed in range(work.common.seeds):

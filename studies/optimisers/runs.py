@@ -1,6 +1,7 @@
 """Trainings of the optimiser study: tuning trials, the runs that are compared, and the damping map; each kept in a file."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from secondorder.data import ImageDataset
 from secondorder.errors import InputError, NonFiniteError
-from secondorder.training import Run, train
+from secondorder.training import OPTIMIZERS, Run, initial_network, train
 from secondorder.training.checkpoint import CHECKPOINT
+from studies.optimisers.costs import Stepper, cycled, slowed
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings, unit_points
 from studies.run_folders import kept, sign
 from studies.settings import Common
@@ -99,7 +102,7 @@ def tune(work: Work, pooling: str, arm: str) -> tuple[Tuning, pd.DataFrame]:
         rows.append(trial_row(pooling, arm, number, tuning) | final(result) | {"diverged": bool(result["diverged"])})
         loss = rows[-1]["train_loss"]
         work.say(
-            f"{pooling}, {arm}, trial {number} of {work.settings.trials}: {_words(tuning)}, training loss {loss:.4g}"
+            f"{pooling}, {arm}, trial {number} of {work.settings.trials}: {in_words(tuning)}, training loss {loss:.4g}"
         )
     return chosen(rows)
 
@@ -120,7 +123,7 @@ def chosen(rows: list[dict[str, Any]]) -> tuple[Tuning, pd.DataFrame]:
             f"all {len(rows)} trials of {best['arm']} on {best['problem']} diverged; leave it out with --arms, or raise --trials"
         )
     table = pd.DataFrame([row | {"chosen": row is best} for row in rows])
-    return {best[f"{place}_parameter"]: best[f"{place}_value"] for place in ("first", "second")}, table
+    return tuning_of(best), table
 
 
 def evaluate(work: Work, pooling: str, arm: str, tuning: Tuning, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -168,5 +171,27 @@ def sensitivity(work: Work, pooling: str, arm: str, tuning: Tuning) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def _words(tuning: Tuning) -> str:
+def steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
+    """A stepper of every arm, from the same weights on the same batches."""
+    settings, device = work.settings, work.common.torch_device
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    batches = [
+        (images.contiguous(memory_format=layout), labels)
+        for images, labels in cycled(work.data.train, settings.batch_size, settings.timing_steps, device)
+    ]
+    steppers = {}
+    for arm, tuning in tuned.items():
+        one = training_run(work.common, settings, arm, pooling, slowed(tuning), 0, settings.epochs)
+        model = initial_network(one, work.data).to(device, memory_format=layout)  # type: ignore[call-overload]
+        steppers[arm] = Stepper(model, OPTIMIZERS[one.optimizer](model, one), F.cross_entropy, batches)
+    return steppers
+
+
+def tuning_of(row: Mapping[str, Any] | pd.Series) -> Tuning:
+    """The tuned settings in a row of a table of trials."""
+    return {row[f"{place}_parameter"]: row[f"{place}_value"] for place in ("first", "second")}
+
+
+def in_words(tuning: Tuning) -> str:
+    """For a reader."""
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in tuning.items())

@@ -18,6 +18,7 @@ from studies.optimisers.measures import (
     reached,
     steps_ratio,
 )
+from studies.optimisers.runs import in_words, tuning_of
 from studies.optimisers.settings import ARMS
 from studies.report.section import Claim, Picture, Section, Table
 from studies.report.style import label
@@ -130,8 +131,8 @@ def summary(
                     "head": label(problem),
                     "optimiser": name(arm),
                     "tuned": _tuned(trials, problem, arm),
-                    "training loss": _short(mean_interval(losses[arm])),
-                    "test top-1 [%]": _short(mean_interval(100 * accuracies[arm])),
+                    "training loss": mean_interval(losses[arm]).short,
+                    "test top-1 [%]": mean_interval(100 * accuracies[arm]).short,
                     "time of a step": clock.step_ratio(problem, arm),
                     **{words: _at_least(ratio.interval, ratio.censored) for words, ratio in ratios.items()},
                     "peak of a step [MiB]": memory.peak_mib,
@@ -153,7 +154,7 @@ def deep_summary(curves: pd.DataFrame, targets: pd.DataFrame, clock: Clock, tria
                 "optimiser": name(arm),
                 "tuned": _tuned(trials, DEEP, arm),
                 "updates": int(run.step.max()),
-                "final training loss": _short(mean_interval(run[run.step == run.step.max()].loss)),
+                "final training loss": mean_interval(run[run.step == run.step.max()].loss).short,
                 "time of an update": clock.step_ratio(DEEP, arm),
                 "updates to SGD's loss": _at_least(updates.interval, updates.censored),
                 "seconds to SGD's loss": _at_least(seconds.interval, seconds.censored),
@@ -163,15 +164,7 @@ def deep_summary(curves: pd.DataFrame, targets: pd.DataFrame, clock: Clock, tria
 
 
 def _tuned(trials: pd.DataFrame, problem: str, arm: str) -> str:
-    row = trials[(trials.problem == problem) & (trials.arm == arm) & trials.chosen].iloc[0]
-    words = (f"{row[f'{p}_parameter'].replace('_', ' ')} {row[f'{p}_value']:g}" for p in ("first", "second"))
-    return ", ".join(words)
-
-
-def _short(interval: Interval) -> str:
-    if not math.isfinite(interval.low):
-        return f"{interval.estimate:.3g}"
-    return f"{interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+    return in_words(tuning_of(trials[(trials.problem == problem) & (trials.arm == arm) & trials.chosen].iloc[0]))
 
 
 def _at_least(interval: Interval, censored: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from secondorder.errors import InputError, unknown
 from secondorder.networks.autoencoder import ACTIVATIONS, INITIALISATIONS
@@ -110,17 +111,11 @@ class AutoencoderSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of the optimiser study."""
+class TunedTraining:
+    """Trainings of tuned optimisers: of this study, and of the factorial of the preconditioning study."""
 
-    arms: tuple[str, ...] = LARGE_SCALE
-    """Optimisers to compare; sgd is the reference of every comparison."""
-    poolings: tuple[str, ...] = ("gap", "gcp")
-    """Pooling heads of the networks that are trained."""
     backbone: str = "digits_tiny"
     """Network below the head."""
-    dataset: str = "digits"
-    """Images to train on."""
     train_limit: int | None = None
     """Use only this many training images; all when not given."""
     batch_size: int = 64
@@ -128,37 +123,53 @@ class Settings:
     epochs: int = 4
     """Passes over the training images in the runs that are compared."""
     schedule: str = "cosine"
-    """Learning-rate schedule of every arm, stretched to the number of epochs."""
+    """Learning-rate schedule of every optimiser, stretched to the number of epochs."""
     weight_decay: float = 1e-4
-    """Weight decay of every arm that does not tune it."""
+    """Weight decay of every optimiser that does not tune it."""
     trials: int = 4
-    """Trials in the tuning of each arm on each network."""
+    """Trials in the tuning of each optimiser on each network."""
     trial_epochs: int = 4
     """Passes over the training images in a trial."""
+    timing_steps: int = 60
+    """Steps of each optimiser that are timed, interleaved."""
+    channels_last: bool = False
+    """Memory layout of the convolutions."""
+    flags: ClassVar[str] = ""
+    """What the flags of these settings begin with."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        for name in ("batch_size", "epochs", "trials", "trial_epochs", "timing_steps"):
+            check_count(f"{self.flags}{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Settings(TunedTraining):
+    """Settings of the optimiser study."""
+
+    arms: tuple[str, ...] = LARGE_SCALE
+    """Optimisers to compare; sgd is the reference of every comparison."""
+    poolings: tuple[str, ...] = ("gap", "gcp")
+    """Pooling heads of the networks that are trained."""
+    dataset: str = "digits"
+    """Images to train on."""
     dampings: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
     """Dampings of K-FAC's sensitivity map."""
     damping_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     """Learning rates of the map, in units of K-FAC's tuned one."""
-    timing_steps: int = 60
-    """Steps of each arm that are timed, interleaved."""
-    channels_last: bool = False
-    """Memory layout of the convolutions."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     """The deep autoencoder of Martens & Grosse (2015)."""
 
     def __post_init__(self) -> None:
-        for name, known in (("arms", ARMS), ("poolings", None)):
-            values = getattr(self, name)
-            check_names(name, values)
-            for value in values if known is not None else ():
-                if value not in ARMS:
-                    raise unknown("arm", value, ARMS)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
+        check_names("arms", self.arms)
+        check_names("poolings", self.poolings)
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise unknown("arm", arm, ARMS)
+        super().__post_init__()
         if "sgd" not in self.arms:
             raise InputError(f"--arms {' '.join(self.arms)}: sgd must be among them, everything is compared with it")
-        for name in ("epochs", "trials", "trial_epochs", "timing_steps"):
-            check_count(name, getattr(self, name))
         for name in ("dampings", "damping_rates"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"--{name.replace('_', '-')}: every value must be above 0")

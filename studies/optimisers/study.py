@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from secondorder.data import ImageDataset, load_dataset
@@ -26,11 +25,11 @@ from secondorder.training.processes import world_size
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
 from studies.optimisers import autoencoder as deep
-from studies.optimisers.costs import Stepper, cycled, measure, slowed
-from studies.optimisers.runs import Tuning, Work, evaluate, sensitivity, training_run, tune
+from studies.optimisers.costs import measure
+from studies.optimisers.runs import Work, evaluate, sensitivity, steppers, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
 from studies.results import provenance, write_table
-from studies.run_folders import commit_of, open_runs
+from studies.run_folders import commits_below, open_runs
 from studies.settings import Common
 
 NAME = "optimisers"
@@ -93,8 +92,7 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
         )
         tables["costs"].append(costs)
         tables["parts"].append(parts)
-    commits = sorted({commit_of(file.parent) for file in folder.glob("*/commit")})
-    _write(common, settings, ready, tables, time.perf_counter() - start, commits)
+    _write(common, settings, ready, tables, time.perf_counter() - start, commits_below(folder))
 
 
 def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]]) -> None:
@@ -114,22 +112,6 @@ def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]])
     costs, parts = measure(pooling, steppers(work, pooling, tuned), settings.timing_steps, work.common.torch_device)
     tables["costs"].append(costs)
     tables["parts"].append(parts)
-
-
-def steppers(work: Work, pooling: str, tuned: Mapping[str, Tuning]) -> dict[str, Stepper]:
-    """A stepper of every arm, from the same weights on the same batches."""
-    settings, device = work.settings, work.common.torch_device
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    batches = [
-        (images.contiguous(memory_format=layout), labels)
-        for images, labels in cycled(work.data.train, settings.batch_size, settings.timing_steps, device)
-    ]
-    steppers = {}
-    for arm, tuning in tuned.items():
-        one = training_run(work.common, settings, arm, pooling, slowed(tuning), 0, settings.epochs)
-        model = initial_network(one, work.data).to(device, memory_format=layout)  # type: ignore[call-overload]
-        steppers[arm] = Stepper(model, OPTIMIZERS[one.optimizer](model, one), F.cross_entropy, batches)
-    return steppers
 
 
 def _write(

@@ -1,35 +1,25 @@
 """Settings of the preconditioning study: the shared backbones, and the factorial training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from secondorder.errors import InputError, unknown
 from secondorder.pooling import POOLINGS
 from secondorder.training import SCHEDULES
 from studies.checks import check_count, check_names
-from studies.optimisers.settings import ARMS
+from studies.optimisers.settings import ARMS, TunedTraining
 
 
 @dataclass(frozen=True)
-class FactorialSettings:
+class FactorialSettings(TunedTraining):
     """The factorial training: every pooling with every optimiser."""
 
     poolings: tuple[str, ...] = ("gap", "covariance", "gcp")
     """Levels of the first factor; gap and gcp are the two of the interaction."""
     optimisers: tuple[str, ...] = ("sgd", "kfac", "gauss_newton")
     """Levels of the second factor, arms of the optimiser study; sgd is the reference."""
-    backbone: str = "digits_tiny"
-    """Network below the head."""
-    train_limit: int | None = None
-    """Use only this many training images; all when not given."""
-    batch_size: int = 64
-    """Images a step."""
     epochs: int = 3
     """Passes over the training images in the runs that are compared."""
-    schedule: str = "cosine"
-    """Learning-rate schedule, stretched to the number of epochs."""
-    weight_decay: float = 1e-4
-    """Weight decay of every cell."""
     trials: int = 3
     """Trials in the tuning of each cell."""
     trial_epochs: int = 3
@@ -38,8 +28,7 @@ class FactorialSettings:
     """Seeds of each cell after tuning; at least 5 for an interval worth having."""
     timing_steps: int = 40
     """Steps of each optimiser that are timed, interleaved."""
-    channels_last: bool = False
-    """Memory layout of the convolutions."""
+    flags: ClassVar[str] = "factorial."
 
     def __post_init__(self) -> None:
         check_names("factorial.poolings", self.poolings)
@@ -53,10 +42,8 @@ class FactorialSettings:
         for needed, values in (("gap", self.poolings), ("gcp", self.poolings), ("sgd", self.optimisers)):
             if needed not in values:
                 raise InputError(f"the factorial needs {needed!r} among {', '.join(values)}")
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
-        for name in ("batch_size", "epochs", "trials", "trial_epochs", "seeds", "timing_steps"):
-            check_count(f"factorial.{name}", getattr(self, name))
+        super().__post_init__()
+        check_count("factorial.seeds", self.seeds)
 
 
 @dataclass(frozen=True)

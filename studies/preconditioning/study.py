@@ -24,11 +24,11 @@ from torch import nn
 
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
-from secondorder.networks import NETWORKS
 from secondorder.training import Moment, Run, check_run, train
 from secondorder.training.checkpoint import CHECKPOINT
 from secondorder.training.processes import world_size
 from studies.dry_run import cost_of
+from studies.moments import steps_between
 from studies.parallel import side_by_side, threads_each
 from studies.preconditioning.blocks.measure import measure as blocks
 from studies.preconditioning.directions.measure import measure as directions
@@ -38,9 +38,9 @@ from studies.preconditioning.heads.measure import measure as heads
 from studies.preconditioning.settings import Settings
 from studies.preconditioning.situation import HEADS, UNTRAINED, Row, Situation
 from studies.results import provenance, write_table
-from studies.run_folders import commit_of, kept, open_runs, sign
+from studies.run_folders import commits_below, kept, open_runs, sign
 from studies.settings import Common
-from studies.shared_backbone import check_sharing
+from studies.shared_backbone import check_sharing, published_stride
 
 NAME = "preconditioning"
 TRAINING, GRADIENTS = "preconditioning_training", "preconditioning_gradients"
@@ -53,22 +53,14 @@ ENDS: dict[str, Measure] = {"directions": directions}
 """Parts that are measured of the untrained and of the trained backbones only."""
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Data that `check` has loaded."""
-
-    data: ImageDataset
-
-
 def backbone_run(common: Common, settings: Settings, pooling: str, seed: int) -> Run:
     """The training of a backbone; every ResNet has the published GCP network's last stride, whatever its head."""
-    strides = NETWORKS[settings.backbone].last_stride if settings.backbone in NETWORKS else None
     return Run(
         backbone=settings.backbone,
         pooling=pooling,
         dataset=settings.dataset,
         train_limit=settings.train_limit,
-        last_stride=None if strides is None else strides[1],
+        last_stride=published_stride(settings.backbone),
         reduced_channels=settings.reduced_channels,
         dropout=0.0,
         epochs=settings.epochs,
@@ -109,13 +101,7 @@ class BackboneObserver:
         return [{"backbone": moment.run.pooling if moment.step else UNTRAINED, "step": moment.step, **r} for r in rows]
 
 
-def observed_every(run: Run, data: ImageDataset, settings: Settings) -> int:
-    """Steps between two measurements; the last of them is made after training."""
-    total = len(data.train) // run.batch_size * run.epochs
-    return max(1, -(-total // (settings.measurements - 1)))
-
-
-def check(common: Common, settings: Settings) -> Ready:
+def check(common: Common, settings: Settings) -> ImageDataset:
     """Find bad names, sizes and data before any training; returns the loaded data."""
     if world_size() > 1:
         raise InputError("the preconditioning study is started without torchrun; --processes trains several at once")
@@ -125,21 +111,19 @@ def check(common: Common, settings: Settings) -> Ready:
         check_run(run, data)
     check_sharing(data, settings.weight_decay)
     factorial.check(common, settings, data)
-    return Ready(data)
+    return data
 
 
-def run(common: Common, settings: Settings, ready: Ready) -> None:
+def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     """Train and measure the backbones, then the factorial; each finished training is kept, tables are written at the end."""
     start, folder = time.perf_counter(), common.folder / "runs" / NAME
     open_runs(folder, settings, common.resume, may_grow=("processes",))
     each = replace(common, threads=threads_each(common.threads, settings.processes))
     todo = [
-        (each, settings, ready.data, folder, pooling, seed)
-        for seed in range(common.seeds)
-        for pooling in settings.trained
+        (each, settings, data, folder, pooling, seed) for seed in range(common.seeds) for pooling in settings.trained
     ]
     done = side_by_side(backbone_rows, todo, settings.processes)
-    tables = factorial.run(common, settings, ready.data, folder)
+    tables = factorial.run(common, settings, data, folder)
     rows = pd.concat([pd.DataFrame(one["rows"]) for one in done])
     others = [name for name in rows.columns if name not in KEYS]
     epochs = pd.concat([pd.DataFrame(one["epochs"]) for one in done])
@@ -147,10 +131,10 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
         NAME,
         asdict(settings) | {"preset": common.preset},
         list(range(common.seeds)),
-        {"label": ready.data.label, **ready.data.provenance},
+        {"label": data.label, **data.provenance},
         common.torch_device,
         time.perf_counter() - start + sum(one["seconds"] for one in done if not one["fresh"]),
-        [*(one["commit"] for one in done), *factorial.commits(folder)],
+        [*commits_below(folder), *commits_below(folder / factorial.FOLDER)],
     )
     write_table(common.folder, TRAINING, epochs)
     for name, table in tables.items():
@@ -164,14 +148,14 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
 def backbone_rows(
     common: Common, settings: Settings, data: ImageDataset, folder: Path, pooling: str, seed: int
 ) -> dict[str, Any]:
-    """Train one backbone and measure it: rows, epochs, seconds and the commit; kept in a file."""
+    """Train one backbone and measure it: rows, epochs and seconds, kept in a file, and whether they are of this run."""
     one = backbone_run(common, settings, pooling, seed)
     own, began = folder / one.name, time.perf_counter()
     fresh = not (own / "rows.json").exists()
 
     def compute() -> dict[str, Any]:
         sign(own)
-        watching = BackboneObserver(data, settings, observed_every(one, data, settings))
+        watching = BackboneObserver(data, settings, steps_between(one, data, settings.measurements))
         trained = train(one, data, own, observers={NAME: watching}, resume=common.resume, progress=common.progress)
         last = int(trained.history[-1]["step"])
         rows = measure(trained.model, data, settings, seed, OFTEN | ENDS)
@@ -186,7 +170,7 @@ def backbone_rows(
     (own / CHECKPOINT).unlink(missing_ok=True)
     if common.progress:
         print(f"{NAME}: backbone trained under {pooling}, seed {seed}: measured", flush=True)
-    return result | {"fresh": fresh, "commit": commit_of(own)}
+    return result | {"fresh": fresh}
 
 
 def dry_run(common: Common, settings: Settings) -> list[str]:

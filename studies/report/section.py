@@ -1,6 +1,7 @@
 """What a study contributes to the report."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -28,6 +29,10 @@ class Claim:
     def verdict(self) -> str:
         """``supported``, ``not supported`` or ``undecided``, computed from the interval."""
         return verdict(self.interval, self.claimed, self.reference)
+
+    def meant(self, meanings: Mapping[str, str]) -> "Claim":
+        """The same claim with the sentence that belongs to its verdict."""
+        return replace(self, meaning=meanings[self.verdict])
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.scale import floor
 from secondorder.kfac.inverses import EVENTS, KINDS, NO_CURVATURE, Factors, Identity, Inverse, build, invert
-from secondorder.kfac.inverses.inverse import floor
 from secondorder.kfac.inverses.numerics import all_finite, eigen, inverses
 
 G, D, O, R = 2, 6, 3, 4  # noqa: E741

@@ -36,13 +36,13 @@ from studies.preconditioning.blocks.measure import (
     of_block,
     of_hessian,
 )
-from studies.preconditioning.blocks.reading import geometric, per_seed
+from studies.preconditioning.blocks.reading import per_seed
 from studies.preconditioning.blocks.section import all_claims, part
 from studies.preconditioning.reading import at_the_end
 from studies.preconditioning.settings import PRESETS, Settings
 from studies.preconditioning.situation import HEADS, Situation
 from studies.report.section import Claim
-from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
+from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, geometric_interval
 
 IMAGES = 4
 SETTINGS = Settings(backbone="digits_tiny", curvature_images=IMAGES, reference_images=32, train_limit=128)
@@ -361,4 +361,4 @@ def test_the_smoke_preset_end_to_end() -> None:
     assert {claim.statement for claim in found_part.claims} >= {BETTER, SOFTMAX, LESS, FITS}
     assert {claim.interval.n for claim in found_part.claims} == {2}
     assert len(found_part.pictures) == len(found_part.tables) == 3
-    assert geometric([2.0, 8.0]).estimate == pytest.approx(4.0)
+    assert geometric_interval([2.0, 8.0]).estimate == pytest.approx(4.0)

@@ -1,8 +1,6 @@
 """The preconditioning study end to end: its tables, its verdicts, resumption after a kill, bad input."""
 
-import signal
-import time
-from multiprocessing.context import ForkServerContext
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -67,19 +65,9 @@ def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, tmp_path:
 
 
 @undrawn_figures()
-def test_a_killed_study_resumes_to_the_same_tables(
-    finished: Path, tmp_path: Path, forkserver: ForkServerContext
-) -> None:
+def test_a_killed_study_resumes_to_the_same_tables(finished: Path, tmp_path: Path, killed: Callable[..., None]) -> None:
     flags = [*SMOKE, "--processes", "2", "--out", str(tmp_path)]  # the finished one was trained by one process
-    process = forkserver.Process(target=main, args=(flags,))
-    process.start()
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob("runs/preconditioning/*/rows.json")) and time.monotonic() < deadline:
-        assert process.exitcode is None, "the study ended before it could be killed"
-        time.sleep(0.01)
-    process.kill()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    killed(lambda: bool(list(tmp_path.glob("runs/preconditioning/*/rows.json"))), flags)
     assert not (tmp_path / "preconditioning.csv").exists()
     assert main([*flags, "--resume"]) == 0
     names = ("preconditioning.csv", "preconditioning_gradients.csv.gz", "preconditioning_factorial_curves.csv")
@@ -115,14 +103,8 @@ def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) ->
         (["--processes", "0"], "--processes 0: at least 1"),
     ],
 )
-def test_bad_input_is_one_line(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*SMOKE, *arguments, "--out", str(tmp_path)]) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
-    assert not (tmp_path / "preconditioning.csv").exists()
+def test_bad_input_is_one_line(arguments: list[str], words: str, refused: Callable[..., None]) -> None:
+    refused(words, *SMOKE, *arguments)
 
 
 def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

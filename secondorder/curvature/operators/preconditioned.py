@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.scale import squares_over, usable
 from secondorder.curvature.operators.dense import DenseOperator
 from secondorder.curvature.operators.difference import check_same_space
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
@@ -67,7 +68,8 @@ def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool
     if not 0 < damping < math.inf:
         raise InputError(f"damping {damping}: must be positive and finite; 1e-8 is as good as none")
     (b, Q_B), (a, Q_A) = (_decomposed(factor) for factor in (block.gradient, block.input))
-    damped = torch.outer(b, a) + damping * (_scale(b, a) if relative else 1.0)
+    scale = [squares_over(values.sum()[None], values[None, None]) for values in (b, a)]
+    damped = torch.outer(b, a) + damping * (usable(scale[0] * scale[1])[0] if relative else 1.0)
     return EigenbasisOperator(Q_B, Q_A, damped.rsqrt())
 
 
@@ -92,15 +94,3 @@ def _decomposed(factor: SymmetricOperator) -> tuple[Tensor, Tensor]:
         raise NonFiniteError(f"a Kronecker factor {list(matrix.shape)} contains NaN or infinity")
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), vectors
-
-
-def _scale(b: Tensor, a: Tensor) -> Tensor:
-    """|F|_F^2 / tr F of F with eigenvalues b_i a_j, 1 where it is too small to divide by."""
-    scale = _weighted_mean(b) * _weighted_mean(a)
-    return torch.where(scale > torch.finfo(scale.dtype).tiny ** 0.5, scale, 1.0)
-
-
-def _weighted_mean(values: Tensor) -> Tensor:
-    """sum v^2 / sum v, 0 for zeros; squares of tiny numbers do not vanish."""
-    total = values.sum()
-    return (values / torch.where(total > 0, total, 1.0)).square().sum() * total

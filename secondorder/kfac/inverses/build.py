@@ -7,11 +7,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.scale import floor, usable
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
 from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, floor, usable
+from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse
 from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
 from secondorder.matrix_power.transforms import full_precision, widened
 

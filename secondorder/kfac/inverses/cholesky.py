@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secondorder.kfac.inverses.inverse import Factors, Inverse, floor, shift, usable
+from secondorder.curvature.kronecker.scale import floor, usable
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
 from secondorder.kfac.inverses.numerics import inverses
 
 

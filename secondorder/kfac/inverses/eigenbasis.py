@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+from secondorder.curvature.kronecker.scale import usable
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
 from secondorder.kfac.inverses.numerics import eigen
 
 

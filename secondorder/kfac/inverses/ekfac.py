@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.scale import squares_over, usable
 from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Inverse, squares_over, usable
+from secondorder.kfac.inverses.inverse import Factors, Inverse
 
 CHUNK_BYTES = 16 * 2**20
 """Of the products of single samples at a time."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
+
+from secondorder.curvature.kronecker.scale import squares_over
 
 State = dict[str, Tensor | float | str]
 """What a checkpoint keeps of an inverse."""
@@ -109,22 +110,6 @@ def mean_eigenvalue(matrices: Tensor) -> Tensor:
 def weighted_eigenvalue(matrices: Tensor) -> Tensor:
     """|S|_F^2 / tr S `[G]` of symmetric positive semi-definite matrices `[G, n, n]`, 0 for zero ones."""
     return squares_over(matrices.diagonal(dim1=-2, dim2=-1).sum(-1), matrices)
-
-
-def squares_over(total: Tensor, values: Tensor) -> Tensor:
-    """sum of squares of values `[G, m, n]` / total `[G]`, 0 where the total is; squares of tiny numbers do not vanish."""
-    parts = values / torch.where(total > 0, total, 1.0)[:, None, None]
-    return parts.square().sum((1, 2)) * total
-
-
-def floor(dtype: torch.dtype) -> float:
-    """The square root of the smallest normal number; dividing by it does not overflow."""
-    return torch.finfo(dtype).tiny ** 0.5
-
-
-def usable(scale: Tensor) -> Tensor:
-    """The scales as `[G, 1, 1]`, 1 for those that are too small."""
-    return torch.where(scale > floor(scale.dtype), scale, 1.0)[:, None, None]
 
 
 def shift(scale: Tensor, damping: float, relative: bool) -> Tensor | float:

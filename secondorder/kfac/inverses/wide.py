@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.scale import usable
 from secondorder.kfac.inverses.cholesky import shifts_of
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift, usable
+from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
 from secondorder.kfac.inverses.numerics import eigen, inverses
 
 BLOCK = 2048

@@ -12,14 +12,13 @@ from studies.preconditioning.blocks.reading import (
     MEASURES,
     ONLY_LAST,
     TO_MEAN,
-    geometric,
     per_seed,
     phase_name,
     ratio,
 )
 from studies.preconditioning.reading import short
 from studies.report.section import Claim
-from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
+from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, geometric_interval
 
 GROUP = "D: block conditioning"
 CONVOLUTIONS = "geometric mean over three convolutions"
@@ -45,8 +44,8 @@ class Phase:
         """The claim that one ratio for each seed is below or above 1; nothing when there is no ratio."""
         if ratios.empty:
             return
-        found = Claim(statement, f"{quantity}, {self.name}", geometric(ratios), claimed, group=GROUP, headline=headline)
-        yield replace(found, meaning=meanings[found.verdict])
+        quantity, interval = f"{quantity}, {self.name}", geometric_interval(ratios)
+        yield Claim(statement, quantity, interval, claimed, group=GROUP, headline=headline).meant(meanings)
 
 
 def claims_of(table: pd.DataFrame, backbone: str) -> Iterator[Claim]:
@@ -145,7 +144,7 @@ def _improved_less(phase: Phase) -> Iterator[Claim]:
 def _persists(phase: Phase) -> Iterator[Claim]:
     """Whether at least half of log r remains with an exact preconditioner; no claim unless K-FAC clearly gains less below GCP."""
     kfac, exact = _gain_ratio(phase, AFTER), _gain_ratio(phase, EXACT)
-    if not geometric(kfac).low > 1:
+    if not geometric_interval(kfac).low > 1:
         return
     yield from phase.claim(
         "Control: at least half of the smaller gain, in logarithms, remains with the exact preconditioner (F + λI)⁻¹.",

@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.preconditioning.blocks.measure import AFTER, BEFORE, CONVOLUTIONS
-from studies.preconditioning.blocks.reading import MEASURES, geometric, per_seed, phase_name
+from studies.preconditioning.blocks.reading import MEASURES, per_seed, phase_name
 from studies.preconditioning.situation import UNTRAINED
 from studies.report.style import colour, label, logarithmic, mean_and_seeds, new_figure
+from studies.statistics import geometric_interval
 
 STYLES = {BEFORE: "-", AFTER: "--"}
 TITLES = {BEFORE: "no preconditioner", AFTER: "K-FAC, damping 0.01"}
@@ -75,7 +76,7 @@ def _over_training(ax: Axes, own: pd.DataFrame, setting: str, measure: str, styl
     for moment, now in own.groupby("moment"):
         values = per_seed(now, setting, measure).get(head, pd.Series(dtype=float)).dropna()
         if len(values):
-            interval = geometric(values)
+            interval = geometric_interval(values)
             points.append((moment, interval.estimate, interval.low, interval.high))
     if not points:
         return

@@ -8,7 +8,6 @@ import pandas as pd
 from studies.preconditioning.blocks.measure import CONVOLUTIONS, LAST
 from studies.preconditioning.reading import backbone_name
 from studies.preconditioning.situation import UNTRAINED
-from studies.statistics import Interval, mean_interval, ratio_interval
 
 HALF_RANK, TO_MEAN = "half_rank_condition", "largest_to_mean"
 MEASURES = {HALF_RANK: "λ₁ / λₖ at half of the possible rank", TO_MEAN: "largest / mean eigenvalue"}
@@ -40,23 +39,3 @@ def ratio(numerator: pd.DataFrame, denominator: pd.DataFrame, head: str, other: 
     if head not in numerator.columns or other not in denominator.columns:
         return pd.Series(dtype=float)
     return (numerator[head] / denominator[other]).dropna()
-
-
-def geometric(values: Iterable[float]) -> Interval:
-    """The geometric mean of one positive number for each seed."""
-    found = np.asarray(list(values), dtype=float)
-    return ratio_interval(found, np.ones_like(found))
-
-
-def words(interval: Interval) -> str:
-    """``1.2 [1.0, 1.4]``, without an interval for a single seed, empty when nothing was measured."""
-    if interval.n == 0:
-        return ""
-    if not np.isfinite([interval.low, interval.high]).all():
-        return f"{interval.estimate:.3g}"
-    return f"{interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
-
-
-def mean_words(values: Iterable[float]) -> str:
-    """The mean over seeds of numbers of any sign, in words."""
-    return words(mean_interval(list(values)))

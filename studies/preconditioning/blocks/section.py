@@ -13,16 +13,14 @@ from studies.preconditioning.blocks.reading import (
     MEASURES,
     ONLY_LAST,
     TO_MEAN,
-    geometric,
-    mean_words,
     per_seed,
     phase_name,
     ratio,
-    words,
 )
 from studies.preconditioning.part import Part
 from studies.preconditioning.reading import at_the_end, short
 from studies.report.section import Claim, Picture, Table
+from studies.statistics import geometric_interval, mean_interval
 
 NAME = "preconditioning_blocks"
 SETTINGS = {BEFORE: "none", AFTER: "K-FAC, damping 0.01", EXACT: "exact GGN, damping 0.01"}
@@ -65,7 +63,7 @@ def conditioning_table(end: pd.DataFrame) -> pd.DataFrame:
             found = {name: per_seed(own, setting, measure) for measure, name in names.items()}
             counts = [values[head].notna().sum() if head in values else 0 for values in found.values()]
             cells = {
-                name: words(geometric(values[head].dropna())) if head in values else ""
+                name: geometric_interval(values[head].dropna()).short if head in values else ""
                 for name, values in found.items()
             }
             rows.append({
@@ -85,7 +83,9 @@ def gains_table(end: pd.DataFrame) -> pd.DataFrame:
         before = per_seed(own, BEFORE, HALF_RANK, ONLY_LAST)
         gains = {s: ratio(before, per_seed(own, s, HALF_RANK, ONLY_LAST), head, head) for s in GAINS}
         row: dict[str, object] = {"backbone": phase_name(backbone).removeprefix("backbone "), "head": short(head)}
-        rows.append(row | {s: words(geometric(g)) for s, g in gains.items()} | {"n": min(map(len, gains.values()))})
+        rows.append(
+            row | {s: geometric_interval(g).short for s, g in gains.items()} | {"n": min(map(len, gains.values()))}
+        )
     return pd.DataFrame(rows)
 
 
@@ -110,7 +110,7 @@ def last_table(end: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, object] = {"backbone": phase_name(backbone).removeprefix("backbone "), "head": short(head)}
         for (setting, measure), column in LAST_COLUMNS.items():
             values = own[(own.setting == setting) & (own.measure == measure)].value
-            row[column] = words(geometric(values)) if measure == HALF_RANK else mean_words(values)
+            row[column] = (geometric_interval(values) if measure == HALF_RANK else mean_interval(values)).short
         rows.append(row | {"n": own.seed.nunique()})
     return pd.DataFrame(rows)
 

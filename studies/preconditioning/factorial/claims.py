@@ -1,7 +1,6 @@
 """The predictions of part E and their verdicts: main effects, and the interactions of head and optimiser."""
 
 import math
-from dataclasses import replace
 
 from studies.optimisers.measures import REFERENCE
 from studies.optimisers.settings import ARMS
@@ -126,9 +125,8 @@ def _steps(factorial: Factorial, kind: str, optimiser: str, other: str, what: st
 
 def said(claim: Claim, supported: str, not_supported: str, undecided: str) -> Claim:
     """The claim with the sentence that its verdict has."""
-    words = {SUPPORTED: supported, NOT_SUPPORTED: not_supported, UNDECIDED: undecided}[claim.verdict]
-    meaning = f"{words[0].upper()}{words[1:]}."
-    return replace(claim, meaning=meaning)
+    words = {SUPPORTED: supported, NOT_SUPPORTED: not_supported, UNDECIDED: undecided}
+    return claim.meant({verdict: f"{sentence[0].upper()}{sentence[1:]}." for verdict, sentence in words.items()})
 
 
 def control(factorial: Factorial, claims: list[Claim]) -> str:

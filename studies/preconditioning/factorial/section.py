@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from studies.optimisers.measures import REFERENCE
+from studies.optimisers.runs import in_words, tuning_of
 from studies.preconditioning.factorial import figures
 from studies.preconditioning.factorial.claims import GROUP, all_claims, control, name
 from studies.preconditioning.factorial.measures import COMMON, OWN, Factorial, interval, ratio
@@ -140,13 +141,14 @@ def table(factorial: Factorial, trials: pd.DataFrame) -> Table:
 def row(factorial: Factorial, trials: pd.DataFrame, pooling: str, optimiser: str) -> dict[str, object]:
     """One cell of the table."""
     losses = interval([factorial.loss(pooling, optimiser, s) for s in factorial.seeds])
+    chosen = trials[(trials.pooling == pooling) & (trials.optimiser == optimiser) & trials.chosen]
     accuracy = mean_interval([100 * float(factorial.accuracies[pooling, optimiser, s]) for s in factorial.seeds])
     found: dict[str, object] = {
         "head": label(pooling),
         "optimiser": name(optimiser),
-        "tuned": _tuned(trials, pooling, optimiser),
-        "final training loss": _short(losses) if math.isfinite(losses.estimate) else "diverged",
-        "test top-1 [%]": _short(accuracy),
+        "tuned": in_words(tuning_of(chosen.iloc[0])),
+        "final training loss": losses.short if math.isfinite(losses.estimate) else "diverged",
+        "test top-1 [%]": accuracy.short,
     }
     for kind, words in ((COMMON, "epochs to the common target"), (OWN, "epochs to SGD's final loss")):
         steps = [factorial.steps(kind, pooling, optimiser, s) for s in factorial.seeds]
@@ -159,18 +161,6 @@ def row(factorial: Factorial, trials: pd.DataFrame, pooling: str, optimiser: str
     found["seconds to the common target, of SGD's"] = _at_least(seconds, factorial.censored(COMMON, pooling, optimiser))
     found["time of a step, of SGD's"] = f"{factorial.clock.step_ratio(pooling, optimiser):.2f}"
     return found
-
-
-def _tuned(trials: pd.DataFrame, pooling: str, optimiser: str) -> str:
-    chosen = trials[(trials.pooling == pooling) & (trials.optimiser == optimiser) & trials.chosen].iloc[0]
-    words = (f"{chosen[f'{p}_parameter'].replace('_', ' ')} {chosen[f'{p}_value']:g}" for p in ("first", "second"))
-    return ", ".join(words)
-
-
-def _short(found: Interval) -> str:
-    if not math.isfinite(found.low) or not math.isfinite(found.high):
-        return f"{found.estimate:.3g}"
-    return f"{found.estimate:.3g} [{found.low:.3g}, {found.high:.3g}]"
 
 
 def _at_least(found: Interval, censored: int) -> str:

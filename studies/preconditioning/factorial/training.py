@@ -8,7 +8,7 @@ Tables: ``preconditioning_factorial`` (a row for each run and epoch), ``.._curve
 trial, the chosen ones marked) and ``.._costs`` (every timed step).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
@@ -19,16 +19,16 @@ from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
 from studies.optimisers import settings as optimisers
-from studies.optimisers.runs import Tuning, Work, evaluate, trained, training_run, tune
+from studies.optimisers.runs import Tuning, Work, evaluate, steppers, trained, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, unit_points
-from studies.optimisers.study import steppers
 from studies.parallel import side_by_side
 from studies.preconditioning.settings import Settings
-from studies.run_folders import commit_of
 from studies.settings import Common
 from studies.timing import interleaved
 
 NAME = "preconditioning_factorial"
+FOLDER = "factorial"
+"""Of its runs, in the folder of the study's runs."""
 CURVES, TRIALS, COSTS = (f"{NAME}_{what}" for what in ("curves", "trials", "costs"))
 COLUMNS = {"problem": "pooling", "arm": "optimiser"}
 """Names of the optimiser study's columns in the tables of this one."""
@@ -47,21 +47,8 @@ class FactorialWork(Work):
 def optimiser_settings(settings: Settings) -> optimisers.Settings:
     """The factorial as the optimiser study's settings: poolings are its problems, optimisers its arms."""
     own = settings.factorial
-    return optimisers.Settings(
-        arms=own.optimisers,
-        poolings=own.poolings,
-        backbone=own.backbone,
-        dataset=settings.dataset,
-        train_limit=own.train_limit,
-        batch_size=own.batch_size,
-        epochs=own.epochs,
-        schedule=own.schedule,
-        weight_decay=own.weight_decay,
-        trials=own.trials,
-        trial_epochs=own.trial_epochs,
-        timing_steps=own.timing_steps,
-        channels_last=own.channels_last,
-    )
+    shared = {field.name: getattr(own, field.name) for field in fields(optimisers.TunedTraining)}
+    return optimisers.Settings(arms=own.optimisers, poolings=own.poolings, dataset=settings.dataset, **shared)
 
 
 def check(common: Common, settings: Settings, data: ImageDataset) -> None:
@@ -97,7 +84,7 @@ def first_run(common: Common, settings: Settings, pooling: str, arm: str) -> Run
 def run(common: Common, settings: Settings, data: ImageDataset, folder: Path) -> dict[str, pd.DataFrame]:
     """Tune, train and time all cells: the tables by name. Each finished training is kept in `folder`."""
     own = optimiser_settings(settings)
-    work = FactorialWork(common, own, own_data(common, settings, data), folder / "factorial")
+    work = FactorialWork(common, own, own_data(common, settings, data), folder / FOLDER)
     todo, seeds = cells(settings), range(settings.factorial.seeds)
     with same_randomness():
         points = unit_points(own.trials)
@@ -115,11 +102,6 @@ def run(common: Common, settings: Settings, data: ImageDataset, folder: Path) ->
         COSTS: costs,
     }
     return {name: pd.concat(parts, ignore_index=True).rename(columns=COLUMNS) for name, parts in tables.items()}
-
-
-def commits(folder: Path) -> list[str]:
-    """Those of the code that trained the cells."""
-    return sorted({commit_of(file.parent) for file in (folder / "factorial").glob("*/commit")})
 
 
 def one_run(work: Work, pooling: str, arm: str, tuning: Tuning, seed: int, epochs: int) -> None:

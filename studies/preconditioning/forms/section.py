@@ -1,7 +1,6 @@
 """Part B in the report: the published approximation of the backward pass."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pandas as pd
 
@@ -118,8 +117,7 @@ def _claim(
     if values.empty:
         return None
     interval = mean_interval(values)
-    plain = Claim(statement, quantity, interval, "above", reference, GROUP, headline=headline)
-    return replace(plain, meaning=meanings[plain.verdict])
+    return Claim(statement, quantity, interval, "above", reference, GROUP, headline=headline).meant(meanings)
 
 
 def summary(end: pd.DataFrame) -> pd.DataFrame:

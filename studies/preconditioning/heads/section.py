@@ -1,7 +1,6 @@
 """Part A in the report: head conditioning."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pandas as pd
 
@@ -11,7 +10,14 @@ from studies.preconditioning.heads.reading import OTHERS, PUBLISHED, geometric_m
 from studies.preconditioning.part import Part
 from studies.preconditioning.reading import at_the_end, backbone_name
 from studies.report.section import Claim, Picture, Table
-from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Interval, mean_interval, ratio_interval
+from studies.statistics import (
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDECIDED,
+    Interval,
+    geometric_interval,
+    mean_interval,
+)
 
 GROUP = "A: head conditioning"
 ROOT2 = 2**0.5
@@ -50,8 +56,7 @@ def _claim(
     headline: bool = False,
 ) -> Claim:
     """The claim with the sentence that belongs to its verdict."""
-    plain = Claim(statement, quantity, interval, claimed, reference, GROUP, headline=headline)
-    return replace(plain, meaning=meanings[plain.verdict])
+    return Claim(statement, quantity, interval, claimed, reference, GROUP, headline=headline).meant(meanings)
 
 
 def _theorem(table: pd.DataFrame) -> Claim:
@@ -98,7 +103,7 @@ def _published(end: pd.DataFrame) -> list[Claim]:
             _claim(
                 f"The published {PUBLISHED} Newton-Schulz steps come near the root: condition below {NEAR:g}, {here}.",
                 f"median condition number over images, {PUBLISHED} steps, backbone {here}; geometric mean over seeds",
-                ratio_interval(values[backbone], [1.0] * len(values)),
+                geometric_interval(values[backbone]),
                 "below",
                 NEAR,
                 {
@@ -120,7 +125,7 @@ def _others(end: pd.DataFrame) -> Claim:
     return _claim(
         "No other function conditions the head as well as the root: every ratio to it is above 1.",
         f"condition number / that of the exact root, medians over images; the smallest over {', '.join(OTHERS)} and backbones",
-        ratio_interval(least, [1.0] * len(least)),
+        geometric_interval(least),
         "above",
         1.0,
         {
@@ -141,7 +146,7 @@ def _gain(end: pd.DataFrame) -> Claim | None:
     return _claim(
         f"The published {PUBLISHED} steps condition the head better than no root: ratio below 1 on every backbone.",
         f"condition number, {PUBLISHED} steps / covariance without root, medians over images; the largest over backbones",
-        ratio_interval(worst, [1.0] * len(worst)),
+        geometric_interval(worst),
         "below",
         1.0,
         {
