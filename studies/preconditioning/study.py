@@ -123,7 +123,7 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
         (each, settings, data, folder, pooling, seed) for seed in range(common.seeds) for pooling in settings.trained
     ]
     done = side_by_side(backbone_rows, todo, settings.processes)
-    tables = factorial.run(common, settings, data, folder)
+    tables = factorial.run(each, settings, data, folder)
     rows = pd.concat([pd.DataFrame(one["rows"]) for one in done])
     others = [name for name in rows.columns if name not in KEYS]
     epochs = pd.concat([pd.DataFrame(one["epochs"]) for one in done])

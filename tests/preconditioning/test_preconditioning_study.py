@@ -8,9 +8,11 @@ import pytest
 from undrawn_figures import undrawn_figures
 
 from studies.__main__ import main
+from studies.preconditioning import study
 from studies.preconditioning.section import section
 from studies.preconditioning.study import ENDS, OFTEN
 from studies.report import write_report
+from studies.settings import Common
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from studies.study import STUDIES
 
@@ -73,6 +75,29 @@ def test_a_killed_study_resumes_to_the_same_tables(finished: Path, tmp_path: Pat
     names = ("preconditioning.csv", "preconditioning_gradients.csv.gz", "preconditioning_factorial_curves.csv")
     for name in names:  # other tables have times in them
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_processes_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that train backbones, and those that train the factorial."""
+    threads: list[int] = []
+
+    def recorded(function: object, todo: list, processes: int) -> list:
+        threads.append(todo[0][0].threads)
+        return []
+
+    def stopped(common: Common, *_: object) -> None:
+        threads.append(common.threads)
+        raise StoppedError
+
+    monkeypatch.setattr(study, "side_by_side", recorded)
+    monkeypatch.setattr(study.factorial, "run", stopped)
+    with pytest.raises(StoppedError):
+        main([*SMOKE[:-1], "2", "--processes", "2", "--out", str(tmp_path)])
+    assert threads == [1, 1]
 
 
 def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) -> None:
