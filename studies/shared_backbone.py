@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from secondorder.networks import NETWORKS, Network
 from secondorder.pooling import PoolingHead, pooling_head
 
 BATCH = 256
-MOST_IMAGES, STEPS = 2000, 300
+MOST_IMAGES, STEPS = 2000, 3000
 """Training images and steps of L-BFGS at most for the classifier."""
 
 
@@ -41,50 +42,68 @@ def check_sharing(data: ImageDataset, weight_decay: float) -> None:
         )
 
 
-def with_head(
-    model: nn.Module,
-    pooling: str,
-    data: ImageDataset,
-    weight_decay: float,
-    labels: Tensor | None = None,
-    most_images: int = MOST_IMAGES,
-) -> Network:
-    """A copy of a Network (in eval mode) with another pooling and a classifier fitted on its features; a reduction stays.
+class SharedBackbone:
+    """A Network in eval mode whose backbone, with the reduction of its head, gets other poolings.
 
-    The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 over evenly spaced training images, not augmented
-    (scikit-learn's L-BFGS), so that every head is compared at a classifier of its own for the same features. `labels` of all
-    training images replace the given ones, as a control. At most `most_images` images are used.
+    Classifiers are fitted on at most `most_images` evenly spaced training images, not augmented, whose features are computed
+    once for all heads.
     """
-    assert isinstance(model, Network)
-    old = model.head
-    assert isinstance(old, PoolingHead)
-    shared = copy.deepcopy(model)
-    assert isinstance(shared.head, PoolingHead)
-    parameter = next(model.parameters())
-    reduced = [part.out_channels for part in old.reduction if isinstance(part, nn.Conv2d)]
-    channels = reduced[-1] if reduced else old.in_channels
-    layers = pooling_head(pooling, channels)
-    head = PoolingHead(old.in_channels, shared.head.reduction, layers.layers, layers.out_features).to(parameter).eval()
-    indices = evenly_spaced(len(data.train), most_images)
-    with torch.no_grad():
-        features = torch.cat([
-            head(shared.features(shared.stem(data.train.plain(part)[0].to(parameter))))
-            for part in indices.split(BATCH)
-        ])  # fmt: skip
-    weight, bias = _fitted(features, (data.train.labels if labels is None else labels)[indices], weight_decay)
-    classifier = nn.Linear(head.out_features, data.num_classes).to(parameter)
-    with torch.no_grad():
-        classifier.weight.copy_(weight)
-        classifier.bias.copy_(bias)
-    return Network(shared.stem, shared.features, head, classifier).eval()
+
+    def __init__(
+        self, model: nn.Module, data: ImageDataset, weight_decay: float, most_images: int = MOST_IMAGES
+    ) -> None:
+        assert isinstance(model, Network)
+        self.model = model
+        self.data = data
+        self.weight_decay = weight_decay
+        self.indices = evenly_spaced(len(data.train), most_images)
+
+    @cached_property
+    def _features(self) -> list[Tensor]:
+        """`[n, C, H, W]` of parts of the images, after the reduction."""
+        model, parameter = self.model, next(self.model.parameters())
+        assert isinstance(model.head, PoolingHead)
+        with torch.no_grad():
+            return [
+                model.head.reduction(model.features(model.stem(self.data.train.plain(part)[0].to(parameter))))
+                for part in self.indices.split(BATCH)
+            ]
+
+    def with_head(self, pooling: str, labels: Tensor | None = None) -> Network:
+        """A copy of the network with this pooling and a classifier fitted on its features, in eval mode.
+
+        The classifier minimises mean cross-entropy + weight_decay / 2 |W|^2 (scikit-learn's L-BFGS), so that every head is
+        compared at a classifier of its own for the same features. `labels` of all training images replace the given ones, as
+        a control.
+        """
+        shared, data, parameter = copy.deepcopy(self.model), self.data, next(self.model.parameters())
+        old = shared.head
+        assert isinstance(old, PoolingHead)
+        reduced = [part.out_channels for part in old.reduction if isinstance(part, nn.Conv2d)]
+        layers = pooling_head(pooling, reduced[-1] if reduced else old.in_channels)
+        head = PoolingHead(old.in_channels, old.reduction, layers.layers, layers.out_features).to(parameter).eval()
+        with torch.no_grad():
+            pooled = torch.cat([head.layers(part) for part in self._features])
+        own = (data.train.labels if labels is None else labels)[self.indices]
+        weight, bias = _fitted(pooled, own, self.weight_decay)
+        classifier = nn.Linear(head.out_features, data.num_classes).to(parameter)
+        with torch.no_grad():
+            classifier.weight.copy_(weight)
+            classifier.bias.copy_(bias)
+        return Network(shared.stem, shared.features, head, classifier).eval()
 
 
 def _fitted(features: Tensor, labels: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:
     """Weight `[K, D]` and bias `[K]` of the classifier; of two classes each gets half of scikit-learn's one row."""
     fit = LogisticRegression(C=1 / (len(features) * weight_decay), max_iter=STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # stopped early it is the same procedure for every head
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it advises on settings of scikit-learn
         fit.fit(features.double().cpu().numpy(), labels.numpy())
+    if fit.n_iter_.max() >= STEPS:
+        warnings.warn(
+            f"a classifier of a shared backbone has not converged in {STEPS} steps; raise weight_decay {weight_decay:g}",
+            stacklevel=2,
+        )
     weight, bias = fit.coef_, fit.intercept_
     if len(weight) == 1:
         weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -12,8 +12,9 @@ from secondorder.data import load_dataset
 from secondorder.errors import InputError
 from secondorder.networks import Network, network
 from secondorder.training import Run, train
+from studies import shared_backbone
 from studies.frozen_statistics import frozen_at
-from studies.shared_backbone import check_sharing, evenly_spaced, with_head
+from studies.shared_backbone import SharedBackbone, check_sharing, evenly_spaced
 
 
 @pytest.mark.parametrize("pooling", ["gap", "gcp"])
@@ -41,11 +42,29 @@ def test_precision_of_the_copy() -> None:
 def test_a_reduction_stays() -> None:
     data = load_dataset("digits", limit=200)
     model = network("digits_tiny", "gap", 10, 1, reduced_channels=4).eval()
-    shared = with_head(model, "gcp", data, weight_decay=1e-2)
+    shared = SharedBackbone(model, data, weight_decay=1e-2).with_head("gcp")
     assert shared.head.out_features == 10
     for name, value in model.head.reduction.state_dict().items():
         assert torch.equal(value, shared.head.reduction.state_dict()[name])
     assert shared.head.reduction is not model.head.reduction
+
+
+def test_features_are_computed_once_and_a_fit_that_ends_early_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = load_dataset("digits", limit=200), network("digits_tiny", "gap", 10, 1).eval()
+    passes = []
+    model.features.register_forward_hook(lambda *_: passes.append(1))
+    backbone = SharedBackbone(model, data, weight_decay=1e-2)
+    before = model.state_dict()
+    first, labels = backbone.with_head("gcp"), data.train.labels.roll(1)
+    other = backbone.with_head("gcp", labels)
+    assert len(passes) == 1
+    images, _ = data.train.plain(range(200))
+    assert F.cross_entropy(first(images), data.train.labels) < F.cross_entropy(other(images), data.train.labels)
+    assert F.cross_entropy(other(images), labels) < F.cross_entropy(first(images), labels)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(shared_backbone, "STEPS", 2)
+    with pytest.warns(UserWarning, match="has not converged in 2 steps; raise weight_decay 0.01"):
+        backbone.with_head("gcp")
 
 
 def test_two_classes() -> None:
@@ -54,7 +73,7 @@ def test_two_classes() -> None:
     train_split = copy.copy(data.train)
     train_split.labels, train_split.images = data.train.labels[keep], data.train.images[keep]
     two = dataclasses.replace(data, train=train_split, num_classes=2)
-    shared = with_head(network("digits_tiny", "gap", 2, 1).eval(), "gcp", two, weight_decay=1e-3)
+    shared = SharedBackbone(network("digits_tiny", "gap", 2, 1).eval(), two, weight_decay=1e-3).with_head("gcp")
     images, labels = train_split.plain(range(len(train_split)))
     assert float((shared(images).argmax(1) == labels).double().mean()) > 0.95
 
@@ -78,7 +97,7 @@ def test_another_head_on_a_trained_backbone(tmp_path: Path) -> None:
     data = load_dataset("digits", limit=400)
     run = Run("digits_tiny", "gap", "digits", epochs=4, batch_size=40, learning_rate=0.1, train_limit=400)
     trained = frozen_at(train(run, data, tmp_path, progress=False).model, data.train.plain(range(64))[0], torch.float32)
-    shared = with_head(trained, "covariance", data, weight_decay=1e-3)
+    shared = SharedBackbone(trained, data, weight_decay=1e-3).with_head("covariance")
     assert isinstance(shared, Network)
     assert shared.head.out_features == 21
     for name, value in trained.state_dict().items():

@@ -105,8 +105,12 @@ def weighted_eigenvalue(G: SymmetricOperator) -> float:
 
 
 def _held(G: GaussNewtonOperator) -> SymmetricOperator:
-    """G by its factor, where that is known and not too large."""
-    if not G.matrix.factored:
+    """G by its factor, where that is known and not too large.
+
+    Where images depend on each other, as by batch norm in training mode, each of its rows is a backward pass of the whole
+    batch: there are more of them than products in the conjugate gradients.
+    """
+    if not G.matrix.factored or G.jacobian.coupled:
         return G
     needed = len(G.jacobian.images) * G.columns * G.size * G.dtype.itemsize
     return G.factored() if needed <= FACTOR_BYTES else G

@@ -31,7 +31,7 @@ from studies.parallel import one_after_another, threads_each
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
-from studies.shared_backbone import check_sharing, evenly_spaced, published_stride, with_head
+from studies.shared_backbone import SharedBackbone, check_sharing, evenly_spaced, published_stride
 
 NAME = "curvature"
 SPECTRA, TRAINING = "curvature_spectra", "curvature_training"
@@ -187,11 +187,11 @@ def _after_training(
     yield from kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
     if one.pooling not in settings.scale(one.backbone).share:
         return
+    backbone = SharedBackbone(frozen_at(trained.model, own.images, torch.float32), data, one.weight_decay)
     for pooling in settings.poolings:
 
         def shared(pooling: str = pooling) -> list[Row]:
-            model = with_head(frozen_at(trained.model, own.images, torch.float32), pooling, data, one.weight_decay)
-            return labelled(f"shared: {one.pooling}", pooling, model)
+            return labelled(f"shared: {one.pooling}", pooling, backbone.with_head(pooling))
 
         yield from kept(folder / f"shared-{pooling}.json", shared)
 

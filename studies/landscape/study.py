@@ -8,7 +8,7 @@ Results: ``landscape.csv`` (one row for each run, step, line and eta) and ``land
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,11 @@ from secondorder.landscape import (
     optimiser_step,
     weight_landscape,
 )
-from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
+from secondorder.training import Moment, Run, check_run, is_main_process, on_main, train
+from secondorder.training.processes import world_size
 from studies.checks import check_count, check_names
 from studies.dry_run import cost_of
+from studies.parallel import one_after_another, threads_each
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
@@ -83,17 +85,20 @@ class Settings:
     """Shortest walk in weight space, in steps of the optimiser."""
     step_high: float = 4.0
     """Longest walk in weight space, in steps of the optimiser."""
+    processes: int = 1
+    """Networks that are trained and measured side by side; they share the threads."""
 
     def __post_init__(self) -> None:
         check_names("poolings", self.poolings)
-        check_count("measure_every", self.measure_every)
+        for name in ("measure_every", "processes"):
+            check_count(name, getattr(self, name))
         equally_spaced(self.eta_low, self.eta_high, self.eta_points)
         equally_spaced(self.step_low, self.step_high, self.eta_points)
 
 
 PRESETS = {
     "smoke": Settings(epochs=1, train_limit=192, measure_every=2, eta_points=3),
-    "quick": Settings(),
+    "quick": Settings(processes=2),
     "cifar10": Settings(
         backbone="cifar_resnet8",
         dataset="cifar10",
@@ -161,6 +166,16 @@ def _rows(moment: Moment, space: str, direction: str, line: LandscapeLine) -> It
         }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A network that was trained and measured."""
+
+    run: Run
+    history: list[dict[str, float | int]]
+    seconds: float
+    lines: list[dict[str, Any]]
+
+
 def runs(common: Common, settings: Settings) -> list[Run]:
     """The training runs of the study, all heads of one seed before the next seed; InputError for a bad name or value."""
     amp: Precision = settings.amp if settings.amp != "float16" or common.torch_device.type == "cuda" else "off"
@@ -212,24 +227,30 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     A fresh start forgets the runs of the folder, so that nothing old can be taken for new; resuming takes those that are
     there, and refuses when they are of other settings.
     """
-    todo, folder = runs(common, settings), common.folder / "runs" / NAME
-    on_main(lambda: open_runs(folder, settings, common.resume))
-    results: list[tuple[Run, Trained]] = []
-    for number, one in enumerate(todo, start=1):
-        if common.progress and is_main_process():
-            print(f"{NAME}: run {number} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}", flush=True)
-        on_main(lambda one=one: sign(folder / one.name))  # type: ignore[misc]
-        trained = train(
-            one,
-            data,
-            folder / one.name,
-            observers={NAME: LandscapeObserver(settings)},
-            resume=common.resume,
-            progress=common.progress,
-        )
-        results.append((one, trained))
+    folder = common.folder / "runs" / NAME
+    on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "processes")))
+    processes = settings.processes if world_size() == 1 else 1
+    each = replace(common, threads=threads_each(common.threads, processes))
+    todo = [(one, each, settings, data, folder) for one in runs(each, settings)]
+    done: list[Measured] = []
+    for measured in one_after_another(trained_and_measured, todo, processes):
+        done.append(measured)
         if is_main_process():
-            _write(common, settings, data, results, folder, partial=number < len(todo))
+            if common.progress:
+                one = measured.run
+                print(
+                    f"{NAME}: run {len(done)} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}",
+                    flush=True,
+                )
+            _write(common, settings, data, done, folder, partial=len(done) < len(todo))
+
+
+def trained_and_measured(one: Run, common: Common, settings: Settings, data: ImageDataset, folder: Path) -> Measured:
+    """Train a network, measuring it on the way."""
+    on_main(lambda: sign(folder / one.name))
+    own = {NAME: LandscapeObserver(settings)}
+    trained = train(one, data, folder / one.name, observers=own, resume=common.resume, progress=common.progress)
+    return Measured(one, trained.history, trained.seconds, trained.records[NAME])
 
 
 def dry_run(common: Common, settings: Settings) -> list[str]:
@@ -245,24 +266,24 @@ def _write(
     common: Common,
     settings: Settings,
     data: ImageDataset,
-    results: list[tuple[Run, Trained]],
+    done: list[Measured],
     folder: Path,
     partial: bool,
 ) -> None:
-    lines = pd.concat([_labelled(one, trained.records[NAME]) for one, trained in results])
+    lines = pd.concat([_labelled(measured.run, measured.lines) for measured in done])
     if partial:
         write_table(common.folder, f"{NAME}.partial", lines)
         return
     origin = provenance(
         NAME,
-        asdict(settings) | {"preset": common.preset, "amp": results[0][0].amp},
-        sorted({one.seed for one, _ in results}),
+        asdict(settings) | {"preset": common.preset, "amp": done[0].run.amp},
+        sorted({measured.run.seed for measured in done}),
         {"label": data.label, **data.provenance},
         common.torch_device,
-        sum(trained.seconds for _, trained in results),
-        [commit_of(folder / one.name) for one, _ in results],
+        sum(measured.seconds for measured in done),
+        [commit_of(folder / measured.run.name) for measured in done],
     )
-    write_table(common.folder, TRAINING, pd.concat([_labelled(one, trained.history) for one, trained in results]))
+    write_table(common.folder, TRAINING, pd.concat([_labelled(measured.run, measured.history) for measured in done]))
     write_table(common.folder, NAME, lines, origin)
     (common.folder / f"{NAME}.partial.csv").unlink(missing_ok=True)
 

@@ -170,32 +170,28 @@ def settings_at(arm: str, u: tuple[float, float]) -> Tuning:
     return {one.name: one.at(x) for one, x in zip((ARMS[arm].first, ARMS[arm].second), u, strict=True)}
 
 
-def tune_and_fit(work: Work, images: Tensor, arms: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Tuning]]:
-    """All trials, the loss curves of all seeds with the tuned settings, and those settings."""
+def tune_and_fit(work: Work, images: Tensor, arm: str) -> tuple[pd.DataFrame, pd.DataFrame, Tuning]:
+    """All trials of an arm, the loss curves of all seeds with the tuned settings, and those settings."""
     settings = work.settings.autoencoder
-    trials, curves, tuned = [], [], {}
-    for arm in arms:
-        rows = []
-        for number, u in enumerate(unit_points(settings.trials), start=1):
-            tuning = settings_at(arm, u)
-            result = _kept_fit(work, images, arm, tuning, TUNING_SEED)
-            loss = result["points"][-1]["loss"] if result["points"] else math.inf
-            rows.append(
-                trial_row(PROBLEM, arm, number, tuning) | {"train_loss": loss, "diverged": bool(result["diverged"])}
-            )
-            work.say(
-                f"{PROBLEM}, {arm}, trial {number} of {settings.trials}: {in_words(tuning)}, training loss {loss:.4g}"
-            )
-        tuned[arm], table = chosen(rows)
-        trials.append(table)
-        for seed in range(work.common.seeds):
-            result = _kept_fit(work, images, arm, tuned[arm], seed)
-            points = result["points"] or [{"step": updates_of(arm, settings), "loss": math.inf}]
-            curves += [{"problem": PROBLEM, "arm": arm, "seed": seed} | point for point in points]
-            work.say(
-                f"{PROBLEM}, {arm}, seed {seed}: training loss {points[-1]['loss']:.4g} after {points[-1]['step']} updates"
-            )
-    return pd.concat(trials), pd.DataFrame(curves), tuned
+    rows = []
+    for number, u in enumerate(unit_points(settings.trials), start=1):
+        tuning = settings_at(arm, u)
+        result = _kept_fit(work, images, arm, tuning, TUNING_SEED)
+        loss = result["points"][-1]["loss"] if result["points"] else math.inf
+        rows.append(
+            trial_row(PROBLEM, arm, number, tuning) | {"train_loss": loss, "diverged": bool(result["diverged"])}
+        )
+        work.say(f"{PROBLEM}, {arm}, trial {number} of {settings.trials}: {in_words(tuning)}, training loss {loss:.4g}")
+    tuned, trials = chosen(rows)
+    curves = []
+    for seed in range(work.common.seeds):
+        result = _kept_fit(work, images, arm, tuned, seed)
+        points = result["points"] or [{"step": updates_of(arm, settings), "loss": math.inf}]
+        curves += [{"problem": PROBLEM, "arm": arm, "seed": seed} | point for point in points]
+        work.say(
+            f"{PROBLEM}, {arm}, seed {seed}: training loss {points[-1]['loss']:.4g} after {points[-1]['step']} updates"
+        )
+    return trials, pd.DataFrame(curves), tuned
 
 
 def _kept_fit(work: Work, images: Tensor, arm: str, tuning: Tuning, seed: int) -> dict[str, Any]:

@@ -158,10 +158,13 @@ class Settings(TunedTraining):
     """Dampings of K-FAC's sensitivity map."""
     damping_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     """Learning rates of the map, in units of K-FAC's tuned one."""
+    processes: int = 1
+    """Trainings that run side by side; they share the threads. Steps are timed alone, with all threads."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     """The deep autoencoder of Martens & Grosse (2015)."""
 
     def __post_init__(self) -> None:
+        check_count("processes", self.processes)
         check_names("arms", self.arms)
         check_names("poolings", self.poolings)
         for arm in self.arms:
@@ -190,7 +193,7 @@ PRESETS = {
             images=128, widths=(12, 4), batch_size=64, updates=20, trials=1, evaluations=4, timing_steps=4
         ),
     ),
-    "quick": Settings(),
+    "quick": Settings(processes=2),
     "cifar10": Settings(
         backbone="cifar_resnet8",
         dataset="cifar10",

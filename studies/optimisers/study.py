@@ -11,8 +11,7 @@ Results: ``optimisers.csv`` (a row for each run and epoch), ``optimisers_curves.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -25,9 +24,10 @@ from secondorder.training.processes import world_size
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
 from studies.optimisers import autoencoder as deep
-from studies.optimisers.costs import measure
-from studies.optimisers.runs import Work, evaluate, sensitivity, steppers, training_run, tune
+from studies.optimisers.costs import Stepper, measure
+from studies.optimisers.runs import Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
+from studies.parallel import side_by_side, threads_each
 from studies.results import provenance, write_table
 from studies.run_folders import commits_below, open_runs
 from studies.settings import Common
@@ -35,6 +35,8 @@ from studies.settings import Common
 NAME = "optimisers"
 MAPPED = "kfac"
 """The arm whose damping has a map."""
+Tables = dict[str, list[pd.DataFrame]]
+"""What there is of each table so far."""
 
 
 @dataclass(frozen=True)
@@ -75,41 +77,59 @@ def _deep_arms(settings: Settings) -> list[str]:
 def run(common: Common, settings: Settings, ready: Ready) -> None:
     """Tune, train, map, time; every finished training is kept, the tables are written at the end."""
     start, folder = time.perf_counter(), common.folder / "runs" / NAME
-    open_runs(folder, settings, common.resume, may_grow=("arms", "poolings"))
+    open_runs(folder, settings, common.resume, may_grow=("arms", "poolings", "processes"))
     work = Work(common, settings, ready.data, folder)
-    tables: dict[str, list[pd.DataFrame]] = {
-        name: [] for name in ("trials", "epochs", "curves", "map", "costs", "parts")
-    }
+    tables: Tables = {name: [] for name in ("trials", "epochs", "curves", "map", "costs", "parts")}
     with same_randomness():
-        for pooling in settings.poolings:
-            _network(work, pooling, tables)
-        trials, curves, tuned = deep.tune_and_fit(work, ready.deep_images, _deep_arms(settings))
-        tables["trials"].append(trials)
-        tables["curves"].append(curves)
-        own = settings.autoencoder
-        costs, parts = measure(
-            deep.PROBLEM, deep.steppers(ready.deep_images, own, tuned), own.timing_steps, common.torch_device
-        )
-        tables["costs"].append(costs)
-        tables["parts"].append(parts)
+        tuned = _networks(work, tables)
+        deep_tuned = _autoencoder(work, ready.deep_images, tables)
+        for pooling, some in tuned.items():
+            work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
+            _time(common, pooling, steppers(work, pooling, some), settings.timing_steps, tables)
+        deep_steppers = deep.steppers(ready.deep_images, settings.autoencoder, deep_tuned)
+        _time(common, deep.PROBLEM, deep_steppers, settings.autoencoder.timing_steps, tables)
     _write(common, settings, ready, tables, time.perf_counter() - start, commits_below(folder))
 
 
-def _network(work: Work, pooling: str, tables: Mapping[str, list[pd.DataFrame]]) -> None:
-    """Everything about the network with one head."""
-    settings, tuned = work.settings, {}
-    for arm in settings.arms:
-        tuned[arm], trials = tune(work, pooling, arm)
+def _networks(work: Work, tables: Tables) -> dict[str, dict[str, Tuning]]:
+    """All trainings of the networks; the tuned settings of each pooling and arm."""
+    own, processes = _in_processes(work), work.settings.processes
+    cells = [(pooling, arm) for pooling in work.settings.poolings for arm in work.settings.arms]
+    found = side_by_side(tune, [(own, *cell) for cell in cells], processes)
+    tables["trials"] += [trials for _, trials in found]
+    tuned: dict[str, dict[str, Tuning]] = {pooling: {} for pooling, _ in cells}
+    for (pooling, arm), (tuning, _) in zip(cells, found, strict=True):
+        tuned[pooling][arm] = tuning
+    seeds = range(work.common.seeds)
+    todo = [(own, pooling, arm, tuned[pooling][arm], seed) for seed in seeds for pooling, arm in cells]
+    for epochs, curves in side_by_side(evaluate, todo, processes):
+        tables["epochs"].append(epochs)
+        tables["curves"].append(curves)
+    mapped = [(own, pooling, MAPPED, some[MAPPED]) for pooling, some in tuned.items() if MAPPED in some]
+    tables["map"] += side_by_side(sensitivity, mapped, processes)
+    return tuned
+
+
+def _autoencoder(work: Work, images: Tensor, tables: Tables) -> dict[str, Tuning]:
+    """All trainings of the autoencoder; the tuned settings of each arm."""
+    arms, own = _deep_arms(work.settings), _in_processes(work)
+    found = side_by_side(deep.tune_and_fit, [(own, images, arm) for arm in arms], work.settings.processes)
+    for trials, curves, _ in found:
         tables["trials"].append(trials)
-    for seed in range(work.common.seeds):
-        for arm in settings.arms:
-            epochs, curves = evaluate(work, pooling, arm, tuned[arm], seed)
-            tables["epochs"].append(epochs)
-            tables["curves"].append(curves)
-    if MAPPED in settings.arms:
-        tables["map"].append(sensitivity(work, pooling, MAPPED, tuned[MAPPED]))
-    work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
-    costs, parts = measure(pooling, steppers(work, pooling, tuned), settings.timing_steps, work.common.torch_device)
+        tables["curves"].append(curves)
+    return {arm: tuning for arm, (_, _, tuning) in zip(arms, found, strict=True)}
+
+
+def _in_processes(work: Work) -> Work:
+    """The same work for one of several processes that share the threads."""
+    return replace(
+        work, common=replace(work.common, threads=threads_each(work.common.threads, work.settings.processes))
+    )
+
+
+def _time(common: Common, problem: str, some: dict[str, Stepper], steps: int, tables: Tables) -> None:
+    """Time the arms interleaved, alone on the machine."""
+    costs, parts = measure(problem, some, steps, common.torch_device)
     tables["costs"].append(costs)
     tables["parts"].append(parts)
 
@@ -118,7 +138,7 @@ def _write(
     common: Common,
     settings: Settings,
     ready: Ready,
-    tables: Mapping[str, list[pd.DataFrame]],
+    tables: Tables,
     seconds: float,
     commits: list[str],
 ) -> None:

@@ -22,11 +22,11 @@ class FactorialSettings(TunedTraining):
     """Passes over the training images in the runs that are compared."""
     trials: int = 3
     """Trials in the tuning of each cell."""
-    trial_epochs: int = 3
+    trial_epochs: int = 2
     """Passes over the training images in a trial."""
     seeds: int = 5
     """Seeds of each cell after tuning; at least 5 for an interval worth having."""
-    timing_steps: int = 40
+    timing_steps: int = 20
     """Steps of each optimiser that are timed, interleaved."""
     flags: ClassVar[str] = "factorial."
 
@@ -76,9 +76,9 @@ class Settings:
     """Equally spaced moments of training at which is measured; the first and the last step are among them."""
     images: int = 64
     """Training images whose features (head conditioning) are measured."""
-    curvature_images: int = 16
+    curvature_images: int = 12
     """Training images whose curvature blocks are measured."""
-    reference_images: int = 512
+    reference_images: int = 256
     """Training images that give batch-norm statistics and K-FAC's factors on a shared backbone."""
     gradient_batches: int = 8
     """Mini-batches whose gradients under two heads are compared."""
@@ -144,10 +144,8 @@ PRESETS = {
         images=64,
         curvature_images=24,
         precision="float32",
-        reference_images=256,
         gradient_batches=16,
         gradient_batch_size=128,
-        natural_gradient=False,  # some 60 products with the Gauss-Newton matrix, minutes for each backbone
         factorial=FactorialSettings(
             optimisers=("sgd", "kfac"),
             backbone="cifar_resnet8",
@@ -156,6 +154,7 @@ PRESETS = {
             epochs=4,
             trials=5,  # as in the optimiser study, whose runs these are where both have them
             trial_epochs=2,
+            timing_steps=40,
             channels_last=True,
         ),
     ),
@@ -169,11 +168,18 @@ PRESETS = {
         weight_decay=1e-4,
         measurements=6,
         precision="float32",
-        natural_gradient=False,
+        natural_gradient=False,  # some hundred passes over the reference images
+        curvature_images=16,
         reference_images=2048,
         gradient_batch_size=256,
         factorial=FactorialSettings(
-            optimisers=("sgd", "kfac"), backbone="resnet18", batch_size=256, epochs=50, trials=16, trial_epochs=10
+            optimisers=("sgd", "kfac"),
+            backbone="resnet18",
+            batch_size=256,
+            epochs=50,
+            trials=16,
+            trial_epochs=10,
+            timing_steps=100,
         ),
     ),
 }

@@ -13,7 +13,7 @@ from secondorder.data import ImageDataset
 from secondorder.networks import Network
 from studies.frozen_statistics import frozen_at
 from studies.preconditioning.settings import Settings
-from studies.shared_backbone import evenly_spaced, with_head
+from studies.shared_backbone import SharedBackbone, evenly_spaced
 
 UNTRAINED = "untrained"
 """The backbone before training, the same under every head."""
@@ -69,9 +69,13 @@ class Situation:
         """
         return {head: copy.deepcopy(network).train() for head, network in self.heads.items()}
 
+    @cached_property
+    def _shared(self) -> SharedBackbone:
+        return SharedBackbone(self.frozen, self.data, self.settings.weight_decay)
+
     def with_head(self, head: str, labels: Tensor | None = None) -> Network:
         """The backbone under a head whose classifier is fitted on its features, on other labels as a control."""
-        return with_head(self.frozen, head, self.data, self.settings.weight_decay, labels)
+        return self._shared.with_head(head, labels)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
+from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import Damping, Fisher, KFACPreconditioner, Options
 from secondorder.networks import Network, network
@@ -218,6 +219,22 @@ def test_natural_gradient_is_the_dense_solve(kind: str, held: bool, monkeypatch:
     expected = torch.linalg.solve(G + found.damping * torch.eye(len(G), dtype=torch.float64), g)
     torch.testing.assert_close(flat(found.direction), expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
     assert list(found.direction) == names
+
+
+def test_images_that_batch_norm_ties_together_take_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: GaussNewtonOperator) -> None:
+        raise AssertionError("a backward pass of the whole batch for each image and class")
+
+    monkeypatch.setattr(GaussNewtonOperator, "factored", refuse)
+    model, data, names = convnet("gcp").train(), batch(6), CONVOLUTIONS[1:]
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):  # statistics of the batch, none kept: torch.func cannot update them
+            part.track_running_stats, part.running_mean, part.running_var = False, None, None
+    G, g = true_ggn(model, data, F.cross_entropy, names), flat(true_gradient(model, data, F.cross_entropy, names))
+    found = natural_gradient_direction(model, data, 0.05, params=names, tolerance=1e-10)
+    assert found.solution.converged
+    expected = torch.linalg.solve(G + found.damping * torch.eye(len(G), dtype=torch.float64), g)
+    torch.testing.assert_close(flat(found.direction), expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("limit", ["FACTOR_BYTES", "EXACT_ROWS"])

@@ -13,6 +13,17 @@ GROUP = "E: factorial training"
 FIRST, CONTRASTS = "kfac", ("gap", "covariance")
 """The optimiser whose interaction is predicted, and the poolings that GCP is compared with."""
 EXACT = "gauss_newton"
+WOULD, AGAINST = (
+    {
+        "gap": "as it would if GCP already preconditioned",
+        "covariance": "as it would if the root already preconditioned",
+    },
+    {
+        "gap": "against GCP as a preconditioner that makes it superfluous",
+        "covariance": "the root does not make it superfluous",
+    },
+)
+"""What an interaction below and above 0 says, of each pooling that GCP is compared with."""
 
 
 def name(optimiser: str) -> str:
@@ -104,13 +115,13 @@ def interactions(factorial: Factorial, optimiser: str, other: str) -> list[Claim
             "below",
             0.0,
             GROUP,
-            headline=other == "gap" and words in (common, final),
+            headline=words == common or (words == final and other == "gap"),
         )
         claims.append(
             said(
                 claim,
-                f"{words}, {own} helps GCP less than {head}, as it would if GCP already preconditioned",
-                f"{words}, {own} helps GCP more than {head}: against GCP as a preconditioner that makes it superfluous",
+                f"{words}, {own} helps GCP less than {head}, {WOULD[other]}",
+                f"{words}, {own} helps GCP more than {head}: {AGAINST[other]}",
                 f"{words}, whether {own} helps GCP less than {head} is open",
             )
         )

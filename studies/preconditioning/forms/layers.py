@@ -11,7 +11,7 @@ from secondorder.networks.split import first_convolution
 from secondorder.pooling import PoolingHead, pooling_head
 from studies.preconditioning.heads.features import in_double
 from studies.preconditioning.situation import Situation
-from studies.shared_backbone import MOST_IMAGES, evenly_spaced, with_head
+from studies.shared_backbone import MOST_IMAGES, SharedBackbone, evenly_spaced
 
 LAYERS = 3
 """Layers at most, evenly spaced from the stem to the last one."""
@@ -57,7 +57,7 @@ def _shortened(situation: Situation, last: Network, length: int) -> Network | No
     enough = situation.settings.reference_images
     if len(data.train.labels[evenly_spaced(len(data.train), enough)].unique()) < data.num_classes:
         enough = MOST_IMAGES  # of which the study has checked that they have all classes
-    return in_double(with_head(plain, "gcp", data, situation.settings.weight_decay, most_images=enough))
+    return in_double(SharedBackbone(plain, data, situation.settings.weight_decay, enough).with_head("gcp"))
 
 
 def last_convolution(network: Network) -> nn.Conv2d:

@@ -62,7 +62,6 @@ def _by_steps(ax: Axes, end: pd.DataFrame) -> None:
     logarithmic(ax, "y")
     ax.set(xlabel="Newton-Schulz steps", ylabel="condition number, median over images")
     ax.set_title("dotted: covariance without root; dashed: √2")
-    ax.legend(frameon=False, fontsize="small")
 
 
 def _over_training(ax: Axes, table: pd.DataFrame) -> None:
