@@ -134,7 +134,7 @@ PRESETS = {
             optimisers=("sgd", "kfac"), train_limit=192, epochs=1, trials=1, trial_epochs=1, seeds=2, timing_steps=4
         ),
     ),
-    "quick": Settings(),
+    "quick": Settings(factorial=FactorialSettings(train_limit=1024)),
     "cifar10": Settings(
         backbone="cifar_resnet8",
         dataset="cifar10",
