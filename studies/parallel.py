@@ -10,8 +10,11 @@ from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 Result = TypeVar("Result")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Variables that libraries read when they are loaded."""
 
 
 def side_by_side(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], processes: int) -> list[Result]:
@@ -54,6 +57,8 @@ def _begin(threads: int, end: Event) -> None:
     """Prepare a process of the pool; an interruption from the keyboard is for its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))  # for libraries that are not loaded yet
+    threadpool_limits(threads)  # of BLAS and OpenMP, of which SciPy and scikit-learn have copies of their own
     threading.Thread(target=_end_with_the_parent, args=(end,), daemon=True).start()
 
 

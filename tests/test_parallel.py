@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from studies.parallel import side_by_side, threads_each
 
 
 def product(a: int, b: int) -> tuple[int, int, int]:
     return a * b, os.getpid(), torch.get_num_threads()
+
+
+def most_threads(number: int) -> tuple[int, int]:
+    """Of any library that is loaded here, and how many there are."""
+    import sklearn.linear_model  # noqa: F401 - it comes with an OpenMP and a BLAS of its own, after the beginning
+
+    threads = [library["num_threads"] for library in threadpool_info()]
+    return max(threads), len(threads)
 
 
 def fails(a: int) -> int:
@@ -26,6 +35,13 @@ def test_results_come_in_order_from_other_processes_that_share_the_threads() -> 
     assert [value for value, _, _ in results] == [2, 12, 30]
     assert os.getpid() not in {process for _, process, _ in results}
     assert {threads for _, _, threads in results} == {threads_each(torch.get_num_threads(), 2)}
+
+
+def test_no_library_takes_more_threads() -> None:
+    each = threads_each(torch.get_num_threads(), 2)
+    for most, libraries in side_by_side(most_threads, [(0,), (1,)], processes=2):
+        assert libraries >= 3
+        assert most == each
 
 
 def test_one_process_is_this_one() -> None:

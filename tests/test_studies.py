@@ -36,6 +36,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("study", "flags", "tables"),
+    [
+        ("landscape", ["--seeds", "1", "--poolings", "gap", "gcp"], ["landscape"]),
+        (
+            "optimisers",
+            ["--seeds", "1", "--arms", "sgd", "kfac", "--dampings", "1", "--trials", "1", "--autoencoder.updates", "5"],
+            ["optimisers", "optimisers_trials", "optimisers_curves", "optimisers_sensitivity"],
+        ),
+    ],
+)
+def test_processes_side_by_side_find_what_one_finds(
+    study: str, flags: list[str], tables: list[str], tmp_path: Path
+) -> None:
+    found = {}
+    with undrawn_figures():
+        for processes in ("1", "2"):
+            out = tmp_path / processes
+            assert main([study, *SMOKE, *flags, "--processes", processes, "--out", str(out)]) == 0
+            found[processes] = [
+                pd.read_csv(out / f"{table}.csv").drop(columns="seconds", errors="ignore") for table in tables
+            ]
+    assert len(found["1"][0]) >= 2
+    for one, two in zip(found["1"], found["2"], strict=True):
+        pd.testing.assert_frame_equal(one, two)
+
+
 def test_all_studies_write_results_figures_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
     lanczos = ["--curvature.limits.dense", "0"]  # the Hessian by products; as a matrix it is in test_curvature_study

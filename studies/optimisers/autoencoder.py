@@ -19,7 +19,7 @@ from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
 from studies.optimisers.costs import Stepper, slowed
-from studies.optimisers.runs import Tuning, Work, chosen, in_words, trial_row
+from studies.optimisers.runs import Trainings, Tuning, Work, chosen, in_words, trial_row
 from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings, Tuned, rate, unit_points
 from studies.run_folders import kept
 
@@ -170,7 +170,7 @@ def settings_at(arm: str, u: tuple[float, float]) -> Tuning:
     return {one.name: one.at(x) for one, x in zip((ARMS[arm].first, ARMS[arm].second), u, strict=True)}
 
 
-def tune_and_fit(work: Work, images: Tensor, arm: str) -> tuple[pd.DataFrame, pd.DataFrame, Tuning]:
+def tune_and_fit(work: Work, images: Tensor, arm: str) -> Trainings:
     """All trials of an arm, the loss curves of all seeds with the tuned settings, and those settings."""
     settings = work.settings.autoencoder
     rows = []
@@ -191,7 +191,7 @@ def tune_and_fit(work: Work, images: Tensor, arm: str) -> tuple[pd.DataFrame, pd
         work.say(
             f"{PROBLEM}, {arm}, seed {seed}: training loss {points[-1]['loss']:.4g} after {points[-1]['step']} updates"
         )
-    return trials, pd.DataFrame(curves), tuned
+    return Trainings(tuned, {"trials": trials, "curves": pd.DataFrame(curves)})
 
 
 def _kept_fit(work: Work, images: Tensor, arm: str, tuning: Tuning, seed: int) -> dict[str, Any]:

@@ -41,6 +41,14 @@ class Work:
             print(f"optimisers: {words}", flush=True)
 
 
+@dataclass(frozen=True)
+class Trainings:
+    """What the trainings of an arm on a problem have given: the tuned settings, and a part of some tables."""
+
+    tuning: Tuning
+    tables: Mapping[str, pd.DataFrame]
+
+
 def training_run(
     common: Common, settings: Settings, arm: str, pooling: str, tuning: Tuning, seed: int, epochs: int
 ) -> Run:

@@ -11,7 +11,9 @@ Results: ``optimisers.csv`` (a row for each run and epoch), ``optimisers_curves.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +27,7 @@ from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
 from studies.optimisers import autoencoder as deep
 from studies.optimisers.costs import Stepper, measure
-from studies.optimisers.runs import Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
+from studies.optimisers.runs import Trainings, Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
 from studies.parallel import side_by_side, threads_each
 from studies.results import provenance, write_table
@@ -81,8 +83,7 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
     work = Work(common, settings, ready.data, folder)
     tables: Tables = {name: [] for name in ("trials", "epochs", "curves", "map", "costs", "parts")}
     with same_randomness():
-        tuned = _networks(work, tables)
-        deep_tuned = _autoencoder(work, ready.deep_images, tables)
+        tuned, deep_tuned = _train(work, ready.deep_images, tables)
         for pooling, some in tuned.items():
             work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
             _time(common, pooling, steppers(work, pooling, some), settings.timing_steps, tables)
@@ -91,33 +92,34 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
     _write(common, settings, ready, tables, time.perf_counter() - start, commits_below(folder))
 
 
-def _networks(work: Work, tables: Tables) -> dict[str, dict[str, Tuning]]:
-    """All trainings of the networks; the tuned settings of each pooling and arm."""
-    own, processes = _in_processes(work), work.settings.processes
+def _train(work: Work, images: Tensor, tables: Tables) -> tuple[dict[str, dict[str, Tuning]], dict[str, Tuning]]:
+    """All trainings; the tuned settings of each pooling and arm, and of each arm on the autoencoder."""
+    own, arms = _in_processes(work), _deep_arms(work.settings)
     cells = [(pooling, arm) for pooling in work.settings.poolings for arm in work.settings.arms]
-    found = side_by_side(tune, [(own, *cell) for cell in cells], processes)
-    tables["trials"] += [trials for _, trials in found]
+    todo: list[tuple[Any, ...]] = [(network_trainings, own, *cell) for cell in cells]
+    todo += [(deep.tune_and_fit, own, images, arm) for arm in arms]
+    found = side_by_side(_call, todo, work.settings.processes)
+    for some in found:
+        for name, table in some.tables.items():
+            tables[name].append(table)
     tuned: dict[str, dict[str, Tuning]] = {pooling: {} for pooling, _ in cells}
-    for (pooling, arm), (tuning, _) in zip(cells, found, strict=True):
-        tuned[pooling][arm] = tuning
-    seeds = range(work.common.seeds)
-    todo = [(own, pooling, arm, tuned[pooling][arm], seed) for seed in seeds for pooling, arm in cells]
-    for epochs, curves in side_by_side(evaluate, todo, processes):
-        tables["epochs"].append(epochs)
-        tables["curves"].append(curves)
-    mapped = [(own, pooling, MAPPED, some[MAPPED]) for pooling, some in tuned.items() if MAPPED in some]
-    tables["map"] += side_by_side(sensitivity, mapped, processes)
-    return tuned
+    for (pooling, arm), some in zip(cells, found, strict=False):
+        tuned[pooling][arm] = some.tuning
+    return tuned, {arm: some.tuning for arm, some in zip(arms, found[len(cells) :], strict=True)}
 
 
-def _autoencoder(work: Work, images: Tensor, tables: Tables) -> dict[str, Tuning]:
-    """All trainings of the autoencoder; the tuned settings of each arm."""
-    arms, own = _deep_arms(work.settings), _in_processes(work)
-    found = side_by_side(deep.tune_and_fit, [(own, images, arm) for arm in arms], work.settings.processes)
-    for trials, curves, _ in found:
-        tables["trials"].append(trials)
-        tables["curves"].append(curves)
-    return {arm: tuning for arm, (_, _, tuning) in zip(arms, found, strict=True)}
+def _call(function: Callable[..., Trainings], *arguments: Any) -> Trainings:
+    return function(*arguments)
+
+
+def network_trainings(work: Work, pooling: str, arm: str) -> Trainings:
+    """Tuning, the runs of all seeds and, of the arm that has one, the damping map."""
+    tuning, trials = tune(work, pooling, arm)
+    runs = [evaluate(work, pooling, arm, tuning, seed) for seed in range(work.common.seeds)]
+    tables = {"trials": trials, "epochs": pd.concat([e for e, _ in runs]), "curves": pd.concat([c for _, c in runs])}
+    if arm == MAPPED:
+        tables["map"] = sensitivity(work, pooling, arm, tuning)
+    return Trainings(tuning, tables)
 
 
 def _in_processes(work: Work) -> Work:

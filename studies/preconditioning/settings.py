@@ -22,7 +22,7 @@ class FactorialSettings(TunedTraining):
     """Passes over the training images in the runs that are compared."""
     trials: int = 3
     """Trials in the tuning of each cell."""
-    trial_epochs: int = 2
+    trial_epochs: int = 3
     """Passes over the training images in a trial."""
     seeds: int = 5
     """Seeds of each cell after tuning; at least 5 for an interval worth having."""
@@ -134,7 +134,7 @@ PRESETS = {
             optimisers=("sgd", "kfac"), train_limit=192, epochs=1, trials=1, trial_epochs=1, seeds=2, timing_steps=4
         ),
     ),
-    "quick": Settings(factorial=FactorialSettings(train_limit=1024)),
+    "quick": Settings(),
     "cifar10": Settings(
         backbone="cifar_resnet8",
         dataset="cifar10",
