@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from secondorder.errors import InputError
 from secondorder.training import NonFiniteLossError, distributed, is_main_process, on_main
@@ -24,7 +25,7 @@ def run(command: Command) -> None:
         for name, settings in command.studies.items():
             print("\n".join(f"{name}: {line}" for line in STUDIES[name].dry_run(common, settings)), flush=True)
         return
-    with distributed(common.device), ExitStack() as held:
+    with distributed(common.device), threadpool_limits(common.threads), ExitStack() as held:
         on_main(lambda: held.enter_context(own_folder(common.folder)))
         ready = {name: STUDIES[name].check(common, settings) for name, settings in command.studies.items()}
         for name, settings in command.studies.items():

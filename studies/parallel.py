@@ -6,11 +6,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
+
+from secondorder.training.processes import world_size
+from studies.settings import Common
 
 Result = TypeVar("Result")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -46,6 +50,15 @@ def one_after_another(
             pool.shutdown(wait=False, cancel_futures=True)
             end.set()
             raise
+
+
+def shared(common: Common, processes: int, tasks: int) -> tuple[Common, int]:
+    """The settings of each of several processes that share the threads, and how many there are: no more than tasks.
+
+    One when torchrun has started several for the same training.
+    """
+    processes = min(processes, tasks) if world_size() == 1 else 1
+    return replace(common, threads=threads_each(common.threads, processes)), processes
 
 
 def threads_each(threads: int, processes: int) -> int:

@@ -17,7 +17,6 @@ import torch
 
 from secondorder.atomic import write_atomically
 from secondorder.errors import InputError
-from studies.parallel import threads_each
 
 PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
 
@@ -32,12 +31,13 @@ class Provenance:
     data: dict[str, Any]
     device: str
     threads: int
-    """CPU threads of each process."""
+    """CPU threads of each process, shared by those that it starts itself."""
     seconds: float
     git_commit: str
     versions: dict[str, str]
     machine: str
     processes: int = 1
+    """Of one training, by torchrun."""
 
 
 def provenance(
@@ -55,19 +55,18 @@ def provenance(
     """
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     versions["torch"] = torch.__version__  # names the build too, e.g. +cu132
-    side_by_side = config.get("processes", 1)
     return Provenance(
         study=study,
         config=dict(config),
         seeds=seeds,
         data=dict(data),
         device=device_name(device),
-        threads=threads_each(torch.get_num_threads(), side_by_side),
+        threads=torch.get_num_threads(),
         seconds=round(seconds, 2),
         git_commit=" ".join(sorted({*commits} or {git_commit()})),
         versions=versions,
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        processes=side_by_side * int(os.environ.get("WORLD_SIZE", 1)),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
 
 

@@ -53,6 +53,7 @@ class SharedBackbone:
         self, model: nn.Module, data: ImageDataset, weight_decay: float, most_images: int = MOST_IMAGES
     ) -> None:
         assert isinstance(model, Network)
+        assert not model.training
         self.model = model
         self.data = data
         self.weight_decay = weight_decay
@@ -96,13 +97,14 @@ class SharedBackbone:
 def _fitted(features: Tensor, labels: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:
     """Weight `[K, D]` and bias `[K]` of the classifier; of two classes each gets half of scikit-learn's one row."""
     fit = LogisticRegression(C=1 / (len(features) * weight_decay), max_iter=STEPS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it advises on settings of scikit-learn
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
         fit.fit(features.double().cpu().numpy(), labels.numpy())
-    if fit.n_iter_.max() >= STEPS:
+    if any(issubclass(one.category, ConvergenceWarning) for one in caught):  # which advises on settings of scikit-learn
+        steps = int(fit.n_iter_.max())
         warnings.warn(
-            f"a classifier of a shared backbone has not converged in {STEPS} steps; raise weight_decay {weight_decay:g}",
-            stacklevel=2,
+            f"a classifier of a shared backbone has not converged in {steps} steps; raise weight_decay {weight_decay:g}",
+            stacklevel=3,
         )
     weight, bias = fit.coef_, fit.intercept_
     if len(weight) == 1:

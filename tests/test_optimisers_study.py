@@ -416,6 +416,7 @@ def test_the_report_says_what_limits_the_tuning(finished: Path) -> None:
         (["--poolings", "gpc"], "unknown pooling 'gpc'"),
         (["--schedule", "fast"], "unknown schedule 'fast'"),
         (["--trials", "0"], "--trials 0: at least 1"),
+        (["--processes", "0"], "--processes 0: at least 1"),
         (["--dampings", "0.1", "0"], "--dampings: every value must be above 0"),
         (["--autoencoder.activation", "relu"], "unknown activation 'relu'"),
         (["--autoencoder.image-size", "28"], "the images have only 8 pixels"),

@@ -3,13 +3,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from studies.parallel import side_by_side, threads_each
+from studies import parallel
+from studies.parallel import shared, side_by_side, threads_each
+from studies.settings import Common
 
 
 def product(a: int, b: int) -> tuple[int, int, int]:
@@ -38,10 +41,24 @@ def test_results_come_in_order_from_other_processes_that_share_the_threads() -> 
 
 
 def test_no_library_takes_more_threads() -> None:
-    each = threads_each(torch.get_num_threads(), 2)
-    for most, libraries in side_by_side(most_threads, [(0,), (1,)], processes=2):
-        assert libraries >= 3
-        assert most == each
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = side_by_side(most_threads, [(0,), (1,)], processes=2)
+    finally:
+        torch.set_num_threads(before)
+    for most, libraries in found:
+        assert libraries >= 2
+        assert most == 2
+
+
+def test_no_more_processes_than_tasks_and_one_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = Common(threads=6)
+    assert shared(common, 3, 10) == (replace(common, threads=2), 3)
+    assert shared(common, 3, 2) == (replace(common, threads=3), 2)
+    assert shared(common, 3, 1) == (common, 1)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    assert shared(common, 3, 10) == (common, 1)
 
 
 def test_one_process_is_this_one() -> None:

@@ -47,18 +47,6 @@ def test_table_and_provenance_come_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "landscape.json").read_text())["config"] == {"epochs": 3}
 
 
-def test_processes_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def origin(config: dict[str, int]) -> tuple[int, int]:
-        found = provenance("curvature", config, [0], {}, torch.device("cpu"), 1.0)
-        return found.processes, found.threads
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert origin({}) == (1, 6)
-    assert origin({"processes": 3}) == (3, 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert origin({}) == (2, 6)
-
-
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     write_file(tmp_path / "a.csv", "old")
     with tiny_disk(), pytest.raises(InputError, match=r"a\.csv: File too large; what was there before is kept"):

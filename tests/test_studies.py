@@ -133,6 +133,7 @@ def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
         (["--preset", "huge"], "unknown preset 'huge'; choose one of: smoke, quick, cifar10, paper"),
         (["landscape", "--poolings", "gap", "gpc"], "unknown pooling 'gpc'; choose one of: gap, covariance, gcp"),
         (["landscape", "--poolings", "gap", "gap"], "--poolings gap gap: name at least one, each once"),
+        (["landscape", "--processes", "0"], "--processes 0: at least 1"),
         (["landscape", "--backbone", "resnet19"], "unknown backbone 'resnet19'; choose one of: mobilenet_v2"),
         (["landscape", "--dataset", "mnist"], "unknown dataset 'mnist'; choose one of: digits"),
         (["landscape", "--schedule", "fast"], "unknown schedule 'fast'; choose one of:"),

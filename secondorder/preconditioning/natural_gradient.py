@@ -73,7 +73,7 @@ def natural_gradient_direction(
     if gradient is None:
         gradient = loss_gradient(network, batch, loss=loss, params=names)
     g = checked_gradient(gradient, {name: weights[name].detach() for name in names})
-    G = _held(whole)
+    G = _held(whole, iterations)
     lam = damping * weighted_eigenvalue(G) if relative else damping
     solution = conjugate_gradients(
         lambda v: G @ v.detach(),
@@ -104,13 +104,14 @@ def weighted_eigenvalue(G: SymmetricOperator) -> float:
     return squares / trace if squares > 0 and trace > 0 else 1.0
 
 
-def _held(G: GaussNewtonOperator) -> SymmetricOperator:
-    """G by its factor, where that is known and not too large.
+def _held(G: GaussNewtonOperator, products: int) -> SymmetricOperator:
+    """G by its factor, where that is known, not too large, and no more work than so many products.
 
-    Where images depend on each other, as by batch norm in training mode, each of its rows is a backward pass of the whole
-    batch: there are more of them than products in the conjugate gradients.
+    Where images depend on each other, as by batch norm in training mode, each row is a backward pass of the whole batch.
     """
-    if not G.matrix.factored or G.jacobian.coupled:
+    if not G.matrix.factored:
         return G
-    needed = len(G.jacobian.images) * G.columns * G.size * G.dtype.itemsize
-    return G.factored() if needed <= FACTOR_BYTES else G
+    rows = len(G.jacobian.images) * G.columns
+    if G.jacobian.coupled and rows > products:
+        return G
+    return G.factored() if rows * G.size * G.dtype.itemsize <= FACTOR_BYTES else G

@@ -11,7 +11,8 @@ and ``curvature_training.csv`` (one row for each epoch).
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -21,13 +22,12 @@ from torch import Tensor, nn
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
-from secondorder.training.processes import world_size
 from studies.curvature.measures import Row, measure
 from studies.curvature.settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
 from studies.moments import steps_between
-from studies.parallel import one_after_another, threads_each
+from studies.parallel import one_after_another, shared
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
@@ -147,8 +147,7 @@ def run(common: Common, settings: Settings, data: dict[str, ImageDataset]) -> No
     """Train and measure every run; ``<name>.partial.csv`` grows with every finished one and becomes the tables at the end."""
     folder, start = common.folder / "runs" / NAME, time.perf_counter()
     on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "backbones", "processes")))
-    processes = settings.processes if world_size() == 1 else 1
-    each = replace(common, threads=threads_each(common.threads, processes))
+    each, processes = shared(common, settings.processes, len(runs(common, settings)))
     todo = [(one, each, settings, data[one.backbone], folder) for one in runs(each, settings)]
     done: list[Measured] = []
     for measured in one_after_another(trained_and_measured, todo, processes):
@@ -187,13 +186,15 @@ def _after_training(
     yield from kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
     if one.pooling not in settings.scale(one.backbone).share:
         return
-    backbone = SharedBackbone(frozen_at(trained.model, own.images, torch.float32), data, one.weight_decay)
+    backbone = cache(
+        lambda: SharedBackbone(frozen_at(trained.model, own.images, torch.float32), data, one.weight_decay)
+    )
     for pooling in settings.poolings:
 
-        def shared(pooling: str = pooling) -> list[Row]:
-            return labelled(f"shared: {one.pooling}", pooling, backbone.with_head(pooling))
+        def under_head(pooling: str = pooling) -> list[Row]:
+            return labelled(f"shared: {one.pooling}", pooling, backbone().with_head(pooling))
 
-        yield from kept(folder / f"shared-{pooling}.json", shared)
+        yield from kept(folder / f"shared-{pooling}.json", under_head)
 
 
 def _labelled(one: Run, rows: list[Row]) -> pd.DataFrame:

@@ -7,8 +7,9 @@ published, Wang et al. 2020) and along -g (where training goes), and in weight s
 Results: ``landscape.csv`` (one row for each run, step, line and eta) and ``landscape_training.csv`` (one for each epoch).
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,9 @@ from secondorder.landscape import (
     weight_landscape,
 )
 from secondorder.training import Moment, Run, check_run, is_main_process, on_main, train
-from secondorder.training.processes import world_size
 from studies.checks import check_count, check_names
 from studies.dry_run import cost_of
-from studies.parallel import one_after_another, threads_each
+from studies.parallel import one_after_another, shared
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
@@ -227,10 +227,9 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     A fresh start forgets the runs of the folder, so that nothing old can be taken for new; resuming takes those that are
     there, and refuses when they are of other settings.
     """
-    folder = common.folder / "runs" / NAME
+    folder, start = common.folder / "runs" / NAME, time.perf_counter()
     on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "processes")))
-    processes = settings.processes if world_size() == 1 else 1
-    each = replace(common, threads=threads_each(common.threads, processes))
+    each, processes = shared(common, settings.processes, len(runs(common, settings)))
     todo = [(one, each, settings, data, folder) for one in runs(each, settings)]
     done: list[Measured] = []
     for measured in one_after_another(trained_and_measured, todo, processes):
@@ -242,7 +241,7 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
                     f"{NAME}: run {len(done)} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}",
                     flush=True,
                 )
-            _write(common, settings, data, done, folder, partial=len(done) < len(todo))
+            _write(common, settings, data, done, folder, start, partial=len(done) < len(todo))
 
 
 def trained_and_measured(one: Run, common: Common, settings: Settings, data: ImageDataset, folder: Path) -> Measured:
@@ -268,6 +267,7 @@ def _write(
     data: ImageDataset,
     done: list[Measured],
     folder: Path,
+    start: float,
     partial: bool,
 ) -> None:
     lines = pd.concat([_labelled(measured.run, measured.lines) for measured in done])
@@ -280,7 +280,7 @@ def _write(
         sorted({measured.run.seed for measured in done}),
         {"label": data.label, **data.provenance},
         common.torch_device,
-        sum(measured.seconds for measured in done),
+        sum(measured.seconds for measured in done) if common.resume else time.perf_counter() - start,
         [commit_of(folder / measured.run.name) for measured in done],
     )
     write_table(common.folder, TRAINING, pd.concat([_labelled(measured.run, measured.history) for measured in done]))

@@ -172,7 +172,7 @@ def settings_at(arm: str, u: tuple[float, float]) -> Tuning:
 
 def tune_and_fit(work: Work, images: Tensor, arm: str) -> Trainings:
     """All trials of an arm, the loss curves of all seeds with the tuned settings, and those settings."""
-    settings = work.settings.autoencoder
+    settings, images = work.settings.autoencoder, images.to(work.common.torch_device)
     rows = []
     for number, u in enumerate(unit_points(settings.trials), start=1):
         tuning = settings_at(arm, u)

@@ -29,7 +29,7 @@ from studies.optimisers import autoencoder as deep
 from studies.optimisers.costs import Stepper, measure
 from studies.optimisers.runs import Trainings, Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
-from studies.parallel import side_by_side, threads_each
+from studies.parallel import shared, side_by_side
 from studies.results import provenance, write_table
 from studies.run_folders import commits_below, open_runs
 from studies.settings import Common
@@ -65,7 +65,7 @@ def check(common: Common, settings: Settings) -> Ready:
     images = deep.pixels(deep_data, own)
     for arm in _deep_arms(settings):
         deep.build(images, own, arm, deep.settings_at(arm, (0.5, 0.5)), 0)
-    return Ready(data, deep_data, images.to(common.torch_device))
+    return Ready(data, deep_data, images)
 
 
 def _first_run(common: Common, settings: Settings, arm: str, pooling: str) -> Run:
@@ -87,18 +87,21 @@ def run(common: Common, settings: Settings, ready: Ready) -> None:
         for pooling, some in tuned.items():
             work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
             _time(common, pooling, steppers(work, pooling, some), settings.timing_steps, tables)
-        deep_steppers = deep.steppers(ready.deep_images, settings.autoencoder, deep_tuned)
+        images = ready.deep_images.to(common.torch_device)
+        deep_steppers = deep.steppers(images, settings.autoencoder, deep_tuned)
         _time(common, deep.PROBLEM, deep_steppers, settings.autoencoder.timing_steps, tables)
     _write(common, settings, ready, tables, time.perf_counter() - start, commits_below(folder))
 
 
 def _train(work: Work, images: Tensor, tables: Tables) -> tuple[dict[str, dict[str, Tuning]], dict[str, Tuning]]:
     """All trainings; the tuned settings of each pooling and arm, and of each arm on the autoencoder."""
-    own, arms = _in_processes(work), _deep_arms(work.settings)
+    arms = _deep_arms(work.settings)
     cells = [(pooling, arm) for pooling in work.settings.poolings for arm in work.settings.arms]
+    each, processes = shared(work.common, work.settings.processes, len(cells) + len(arms))
+    own = replace(work, common=each)
     todo: list[tuple[Any, ...]] = [(network_trainings, own, *cell) for cell in cells]
     todo += [(deep.tune_and_fit, own, images, arm) for arm in arms]
-    found = side_by_side(_call, todo, work.settings.processes)
+    found = side_by_side(_call, todo, processes)
     for some in found:
         for name, table in some.tables.items():
             tables[name].append(table)
@@ -120,13 +123,6 @@ def network_trainings(work: Work, pooling: str, arm: str) -> Trainings:
     if arm == MAPPED:
         tables["map"] = sensitivity(work, pooling, arm, tuning)
     return Trainings(tuning, tables)
-
-
-def _in_processes(work: Work) -> Work:
-    """The same work for one of several processes that share the threads."""
-    return replace(
-        work, common=replace(work.common, threads=threads_each(work.common.threads, work.settings.processes))
-    )
 
 
 def _time(common: Common, problem: str, some: dict[str, Stepper], steps: int, tables: Tables) -> None:

@@ -179,7 +179,7 @@ PRESETS = {
             epochs=50,
             trials=16,
             trial_epochs=10,
-            timing_steps=100,
+            timing_steps=40,
         ),
     ),
 }

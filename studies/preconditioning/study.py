@@ -15,7 +15,7 @@ Results: ``preconditioning.csv`` (one row for each number of A, B and D), ``prec
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from secondorder.training.checkpoint import CHECKPOINT
 from secondorder.training.processes import world_size
 from studies.dry_run import cost_of
 from studies.moments import steps_between
-from studies.parallel import side_by_side, threads_each
+from studies.parallel import shared, side_by_side
 from studies.preconditioning.blocks.measure import measure as blocks
 from studies.preconditioning.directions.measure import measure as directions
 from studies.preconditioning.factorial import training as factorial
@@ -118,12 +118,12 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     """Train and measure the backbones, then the factorial; each finished training is kept, tables are written at the end."""
     start, folder = time.perf_counter(), common.folder / "runs" / NAME
     open_runs(folder, settings, common.resume, may_grow=("processes",))
-    each = replace(common, threads=threads_each(common.threads, settings.processes))
+    each, processes = shared(common, settings.processes, common.seeds * len(settings.trained))
     todo = [
         (each, settings, data, folder, pooling, seed) for seed in range(common.seeds) for pooling in settings.trained
     ]
-    done = side_by_side(backbone_rows, todo, settings.processes)
-    tables = factorial.run(each, settings, data, folder)
+    done = side_by_side(backbone_rows, todo, processes)
+    tables = factorial.run(common, settings, data, folder)
     rows = pd.concat([pd.DataFrame(one["rows"]) for one in done])
     others = [name for name in rows.columns if name not in KEYS]
     epochs = pd.concat([pd.DataFrame(one["epochs"]) for one in done])

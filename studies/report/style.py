@@ -80,8 +80,15 @@ def logarithmic(axes: Axes, which: str) -> None:
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("svg", "png")) -> None:
     """Write ``<name>.svg`` and ``<name>.png``; the same figure gives the same bytes. The layout is computed once, and stays."""
     figure.draw_without_rendering()
-    figure.set_layout_engine(None)
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+    with mpl.rc_context(
+        {
+            "svg.hashsalt": name,
+            "svg.fonttype": "path",
+            "figure.constrained_layout.use": False,
+            "figure.autolayout": False,
+        }
+    ):
+        figure.set_layout_engine(None)
         for suffix in formats:
             buffer = io.BytesIO()
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}

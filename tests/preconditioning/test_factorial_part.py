@@ -184,7 +184,16 @@ def test_every_claim_has_a_meaning_that_its_verdict_chooses() -> None:
     means = {c.statement: c.meaning for c in claims}
     less = next(m for s, m in means.items() if s.startswith("K-FAC helps GCP less than GAP in steps to the common"))
     assert "helps GCP less than GAP, as it would if GCP already preconditioned" in less
+    root = next(
+        m for s, m in means.items() if s.startswith("K-FAC helps GCP less than covariance (no root) in steps to t")
+    )
+    assert root.endswith("helps GCP less than covariance (no root), as it would if the root already preconditioned.")
     assert all(m.endswith(".") and m[0].isupper() for m in means.values())
+    shown = [claim.statement for claim in claims if claim.headline and "interaction" in claim.statement]
+    assert (
+        sum("in steps to the common target" in s for s in shown) == 4
+    )  # against GAP and covariance, of both optimisers
+    assert sum("in the final training loss" in s for s in shown) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from studies.preconditioning import study
 from studies.preconditioning.section import section
 from studies.preconditioning.study import ENDS, OFTEN
 from studies.report import write_report
-from studies.settings import Common
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from studies.study import STUDIES
 
@@ -89,12 +88,12 @@ def test_processes_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyP
         threads.append(todo[0][0].threads)
         return []
 
-    def stopped(common: Common, *_: object) -> None:
-        threads.append(common.threads)
+    def stopped(function: object, todo: list, processes: int) -> None:
+        threads.append(todo[0][0].common.threads)
         raise StoppedError
 
     monkeypatch.setattr(study, "side_by_side", recorded)
-    monkeypatch.setattr(study.factorial, "run", stopped)
+    monkeypatch.setattr(study.factorial, "side_by_side", stopped)
     with pytest.raises(StoppedError):
         main([*SMOKE[:-1], "2", "--processes", "2", "--out", str(tmp_path)])
     assert threads == [1, 1]

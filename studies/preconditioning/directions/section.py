@@ -106,11 +106,20 @@ def _claim(
         claimed="above",
         reference=0.0,
         group=GROUP,
-        headline=backbone != "untrained" and setting == found.default and not batches,
+        headline=backbone != "untrained" and setting in (found.default, NATURAL) and not batches,
     )
     meanings: Mapping[str, str] = CONTROL_MEANINGS[control] if control else MEANINGS[measure]
     nothing = control and found.interval(backbone, measure, setting).low <= 0
-    return replace(claim, meaning=NO_LIKENESS if nothing and claim.verdict == SUPPORTED else meanings[claim.verdict])
+    meaning = NO_LIKENESS if nothing and claim.verdict == SUPPORTED else meanings[claim.verdict]
+    return replace(claim, statement=_named(claim.statement, setting), meaning=_named(meaning, setting))
+
+
+def _named(sentence: str, setting: Setting) -> str:
+    """A sentence about K-FAC, about the natural gradient where that is the preconditioner."""
+    if setting != NATURAL:
+        return sentence
+    sentence = sentence.replace("K-FAC", "the natural gradient")
+    return sentence[0].upper() + sentence[1:]
 
 
 def _setting_words(found: Readings, backbone: str, measure: str, setting: Setting, control: str) -> str:

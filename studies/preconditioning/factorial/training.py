@@ -21,7 +21,7 @@ from studies.dry_run import cost_of
 from studies.optimisers import settings as optimisers
 from studies.optimisers.runs import Tuning, Work, evaluate, steppers, trained, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, unit_points
-from studies.parallel import side_by_side
+from studies.parallel import shared, side_by_side
 from studies.preconditioning.settings import Settings
 from studies.settings import Common
 from studies.timing import interleaved
@@ -83,16 +83,16 @@ def first_run(common: Common, settings: Settings, pooling: str, arm: str) -> Run
 
 def run(common: Common, settings: Settings, data: ImageDataset, folder: Path) -> dict[str, pd.DataFrame]:
     """Tune, train and time all cells: the tables by name. Each finished training is kept in `folder`."""
-    own = optimiser_settings(settings)
-    work = FactorialWork(common, own, own_data(common, settings, data), folder / FOLDER)
-    todo, seeds = cells(settings), range(settings.factorial.seeds)
+    own, todo, seeds = optimiser_settings(settings), cells(settings), range(settings.factorial.seeds)
+    each, processes = shared(common, settings.processes, len(todo) * len(seeds))
+    work = FactorialWork(each, own, own_data(common, settings, data), folder / FOLDER)
     with same_randomness():
         points = unit_points(own.trials)
         trials = [(work, pooling, arm, ARMS[arm].settings(u), TUNING_SEED) for pooling, arm in todo for u in points]
-        side_by_side(one_run, [(*trial, own.trial_epochs) for trial in trials], settings.processes)
+        side_by_side(one_run, [(*trial, own.trial_epochs) for trial in trials], processes)
         tuned = {cell: tune(work, *cell) for cell in todo}  # reads what the trials have left
         runs = [(work, *cell, tuned[cell][0], seed) for cell in todo for seed in seeds]
-        side_by_side(one_run, [(*one, own.epochs) for one in runs], settings.processes)
+        side_by_side(one_run, [(*one, own.epochs) for one in runs], processes)
         done = [evaluate(*one) for one in runs]
         costs = [timed(work, pooling, {arm: tuned[pooling, arm][0] for arm in own.arms}) for pooling in own.poolings]
     tables = {
