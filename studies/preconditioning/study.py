@@ -109,6 +109,11 @@ def check(common: Common, settings: Settings) -> ImageDataset:
     data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.train_limit)
     for run in runs:
         check_run(run, data)
+    if settings.gradient_batch_size >= len(data.train):
+        raise InputError(
+            f"--gradient-batch-size {settings.gradient_batch_size}: there are only {len(data.train)} training images, so that "
+            "all mini-batches would be the same"
+        )
     check_sharing(data, settings.weight_decay)
     factorial.check(common, settings, data)
     return data

@@ -119,6 +119,10 @@ def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) ->
         (["--dampings", "0"], "--dampings 0: every value must be above 0"),
         (["--measurements", "1"], "--measurements 1: at least 2"),
         (["--gradient-batches", "1"], "--gradient-batches 1: at least 2"),
+        (
+            ["--gradient-batch-size", "256"],
+            "there are only 256 training images, so that all mini-batches would be the same",
+        ),
         (["--weight-decay", "0"], "weight_decay 0.0: a shared backbone needs a positive one"),
         (["--factorial.optimisers", "adamw"], "the factorial needs 'sgd' among adamw"),
         (["--factorial.poolings", "gap"], "the factorial needs 'gcp' among gap"),
