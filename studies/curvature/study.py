@@ -26,8 +26,9 @@ from studies.curvature.measures import Row, measure
 from studies.curvature.settings import Scale, Settings
 from studies.dry_run import cost_of, fake_data
 from studies.frozen_statistics import frozen_at
+from studies.measured_runs import so_far
 from studies.moments import steps_between
-from studies.parallel import one_after_another, shared
+from studies.parallel import shared
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, kept, open_runs, sign
 from studies.settings import Common
@@ -149,16 +150,8 @@ def run(common: Common, settings: Settings, data: dict[str, ImageDataset]) -> No
     on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "backbones", "processes")))
     each, processes = shared(common, settings.processes, len(runs(common, settings)))
     todo = [(one, each, settings, data[one.backbone], folder) for one in runs(each, settings)]
-    done: list[Measured] = []
-    for measured in one_after_another(trained_and_measured, todo, processes):
-        done.append(measured)
+    for done in so_far(NAME, trained_and_measured, todo, processes, common.progress):
         if is_main_process():
-            if common.progress:
-                one = measured.run
-                print(
-                    f"{NAME}: run {len(done)} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}",
-                    flush=True,
-                )
             _write(common, settings, data, done, folder, start, partial=len(done) < len(todo))
 
 

@@ -27,7 +27,8 @@ from secondorder.landscape import (
 from secondorder.training import Moment, Run, check_run, is_main_process, on_main, train
 from studies.checks import check_count, check_names
 from studies.dry_run import cost_of
-from studies.parallel import one_after_another, shared
+from studies.measured_runs import so_far
+from studies.parallel import shared
 from studies.results import provenance, write_table
 from studies.run_folders import commit_of, open_runs, sign
 from studies.settings import Common
@@ -231,16 +232,8 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     on_main(lambda: open_runs(folder, settings, common.resume, may_grow=("poolings", "processes")))
     each, processes = shared(common, settings.processes, len(runs(common, settings)))
     todo = [(one, each, settings, data, folder) for one in runs(each, settings)]
-    done: list[Measured] = []
-    for measured in one_after_another(trained_and_measured, todo, processes):
-        done.append(measured)
+    for done in so_far(NAME, trained_and_measured, todo, processes, common.progress):
         if is_main_process():
-            if common.progress:
-                one = measured.run
-                print(
-                    f"{NAME}: run {len(done)} of {len(todo)}: {one.backbone} + {one.pooling}, seed {one.seed}",
-                    flush=True,
-                )
             _write(common, settings, data, done, folder, start, partial=len(done) < len(todo))
 
 

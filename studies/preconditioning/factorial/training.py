@@ -47,8 +47,8 @@ class FactorialWork(Work):
 def optimiser_settings(settings: Settings) -> optimisers.Settings:
     """The factorial as the optimiser study's settings: poolings are its problems, optimisers its arms."""
     own = settings.factorial
-    shared = {field.name: getattr(own, field.name) for field in fields(optimisers.TunedTraining)}
-    return optimisers.Settings(arms=own.optimisers, poolings=own.poolings, dataset=settings.dataset, **shared)
+    common = {field.name: getattr(own, field.name) for field in fields(optimisers.TunedTraining)}
+    return optimisers.Settings(arms=own.optimisers, poolings=own.poolings, dataset=settings.dataset, **common)
 
 
 def check(common: Common, settings: Settings, data: ImageDataset) -> None:
