@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from secondorder.training import is_main_process
-from studies.parallel import one_after_another
+from studies.jobs import map_jobs
 
 Measured = TypeVar("Measured")
 
@@ -17,7 +17,7 @@ def so_far(
     With `progress` the main process says which run it is, with the name of the study.
     """
     done: list[Measured] = []
-    for measured in one_after_another(measure, todo, processes):
+    for measured in map_jobs(measure, todo, processes):
         one = todo[len(done)][0]
         done.append(measured)
         if progress and is_main_process():

@@ -25,11 +25,12 @@ from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
 from secondorder.training.processes import world_size
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
+from studies.jobs import map_jobs
 from studies.optimisers import autoencoder as deep
 from studies.optimisers.costs import Stepper, measure
 from studies.optimisers.runs import Trainings, Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
-from studies.parallel import shared, side_by_side
+from studies.parallel import shared
 from studies.results import provenance, write_table
 from studies.run_folders import commits_below, open_runs
 from studies.settings import Common
@@ -101,7 +102,7 @@ def _train(work: Work, images: Tensor, tables: Tables) -> tuple[dict[str, dict[s
     own = replace(work, common=each)
     todo: list[tuple[Any, ...]] = [(network_trainings, own, *cell) for cell in cells]
     todo += [(deep.tune_and_fit, own, images, arm) for arm in arms]
-    found = side_by_side(_call, todo, processes)
+    found = list(map_jobs(_call, todo, processes))
     for some in found:
         for name, table in some.tables.items():
             tables[name].append(table)

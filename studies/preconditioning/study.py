@@ -28,8 +28,9 @@ from secondorder.training import Moment, Run, check_run, train
 from secondorder.training.checkpoint import CHECKPOINT
 from secondorder.training.processes import world_size
 from studies.dry_run import cost_of
+from studies.jobs import map_jobs
 from studies.moments import steps_between
-from studies.parallel import shared, side_by_side
+from studies.parallel import shared
 from studies.preconditioning.blocks.measure import measure as blocks
 from studies.preconditioning.directions.measure import measure as directions
 from studies.preconditioning.factorial import training as factorial
@@ -127,7 +128,7 @@ def run(common: Common, settings: Settings, data: ImageDataset) -> None:
     todo = [
         (each, settings, data, folder, pooling, seed) for seed in range(common.seeds) for pooling in settings.trained
     ]
-    done = side_by_side(backbone_rows, todo, processes)
+    done = list(map_jobs(backbone_rows, todo, processes))
     tables = factorial.run(common, settings, data, folder)
     rows = pd.concat([pd.DataFrame(one["rows"]) for one in done])
     others = [name for name in rows.columns if name not in KEYS]

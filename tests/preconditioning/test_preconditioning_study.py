@@ -92,8 +92,8 @@ def test_processes_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyP
         threads.append(todo[0][0].common.threads)
         raise StoppedError
 
-    monkeypatch.setattr(study, "side_by_side", recorded)
-    monkeypatch.setattr(study.factorial, "side_by_side", stopped)
+    monkeypatch.setattr(study, "map_jobs", recorded)
+    monkeypatch.setattr(study.factorial, "map_jobs", stopped)
     with pytest.raises(StoppedError):
         main([*SMOKE[:-1], "2", "--processes", "2", "--out", str(tmp_path)])
     assert threads == [1, 1]

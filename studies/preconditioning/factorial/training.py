@@ -18,10 +18,11 @@ from secondorder.data import ImageDataset, load_dataset
 from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
 from secondorder.untouched import same_randomness
 from studies.dry_run import cost_of
+from studies.jobs import map_jobs
 from studies.optimisers import settings as optimisers
 from studies.optimisers.runs import Tuning, Work, evaluate, steppers, trained, training_run, tune
 from studies.optimisers.settings import ARMS, TUNING_SEED, unit_points
-from studies.parallel import shared, side_by_side
+from studies.parallel import shared
 from studies.preconditioning.settings import Settings
 from studies.settings import Common
 from studies.timing import interleaved
@@ -89,10 +90,10 @@ def run(common: Common, settings: Settings, data: ImageDataset, folder: Path) ->
     with same_randomness():
         points = unit_points(own.trials)
         trials = [(work, pooling, arm, ARMS[arm].settings(u), TUNING_SEED) for pooling, arm in todo for u in points]
-        side_by_side(one_run, [(*trial, own.trial_epochs) for trial in trials], processes)
+        list(map_jobs(one_run, [(*trial, own.trial_epochs) for trial in trials], processes))
         tuned = {cell: tune(work, *cell) for cell in todo}  # reads what the trials have left
         runs = [(work, *cell, tuned[cell][0], seed) for cell in todo for seed in seeds]
-        side_by_side(one_run, [(*one, own.epochs) for one in runs], processes)
+        list(map_jobs(one_run, [(*one, own.epochs) for one in runs], processes))
         done = [evaluate(*one) for one in runs]
         costs = [timed(work, pooling, {arm: tuned[pooling, arm][0] for arm in own.arms}) for pooling in own.poolings]
     tables = {

@@ -1,0 +1,261 @@
+"""Jobs in processes side by side: one that dies is replaced, none outlives this process, and no wait is without an end.
+
+The processes are those of loky, which replaces a pool that has lost one of them, whatever it held when it died. What this file
+adds is who does what after such a loss, and that nothing but job numbers goes through the pool's pipes: functions, arguments and
+outcomes are files of a temporary folder, so that a process that dies while it writes leaves half a file and never half a message.
+
+It imports nothing that takes long, because every process of a pool imports it before it can be told anything.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import cloudpickle
+from loky import ProcessPoolExecutor
+from threadpoolctl import threadpool_limits
+
+from secondorder.atomic import write_atomically
+from secondorder.errors import InputError
+
+Result = TypeVar("Result")
+ATTEMPTS = 3
+"""How often a job is begun whose process dies."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""Variables that libraries read when they are loaded."""
+warnings.filterwarnings(
+    "ignore", "A worker was restarted", UserWarning
+)  # loky's, one that has grown; its jobs are done
+INTERRUPTIONS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+class LostJobError(InputError):
+    """A job whose process died every time."""
+
+
+def map_jobs(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], processes: int, attempts: int = ATTEMPTS
+) -> Iterator[Result]:
+    """function(*a) for each a, in order, each as soon as it and those before it are there.
+
+    Args:
+        function: what a job computes; with more than one process it and all values are pickled (by cloudpickle).
+        arguments: one tuple for each job; what several of them share is written once, and read once by each process.
+        processes: how many jobs run at a time, with one in this process. The threads of this process are divided among them.
+        attempts: how often a job is begun whose process dies (for lack of memory, say). The jobs that were under way when one
+            died are begun again one at a time, so that the next to die is known, and has the memory to itself.
+
+    Raises:
+        LostJobError: naming the job whose process died at each attempt.
+        Exception: the error of a job, when its turn comes. No job is begun after an error, and what is under way then is ended,
+            as it is when this process is interrupted or killed.
+    """
+    if processes == 1 or len(arguments) < 2:
+        yield from (function(*a) for a in arguments)
+        return
+    names = [_name(function, a) for a in arguments]
+    with tempfile.TemporaryDirectory(prefix="secondorder-jobs-", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "jobs").write_bytes(cloudpickle.dumps((function, list(arguments))))
+        with _Pool(Path(folder), names, min(processes, len(names)), attempts) as pool:
+            yield from pool.results()
+
+
+def threads_each(threads: int, processes: int) -> int:
+    """Threads of one of several processes that share `threads`."""
+    return max(1, threads // processes)
+
+
+class _Pool:
+    """The jobs of a folder and the processes that do them; a context whose end is the end of the processes."""
+
+    def __init__(self, folder: Path, names: Sequence[str], processes: int, attempts: int) -> None:
+        import torch  # the processes import this file, too, before they need it
+
+        self.folder = folder
+        self.names = names
+        self.processes = processes
+        self.attempts = attempts
+        self.threads = threads_each(torch.get_num_threads(), processes)
+        self.waiting = deque(range(len(names)))
+        self.suspects: deque[int] = deque()
+        """Jobs that were under way when a process died; while there are any, one job runs at a time."""
+        self.running: dict[Future[int], int] = {}
+        self.losses: Counter[int] = Counter()
+        self.executor: ProcessPoolExecutor | None = None
+        self.size = 0
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def results(self) -> Iterator[Any]:
+        """The results in order; raises the first error in that order among the jobs that were begun."""
+        outcomes: dict[int, tuple[bool, Any]] = {}
+        for turn in range(len(self.names)):
+            while turn not in outcomes and (self.waiting or self.suspects or self.running):
+                for number in self._finished():
+                    outcomes[number] = pickle.loads((self.folder / str(number)).read_bytes())
+                    (self.folder / str(number)).unlink()
+                    if not outcomes[number][0]:
+                        self.waiting.clear()
+                        self.suspects.clear()
+            number = turn if turn in outcomes else min(outcomes)  # a suspect that was not begun again after an error
+            good, value = outcomes.pop(number)
+            if not good:
+                raise value
+            yield value
+
+    def _finished(self) -> list[int]:
+        """Begin as many jobs as there is room for, and wait until one has ended: those that have an outcome."""
+        queue, room = (self.suspects, 1) if self.suspects or self._alone() else (self.waiting, self.processes)
+        while queue and len(self.running) < room:
+            number = queue.popleft()
+            self.running[self._begin(number, room)] = number
+        ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        numbers = {self.running.pop(future): future.exception() for future in ended}
+        if lost := {number: error for number, error in numbers.items() if error is not None}:
+            # the pool is broken: the others under way die with it
+            lost |= {number: next(iter(lost.values())) for number in self.running.values()}
+            self.running.clear()
+            self._lose(lost)
+        return [number for number, error in numbers.items() if error is None]
+
+    def _alone(self) -> bool:
+        """Whether a suspect is under way."""
+        return any(self.losses[number] for number in self.running.values())
+
+    def _lose(self, lost: dict[int, BaseException]) -> None:
+        """Note jobs whose process died; raises LostJobError for one that has had all its attempts."""
+        self._close()
+        for number, error in sorted(lost.items()):
+            if not isinstance(error, BrokenExecutor):
+                raise error
+            self.losses[number] += 1
+            if self.losses[number] >= self.attempts:
+                codes = re.search(r"\{(.*)\}", str(error))
+                raise LostJobError(
+                    f"{self.names[number]}: its process died {self.losses[number]} times ({codes[1] if codes else 'killed'}), "
+                    "for lack of memory perhaps; use fewer --processes, --resume continues"
+                ) from None
+        self.suspects.extend(sorted(lost))
+
+    def _begin(self, number: int, size: int) -> "Future[int]":
+        """Hand a job to a pool of so many processes."""
+        if self.executor is not None and self.size != size:
+            self._close()
+        try:
+            return self._submit(number, size)
+        except BrokenExecutor:  # a process died that had nothing to do
+            self._close()
+            return self._submit(number, size)
+
+    def _submit(self, number: int, size: int) -> "Future[int]":
+        with _signals_held_back():  # which the processes inherit: Ctrl-C is for this one, also while they still import
+            if self.executor is None:
+                self.size = size
+                self.executor = ProcessPoolExecutor(
+                    size,
+                    initializer=_prepare,
+                    initargs=(str(self.folder), self.threads, os.getpid()),
+                    env=dict.fromkeys(THREADS, str(self.threads)),
+                )
+            return self.executor.submit(_do, number)
+
+    def _close(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(kill_workers=True)
+            self.executor = None
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Interruptions wait, here and for ever in processes begun meanwhile, unless those let them through."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTIONS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+    """A job in words: its function with those arguments that are short to say, and the names of those that have one."""
+    words = [str(getattr(a, "name", a)) for a in arguments if isinstance(a, str | int) or hasattr(a, "backbone")]
+    return f"{getattr(function, '__name__', 'job')}({', '.join(words)})"
+
+
+# What follows runs in the processes of a pool.
+
+_jobs: dict[str, Any] = {}
+"""Folder, number of threads, and once they are needed the function and the arguments of all jobs."""
+
+
+def _prepare(folder: str, threads: int, parent: int) -> None:
+    """Make a process ready: Ctrl-C is for its parent, with whom it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTIONS)
+    _jobs.update(folder=Path(folder), threads=threads)
+    threading.Thread(target=_end_with_the_parent, args=(parent, folder), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int, folder: str) -> None:
+    """Leave at once when the parent is gone: a pool alone would wait for the jobs under way. Nobody else clears the folder."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _do(number: int) -> int:
+    """Compute a job and write its outcome, (True, result) or (False, error), as a file: so that nothing large is sent."""
+    folder: Path = _jobs["folder"]
+    try:
+        if "function" not in _jobs:
+            _jobs["function"], _jobs["arguments"] = pickle.loads((folder / "jobs").read_bytes())
+            _share_threads(_jobs["threads"])
+        content = cloudpickle.dumps((True, _jobs["function"](*_jobs["arguments"][number])))
+    except BaseException as error:
+        content = _pickled_error(error)
+    write_atomically(folder / str(number), content)
+    return number
+
+
+def _share_threads(threads: int) -> None:
+    """Keep every library to its share; those that are not loaded yet read it from the environment."""
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
+    threadpool_limits(threads)  # of BLAS and OpenMP, of which SciPy and scikit-learn have copies of their own
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    """(False, error) with its traceback as a note; in words where the error itself cannot be pickled and read again."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(text)
+        content = cloudpickle.dumps((False, error))
+        pickle.loads(content)
+    except Exception:
+        content = cloudpickle.dumps((False, RuntimeError(text)))
+    return content
