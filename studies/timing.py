@@ -41,13 +41,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> float:
     """
     gc.collect()
     if device.type != "cpu":
-        wait_for(device)
-        before = torch.accelerator.memory_allocated(device)
-        torch.accelerator.reset_peak_memory_stats(device)
-        action()
-        wait_for(device)
-        counted = torch.accelerator.memory_stats(device)
-        return torch.accelerator.max_memory_allocated(device) - before if counted else math.nan
+        return _peak_of_accelerator(action, device)
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         action()
     held = peak = 0
@@ -56,6 +50,20 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> float:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _peak_of_accelerator(action: Callable[[], object], device: torch.device) -> float:
+    """By the counts of the device's own allocator, NaN without."""
+    wait_for(device)
+    try:
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        counted = bool(torch.accelerator.memory_stats(device))
+    except RuntimeError:
+        before, counted = 0, False
+    action()
+    wait_for(device)
+    return torch.accelerator.max_memory_allocated(device) - before if counted else math.nan
 
 
 @contextmanager

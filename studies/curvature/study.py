@@ -93,7 +93,9 @@ class CurvatureObserver:
     def rows(self, model: nn.Module, seed: int, hessian: bool = True) -> list[Row]:
         """What is measured of a model."""
         limits, precision = self.settings.limits, self.scale.precision
-        return measure(model, self.images, self.labels, limits, precision=precision, seed=seed, hessian=hessian)
+        device = next(model.parameters()).device
+        images, labels = self.images.to(device), self.labels.to(device)
+        return measure(model, images, labels, limits, precision=precision, seed=seed, hessian=hessian)
 
 
 def observer(run: Run, settings: Settings, data: ImageDataset) -> CurvatureObserver:
@@ -179,8 +181,9 @@ def _after_training(
     yield from kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
     if one.pooling not in settings.scale(one.backbone).share:
         return
+    images = own.images.to(next(trained.model.parameters()).device)
     backbone = cache(
-        lambda: SharedBackbone(frozen_at(trained.model, own.images, torch.float32), data, one.weight_decay)
+        lambda: SharedBackbone(frozen_at(trained.model, images, torch.float32), data, one.weight_decay)
     )
     for pooling in settings.poolings:
 

@@ -113,6 +113,16 @@ class PretendTensor(Tensor):
         waits.append("save")
         return self.inner.detach().__reduce_ex__(protocol)
 
+    @property
+    def data(self) -> Tensor:
+        """The same memory; what is assigned, e.g. by ``module.double()``, brings its own."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner  # type: ignore[attr-defined]
+
     def tolist(self) -> Any:
         waits.append("tolist")
         return self.inner.tolist()
