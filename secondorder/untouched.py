@@ -43,7 +43,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            kept = [(gradient, before) for _, gradient, before in gradients if gradient is not None and before is not None]
+            kept = [
+                (gradient, before) for _, gradient, before in gradients if gradient is not None and before is not None
+            ]
             with torch.no_grad():
                 for tensor, value in _changed([*zip(tensors, values, strict=True), *kept]):
                     tensor.copy_(value)

@@ -392,10 +392,14 @@ def test_device_that_is_not_there(data: ImageDataset, tmp_path: Path, monkeypatc
         resolve_device("cuda:0")
 
 
-@pytest.mark.parametrize("name", ["foo", "", "cuda:", "cuda:x", "cuda:-1", "cuda:٣", "cpu:0", "CUDA", "auto:1", "x" * 999, None, 0])
+@pytest.mark.parametrize(
+    "name", ["foo", "", "cuda:", "cuda:x", "cuda:-1", "cuda:٣", "cpu:0", "CUDA", "auto:1", "x" * 999, 0]
+)
 def test_names_that_are_no_device(name: Any) -> None:
     """One line of bounded length that says what there is."""
-    with pytest.raises(InputError, match=r"^device is .*; choose one of: auto, cpu, cuda, mps, xpu.*; available: cpu") as caught:
+    with pytest.raises(
+        InputError, match=r"^device is .*; choose one of: auto, cpu, cuda, mps, xpu.*; available: cpu"
+    ) as caught:
         resolve_device(name)
     assert len(str(caught.value)) <= 200
     assert "\n" not in str(caught.value)

@@ -36,7 +36,7 @@ def check_device(device: str, amp: str) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this process; ``auto`` is the accelerator, else the CPU; under torchrun ``cuda`` is the GPU of its local rank.
+    """The device of this process: ``auto`` is the accelerator, else the CPU; under torchrun ``cuda`` is that of its local rank.
 
     Raises:
         InputError: for another name, and when the device is not there, naming those that are.
@@ -49,7 +49,7 @@ def resolve_device(name: str) -> torch.device:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if number and processes > 1:
         raise InputError(f"device {name!r} is one device but torchrun started {processes} processes; choose {kind}")
-    index = int(number or os.environ.get("LOCAL_RANK", 0))
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     device = next((device for device in here if (device.type, device.index) == (kind, index)), None)
     if device is None:
         raise InputError(f"device {name[:40]!r} (number {str(index)[:20]}) is not available; available: {_available()}")

@@ -34,7 +34,6 @@ from secondorder.training.schedules import SCHEDULES
 from secondorder.training.setup import check_fit, initial_network
 from secondorder.training.state import Progress, Trained
 
-
 READ_EVERY = 100
 """Steps at most whose losses stay on an accelerator before the CPU waits for them, if nothing else asks before."""
 

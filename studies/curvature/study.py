@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import check_float64
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
@@ -114,6 +115,7 @@ def some_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
 
 def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
     """Find bad names, sizes and data before any training; returns the loaded data of each backbone."""
+    check_float64(common.torch_device, "the curvature study")
     todo = runs(common, settings)
     loaded: dict[Scale, ImageDataset] = {}
     data: dict[str, ImageDataset] = {}
@@ -182,9 +184,7 @@ def _after_training(
     if one.pooling not in settings.scale(one.backbone).share:
         return
     images = own.images.to(next(trained.model.parameters()).device)
-    backbone = cache(
-        lambda: SharedBackbone(frozen_at(trained.model, images, torch.float32), data, one.weight_decay)
-    )
+    backbone = cache(lambda: SharedBackbone(frozen_at(trained.model, images, torch.float32), data, one.weight_decay))
     for pooling in settings.poolings:
 
         def under_head(pooling: str = pooling) -> list[Row]:

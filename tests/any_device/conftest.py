@@ -24,6 +24,15 @@ def device() -> str:
 
 
 @pytest.fixture
+def without_float64(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretend device has no double precision meanwhile, like Apple's MPS."""
+    if device != "pretend":
+        pytest.skip("only the pretend device can be without double precision for a while")
+    monkeypatch.setattr("pretend_device.float64", False)
+    monkeypatch.setattr("secondorder.accelerator.WITHOUT_FLOAT64", {device})
+
+
+@pytest.fixture
 def waits(device: str) -> Callable[[], AbstractContextManager[list[str]]]:
     """A context whose list holds, on exit, every moment inside at which the CPU would have waited for the device."""
     if device != "pretend":

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from secondorder.curvature import QUANTITIES, curvature_blocks, fidelity, spectral_summary
 from secondorder.curvature.backpack import backpack_quantity
+from secondorder.errors import InputError
 from secondorder.landscape import LandscapeLine, equally_spaced, feature_landscape, optimiser_step, weight_landscape
 from secondorder.pooling import POOLINGS, pooling_head
 from secondorder.preconditioning import (
@@ -37,7 +38,9 @@ def test_blocks(quantity: str, device: str) -> None:
     def measured(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
         blocks = curvature_blocks(model, CE, batch, quantity, NAMES, seed=3, chunk=4)
         V = torch.randn(blocks.whole.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        diagonal = blocks.whole.diagonal() if quantity != "hessian" else V  # which would take as many products as columns
+        diagonal = (
+            blocks.whole.diagonal() if quantity != "hessian" else V
+        )  # which would take as many products as columns
         return [blocks.whole @ V.to(batch[0].device), diagonal.to(batch[0].device), blocks[NAMES[1]].dense()]
 
     model, batch = tiny(), images_and_labels()
@@ -47,7 +50,7 @@ def test_blocks(quantity: str, device: str) -> None:
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 def test_spectra(method: str, device: str) -> None:
     def measured(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[float]:
-        blocks = curvature_blocks(model, CE, batch, "hessian", NAMES)
+        blocks = curvature_blocks(model, CE, batch, "ggn" if method == "lanczos" else "hessian", NAMES[1:])
         options = {"probes": 2, "steps": 4} if method == "lanczos" else {}
         found = spectral_summary(blocks.whole, method, **options)
         return [float(value) for name in ("largest", "trace", "effective_rank") for value in getattr(found, name)]
@@ -132,3 +135,18 @@ def test_waits_of_a_landscape_line(device: str, waits: Callable[[], AbstractCont
         with waits() as found:
             weight_landscape(model, F.cross_entropy, images, labels, equally_spaced(0.1, 2.0, points))
         assert len(found) == 2, found
+
+
+@pytest.mark.usefixtures("without_float64")
+def test_without_float64(device: str) -> None:
+    """In float32 where that will do, else refused in one line."""
+    model, (images, labels) = tiny().float(), images_and_labels()
+    there = moved((model, images.float(), labels), device)
+    for ours, theirs in zip(lines(*there), lines(model, images.float(), labels), strict=True):
+        check(vars(ours), vars(theirs), "cpu", 1e-3, 1e-4)
+    for quantity in ("ggn", "mc_fisher", "kfac_expand"):
+        blocks = curvature_blocks(there[0], CE, there[1:], quantity, NAMES)
+        assert blocks.whole.diagonal().isfinite().all()
+    for measured in (lambda: spectral_summary(blocks.whole, "lanczos"), lambda: head_spectrum(there[1], "gcp")):
+        with pytest.raises(InputError, match=r"needs float64, which the device pretend.* does not have; use the cpu"):
+            measured()

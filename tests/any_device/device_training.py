@@ -148,3 +148,13 @@ def test_waits_of_an_evaluation(device: str, data: ImageDataset, waits: Callable
     with waits() as found:
         evaluate(model, data.test, batch_size=8)
     assert len(found) == 1, found
+
+
+@pytest.mark.usefixtures("without_float64")
+@pytest.mark.parametrize("optimizer", ["sgd", "kfac", "gauss_newton"])
+def test_without_float64(optimizer: str, run: Run, tmp_path: Path) -> None:
+    data = load_dataset("digits", limit=20, test_limit=10)
+    run = dataclasses.replace(run, epochs=1, batch_size=10, optimizer=optimizer)
+    there = train(run, data, tmp_path / "there", progress=False)
+    here = train(dataclasses.replace(run, device="cpu", dropout=0.3), data, tmp_path / "here", progress=False)
+    assert there.step_losses == pytest.approx(here.step_losses, rel=1e-2)

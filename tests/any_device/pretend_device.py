@@ -19,6 +19,8 @@ from torch.utils._mode_utils import no_dispatch
 
 aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
+float64 = True
+"""Whether the device has double precision; a test may take it away, as Apple's MPS has none."""
 waits: list[str] = []
 """The name of the operation for each moment at which the CPU would wait for the device."""
 
@@ -41,7 +43,8 @@ WAITING = {
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """CUDA, too, takes indices on the CPU here; a mask as index waits for the number of its elements."""
-TAKES_ANY_DEVICE = {aten.set_.source_Tensor, aten.set_.source_Storage, aten.set_data.default}
+COPIES = {aten._to_copy.default, aten.copy_.default}
+SPECIAL = WAITING | INDEXING | COPIES
 
 
 FACTORIES = (
@@ -79,6 +82,8 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "PretendTensor":
+        if inner.dtype is torch.float64 and not float64:
+            raise TypeError("the pretend device has no float64 now")
         made = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -142,35 +147,41 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`func` on the CPU tensors inside; refuses tensors of two devices, notes what waits."""
     remote: list[PretendTensor] = []
     strangers: list[Tensor] = []
-    local_args = _unwrapped(args, remote, strangers)
-    local_kwargs = _unwrapped(kwargs, remote, strangers)
-    device = kwargs.get("device")
+    local_args = [_unwrapped(a, remote, strangers) for a in args]
+    local_kwargs = {name: _unwrapped(a, remote, strangers) for name, a in kwargs.items()} if kwargs else {}
+    device = local_kwargs.get("device")
     target = None if device is None else torch.device(device)
-    if target == META or any(tensor.is_meta for tensor in strangers):  # shapes alone, which torch asks for on its way
-        return func(*local_args, **local_kwargs)
-    if torch.Tag.inplace_view in func.tags and func not in TAKES_ANY_DEVICE:
-        with no_dispatch():
-            return func(*args, **kwargs)
-    if func in WAITING and remote:
-        waits.append(str(func))
-    if func is aten._to_copy.default or func is aten.copy_.default:
-        return _copied(func, args, local_args, local_kwargs, target)
-    if func is aten.is_pinned.default:
-        return False
-    if remote and strangers and func not in INDEXING and func not in TAKES_ANY_DEVICE:
+    if target == META or (strangers and any(tensor.is_meta for tensor in strangers)):
+        return func(*local_args, **local_kwargs)  # shapes alone, which torch asks for on its way
+    if func in SPECIAL:
+        if func in WAITING and remote:
+            waits.append(str(func))
+        if func in COPIES:
+            return _copied(func, args, local_args, local_kwargs, target)
+        if func in INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None):
+            waits.append(f"{func} by a mask")
+    elif remote and strangers:
         shapes = [list(tensor.shape) for tensor in strangers]
         raise RuntimeError(f"{func}: expected all tensors on the device pretend; on the CPU: {shapes}")
-    if func in INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None):
-        waits.append(f"{func} by a mask")
+    writes = func._schema.is_mutable
+    if writes and torch.Tag.inplace_view in func.tags:
+        return _reshaped(func, args, kwargs)
     if target is not None:
         local_kwargs["device"] = CPU
     result = func(*local_args, **local_kwargs)
     if target == CPU or not (remote or target is not None):
         return result
-    if any(tensor.shape != tensor.inner.shape for tensor in remote):
+    if writes and any(tensor.shape != tensor.inner.shape for tensor in remote):
         raise NotImplementedError(f"{func} resizes a tensor in place, which the pretend device cannot follow")
-    known = {id(tensor.inner): tensor for tensor in remote}  # what works in place returns the same wrapper
-    return _wrapped(result, known)
+    return _wrapped(result, {id(tensor.inner): tensor for tensor in remote} if writes else {})
+
+
+def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What changes the shape of a tensor alone, in place: done to the wrapper, then to what it wraps."""
+    with no_dispatch():
+        tensor = func(*args, **kwargs)
+    tensor.inner = tensor.inner.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+    return tensor
 
 
 def _copied(func: Any, args: Any, local_args: Any, local_kwargs: Any, target: torch.device | None) -> Tensor:
@@ -201,8 +212,6 @@ def _unwrapped(value: Any, remote: list[PretendTensor], strangers: list[Tensor])
         return value
     if isinstance(value, (list, tuple)):
         return type(value)(_unwrapped(item, remote, strangers) for item in value)
-    if isinstance(value, dict):
-        return {key: _unwrapped(item, remote, strangers) for key, item in value.items()}
     return value
 
 
