@@ -72,8 +72,9 @@ def provenance(
 
 def device_name(device: torch.device) -> str:
     """The processor's own name, e.g. ``cpu: AMD EPYC`` or ``cuda: NVIDIA H100``."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", None)
+        return f"{device.type}: {name(device) if name is not None else platform.processor() or platform.machine()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -12,6 +12,7 @@ import torch
 from secondorder.atomic import check_writable, exclusive
 from secondorder.errors import InputError
 from secondorder.training import resolve_device
+from secondorder.training.device import check_device
 
 Preset = Literal["smoke", "quick", "cifar10", "paper"]
 PRESETS: dict[str, str] = {
@@ -37,7 +38,7 @@ class Common:
     download: bool = False
     """Let torchvision download a missing data set into the data root."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:<index>, or auto (cuda if there is one)."""
+    """Where to compute: auto (the accelerator if there is one), cpu, cuda, mps or xpu; one of several as cuda:<index>."""
     seeds: int = 3
     """Number of seeds, 0 to seeds - 1; confidence intervals need at least 2."""
     threads: int = 2
@@ -51,6 +52,7 @@ class Common:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        check_device(self.device, "off")
         if self.seeds < 1:
             raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed")
         most = max(64, os.cpu_count() or 1)

@@ -84,7 +84,7 @@ class LayerStatistics:
             self._rows_to_factor()
         else:
             self._staged_rows.append(input_rows(layer, xs, T))
-        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.weight.device, layer.dtype))
+        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.dtype).to(layer.weight.device))
 
     def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""

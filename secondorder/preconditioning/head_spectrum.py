@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.errors import InputError, NonFiniteError, unknown
 from secondorder.matrix_power import upper_triangle
@@ -91,6 +92,7 @@ def head_spectrum(
     or the same at all positions of an image, and a dense Jacobian that does not fit in memory.
     """
     check_features(features)
+    check_float64(features.device, "head_spectrum")
     if coordinates not in COORDINATES:
         raise unknown("coordinates", coordinates, COORDINATES)
     if coordinates == "triangle" and not exact:

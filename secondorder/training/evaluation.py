@@ -20,10 +20,10 @@ class Evaluation:
     top5: float
 
 
-def correct(logits: Tensor, labels: Tensor, k: int) -> int:
-    """How many of the labels [N] are among the k largest logits [N, classes] (all classes when there are fewer)."""
+def correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many of the labels [N] are among the k largest logits [N, classes] (all classes when there are fewer), a number."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((best == labels[:, None]).sum())
+    return (best == labels[:, None]).sum()
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def evaluate(
     modes = {layer: layer.training for layer in model.modules()}
     device = next(model.parameters()).device
     indices = processes.share(torch.arange(len(dataset)))
-    loss, top1, top5 = 0.0, 0, 0
+    measured: list[Tensor] = []  # on the device until the end, so that the CPU waits for it once
     model.eval()
     try:
         for start in range(0, len(indices), batch_size):
@@ -47,14 +47,14 @@ def evaluate(
             with autocast(device, amp):
                 logits = model(images)
             logits = logits.float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            top1 += correct(logits, labels, 1)
-            top5 += correct(logits, labels, 5)
+            right1, right5 = correct(logits, labels, 1), correct(logits, labels, 5)
+            measured += [F.cross_entropy(logits, labels, reduction="sum"), right1.float(), right5.float()]
     finally:
         for layer, training in modes.items():
             layer.training = training
-    loss, right1, right5, count = processes.summed(loss, top1, top5, len(indices))
-    return Evaluation(loss / count, right1 / count, right5 / count)
+    numbers = torch.stack(measured).tolist() if measured else []
+    loss, first, five, count = processes.summed(*(sum(numbers[i::3], 0.0) for i in range(3)), len(indices))
+    return Evaluation(loss / count, first / count, five / count)
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from secondorder.accelerator import wait_for
 from secondorder.data import ImageDataset, epoch_order
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.training import checkpoint, processes
@@ -32,6 +33,9 @@ from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
 from secondorder.training.setup import check_fit, initial_network
 from secondorder.training.state import Progress, Trained
+
+READ_EVERY = 100
+"""Steps at most whose losses stay on an accelerator before the CPU waits for them, if nothing else asks before."""
 
 
 def train(
@@ -55,7 +59,8 @@ def train(
     Raises:
         InputError: for settings that do not fit the data, the device or the number of processes, a folder that cannot
             be written, and a checkpoint that is damaged or of another run.
-        NonFiniteLossError: when the loss is not finite; neither weights nor checkpoint have taken the step.
+        NonFiniteLossError: when the loss is not finite, naming the step; no checkpoint has taken it. (On an accelerator,
+            where losses are read at the end of an epoch, for observers and checkpoints and every 100 steps, it comes then.)
     """
     device = resolve_device(run.device)
     with processes.distributed(device), isolated(device, run.threads):
@@ -85,8 +90,10 @@ class _Training:
         self.model = initial_network(run, data).to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.optimizer = OPTIMIZERS[run.optimizer](self.model, run)
         self.update_curvature = getattr(self.optimizer, "update_curvature", None)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=run.amp == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "float16")
         self.progress = Progress(records={name: [] for name in observers})
+        self.unread: list[tuple[int, float, Tensor, Tensor]] = []
+        """Step, learning rate, loss and number of right predictions of steps whose numbers are still on the device."""
 
     def continue_to_the_end(self, checkpoint_every: float, show: bool, workers: int) -> None:
         """All steps that are left, with a checkpoint every so many seconds and after the last step."""
@@ -125,7 +132,7 @@ class _Training:
             return self.model
         synchronise(self.model, self.device)
         return DistributedDataParallel(
-            self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None
+            self.model, device_ids=[self.device.index] if self.device.type != "cpu" else None
         )
 
     def _step(self, model: nn.Module, indices: Tensor, images: Tensor, labels: Tensor) -> None:
@@ -143,35 +150,63 @@ class _Training:
         images, labels = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
         seed_step(self.run.seed, state.step, processes.rank())
         loss, right, logits = self._loss(model, images, labels, learning_rate)
-        value, right = processes.summed(loss.item() / processes.world_size(), right)
-        if not math.isfinite(value):
-            raise self._diverged(f"the training loss is {value}", learning_rate)
+        self.unread.append((state.step, learning_rate, loss.detach(), right))
+        if self.device.type == "cpu" or len(self.unread) == READ_EVERY:
+            self._read_losses()
         if self.update_curvature is not None:
             self.update_curvature(logits)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        state.step_losses.append(value)
-        state.epoch_correct += int(right)
         state.step += 1
         state.training_seconds += time.perf_counter() - started
 
     def _loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, learning_rate: float
-    ) -> tuple[Tensor, float, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy (a scalar), the number of right predictions of a batch, and its logits."""
         try:
             with autocast(self.device, self.run.amp):
                 logits = model(images).float()
                 return F.cross_entropy(logits, labels), correct(logits, labels, 1), logits
         except (NonFiniteError, torch.linalg.LinAlgError) as error:
+            self._read_losses()  # an earlier step may be the first to blame
             raise self._diverged("the features before the pooling head are not finite", learning_rate) from error
+
+    def _read_losses(self) -> None:
+        """Losses and right predictions of the steps since the last time, all at once; an accelerator is waited for.
+
+        Raises:
+            NonFiniteLossError: naming the first step whose loss is not finite. On the CPU, where every step is read, the
+                weights have not taken it; elsewhere they may have taken it and later ones, but no checkpoint has.
+        """
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        numbers = torch.stack([number.float() for _, _, *pair in unread for number in pair]).tolist()
+        summed = processes.summed(*(loss / processes.world_size() for loss in numbers[::2]), *numbers[1::2])
+        for (step, learning_rate, *_), value, right in zip(
+            unread, summed[: len(unread)], summed[len(unread) :], strict=True
+        ):
+            if not math.isfinite(value):
+                self.progress.step = step
+                raise self._diverged(f"the training loss is {value}", learning_rate)
+            self.progress.step_losses.append(value)
+            self.progress.epoch_correct += int(right)
+
+    def _catch_up(self) -> None:
+        """Wait for the steps under way and read their losses; the time counts as theirs."""
+        started = time.perf_counter()
+        self._read_losses()
+        wait_for(self.device)
+        self.progress.training_seconds += time.perf_counter() - started
 
     def _observe(self, indices: Tensor, learning_rate: float) -> None:
         """Let the main process call the observers that are due, with the whole batch."""
         step = self.progress.step
         if not any(step % every == 0 for every in self.intervals.values()):
             return
+        self._catch_up()
 
         def rows() -> dict[str, list[Row]]:
             images, labels = self.data.train.batch(indices)
@@ -189,6 +224,7 @@ class _Training:
     def _finish_epoch(self) -> str:
         """Evaluate and add the epoch's row to the history; the epoch in a few words."""
         state, run = self.progress, self.run
+        self._catch_up()
         try:
             test = evaluate(self.model, self.data.test, amp=run.amp, channels_last=run.channels_last)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:
@@ -229,6 +265,8 @@ class _Training:
         return {"run": self.run.to_dict(), "data": sizes, "observers": self.intervals}
 
     def _save(self) -> None:
+        self._catch_up()
+
         def save() -> None:
             state = {
                 "model": self.model.state_dict(),

@@ -41,10 +41,10 @@ def is_main_process() -> bool:
 
 @contextlib.contextmanager
 def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
-    """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA); does nothing for a single process.
+    """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA, XCCL on XPU); does nothing for a single process.
 
     Enter it once around everything that trains; entered again inside, it does nothing. Raises InputError when the
-    environment announces several processes without saying where they meet.
+    environment announces several processes without saying where they meet, and for a device that cannot talk to others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
@@ -52,14 +52,22 @@ def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
     if "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_ADDR is not set; start with torchrun")
     device = resolve_device(device) if isinstance(device, str) else device
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    dist.init_process_group(_backends(device), timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _backends(device: torch.device) -> str:
+    """What carries messages between processes: objects and counts always on the CPU, tensors of a device by its own."""
+    if device.type == "cpu":
+        return "gloo"
+    own = dist.get_default_backend_for_device(device)
+    if own == "gloo":  # torch's answer for a device without a backend of its own; gloo reads the CPU's memory only
+        raise InputError(f"several processes cannot train together on {device.type}; start one, or choose cpu")
+    torch.accelerator.set_device_index(device.index)
+    return f"cpu:gloo,{device.type}:{own}"
 
 
 def on_main(function: Callable[[], T]) -> T:

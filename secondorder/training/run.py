@@ -59,9 +59,9 @@ class Run:
     seed: int = 0
     """Determines initial weights, data order, augmentation and dropout masks."""
     device: str = "cpu"
-    """cpu, cuda, cuda:N, or auto (cuda where there is one)."""
+    """auto (the accelerator where there is one), cpu, cuda, mps or xpu; one of several as cuda:N."""
     amp: Literal["off", "float16", "bfloat16"] = "off"
-    """Automatic mixed precision; float16 (with loss scaling) on CUDA only."""
+    """Automatic mixed precision; float16 (with loss scaling) on accelerators only."""
     threads: int | None = None
     """CPU threads of this training; None leaves torch's setting. The order of sums, so the last bits, depends on it."""
     reduced_channels: int | None = None

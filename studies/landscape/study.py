@@ -179,7 +179,7 @@ class Measured:
 
 def runs(common: Common, settings: Settings) -> list[Run]:
     """The training runs of the study, all heads of one seed before the next seed; InputError for a bad name or value."""
-    amp: Precision = settings.amp if settings.amp != "float16" or common.torch_device.type == "cuda" else "off"
+    amp: Precision = settings.amp if settings.amp != "float16" or common.torch_device.type != "cpu" else "off"
     return [
         Run(
             backbone=settings.backbone,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.kronecker.scale import usable
 from secondorder.kfac.inverses.cholesky import shifts_of
 from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
@@ -104,6 +105,7 @@ def wide_cholesky(
 
 def input_range(rows: Tensor, report: Counter[str]) -> tuple[Tensor, Tensor] | None:
     """alpha `[G, R]` and U `[G, R, D]`, both zero where alpha is that of rounding, so that no shape depends on the rank."""
+    check_float64(rows.device, "a layer kept as rows (Options.wide_inputs)")
     blocks = rows.split(BLOCK, -1)
     gram = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=torch.float64)
     for block in blocks:
