@@ -1,6 +1,5 @@
 """Missing, damaged and forbidden data sets: one clear line before any training."""
 
-import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -88,7 +87,7 @@ BAD_SETS = {
     "one archive": ("cifar10", ARCHIVES, remove("test.tar.xz"), "test.tar.xz is not beside it"),
     "missing image": ("cifar10", FOLDERS, remove("train/cat/0003.jpg"), "train has 29 images, expected 30"),
     "empty class": ("cifar10", FOLDERS, remove("test/dog"), "test holds no images of class dog"),
-    "other class": ("cifar10", FOLDERS, overwrite("train/pig/0.jpg", b""), "holds the class folder 'pig'"),
+    "other class": ("cifar10", FOLDERS, overwrite("train/pig/0.jpg", b"x"), "holds the class folder 'pig'"),
     "cut image": ("cifar10", FOLDERS, truncate("train/cat/0003.jpg"), "cat/0003.jpg in .*train does not decode"),
     "no image": ("cifar10", FOLDERS, overwrite("test/cat/0003.jpg", b"x"), "cat/0003.jpg in .*test does not decode"),
     "other size": ("cifar10", FOLDERS, overwrite("test/cat/0003.jpg", png(31, 32)), "cat/0003.jpg .* has 31x32 pixels"),
@@ -182,20 +181,3 @@ def test_download_happens_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(InputError, match=f"^{row.label} could not be downloaded to .*") as caught:
                 load_dataset(name, tmp_path, download=True)
             assert "\n" not in str(caught.value)
-
-
-def test_forbidden_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: None) -> None:
-    """A superuser may read everything, so the refusal is put in by hand."""
-
-    def refuse(self: Path, *args: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
-
-    write_jpeg_archives(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
-        with pytest.raises(InputError, match=r"train.tar.xz cannot be read .*Permission denied"):
-            load_dataset("cifar10", tmp_path)
-    WRITERS["cifar10"](tmp_path)  # type: ignore[misc]
-    monkeypatch.setattr(pickle, "load", refuse)
-    with pytest.raises(InputError, match=r"CIFAR-10 .* may not be read .*Permission denied"):
-        load_dataset("cifar10", tmp_path)
