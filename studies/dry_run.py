@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secondorder.data import DATASETS, ImageArray, ImageDataset
+from secondorder.errors import unknown
 from secondorder.training import Moment, Observer, Run, resolve_device, train
 
 # Training images and classes where the table of data sets leaves them open: ILSVRC 2012.
@@ -67,6 +68,8 @@ def cost_of(run: Run, observers: Mapping[str, Observer], measurements: int | Non
     `measurements` of each observer in the whole run, when they are not one every so many steps.
     """
     device = resolve_device(run.device)
+    if run.dataset not in DATASETS:
+        raise unknown("data set", run.dataset, DATASETS)
     size = run.image_size or DATASETS[run.dataset].image_size
     batch = min(run.batch_size, max(2, CPU_PIXELS // size**2)) if device.type == "cpu" else run.batch_size
     scale = run.batch_size / batch

@@ -15,7 +15,7 @@ import torch
 
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
-from secondorder.training import Moment, Run, Trained, checkpoint, load_checkpoint, loop, train
+from secondorder.training import Moment, Run, Trained, checkpoint, load_checkpoint, loop, setup, train
 
 # Both sources of randomness in a forward pass are on: dropout before the classifier and in the head.
 RUN = Run(
@@ -191,7 +191,7 @@ def test_resume_without_a_checkpoint_starts_and_without_resume_starts_afresh(
 def test_checkpoint_of_another_run(
     finished: tuple[Trained, Path], data: ImageDataset, field: str, value: Any, message: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(loop, "initial_network", lambda run, data: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(setup, "initial_network", lambda run, data: torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match=message):
         fit(finished[1], data, dataclasses.replace(RUN, **{field: value}), resume=True)
 
@@ -208,7 +208,7 @@ def test_checkpoint_of_other_data_and_observers(finished: tuple[Trained, Path], 
 def test_checkpoint_of_a_changed_network(
     finished: tuple[Trained, Path], data: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "initial_network", lambda run, data: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(setup, "initial_network", lambda run, data: torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match="does not fit the network"):
         fit(finished[1], data, resume=True)
 

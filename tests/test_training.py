@@ -318,7 +318,7 @@ def test_run_survives_json_and_tells_every_field_apart() -> None:
         "learning_rate": 0.1, "schedule": "constant", "momentum": 0.8, "weight_decay": 0.0, "seed": 1,
         "device": "cuda", "amp": "bfloat16", "threads": 2, "reduced_channels": 8, "last_stride": 1, "dropout": 0.1,
         "image_size": 16, "train_limit": 50, "test_limit": 20, "channels_last": True, "pooling_options": (),
-        "optimizer_options": {"nesterov": True},
+        "optimizer_options": {"nesterov": True}, "initial": "x", "frozen": ("stem",), "learning_rates": {"stem": 0.1},
     }  # fmt: skip
     assert {*changes, "optimizer"} == {field.name for field in dataclasses.fields(Run)}
     names = [run.name, *(dataclasses.replace(run, **{field: value}).name for field, value in changes.items())]

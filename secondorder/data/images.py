@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
 from secondorder.data.decoding import MAX_PIXELS, decode
 from secondorder.data.files import shown
-from secondorder.data.sampling import check_seed_and_epoch, uniforms
+from secondorder.data.sampling import check_seed_and_epoch, epoch_order, uniforms
 from secondorder.errors import InputError
 
 # How far the short side of a test image exceeds the central crop: 256 pixels for 224, as is usual for ImageNet.
@@ -92,6 +92,10 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
         same = copy.copy(self)
         same.augmentation, same._draws = None, 0
         return same.batch(indices)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Order ``[N]`` (int64) in which epoch ``epoch`` visits the samples, a function of (N, seed, epoch)."""
+        return epoch_order(len(self), seed, epoch)
 
     @abstractmethod
     def _images(self, positions: NDArray[np.int64], u: NDArray[np.float64]) -> Tensor:

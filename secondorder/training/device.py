@@ -1,7 +1,6 @@
 """Where and in which precision a run computes: device, automatic mixed precision, threads, random numbers."""
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 
 from secondorder.errors import InputError
+from secondorder.training.launch import launch_number
 
 DTYPES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -31,10 +31,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
     device = torch.device("cuda" if name == "auto" else name)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = launch_number("LOCAL_WORLD_SIZE", 1, 1)
     if device.index is not None and processes > 1:
         raise InputError(f"device {name!r} is one GPU but torchrun started {processes} processes; choose cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    index = launch_number("LOCAL_RANK", 0) if device.index is None else device.index
     if index >= count:
         available = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
         raise InputError(f"device {name!r} (GPU {index}) is not available; available: {available}")
