@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, epoch_order, load_dataset
+from secondorder.data.files import shown
 from secondorder.errors import InputError
 from secondorder.networks import network
 from secondorder.pooling import POOLINGS
@@ -171,7 +172,7 @@ def test_divergence_keeps_the_last_good_checkpoint(data: ImageDataset, tmp_path:
     step = state["progress"]["step"]
     message = str(caught.value)
     assert "\n" not in message
-    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", str(tmp_path)):
+    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", shown(tmp_path)):
         assert part in message
     assert 1 <= step < 8
     assert len(state["progress"]["step_losses"]) == step

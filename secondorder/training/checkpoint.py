@@ -47,7 +47,7 @@ def _named(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot save a checkpoint in {shown(folder)!r}: {error.strerror or error}; make room there or choose a "
+            f"cannot save a checkpoint in {shown(folder, 100)!r}: {error.strerror or error}; make room there or choose a "
             "folder that can be written (an earlier checkpoint there is intact)"
         ) from error
 
@@ -103,7 +103,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
                 "and begin from it with train(..., initial=that file)"
             ) from error
         raise InputError(
-            f"the checkpoint {shown(path)!r} is damaged ({reason(error, 80)}); delete it or run without --resume to start "
+            f"the checkpoint {shown(path, 140)!r} is damaged ({reason(error, 50)}); delete it or run without --resume to start "
             "afresh"
         ) from error
     return dict(state)
