@@ -265,6 +265,16 @@ def test_evaluation_refuses(case: str) -> None:
     line(lambda: evaluate(model, source, **options))
 
 
+class Detached(nn.Linear):
+    """Logits without a way back to the weights."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).detach()
+
+
 def refused_trainings() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]:
     """Changes of OWN, options of `train` (data among them), what the line must say."""
     good = samples(IMAGE, 1)
@@ -279,6 +289,7 @@ def refused_trainings() -> dict[str, tuple[dict[str, Any], dict[str, Any], str]]
         "lazy": ({}, {"network": lazy}, "parameter 1.weight of the network has no shape yet"),
         "uncopied": ({}, {"network": uncopied}, "cannot be copied .*; pass a function"),
         "nothing to train": ({}, {"network": still}, "no trainable parameter"),
+        "no gradient": ({}, {"network": Detached}, "logits depend on no trainable parameter"),
         "no pair": ({}, {"data": good}, "data is list; use load_dataset"),
         "table data": ({"dataset": "digits"}, {}, "the data is a pair of your own; use Run.dataset='own-NAME'"),
         "empty train": ({}, {"data": (no_images(1, 8, 8), good)}, "the train data set TensorDataset has no samples"),
@@ -341,6 +352,11 @@ def test_training_refuses(tmp_path: Path, case: str) -> None:
         ({"image_size": 99999999999999999999}, "image_size is 99999999999999999999; .* to 4096"),
         ({"epochs": 10**400}, "epochs is 1000.*; it must be a whole number from 1"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"schedule": "x" * 900}, "unknown schedule 'xxx"),
+        ({"dataset": ["x" * 900]}, "unknown dataset"),
+        ({"momentum": "x" * 900}, "momentum is 'xxx"),
+        ({"optimizer_options": {"x" * 900: ["y" * 900]}}, "optimizer_options: 'xxx"),
+        ({"optimizer_options": "x" * 900}, "optimizer_options is 'xxx"),
     ],
 )
 def test_run_refuses_what_cannot_be(change: dict[str, Any], words: str) -> None:

@@ -152,8 +152,8 @@ def load_dataset(
     Raises:
         InputError: for an unknown name, a missing, incomplete or corrupt data set, and values out of range.
     """
-    if name not in DATASETS:
-        raise unknown("data set", name, DATASETS)
+    if not isinstance(name, str) or name not in DATASETS:
+        raise unknown("data set", shown(name), DATASETS)
     if image_size is not None:
         check_image_size(image_size)
     name, folder = _locate(name, root, download)

@@ -144,7 +144,12 @@ def checked_batch(batch: Any, kind: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"images of {kind} are {what}; make them floating-point tensors, with v2.ToDtype(float32, scale=True)"
         )
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.shape != images.shape[:1]
+    ):
         what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"labels of {kind} are {what}; use a whole number for each of the {len(images)} samples")
     return images, labels.to(torch.int64)

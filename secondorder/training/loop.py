@@ -207,6 +207,8 @@ class _Training:
         try:
             with autocast(self.device, self.run.amp):
                 logits = checked_logits(model(images), labels)
+                if not logits.requires_grad:
+                    raise InputError("the network's logits depend on no trainable parameter; there is nothing to train")
                 if self.own_data:
                     check_labels(labels, logits.shape[1])
                 return F.cross_entropy(logits, targets), correct(logits, targets, 1), logits

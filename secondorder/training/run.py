@@ -100,13 +100,13 @@ class Run:
         tables |= {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "amp": ("off", "float16", "bfloat16")}
         for field, table in tables.items():
             if getattr(self, field) not in tuple(table) and not (field in OWN_FIELDS and is_own(getattr(self, field))):
-                raise unknown(field, getattr(self, field), table)
+                raise unknown(field, named(getattr(self, field)), table)
         for field, (least, most) in WHOLE.items():
             self._check_whole(field, least, most)
         for field, (bottom, top) in REAL.items():
             self._check_real(field, bottom, top)
         if not isinstance(self.channels_last, bool):
-            raise InputError(f"channels_last is {self.channels_last!r}; it must be True or False")
+            raise InputError(f"channels_last is {shown(repr(self.channels_last))}; it must be True or False")
         check_device(self.device, self.amp)
         for field in ("pooling_options", "optimizer_options"):
             object.__setattr__(self, field, _pairs(field, getattr(self, field)))
@@ -153,7 +153,7 @@ class Run:
         if value is None and field in OPTIONAL:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-            raise InputError(f"{field} is {value!r}; it must be a number in [{low:g}, {high:g})")
+            raise InputError(f"{field} is {shown(repr(value))}; it must be a number in [{low:g}, {high:g})")
         object.__setattr__(self, field, float(value))  # 1 and 1.0 are the same run
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Run:
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise unknown("setting of a run", name, known)
+                raise InputError(f"unknown setting of a run {shown(repr(name))}; its settings are the fields of Run")
         try:
             return cls(**settings)
         except TypeError as error:
@@ -192,13 +192,20 @@ class Run:
         return f"{self.dataset}-{self.backbone}-{self.pooling}-{self.schedule}-e{self.epochs}-s{self.seed}-{digest}"
 
 
+def named(value: object) -> object:
+    """A value for a message: a long word shortened, anything else as the beginning of what Python prints for it."""
+    return shown(value) if isinstance(value, str) else shown(repr(value))
+
+
 def _pairs(field: str, options: object) -> tuple[tuple[str, Option], ...]:
     """Options as sorted pairs of a name and a plain value."""
     try:
         pairs = sorted(options.items() if isinstance(options, Mapping) else ((k, v) for k, v in options))  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise InputError(f"{field} is {options!r}; it must map names to values") from error
+        raise InputError(f"{field} is {shown(repr(options))}; it must map names to values") from error
     for name, value in pairs:
         if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, type(None))):
-            raise InputError(f"{field}: {name!r} is {value!r}; it must be a number, a word, True, False or None")
+            raise InputError(
+                f"{field}: {shown(repr(name))} is {shown(repr(value))}; it must be a number, a word, True, False or None"
+            )
     return tuple(pairs)

@@ -125,6 +125,7 @@ def test_damaged_set_is_one_clear_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError, match=pattern) as caught:
         load_dataset(name, root)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 def test_image_that_fails_during_training_is_named(tmp_path: Path) -> None:
@@ -136,6 +137,8 @@ def test_image_that_fails_during_training_is_named(tmp_path: Path) -> None:
 
 BAD_OPTIONS = {
     "data set": (("cifar11", None), {}, "unknown data set 'cifar11'; choose one of: digits, "),
+    "no name": ((["digits"], None), {}, "unknown data set .*digits"),
+    "long name": (("x" * 900, None), {}, "unknown data set 'xxx"),
     "no root": (("cifar10", None), {}, "cifar10 needs the folder .* pass --data-root or set SECONDORDER_DATA"),
     "absent root": (("cifar100", "absent"), {}, "data root absent is no folder; .* --download"),
     "limit 0": (("digits", None), {"limit": 0}, "limit is 0; .* from 1 to 1437"),
@@ -152,6 +155,7 @@ def test_bad_option_is_one_clear_line(case: str) -> None:
     with pytest.raises(InputError, match=pattern) as caught:
         load_dataset(*arguments, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 def test_limit_above_an_image_folder(tmp_path: Path) -> None:
