@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, epoch_order, load_dataset
+from secondorder.data.files import shown
 from secondorder.errors import InputError
 from secondorder.networks import network
 from secondorder.pooling import POOLINGS
@@ -171,7 +172,7 @@ def test_divergence_keeps_the_last_good_checkpoint(data: ImageDataset, tmp_path:
     step = state["progress"]["step"]
     message = str(caught.value)
     assert "\n" not in message
-    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", str(tmp_path)):
+    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", shown(tmp_path)):
         assert part in message
     assert 1 <= step < 8
     assert len(state["progress"]["step_losses"]) == step
@@ -318,7 +319,7 @@ def test_run_survives_json_and_tells_every_field_apart() -> None:
         "learning_rate": 0.1, "schedule": "constant", "momentum": 0.8, "weight_decay": 0.0, "seed": 1,
         "device": "cuda", "amp": "bfloat16", "threads": 2, "reduced_channels": 8, "last_stride": 1, "dropout": 0.1,
         "image_size": 16, "train_limit": 50, "test_limit": 20, "channels_last": True, "pooling_options": (),
-        "optimizer_options": {"nesterov": True},
+        "optimizer_options": {"nesterov": True}, "initial": "x", "frozen": ("stem",), "learning_rates": {"stem": 0.1},
     }  # fmt: skip
     assert {*changes, "optimizer"} == {field.name for field in dataclasses.fields(Run)}
     names = [run.name, *(dataclasses.replace(run, **{field: value}).name for field, value in changes.items())]

@@ -1,7 +1,6 @@
 """Where and in which precision a run computes: device, automatic mixed precision, threads, random numbers."""
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import torch
 
 from secondorder.accelerator import ACCELERATORS, accelerator_type, accelerators, fork_random_numbers
 from secondorder.errors import InputError
+from secondorder.training.launch import launch_number
 
 DTYPES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,10 +46,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not here):
         return torch.device("cpu")
     kind, _, number = (here[0].type if name == "auto" else name).partition(":")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = launch_number("LOCAL_WORLD_SIZE", 1, 1)
     if number and processes > 1:
         raise InputError(f"device {name!r} is one device but torchrun started {processes} processes; choose {kind}")
-    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    index = int(number) if number else launch_number("LOCAL_RANK", 0)
     device = next((device for device in here if (device.type, device.index) == (kind, index)), None)
     if device is None:
         raise InputError(f"device {name[:40]!r} (number {str(index)[:20]}) is not available; available: {_available()}")

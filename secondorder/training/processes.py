@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError
 from secondorder.training.device import resolve_device
+from secondorder.training.launch import launch_number
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this process prints and writes files; under torchrun known before the process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else rank() == 0
+    return launch_number("RANK", 0) == 0 if launch_number("WORLD_SIZE", 1, 1) > 1 else rank() == 0
 
 
 @contextlib.contextmanager
@@ -46,9 +47,10 @@ def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
     Enter it once around everything that trains; entered again inside, it does nothing. Raises InputError when the
     environment announces several processes without saying where they meet, and for a device that cannot talk to others.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if launch_number("WORLD_SIZE", 1, 1) == 1 or dist.is_initialized():
         yield
         return
+    launch_number("RANK", 0), launch_number("MASTER_PORT", 0)
     if "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_ADDR is not set; start with torchrun")
     device = resolve_device(device) if isinstance(device, str) else device
