@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from secondorder.atomic import check_writable, exclusive, write_atomically
+from secondorder.atomic import check_writable, exclusive, read_regular, write_atomically
 from secondorder.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"
@@ -64,7 +64,7 @@ def read(folder: Path) -> bytes | None:
     """The bytes of the folder's checkpoint, None when there is none; raises InputError when it cannot be read."""
     path = folder / CHECKPOINT
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:
