@@ -34,7 +34,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 def read_regular(path: Path) -> bytes:
     """The content of a regular file; OSError else, where a pipe or a device would be waited for without an end."""
-    with open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123  Path.open has no opener
+    with open(path, "rb", opener=_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(0, "it is not a regular file", str(path))
         return file.read()

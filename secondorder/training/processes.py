@@ -15,6 +15,9 @@ from secondorder.training.device import resolve_device
 
 T = TypeVar("T")
 
+ANNOUNCED = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
+"""Numbers that torchrun puts in the environment, and what they are for a single process."""
+
 # The longest that processes wait for the main one, which meanwhile measures or writes.
 PATIENCE = datetime.timedelta(hours=2)
 
@@ -36,7 +39,27 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this process prints and writes files; under torchrun known before the process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else rank() == 0
+    return _announced("RANK", 0) == 0 if _announced("WORLD_SIZE", 1) > 1 else rank() == 0
+
+
+def check_environment() -> None:
+    """InputError unless what torchrun puts in the environment are whole numbers, where they are there."""
+    for name, default in ANNOUNCED.items():
+        _announced(name, default)
+    several, own = _announced("WORLD_SIZE", 1), _announced("RANK", 0)
+    if several < 1 or (several > 1 and own >= several):
+        raise InputError(
+            f"the process RANK {own} of WORLD_SIZE {several} cannot be; unset both, or start with torchrun"
+        )
+
+
+def _announced(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(
+            f"the environment variable {name} is {text[:50]!r}, no whole number; unset it, or start with torchrun"
+        )
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -44,9 +67,10 @@ def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
     """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA); does nothing for a single process.
 
     Enter it once around everything that trains; entered again inside, it does nothing. Raises InputError when the
-    environment announces several processes without saying where they meet.
+    environment announces several processes without saying where they meet, or they cannot meet there.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    check_environment()
+    if _announced("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         yield
         return
     if "MASTER_ADDR" not in os.environ:
@@ -55,7 +79,13 @@ def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:150]
+        raise InputError(
+            f"the processes cannot meet at {os.environ['MASTER_ADDR']}: {reason}; start with torchrun"
+        ) from error
     try:
         yield
     finally:
