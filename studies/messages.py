@@ -15,10 +15,16 @@ def one_line(words: str, limit: int = LIMIT) -> str:
     A line that is too long loses the middle of its long words, paths and values, and then its own: the beginning names what
     is wrong, the end the way out.
     """
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words.split()))
+    line = printable(words)
     if len(line) > limit:
         line = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: without_middle(word.group(), LONGEST_WORD), line)
     return without_middle(line, limit)
+
+
+def printable(words: str) -> str:
+    """`words` with single spaces for white space, and escapes for what cannot be printed."""
+    spaced = " ".join(words.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in spaced)
 
 
 def without_middle(text: str, limit: int) -> str:

@@ -66,7 +66,7 @@ def run(command: Command) -> None:
             STUDIES[name].run(common, settings, ready[name])
         if is_main_process():
             sections = {name: study.section for name, study in STUDIES.items()}
-            markdown, page = write_report(common.folder, sections, common.preset)
+            markdown, page = write_report(common.folder, sections, common.preset, must=command.studies)
             print(f"report: {markdown}\n        {page}", flush=True)
 
 
