@@ -3,9 +3,9 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -33,11 +33,8 @@ def program(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):  # a path may hold bytes that are no text, a terminal lack letters
             stream.reconfigure(errors="backslashreplace")
     try:
-        try:
+        with _checked_output():
             run(parse(arguments))
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # what is printed by --help, too
     except Exception as error:
         known = failure(error)
         if known is None:
@@ -81,22 +78,54 @@ def failure(error: Exception) -> tuple[int, str] | None:
         return 2, f"out of memory ({reason}); use smaller batches, images or fewer --processes, --resume continues"
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
-        if _is_lost(sys.stdout):
-            return 2, f"cannot write to the standard output: {reason}; everything is kept, --resume continues"
         place = "" if error.filename is None else f"{error.filename}: "
         return 2, f"{place}{reason}; everything is kept, --resume continues once this is mended"
     return None
 
 
-def _is_lost(stream: TextIO | None) -> bool:
-    """Whether what was written to a stream cannot go anywhere; the rest of it then goes nowhere without another error."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except OSError:
+class _Output:
+    """A stream whose failure is an InputError that says so: nobody reads it any more, or the disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def flush(self) -> None:
+        """As of the stream."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: OSError) -> InputError:
+        """What is still in the stream then goes nowhere, without another error at the interpreter's end."""
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+            os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        return True
-    return False
+        return InputError(
+            f"cannot write to the standard output: {error.strerror or error}; everything is kept, --resume continues"
+        )
+
+
+@contextlib.contextmanager
+def _checked_output() -> Iterator[None]:
+    """Everything that is printed inside is written at its end, that of --help too; there may be no standard output."""
+    if sys.stdout is None:
+        yield
+        return
+    output = _Output(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        finally:
+            output.flush()

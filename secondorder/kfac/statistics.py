@@ -185,7 +185,8 @@ class LayerStatistics:
             raise refused(entry, "has not one of 'A' and 'rows'")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, which `check_state` has found right."""
+        """Continue from `state_dict`; InputError, and nothing has changed, for a state that `check_state` refuses."""
+        self.check_state(f"kfac.statistics.{self.layer.name}", state)
         self._sums = {name: self._moved(state[name]) for name in AVERAGED if name in state}
         self._weights = {name: float(state[f"{name}_weight"]) for name in self._sums}
         self.rows = self._moved(state["rows"]) if "rows" in state else None

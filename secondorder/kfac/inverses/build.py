@@ -69,8 +69,12 @@ def invert(
 
 
 def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
-    """The inverse with the state of `Inverse.tensors`, bit for bit."""
-    return CLASSES[str(state["kind"])].from_tensors(state)
+    """The inverse with the state of `Inverse.tensors`, bit for bit. Raises InputError for an unknown kind and a missing field."""
+    kind = state.get("kind")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise unknown("kind of inverse", kind, CLASSES)
+    check_entries("inverse", state, ("kind", *(field.name for field in fields(CLASSES[kind]))))
+    return CLASSES[kind].from_tensors(state)
 
 
 def check_state(entry: str, state: object, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
