@@ -1,6 +1,7 @@
 """The command line, generated from the settings: every field is a flag, presets give the defaults."""
 
 import argparse
+import difflib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ def parse(arguments: Sequence[str]) -> Command:
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in STUDIES:
-            raise unknown("study", name, STUDIES)
+            nearest = difflib.get_close_matches(name[:100], STUDIES, n=1)
+            raise InputError(f"{unknown('study', name, STUDIES)}" + "".join(f"; the nearest is {n}" for n in nearest))
         names = [name]
     preset = _preset(arguments)
     common = Common(preset=preset, seeds=SEEDS[preset])  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ PRESETS: dict[str, str] = {
     "cifar10": "at most about two hours a study on two CPU cores, on CIFAR-10",
     "paper": "the published ImageNet settings; days on GPUs",
 }
+MOST_SEEDS = 1000
 SEEDS = {"smoke": 2, "quick": 3, "cifar10": 3, "paper": 3}
 
 
@@ -53,8 +54,8 @@ class Common:
 
     def __post_init__(self) -> None:
         check_device(self.device, "off")
-        if self.seeds < 1:
-            raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed, and at most {MOST_SEEDS}")
         most = max(64, os.cpu_count() or 1)
         if not 1 <= self.threads <= most:
             raise InputError(f"--threads {self.threads}: use 1 to {most}")
@@ -75,9 +76,10 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Make `folder`, prove that it can be written and keep other studies out; InputError that names it else."""
     try:
         check_writable(folder)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the output folder {folder}: {error.strerror}; choose another with --out"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            reason = "it is a link to nowhere" if folder.is_symlink() else "it is a file"
+        raise InputError(f"cannot write to the output folder {folder}: {reason}; choose another with --out") from None
     with exclusive(folder):
         yield

@@ -35,7 +35,7 @@ def imported_modules_are_no_garbage() -> None:
 def forkserver() -> ForkServerContext:
     """Starts processes that may be killed, forked from a server that has imported the packages once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["studies.__main__", "sklearn.datasets"])
+    context.set_forkserver_preload(["studies.program", "sklearn.datasets"])
     return context
 
 

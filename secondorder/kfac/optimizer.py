@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.frozen_network import RandomState
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.blocks import Directions
-from secondorder.kfac.options import Damping, Fisher, Options, check_damping, check_number, check_positive
+from secondorder.kfac.options import LARGEST, Damping, Fisher, Options, check_damping, check_number, check_positive
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
+from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
 from secondorder.kfac.step_size import Trial, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
 
 SETTINGS = ("lr", "momentum", "weight_decay", "damping")
 """Of a parameter group."""
+BUFFERS = ("momentum_buffer", "square", "squares", "update")
+"""Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
 CLIP = 0.01
 """Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; seldom active later."""
 
@@ -123,6 +126,7 @@ class KFAC(torch.optim.Optimizer):
         InputError when no parameter has a gradient, when `update_curvature` was due and not called, and for Levenberg-Marquardt
         damping without a closure.
         """
+        check_closure(closure)
         adapt = self.preconditioner.damping.adapt
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
@@ -158,16 +162,27 @@ class KFAC(torch.optim.Optimizer):
         return super().state_dict() | {"kfac": self.preconditioner.state_dict() | {"groups": self._group_names()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; InputError, and nothing has changed, for that of another architecture or other groups."""
-        state = state_dict.get("kfac", {})
-        if "groups" not in state:
+        """Continue from `state_dict()`.
+
+        InputError, which names the entry, and nothing has changed, for a state of another architecture, of other groups or
+        settings, and for one that is not whole (see `KFACPreconditioner.load_state_dict`), torch's own part included.
+        """
+        state = state_dict.get("kfac") if isinstance(state_dict, Mapping) else None
+        if not isinstance(state, Mapping) or not isinstance(state.get("groups"), list):
             raise InputError("state_dict without the entry 'kfac': it is not of a KFAC optimiser")
-        self.preconditioner.check_same(state)
+        self.preconditioner.check_state(state)
+        for i, names in enumerate(state["groups"]):
+            check_list(f"kfac.groups.{i}", names, str)
         for i, (theirs, own) in enumerate(zip_longest(state["groups"], self._group_names())):
             if theirs != own:
-                raise InputError(f"state of other parameter groups: group {i} was {theirs}, and is {own} now")
-        self.preconditioner.load_state_dict(state)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+                raise InputError(
+                    f"state of other parameter groups: group {i} was {theirs!s:.100}, and is {own!s:.100} now"
+                )
+        rest = {key: value for key, value in state_dict.items() if key != "kfac"}
+        check_entries("the state", rest, ("state", "param_groups"))
+        check_optimizer(rest, self.param_groups, SETTINGS, check_settings, BUFFERS)
+        super().load_state_dict(rest)
+        self.preconditioner.continue_with(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the layers are found once."""
@@ -248,4 +263,12 @@ def check_settings(settings: Mapping[str, object]) -> None:
         if name == "damping":
             check_damping(value)
         else:
-            check_number(name, value, 0.0, 1.0 if name == "momentum" else float("inf"))
+            check_number(name, value, 0.0, 1.0 if name == "momentum" else LARGEST)
+
+
+def check_closure(closure: object) -> None:
+    """InputError unless what `step` is given is a function that computes the loss, or nothing."""
+    if closure is not None and not callable(closure):
+        raise InputError(
+            f"step({closure!r:.60}): must be a function that computes the loss and its gradients, or nothing"
+        )

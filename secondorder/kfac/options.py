@@ -1,6 +1,5 @@
 """Options of the K-FAC optimiser: validated when they are made, each with what it is and why its default is what it is."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,8 @@ INVERSES = ("eigen", "cholesky")
 FALLBACKS = ("sgd", "adam")
 DAMPING = 0.01
 """Default damping, relative to the scale of a block: see `Damping`."""
+LARGEST = 3.4e38
+"""Of float32: a setting above it is infinite in the arithmetic of most models."""
 WIDE_INPUT = 1024
 """Inputs from which the factor A is not built: decomposing 2,081 inputs takes a second, 128 rows of them ten milliseconds."""
 
@@ -149,14 +150,14 @@ def check_interval(name: str, value: object) -> None:
         raise InputError(f"{name} {value!r}: must be a whole number, at least 1")
 
 
-def check_number(name: str, value: object, least: float, below: float = math.inf) -> None:
+def check_number(name: str, value: object, least: float, below: float = LARGEST) -> None:
     """InputError unless the value is a number in [least, below)."""
     try:
         fits = not isinstance(value, bool | str) and least <= float(value) < below  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         fits = False
     if not fits:
-        raise InputError(f"{name} {value!r}: must be a number in [{least:g}, {below:g})")
+        raise InputError(f"{name} {value!r:.100}: must be a number in [{least:g}, {below:g})")
 
 
 def check_positive(name: str, value: object, otherwise: str = "") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError
 from secondorder.training.device import resolve_device
-from secondorder.training.launch import launch_number
+from secondorder.training.launch import check_environment, launch_number
 
 T = TypeVar("T")
 
@@ -45,16 +45,23 @@ def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
     """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA, XCCL on XPU); does nothing for a single process.
 
     Enter it once around everything that trains; entered again inside, it does nothing. Raises InputError when the
-    environment announces several processes without saying where they meet, and for a device that cannot talk to others.
+    environment announces several processes that cannot be, that do not say where they meet or cannot meet there, and for a
+    device that cannot talk to others.
     """
+    check_environment()
     if launch_number("WORLD_SIZE", 1, 1) == 1 or dist.is_initialized():
         yield
         return
-    launch_number("RANK", 0), launch_number("MASTER_PORT", 0)
     if "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_ADDR is not set; start with torchrun")
     device = resolve_device(device) if isinstance(device, str) else device
-    dist.init_process_group(_backends(device), timeout=PATIENCE)
+    try:
+        dist.init_process_group(_backends(device), timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:150]
+        raise InputError(
+            f"the processes cannot meet at {os.environ['MASTER_ADDR']}: {reason}; start with torchrun"
+        ) from error
     try:
         yield
     finally:

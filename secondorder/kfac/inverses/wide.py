@@ -12,6 +12,7 @@ it in M - C U would be larger than the first term. So it is projected out once m
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class WideEigenbasis(Inverse):
     """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, zero where alpha is, and the scale `[G, 1, 1]`."""
 
     kind = "wide_eigen"
+    shapes = MappingProxyType({"beta": "GO", "Q_B": "GOO", "alpha": "GR", "U": "GRD", "scale": "G11"})
     beta: Tensor
     Q_B: Tensor
     alpha: Tensor
@@ -57,6 +59,7 @@ class WideCholesky(Inverse):
     """
 
     kind = "wide_cholesky"
+    shapes = MappingProxyType({"B_inverse": "GOO", "alpha": "GR", "U": "GRD", "rho": "G11", "added": "G11"})
     B_inverse: Tensor
     alpha: Tensor
     U: Tensor
