@@ -27,7 +27,7 @@ def launch_number(variable: str, default: int, low: int = 0) -> int:
     text = os.environ.get(variable)
     if text is None:
         return default
-    if not text.strip().isdecimal() or len(text) > 9 or int(text) < low:
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < low:
         raise InputError(
             f"{variable} is {shown(repr(text))}; it must be a whole number, at least {low}; unset it, or start with torchrun"
         )
