@@ -255,6 +255,15 @@ def test_checkpoint_runs_no_code(data: ImageDataset, tmp_path: Path) -> None:
         fit(tmp_path, data, resume=True)
 
 
+def test_checkpoint_from_before_own_networks_is_continued(
+    finished: tuple[Trained, Path], data: ImageDataset, tmp_path: Path
+) -> None:
+    state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
+    assert state.pop("network") == {}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert_same_bits(fit(tmp_path, data, resume=True), finished[0])
+
+
 def test_checkpoint_is_an_ordinary_torch_file(finished: tuple[Trained, Path]) -> None:
     state = torch.load(finished[1] / "checkpoint.pt", weights_only=True)
     assert Run.from_dict(state["run"]) == RUN
