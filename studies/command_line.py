@@ -69,7 +69,20 @@ def _errors_in_one_line() -> Iterator[None]:
         if not stop.code:
             raise
         words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m|-{3,}|\|", " ", drawn.getvalue())  # box lines, colours
-        raise InputError(" ".join(words.split())) from None
+        raise InputError(_without_descriptions(" ".join(words.split()))) from None
+
+
+def _without_descriptions(words: str) -> str:
+    """tyro's words without its title, and of the flags that it suggests, described there, only the names."""
+    words = re.sub(r"^(Value error|Invalid choice|Missing argument|Unrecognized options(?= Unr)) ", "", words)
+    words = re.sub(r" ?(For full helptext, |Argument helptext: ).*", "", words)
+    what, *suggested = re.split(r" ?(?:Perhaps you meant|Arguments similar to [^ ]+): ", words)
+    flags = [*dict.fromkeys(flag for part in suggested for flag in re.findall(r"(?<!\S)--[\w.-]*\w", part))]
+    return (
+        f"{what.rstrip(' .')}; "
+        + (f"perhaps you meant {', '.join(flags[:5])}; " if flags else "")
+        + "--help lists all flags"
+    )
 
 
 def _preset(arguments: list[str]) -> str:
