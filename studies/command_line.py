@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -16,6 +16,8 @@ from studies.settings import PRESETS, SEEDS, Common
 from studies.study import STUDIES
 
 PROGRAM = "python -m studies"
+MOST = 2**31 - 1
+"""The largest whole number of a setting."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ def parse(arguments: Sequence[str]) -> Command:
     defaults = {name: STUDIES[name].presets[preset] for name in names}
     # One study: its flags carry no prefix. All studies: --landscape.epochs, --performance.repeats, ...
     prefixed = len(names) > 1
-    fields = [("common", Annotated[Common, tyro.conf.arg(name="")])] + [
+    members = [("common", Annotated[Common, tyro.conf.arg(name="")])] + [
         (name, type(default) if prefixed else Annotated[type(default), tyro.conf.arg(name="")])
         for name, default in defaults.items()
     ]
-    every = make_dataclass("Every", fields, frozen=True)
+    every = make_dataclass("Every", members, frozen=True)
     with _errors_in_one_line():
         parsed = tyro.cli(
             every,
@@ -55,7 +57,20 @@ def parse(arguments: Sequence[str]) -> Command:
             description=_description(names),
             config=(tyro.conf.AvoidSubcommands,),
         )
+    for name in ("common", *names):
+        _check_counts(getattr(parsed, name), f"{name}." if prefixed and name != "common" else "")
     return Command(parsed.common, {name: getattr(parsed, name) for name in names})
+
+
+def _check_counts(settings: Any, prefix: str) -> None:
+    """InputError for a whole number that no array can have as a size; libraries would fail on it anywhere."""
+    for entry in fields(settings):
+        value, name = getattr(settings, entry.name), prefix + entry.name.replace("_", "-")
+        if is_dataclass(value):
+            _check_counts(value, f"{name}.")
+        for count in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(count, int) and abs(count) > MOST:
+                raise InputError(f"--{name} {count}: at most {MOST}")
 
 
 @contextmanager
