@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import tyro
 
 from secondorder.errors import InputError, unknown
+from studies.checks import MOST
 from studies.settings import PRESETS, SEEDS, Common
 from studies.study import STUDIES
 
 PROGRAM = "python -m studies"
-MOST = 2**31 - 1
-"""The largest whole number of a setting."""
 
 
 @dataclass(frozen=True)

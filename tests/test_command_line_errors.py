@@ -116,7 +116,7 @@ def test_processes_that_cannot_meet(
         (["landscape", "--poolings", *(f"p{i}" for i in range(500))], "unknown pooling 'p0'"),
         (["landscape", "--weight-decay", "1e300"], "weight_decay is 1e+300"),
         (["landscape", "--train-limit", "0"], "train_limit is 0"),
-        (["landscape", "--eta-points", "99999999999"], "--eta-points 99999999999: at most 2147483647"),
+        (["landscape", "--eta-points", "99999999999"], "--eta-points 99999999999: at most 10000"),
         (["landscape", "--image-size", "99999999999999999999"], "--image-size 99999999999999999999: at most 2147483647"),
         (["optimisers", "--autoencoder.widths", "3", "1" + "0" * 25], "--autoencoder.widths 1000"),
         (["--curvature.small.image-size", "1" + "0" * 25], "--curvature.small.image-size 1000"),
