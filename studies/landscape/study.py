@@ -93,6 +93,7 @@ class Settings:
         check_names("poolings", self.poolings)
         for name in ("measure_every", "processes"):
             check_count(name, getattr(self, name))
+        check_count("eta_points", self.eta_points, most=10_000)
         equally_spaced(self.eta_low, self.eta_high, self.eta_points)
         equally_spaced(self.step_low, self.step_high, self.eta_points)
 
