@@ -2,9 +2,9 @@
 
 They record plain operations and differentiate those, so the fast ways (written in place, with a backward pass of their own) are
 no use to them: Newton-Schulz is recorded as the products of its plain definition. A function of eigenvalues is recorded as the
-plain eigen-decomposition where no gradient is asked for (under `torch.no_grad()`), else as the operator
+plain eigen-decomposition where torch.export is asked for no gradient (under `torch.no_grad()`), else as the operator
 `torch.ops.secondorder.spectral`, because the backward pass of a plain one divides by gaps of eigenvalues. A program with that
-operator runs where `secondorder` is imported.
+operator runs where `secondorder.pooling` is imported. (torch.jit.trace checks its graph without gradients, so it cannot choose.)
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ def recorded(S: Tensor, function: ScalarFunction) -> Tensor:
     """f(S) of symmetric `[..., C, C]` for a program that is being recorded. Raises InputError for ONNX: it has no eigenvalues."""
     if _for_onnx():
         raise InputError(
-            'ONNX has no eigenvalues, which this pooling needs: use "gcp" (more num_iter: nearer to the exact root), or torch.export'
+            'ONNX has no eigenvalues, which this pooling needs: use "gcp" (more num_iter: nearer to the root) or torch.export'
         )
-    if not (torch.is_grad_enabled() and S.requires_grad):
+    if not torch.jit.is_tracing() and not (torch.is_grad_enabled() and S.requires_grad):
         return value(S, function)
     name = type(function).__name__
     return torch.ops.secondorder.spectral(S, name, PARAMETER[name](function))

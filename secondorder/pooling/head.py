@@ -1,5 +1,7 @@
 """The pooling head: a reduction of the channels, then leaf modules that pool, run one by one or in one fused step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,10 +16,12 @@ from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, Ma
 from secondorder.pooling.upper_triangle import UpperTriangle
 from secondorder.pooling.weights import position_weights, weighted_mean
 
-FUSED = {function: function.forward for function in (MatrixSquareRoot, MatrixPower, MatrixLogarithm)}
+FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    function: function.forward for function in (MatrixSquareRoot, MatrixPower, MatrixLogarithm)
+}
 """Exact class of a matrix function between Covariance and UpperTriangle -> the forward that `of_features` stands for."""
 
-OWN = {
+OWN: dict[type[nn.Module], Callable[..., Tensor]] = {
     Covariance: Covariance.forward,
     UpperTriangle: UpperTriangle.forward,
     nn.Sequential: nn.Sequential.forward,
@@ -105,7 +109,7 @@ class PoolingHead(nn.Module):
             and all(_is_plain(layer) for layer in (layers, covariance, function, triangle))
         )
 
-    def _weighted(self, maps: Tensor, weights: Tensor) -> Tensor:
+    def _weighted(self, maps: Tensor, weights: Tensor | None) -> Tensor:
         """The layers one by one, those that pool over positions with weights `[N, M]`."""
         taken = False
         for layer in self.layers:
