@@ -50,8 +50,9 @@ def covariance_of(x: Tensor, weights: Tensor | None, layout: str) -> Tensor:
     if weights is not None:
         return weighted_covariance(features, position_weights(weights, x, layout))
     if known_shape(features)[0] == 0:
+        dtype = result_dtype(x)
         with full_precision(x):
-            return covariance_matrix(widened(features)).to(result_dtype(x))
+            return covariance_matrix(widened(features)).to(dtype)
     return covariance(features)
 
 
