@@ -12,13 +12,13 @@ from secondorder.matrix_power.transforms import inside_transform, known_shape
 
 def _positions(size: int, device: torch.device) -> Tensor:
     """Positions i C + j, i <= j, in a flattened `[C, C]` matrix, row by row."""
-    row, column = torch.triu_indices(size, size, device=device)
+    row, column = torch.triu_indices(size, size, device=device).unbind()
     return row * size + column
 
 
 def _sources(size: int, device: torch.device) -> Tensor:
     """For each entry of a flattened symmetric `[C, C]` matrix, its place in the upper triangle."""
-    row, column = torch.triu_indices(size, size, device=device)
+    row, column = torch.triu_indices(size, size, device=device).unbind()
     source = torch.empty(size, size, dtype=torch.long, device=device)
     source[row, column] = source[column, row] = torch.arange(len(row), device=device)
     return source.flatten()

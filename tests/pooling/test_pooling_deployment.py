@@ -17,11 +17,12 @@ from secondorder.pooling import POOLINGS, PoolingHead, pooling_head
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of torch's exporters among themselves
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # of torch.compile's own
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:FutureWarning"),
 ]
 F64 = torch.float64
 SPECTRAL = ("gcp_exact", "gcp_power", "gcp_log")
-DYNAMIC = {"x": {0: torch.export.Dim("batch")}, "weights": None}
+DYNAMIC = {"x": {0: torch.export.Dim("batch")}}
 
 
 def head_and_features(name: str, layout: str = "NCHW", dtype: torch.dtype = F64) -> tuple[PoolingHead, Tensor]:
@@ -36,9 +37,18 @@ def same(got: nn.Module, head: nn.Module, x: Tensor, derivative: bool = True) ->
     if not derivative:
         return
     x = x.clone().requires_grad_()
-    results = [torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]) for model in (got, head)]
+    results = [
+        torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()], allow_unused=True)
+        for model in (got, head)
+    ]
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def code(program: torch.export.ExportedProgram) -> str:
+    return "".join(part.code for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -47,8 +57,8 @@ def test_export_with_gradients_and_other_batches(name: str, layout: str) -> None
     head, x = head_and_features(name, layout)
     program = torch.export.export(head, (x,), dynamic_shapes=DYNAMIC)
     same(program.module(), head, torch.cat([x, -2 * x[:2]]))
-    assert ("secondorder" in program.graph_module.code) == (name in SPECTRAL)
-    assert "linalg_eigh" not in program.graph_module.code
+    assert ("secondorder" in code(program)) == (name in SPECTRAL)
+    assert "linalg_eigh" not in code(program)
 
 
 def test_strict_export() -> None:
@@ -58,7 +68,7 @@ def test_strict_export() -> None:
 
 def test_export_of_any_size_of_maps() -> None:
     head, x = head_and_features("gcp")
-    sizes = {"x": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}, "weights": None}
+    sizes = {"x": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
     program = torch.export.export(head, (torch.randn(3, 6, 4, 5, dtype=F64),), dynamic_shapes=sizes).module()
     same(program, head, torch.randn(2, 6, 3, 7, dtype=F64))
     same(program, head, x)
@@ -69,7 +79,7 @@ def test_export_without_gradients_has_plain_operations_only(name: str) -> None:
     head, x = head_and_features(name)
     with torch.no_grad():
         program = torch.export.export(head, (x,))
-        assert "secondorder" not in program.graph_module.code
+        assert "secondorder" not in code(program)
         same(program.module(), head, x, derivative=False)
 
 
@@ -104,11 +114,11 @@ def test_onnx_of_any_batch(name: str) -> None:
     torch.testing.assert_close(torch.from_numpy(got), head(more).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gcp_exact", "gcp_log"])
+@pytest.mark.parametrize("name", ["gcp_exact"])
 def test_onnx_without_eigenvalues_is_refused_in_one_line(name: str) -> None:
     pytest.importorskip("onnxscript")
     head, x = head_and_features(name, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="InputError.*ONNX has no eigenvalues.*gcp") as error:
+    with pytest.raises(RuntimeError, match=r"InputError.*ONNX has no eigenvalues.*gcp") as error:
         torch.onnx.export(head, (x,), dynamo=True, verbose=False)
     assert isinstance(error.value.__cause__, InputError)
     assert "\n" not in str(error.value.__cause__)
@@ -144,7 +154,7 @@ def test_fx_traces_every_layer(name: str, layout: str, training: bool) -> None:
             results.append(model(x, weights))
     for got, want in zip(results[2:], results[:2] * 2, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
-    with pytest.raises(InputError, match="got torch.int64"):
+    with pytest.raises(InputError, match=r"got torch\.int64"):
         traced(x.long())
     if name == "gcp" and not training:
         same(traced, head, x)
@@ -156,13 +166,13 @@ def test_feature_extractor(name: str) -> None:
     x = torch.randn(2, 1, 8, 8, dtype=F64)
     layers = [f"head.layers.{index}" for index, layer in enumerate(net.head.layers) if name != "dropcov" or index]
     if name != "gap":
-        assert "head.layers.0" in " ".join(get_graph_node_names(net)[1])
+        assert "head.layers.0" in " ".join(get_graph_node_names(net, suppress_diff_warning=True)[1])
     nodes = {"features": "features", "head": "pooled", "classifier": "logits"}
-    outputs = create_feature_extractor(net, nodes)(x)
+    outputs = create_feature_extractor(net, nodes, suppress_diff_warning=True)(x)
     maps = net.features(net.stem(x))
     for key, want in (("features", maps), ("pooled", net.head(maps)), ("logits", net(x))):
         torch.testing.assert_close(outputs[key], want, rtol=1e-6, atol=1e-9)
-    inner = create_feature_extractor(net, layers)(x)
+    inner = create_feature_extractor(net, layers, suppress_diff_warning=True)(x)
     torch.testing.assert_close(inner[layers[-1]], outputs["pooled"], rtol=1e-6, atol=1e-9)
 
 

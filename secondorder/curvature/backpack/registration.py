@@ -28,7 +28,7 @@ from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.backpack.kronecker import convolution_row, linear_row
 from secondorder.curvature.backpack.rows import BatchNormRow, Row
 from secondorder.errors import InputError
-from secondorder.pooling import AsMaps, Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, UpperTriangle
+from secondorder.pooling import Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, UpperTriangle
 
 Extension = TypeVar("Extension", bound=BackpropExtension)
 
@@ -38,7 +38,6 @@ DERIVATIVES: dict[type[nn.Module], Derivatives] = {
     MatrixPower: MatrixFunctionDerivatives(),
     MatrixLogarithm: MatrixFunctionDerivatives(),
     UpperTriangle: LinearMap(),
-    AsMaps: LinearMap(),
     ChannelShuffle: LinearMap(),
     ChannelSlice: LinearMap(),
     nn.AdaptiveAvgPool2d: LinearMap(),
