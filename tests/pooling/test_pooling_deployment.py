@@ -51,8 +51,7 @@ def code(program: torch.export.ExportedProgram) -> str:
     return "".join(part.code for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule))
 
 
-@pytest.mark.parametrize("name", POOLINGS)
-@pytest.mark.parametrize("layout", ["NCHW", "NLC"])
+@pytest.mark.parametrize(("name", "layout"), [*((name, "NCHW") for name in POOLINGS), ("gcp", "NLC")])
 def test_export_with_gradients_and_other_batches(name: str, layout: str) -> None:
     head, x = head_and_features(name, layout)
     program = torch.export.export(head, (x,), dynamic_shapes=DYNAMIC)
@@ -100,7 +99,7 @@ def test_export_with_weights() -> None:
     torch.testing.assert_close(program(x, w), head(x, w))
 
 
-@pytest.mark.parametrize("name", ["gap", "gcp", "dropcov"])
+@pytest.mark.parametrize("name", ["gap", "gcp"])
 def test_onnx_of_any_batch(name: str) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -166,7 +165,7 @@ def test_feature_extractor(name: str) -> None:
     x = torch.randn(2, 1, 8, 8, dtype=F64)
     layers = [f"head.layers.{index}" for index, layer in enumerate(net.head.layers) if name != "dropcov" or index]
     if name != "gap":
-        assert "head.layers.0" in " ".join(get_graph_node_names(net, suppress_diff_warning=True)[1])
+        assert "head.layers.1" in " ".join(get_graph_node_names(net, suppress_diff_warning=True)[1])
     nodes = {"features": "features", "head": "pooled", "classifier": "logits"}
     outputs = create_feature_extractor(net, nodes, suppress_diff_warning=True)(x)
     maps = net.features(net.stem(x))
@@ -176,7 +175,7 @@ def test_feature_extractor(name: str) -> None:
     torch.testing.assert_close(inner[layers[-1]], outputs["pooled"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gap", "gcp", "gcp_exact"])
+@pytest.mark.parametrize("name", ["gcp"])
 def test_compile(name: str) -> None:
     """The default options of torch.compile, with a back end that needs no compiler of C++."""
     torch._dynamo.reset()
