@@ -5,6 +5,7 @@ From the outside in: `functions` (what users call), `checks`, `crossover` (which
 definitions), `scalar_functions` and `spectrum` (functions of eigenvalues and their divided differences).
 """
 
+from secondorder.matrix_power import exporting  # noqa: F401  # its operators exist from here on
 from secondorder.matrix_power.functions import (
     covariance,
     covariance_log,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, unknown
-from secondorder.matrix_power.transforms import inside_transform
+from secondorder.matrix_power.transforms import inside_transform, known_shape
 
 METHODS = ("auto", "newton_schulz", "eigh")
 
@@ -14,7 +14,8 @@ METHODS = ("auto", "newton_schulz", "eigh")
 def check_matrices(S: Tensor) -> None:
     """Raises InputError unless S is a real floating-point tensor `[..., C, C]` without an empty dimension."""
     _check_tensor(S, "symmetric matrices [..., C, C]")
-    if S.shape[-1] != S.shape[-2]:
+    shape = known_shape(S)
+    if shape[-1] != shape[-2]:
         raise InputError(f"needs square matrices [..., C, C], got shape {list(S.shape)}")
 
 
@@ -81,5 +82,5 @@ def _check_tensor(x: Tensor, what: str) -> None:
         raise InputError(f"needs {what} as a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise InputError(f"needs {what} of real floating-point numbers, got {x.dtype}; convert with .float()")
-    if x.ndim < 2 or 0 in x.shape:
+    if x.ndim < 2 or 0 in known_shape(x):
         raise InputError(f"needs {what} with no empty dimension, got shape {list(x.shape)}")

@@ -30,4 +30,4 @@ def eigenvalues_are_faster(size: int, num_iter: int, device: torch.device) -> bo
 
 def gram_is_faster(channels: int, positions: int) -> bool:
     """Whether to work on the Gram matrix of the positions instead of the covariance of the channels."""
-    return positions < channels
+    return isinstance(positions, int) and positions < channels  # a number that a traced program leaves open is neither

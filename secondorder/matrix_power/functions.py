@@ -19,7 +19,7 @@ from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFu
 from secondorder.matrix_power.spectral import spectral
 from secondorder.matrix_power.spectrum import NewtonSchulz, Spectral
 from secondorder.matrix_power.strategies import OnFeatures, OnMatrix
-from secondorder.matrix_power.transforms import full_precision, result_dtype, widened
+from secondorder.matrix_power.transforms import full_precision, known_shape, result_dtype, widened
 from secondorder.matrix_power.two_level import evaluate
 from secondorder.matrix_power.upper_triangle import upper_triangle
 
@@ -40,7 +40,7 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
         checks.check_values(S)
     if method == "eigh":
         return _spectral(S, SquareRoot())
-    strategy = OnMatrix(_newton_schulz(method, num_iter, S.shape[-1], S.device))
+    strategy = OnMatrix(_newton_schulz(method, num_iter, known_shape(S)[-1], S.device))
     return _in_full_precision(partial(evaluate, strategy), S)
 
 
@@ -91,7 +91,7 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
     checks.check_iterations(num_iter)
     if method == "eigh":
         return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
-    return _of_features(x, _newton_schulz(method, num_iter, min(x.shape[-2:]), x.device), triangle)
+    return _of_features(x, _newton_schulz(method, num_iter, min(known_shape(x)[-2:]), x.device), triangle)
 
 
 def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
@@ -129,7 +129,7 @@ def _spectral(S: Tensor, function: ScalarFunction) -> Tensor:
 
 
 def _of_features(x: Tensor, kernel: Kernel, triangle: bool) -> Tensor:
-    strategy = OnFeatures(kernel, gram_is_faster(*x.shape[-2:]), triangle)
+    strategy = OnFeatures(kernel, gram_is_faster(*known_shape(x)[-2:]), triangle)
     return _in_full_precision(partial(evaluate, strategy), x)
 
 

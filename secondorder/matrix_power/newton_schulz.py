@@ -14,7 +14,8 @@ typical features is off by about 20 %. All iterates commute, so the iteration ne
 import torch
 from torch import Tensor
 
-from secondorder.matrix_power.transforms import symmetric
+from secondorder.matrix_power.crossover import gram_is_faster
+from secondorder.matrix_power.transforms import known_shape, symmetric
 
 
 def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
@@ -43,7 +44,7 @@ def newton_schulz_covariance(x: Tensor, num_iter: int) -> Tensor:
     live = square > 0
     square = torch.where(live, square, 1)
     Xn, root = centred / square.sqrt(), (square / x.shape[-1]).sqrt()
-    if x.shape[-1] < x.shape[-2]:
+    if gram_is_faster(*known_shape(x)[-2:]):
         Z = Xn @ iterate(Xn.mT @ Xn, num_iter, inverse=True)[0] @ Xn.mT
     else:
         Z = iterate(Xn @ Xn.mT, num_iter, inverse=False)[0]

@@ -21,14 +21,32 @@ from torch.autograd import Function
 
 from secondorder.errors import NonFiniteError
 from secondorder.matrix_power.scalar_functions import ScalarFunction
-from secondorder.matrix_power.transforms import homogeneous, mapped_first, primals, symmetric
+from secondorder.matrix_power.transforms import exporting, homogeneous, mapped_first, primals, symmetric
 
 
 def spectral(S: Tensor, function: ScalarFunction) -> Tensor:
     """f(S) for symmetric S `[..., C, C]`; gradients are symmetric, and a third derivative raises."""
+    if exporting():
+        from secondorder.matrix_power.exporting import recorded as apply  # here, as it imports this module
+    else:
+        apply = _apply
     if function.degree is None:
-        return _Value.apply(S, function)[0]
-    return homogeneous(lambda S: _Value.apply(S, function)[0], function.degree, S)
+        return apply(S, function)
+    return homogeneous(lambda S: apply(S, function), function.degree, S)
+
+
+def _apply(S: Tensor, function: ScalarFunction) -> Tensor:
+    return _Value.apply(S, function)[0]
+
+
+def value(S: Tensor, function: ScalarFunction) -> Tensor:
+    """f(S) in plain operations, which are not to be differentiated."""
+    return _Value.forward(S, function)[0]
+
+
+def first_derivative(S: Tensor, V: Tensor, function: ScalarFunction) -> Tensor:
+    """D f(S)[V] in plain operations, which are not to be differentiated."""
+    return _First.forward(S, V, *eigenvalues(S), function)
 
 
 def eigenvalues(S: Tensor) -> tuple[Tensor, Tensor]:

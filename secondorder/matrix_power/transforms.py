@@ -1,6 +1,7 @@
 """What the functions of this package share: batching under `torch.func.vmap`, scale and precision."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +30,22 @@ def primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
 def inside_transform() -> bool:
     """Whether a torch.func transform or the compiler is running: no decision may depend on a tensor's values there."""
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
+def exporting() -> bool:
+    """Whether torch.export, the ONNX exporter or torch.jit.trace is recording."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def known_shape(x: Tensor) -> Sequence[int]:
+    """The shape of x in numbers (or symbols of torch.export), also while torch.jit traces, which has tensors for sizes."""
+    if not torch.jit.is_tracing():
+        return x.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", torch.jit.TracerWarning
+        )  # "a Python integer": of checks and choices, not results
+        return tuple(int(size) for size in x.shape)
 
 
 def symmetric(G: Tensor) -> Tensor:
