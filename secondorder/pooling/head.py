@@ -29,8 +29,6 @@ OWN: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 """Exact class -> the forward that a fused step stands for."""
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class PoolingHead(nn.Module):
     """Optional 1x1 reduction of the channels, then pooling: `[N, in_channels, H, W] -> [N, out_features]`.
@@ -75,7 +73,7 @@ class PoolingHead(nn.Module):
             return self._weighted(self.reduction(maps), flat_weights(weights, x, self.layout))
         maps = self.reduction(maps)
         if self._can_fuse() and not isinstance(maps, torch.fx.Proxy) and not _is_empty(maps):
-            covariance, function, _ = self.layers
+            covariance, function, _ = self.layers._modules.values()
             return function.of_features(positions(maps, covariance.layout))  # type: ignore[operator, arg-type]
         return self.layers(maps)
 
@@ -94,19 +92,23 @@ class PoolingHead(nn.Module):
 
     def _batch_statistics(self) -> bool:
         """Whether the reduction normalises by statistics of the batch, for which one number a channel is too few."""
-        return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.reduction)
+        return any(isinstance(layer, _BatchNorm) and layer.training for layer in self.reduction._modules.values())
 
     def _can_fuse(self) -> bool:
         """Whether the layers are exactly those of the fused step, with nothing that would see or change their tensors."""
         layers = self.layers
-        if len(layers) != 3 or _has_any_global_hook():
+        children = tuple(layers._modules.values())  # not by iteration: this runs in every training step
+        if len(children) != 3 or _has_any_global_hook():
             return False
-        covariance, function, triangle = layers
+        covariance, function, triangle = children
         return (
             type(covariance) is Covariance
             and type(function) in FUSED
             and type(triangle) is UpperTriangle
-            and all(_is_plain(layer) for layer in (layers, covariance, function, triangle))
+            and _is_plain(layers)
+            and _is_plain(covariance)
+            and _is_plain(function)
+            and _is_plain(triangle)
         )
 
     def _weighted(self, maps: Tensor, weights: Tensor | None) -> Tensor:
@@ -129,7 +131,13 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module runs its class's own forward and nothing else."""
     state = module.__dict__
     own = "forward" not in state and OWN.get(type(module)) is type(module).forward
-    return own and not any(state[hooks] for hooks in HOOKS)
+    hooks = (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+    return own and not hooks
 
 
 def _is_empty(x: Tensor) -> bool:
