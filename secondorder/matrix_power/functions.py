@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power import checks
-from secondorder.matrix_power.covariance import covariance_matrix
 from secondorder.matrix_power.crossover import eigenvalues_are_faster, gram_is_faster
 from secondorder.matrix_power.kernels import Eigen, Kernel, Products
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFunction, SquareRoot
-from secondorder.matrix_power.spectral import spectral
-from secondorder.matrix_power.spectrum import NewtonSchulz, Spectral
-from secondorder.matrix_power.strategies import OnFeatures, OnMatrix
+from secondorder.matrix_power.spectrum import MatrixFunction, NewtonSchulz, Spectral
+from secondorder.matrix_power.strategies import Covariance, OnFeatures, OnMatrix, Square
 from secondorder.matrix_power.transforms import full_precision, result_dtype, widened
 from secondorder.matrix_power.two_level import evaluate
 from secondorder.matrix_power.upper_triangle import upper_triangle
@@ -38,10 +36,7 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
     checks.check_iterations(num_iter)
     if validate:
         checks.check_values(S)
-    if method == "eigh":
-        return _spectral(S, SquareRoot())
-    strategy = OnMatrix(_newton_schulz(method, num_iter, S.shape[-1], S.device))
-    return _in_full_precision(partial(evaluate, strategy), S)
+    return _of_matrix(S, Spectral(SquareRoot()) if method == "eigh" else NewtonSchulz(num_iter))
 
 
 def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor:
@@ -56,8 +51,8 @@ def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor
     if exponent == 1:
         return _in_full_precision(torch.clone, S)
     if exponent == 2:
-        return _in_full_precision(lambda S: S @ S, S)
-    return _spectral(S, _power(exponent))
+        return _in_full_precision(partial(evaluate, Square()), S)
+    return _of_matrix(S, Spectral(_power(exponent)))
 
 
 def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
@@ -69,7 +64,7 @@ def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
     checks.check_eps(eps)
     if validate:
         checks.check_values(S)
-    return _spectral(S, Logarithm(eps))
+    return _of_matrix(S, Spectral(Logarithm(float(eps))))
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -78,7 +73,7 @@ def covariance(x: Tensor) -> Tensor:
     Raises InputError for other shapes and types.
     """
     checks.check_features(x)
-    return _in_full_precision(covariance_matrix, x)
+    return _in_full_precision(partial(evaluate, Covariance()), x)
 
 
 def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, triangle: bool = False) -> Tensor:
@@ -91,7 +86,7 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
     checks.check_iterations(num_iter)
     if method == "eigh":
         return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
-    return _of_features(x, _newton_schulz(method, num_iter, min(x.shape[-2:]), x.device), triangle)
+    return _of_features(x, _newton_schulz(method, num_iter, x), triangle)
 
 
 def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
@@ -108,7 +103,7 @@ def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Te
     """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_eps(eps)
-    return _of_features(x, Eigen(Spectral(Logarithm(eps))), triangle)
+    return _of_features(x, Eigen(Spectral(Logarithm(float(eps)))), triangle)
 
 
 def _power(exponent: float) -> ScalarFunction:
@@ -116,16 +111,17 @@ def _power(exponent: float) -> ScalarFunction:
     return SquareRoot() if exponent == 0.5 else Power(float(exponent))
 
 
-def _newton_schulz(method: str, num_iter: int, size: int, device: torch.device) -> Kernel:
-    """The kernel of K steps on `size` x `size` matrices."""
+def _newton_schulz(method: str, num_iter: int, x: Tensor) -> Kernel:
+    """The kernel of K steps on the smaller side of features x."""
     function = NewtonSchulz(num_iter)
-    if method == "auto" and eigenvalues_are_faster(size, num_iter, device):
+    stable = function.stable(widened(x).dtype)
+    if not stable or (method == "auto" and eigenvalues_are_faster(min(x.shape[-2:]), num_iter, x.device)):
         return Eigen(function)
     return Products(function)
 
 
-def _spectral(S: Tensor, function: ScalarFunction) -> Tensor:
-    return _in_full_precision(lambda S: spectral(S, function), S)
+def _of_matrix(S: Tensor, function: MatrixFunction) -> Tensor:
+    return _in_full_precision(partial(evaluate, OnMatrix(Eigen(function))), S)
 
 
 def _of_features(x: Tensor, kernel: Kernel, triangle: bool) -> Tensor:
