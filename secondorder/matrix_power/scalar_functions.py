@@ -133,7 +133,7 @@ class Logarithm:
         log_unit = self.power * self.unit.log()
         if self.eps == 0:
             return a.log() + log_unit
-        e = self._shift()
+        e = self._shift().clamp_max(_large(a))  # above it log1p(s / e) (1 + e) is s
         ratio = a / e
         beyond = ratio >= _large(a)  # or not a number, where a and e are both lost in the units
         far = (a + e).log() + (log_unit - math.log(self.eps))
@@ -150,18 +150,19 @@ class Logarithm:
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Accurate to about eps^(3/4) of the number format."""
         e = self._shift()
-        shifted = (a + e, b + e, c + e)
-        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-2) * self._scale(e)
+        scale = self._scale(e)  # the second difference is homogeneous of degree -2
+        shifted = ((a + e) / scale, (b + e) / scale, (c + e) / scale)
+        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-2) / scale
 
-    def _shift(self) -> Tensor | float:
-        """e = eps / u."""
-        if self.unit is None or self.eps == 0:
-            return self.eps
+    def _shift(self) -> Tensor:
+        """e = eps / u, up to the range of numbers."""
+        if self.unit is None:
+            return torch.tensor(self.eps, dtype=torch.float64)
         e = self.eps / self.unit
-        return (e if self.power == 1 else e / self.unit).clamp_max(_large(self.unit))
+        return (e if self.power == 1 else e / self.unit).clamp_max(torch.finfo(e.dtype).max / 4)
 
-    def _scale(self, e: Tensor | float) -> Tensor | float:
-        return 1.0 if self.unit is None else 1 + e
+    def _scale(self, e: Tensor) -> Tensor:
+        return torch.ones_like(e) if self.unit is None else 1 + e
 
 
 def _large(x: Tensor) -> float:

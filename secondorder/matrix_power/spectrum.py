@@ -108,9 +108,10 @@ class NewtonSchulz(MatrixFunction):
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
         """With b = sqrt(t) (q / 2 - a q'), from the trace in the pre- and post-normalisation."""
         a = a.clamp_min(0)
-        trace = a.sum(-1, keepdim=True)
-        trace = torch.where(trace > 0, trace, 1)  # of A: 1 up to rounding when t is the trace of S
-        a, root = a / trace, (t * trace).sqrt()
+        trace = a.sum(-1, keepdim=True)  # of A: 1 up to rounding when t is the trace of S
+        root = (t * trace).sqrt()
+        trace = torch.where(trace > 0, trace, 1)
+        a = a / trace
         null = null_directions(a, size)
         safe = _divisible(a, torch.finfo(a.dtype).eps ** 2) if self.stable(a.dtype) else torch.where(null, 1, a)
         q, slope = polynomial(safe, self._steps(a.dtype))

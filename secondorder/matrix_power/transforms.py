@@ -1,5 +1,6 @@
 """What the functions of this package share: batching under `torch.func.vmap`, tangents and number formats."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,16 @@ from torch.autograd import forward_ad
 
 from secondorder.matrix_power.precision import full_precision
 
-__all__ = ["full_precision", "inside_transform", "mapped_first", "primals", "result_dtype", "symmetric", "widened"]
+__all__ = [
+    "full_precision",
+    "inside_transform",
+    "mapped_first",
+    "primals",
+    "result_dtype",
+    "symmetric",
+    "widened",
+    "without_mutation",
+]
 
 
 def mapped_first(batch_size: int, in_dims: tuple, arguments: tuple) -> list:
@@ -32,6 +42,14 @@ def primals(tensors: tuple[Tensor | None, ...]) -> list[Any]:
 def inside_transform() -> bool:
     """Whether a torch.func transform or the compiler is running: no decision may depend on a tensor's values there."""
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+
+
+def without_mutation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, or while PyTorch records operations the same without operations in place.
+
+    A recorder (`torch.func.linearize`, `make_fx`) may keep a tensor as a constant and replay the operation that changes it.
+    """
+    return torch.func.functionalize(function) if torch._C._len_torch_dispatch_stack() > 0 else function
 
 
 def symmetric(G: Tensor) -> Tensor:

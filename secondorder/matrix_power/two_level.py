@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from secondorder.matrix_power.precision import full_precision
-from secondorder.matrix_power.transforms import mapped_first, primals
+from secondorder.matrix_power.transforms import mapped_first, primals, without_mutation
 
 
 class Strategy(Protocol):
@@ -48,7 +48,7 @@ class _Value(Function):
     @staticmethod
     def forward(x: Tensor, strategy: Strategy) -> tuple[Tensor, ...]:
         with full_precision(x):
-            Z, saved = strategy.forward(x)
+            Z, saved = without_mutation(strategy.forward)(x)
         return Z, *saved
 
     @staticmethod
@@ -85,7 +85,7 @@ class _PullBack(Function):
     @staticmethod
     def forward(x: Tensor, G: Tensor, strategy: Strategy, *saved: Tensor) -> Tensor:
         with full_precision(x):
-            return strategy.gradient(G, saved)
+            return without_mutation(strategy.gradient)(G, saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -115,7 +115,8 @@ class _PushForward(Function):
     def forward(x: Tensor, V: Tensor, strategy: Strategy, tail: torch.Size, *saved: Tensor) -> Tensor:
         with full_precision(x):
             G = V.new_zeros(*V.shape[:-2], *tail)
-            return torch.func.vjp(lambda G: strategy.gradient(G, saved), G)[1](V)[0]
+            gradient = without_mutation(strategy.gradient)
+            return torch.func.vjp(lambda G: gradient(G, saved), G)[1](V)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
