@@ -151,22 +151,23 @@ class NewtonSchulzPolynomial:
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
         """See `polynomial`."""
-        (m_a, y_a), (m_b, y_b) = _iterates(a, self.num_iter), _iterates(b, self.num_iter)
+        (_, y_a), (m_b, y_b) = _iterates(a, self.num_iter), _iterates(b, self.num_iter)
         return (m_b + a * _slope(a, b, self.num_iter)) / (y_a + y_b)
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """In the order a > b, c, so that nothing is divided by a small y."""
         a, b, c = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0, descending=True).values
-        m: tuple[Tensor, ...] = (a, b, c)
-        ab, bc, ac, abc = torch.ones_like(a), torch.ones_like(a), torch.ones_like(a), torch.zeros_like(a)
+        m = torch.stack((a, b, c))
+        y = m
+        ab_bc_ca, abc = torch.ones_like(m), torch.zeros_like(a)  # m[a, b], m[b, c], m[c, a] and m[a, b, c]
         for _ in range(self.num_iter):
-            step = _step(m[0], m[1])
-            abc = step * abc + (m[0] + m[1] + m[2] - 6) / 4 * bc * ac
-            ab, bc, ac = step * ab, _step(m[1], m[2]) * bc, _step(m[0], m[2]) * ac
-            m = tuple(x * (1.5 - 0.5 * x) ** 2 for x in m)
-        y_a, y_b, y_c = (_iterates(x, self.num_iter)[1] for x in (a, b, c))
-        y_ac, y_bc = (m[2] + a * ac) / (y_a + y_c), (m[2] + b * bc) / (y_b + y_c)
-        return (a * abc + bc - y_bc * y_ac) / (y_a + y_b)
+            step = _step(m, m.roll(-1, 0))
+            abc = step[0] * abc + (m.sum(0) - 6) / 4 * ab_bc_ca[1] * ab_bc_ca[2]
+            t = 1.5 - 0.5 * m
+            ab_bc_ca, m, y = step * ab_bc_ca, m * t * t, y * t
+        _, bc, ac = ab_bc_ca.unbind(0)
+        y_ac, y_bc = (m[2] + a * ac) / (y[0] + y[2]), (m[2] + b * bc) / (y[1] + y[2])
+        return (a * abc + bc - y_bc * y_ac) / (y[0] + y[1])
 
 
 def _iterates(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from secondorder.matrix_power.transforms import mapped_first, primals, symmetric
 
 
 def spectral(S: Tensor, function: ScalarFunction) -> Tensor:
-    """f(S) for symmetric S `[..., C, C]` in the range of numbers (`units`); gradients are symmetric, a third derivative raises."""
+    """f(S) for symmetric S `[..., C, C]` of moderate scale (`units`); gradients are symmetric, a third derivative raises."""
     unit = function.unit if isinstance(function, Logarithm) else None
     plain = function if unit is None else replace(function, unit=None)  # type: ignore[type-var]
     return _Value.apply(S, unit, plain)[0]

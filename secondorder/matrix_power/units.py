@@ -8,7 +8,6 @@ it are NaN, in this sample and in no other, and nothing waits for the device to 
 import torch
 from torch import Tensor
 
-
 _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}
 """Number format -> whole numbers of its size, and the bits of the exponent."""
 
