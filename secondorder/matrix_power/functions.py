@@ -1,8 +1,14 @@
 """Square root, power and logarithm of symmetric PSD matrices, and of the covariance of features in one fused step.
 
 All are right to second order, in reverse and forward mode and under `torch.func`. Null directions (eigenvalues up to
-C eps l_max) are left out by root, power and logarithm, as in a pseudo-inverse: they get value and gradient zero.
-16-bit inputs are computed in float32; under autocast the result is float32.
+C eps l_max) are left out by root, power and logarithm, as in a pseudo-inverse: they get value and gradient zero. So they are by
+the logarithm with an eps below that rounding level, and by Newton-Schulz of more than 10 steps in float32 (24 in float64), whose
+third derivative raises. Negative eigenvalues count as zero. 16-bit inputs are computed in float32; under autocast the result is
+float32. Products are float32 products whatever `torch.set_float32_matmul_precision` says, outside of torch.compile.
+
+Value and gradient are right at every scale of the number format, infinite or zero where they are beyond it; a second
+derivative beyond it may be NaN. A sample with an entry that is not finite has NaN as value and derivatives, and changes no other
+sample (`validate=True` refuses it).
 """
 
 from collections.abc import Callable
@@ -25,10 +31,10 @@ from secondorder.matrix_power.upper_triangle import upper_triangle
 def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate: bool = True) -> Tensor:
     """S^(1/2) of symmetric PSD matrices `[..., C, C]`: exact, or its approximation by K = `num_iter` Newton-Schulz steps.
 
-    `"newton_schulz"`: K steps with trace normalisation by matrix products, exactly iSQRT-COV (Li et al., CVPR 2018).
-    `"auto"`: the same polynomial with the same derivatives, by products or through eigenvalues, whichever is faster for the
-    shape and device. `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by
-    about 20 % on typical features). `validate=False` skips the checks that read values and so wait for the device.
+    `"newton_schulz"` and `"auto"`: the polynomial of K steps with trace normalisation, exactly iSQRT-COV (Li et al., CVPR 2018),
+    through eigenvalues, since products blow up for the negative ones of a rounded matrix; `covariance_sqrt` uses products, too.
+    `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by about 20 % on typical
+    features). `validate=False` skips the checks that read values and so wait for the device.
     Raises InputError for other shapes, types, options, and for matrices that are not finite, symmetric and PSD.
     """
     checks.check_matrices(S)
@@ -79,6 +85,8 @@ def covariance(x: Tensor) -> Tensor:
 def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, triangle: bool = False) -> Tensor:
     """`matrix_sqrt(covariance(x))` for features `[..., C, M]` in one step, much faster; only shapes are checked.
 
+    `"newton_schulz"`: by matrix products, up to 10 steps in float32 (24 in float64), for which they are stable; through
+    eigenvalues beyond. `"auto"`: the same polynomial by products or through eigenvalues, whichever is faster for the shape.
     `triangle` gives the row-major upper triangle `[..., C (C + 1) / 2]` instead of the matrix `[..., C, C]`.
     """
     checks.check_features(x)
