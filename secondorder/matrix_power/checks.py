@@ -7,6 +7,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, unknown
 from secondorder.matrix_power.transforms import inside_transform, known_shape
+from secondorder.matrix_power.units import unit
 
 METHODS = ("auto", "newton_schulz", "eigh")
 
@@ -39,15 +40,17 @@ def check_values(S: Tensor) -> None:
     S = S.float() if S.dtype in (torch.float16, torch.bfloat16) else S
     if not S.isfinite().all():
         raise NonFiniteError(f"needs finite matrices, got {int((~S.isfinite()).sum())} non-finite entries")
-    largest = S.abs().amax((-2, -1), keepdim=True)
-    tolerance = relative * largest
+    c = unit(S)
+    S = S / c
     difference = (S - S.mT).abs()
-    if (difference > tolerance).any():
-        raise InputError(f"needs symmetric matrices, got |S - S^T| up to {difference.max():.3g}; pass (S + S^T) / 2")
-    shift = tolerance + (largest == 0)  # Cholesky succeeds when no eigenvalue is below -shift
+    if (difference > relative).any():
+        largest = (difference * c).max()
+        raise InputError(f"needs symmetric matrices, got |S - S^T| up to {largest:.3g}; pass (S + S^T) / 2")
+    # Cholesky succeeds when no eigenvalue is below -shift
+    shift = relative + (S.abs().amax((-2, -1), keepdim=True) == 0).to(S.dtype)
     failed = torch.linalg.cholesky_ex(S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)).info != 0
     if failed.any():
-        lowest = torch.linalg.eigvalsh(S)[failed].min()
+        lowest = (torch.linalg.eigvalsh(S) * c[..., 0])[failed].min()
         raise InputError(
             f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}; add a multiple of I"
         )

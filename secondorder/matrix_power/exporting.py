@@ -1,10 +1,12 @@
 """What torch.export, the ONNX exporter and torch.jit.trace get instead of the fast autograd functions.
 
 They record plain operations and differentiate those, so the fast ways (written in place, with a backward pass of their own) are
-no use to them: Newton-Schulz is recorded as the products of its plain definition. A function of eigenvalues is recorded as the
-plain eigen-decomposition where torch.export is asked for no gradient (under `torch.no_grad()`), else as the operator
-`torch.ops.secondorder.spectral`, because the backward pass of a plain one divides by gaps of eigenvalues. A program with that
-operator runs where `secondorder.pooling` is imported. (torch.jit.trace checks its graph without gradients, so it cannot choose.)
+no use to them: Newton-Schulz is recorded as the products of its plain definition, of more steps than are stable as a function of
+eigenvalues. Such a function is recorded as the plain eigen-decomposition where torch.export is asked for no gradient (under
+`torch.no_grad()`), else as the operator `torch.ops.secondorder.spectral`, because the backward pass of a plain one divides by
+gaps of eigenvalues. A program with that operator runs where `secondorder.pooling` is imported. (torch.jit.trace checks its graph
+without gradients, so it cannot choose.) Recorded programs know no units (`units`): features near the ends of the number format
+are for the module itself.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError
+from secondorder.matrix_power.newton_schulz import NewtonSchulzPolynomial
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFunction, SquareRoot
 from secondorder.matrix_power.spectral import first_derivative, value
 
@@ -21,7 +24,7 @@ def recorded(S: Tensor, function: ScalarFunction) -> Tensor:
     """f(S) of symmetric `[..., C, C]` for a program that is being recorded. Raises InputError for ONNX: it has no eigenvalues."""
     if _for_onnx():
         raise InputError(
-            'ONNX has no eigenvalues, which this pooling needs: use "gcp" (more num_iter: nearer to the root) or torch.export'
+            'ONNX has no eigenvalues, which this pooling needs: use "gcp" of at most 10 steps (num_iter), or torch.export'
         )
     if not torch.jit.is_tracing() and not (torch.is_grad_enabled() and S.requires_grad):
         return value(S, function)
@@ -38,10 +41,16 @@ PARAMETER: dict[str, Any] = {
     "SquareRoot": lambda root: 0.5,
     "Power": lambda power: power.exponent,
     "Logarithm": lambda logarithm: logarithm.eps,
+    "NewtonSchulzPolynomial": lambda polynomial: polynomial.num_iter,
 }
 """Scalar function -> its number, of which the operator makes it anew."""
 
-FUNCTION: dict[str, Any] = {"SquareRoot": lambda _: SquareRoot(), "Power": Power, "Logarithm": Logarithm}
+FUNCTION: dict[str, Any] = {
+    "SquareRoot": lambda _: SquareRoot(),
+    "Power": Power,
+    "Logarithm": Logarithm,
+    "NewtonSchulzPolynomial": lambda num_iter: NewtonSchulzPolynomial(int(num_iter)),
+}
 """Name -> scalar function of its number."""
 
 

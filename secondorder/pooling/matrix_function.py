@@ -1,7 +1,8 @@
 """Layers that replace a covariance matrix S `[..., C, C]` by a function of it, the normalisation of covariance pooling.
 
 Each also has `of_features`: the upper triangle of the same function of the covariance of features `[N, C, M]`, in one fused
-step. Values are not checked, so that no layer waits for the device; `secondorder.matrix_power` has functions that do.
+step. Values are not checked, so that no layer waits for the device; `secondorder.matrix_power` has functions that do. A sample
+that is not finite gets NaN, and the others what they get without it.
 """
 
 from abc import ABC, abstractmethod
@@ -85,8 +86,9 @@ class MatrixLogarithm(MatrixFunction):
     """log(S + eps I) - log(eps) I for eps > 0; log(S) on the range of S, and zero outside it, for eps = 0.
 
     The log-Euclidean map of DeepO2P (Ionescu et al. 2015), less a constant, which a classifier's bias absorbs: in this
-    form null directions give zero and the layer is smooth there. With eps = 0 an eigenvalue that reaches the rounding level
-    makes the value jump. Raises InputError for a negative or non-finite eps.
+    form null directions give zero and the layer is smooth there. With eps = 0, or an eps below the rounding level C eps l_max of
+    the number format, an eigenvalue that reaches that level makes the value jump.
+    Raises InputError for a negative or non-finite eps.
     """
 
     def __init__(self, eps: float = 1e-3) -> None:
