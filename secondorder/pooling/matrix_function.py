@@ -83,8 +83,9 @@ class MatrixLogarithm(MatrixFunction):
     """log(S + eps I) - log(eps) I for eps > 0; log(S) on the range of S, and zero outside it, for eps = 0.
 
     The log-Euclidean map of DeepO2P (Ionescu et al. 2015), less a constant, which a classifier's bias absorbs: in this
-    form null directions give zero and the layer is smooth there. With eps = 0, or an eps below the rounding level C eps l_max of
-    the number format, an eigenvalue that reaches that level makes the value jump. Raises InputError for a negative or non-finite eps.
+    form null directions give zero and the layer is smooth there. With eps = 0, or an eps below the rounding level
+    C eps l_max of the number format, an eigenvalue that reaches that level makes the value jump. Raises InputError for a
+    negative or non-finite eps.
     """
 
     def __init__(self, eps: float = 1e-3) -> None:
