@@ -4,7 +4,6 @@ from collections.abc import Collection
 
 from secondorder.errors import InputError
 
-
 MOST = 2**31 - 1
 """The largest whole number of a setting: no array can have a larger size."""
 
