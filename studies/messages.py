@@ -4,7 +4,7 @@ import re
 
 LIMIT = 300
 """Characters of an error line."""
-LONGEST_WORD = 80
+LONGEST_WORD = 160
 """Characters of a path or value in a line that is too long."""
 
 

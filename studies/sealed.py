@@ -34,7 +34,7 @@ def read_sealed(file: Path, way_out: str = RECOMPUTE) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}; {way_out}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({type(error).__name__}: {error}); {way_out}") from None
+        raise InputError(f"{file} is damaged ({type(error).__name__}); {way_out}") from None
     if not isinstance(sealed, dict) or sealed.keys() != {"sha256", "content"}:
         raise InputError(f"{file} has no digest: it is damaged, or an earlier version wrote it; {way_out}")
     if sealed["sha256"] != _digest(file, json.dumps(sealed["content"])):

@@ -61,7 +61,7 @@ def test_an_output_folder_that_cannot_be_used(kind: str, tmp_path: Path, refuses
     make(path)
     line = refuses("landscape", "--out", str(path))
     assert words in line
-    assert str(path) in line or len(str(path)) > 80
+    assert str(path) in line or len(str(path)) > 160
 
 
 @pytest.mark.parametrize(
