@@ -12,7 +12,7 @@ from secondorder.curvature import curvature_blocks
 from secondorder.curvature.backpack import backpack_network, backpack_quantity, register, supports
 
 from .call import Call, shown
-from .curvature import ODD, Odd, batch_for, chain
+from .curvature import ODD, USERS, Odd, batch_for, chain
 from .values import absurd, bad_tensor, named
 
 EXTENSIONS: dict[str, Callable[[], Any]] = {
@@ -38,7 +38,10 @@ def backpack(random: Random) -> Call:
 
 def truth(random: Random) -> Call:
     """The diagonal of the Gauss-Newton matrix is that of the exact block."""
-    model, loss = chain(random), random.choice((nn.CrossEntropyLoss(), nn.MSELoss(), nn.CrossEntropyLoss(reduction="sum")))
+    model, loss = (
+        chain(random),
+        random.choice((nn.CrossEntropyLoss(), nn.MSELoss(), nn.CrossEntropyLoss(reduction="sum"))),
+    )
     batch = batch_for(random, loss)
     name = random.choice(("DiagGGNExact", "DiagHessian"))
     quantity = {"DiagGGNExact": "ggn", "DiagHessian": "hessian"}[name]
@@ -62,11 +65,33 @@ def bad_argument(random: Random) -> Call:
     model: Any = chain(random)
     loss = nn.CrossEntropyLoss()
     x, y = batch_for(random, loss)
-    given: dict[str, Any] = {"network": model, "loss": loss, "batch": (x, y), "extension": random.choice(list(EXTENSIONS.values()))()}
+    given: dict[str, Any] = {
+        "network": model,
+        "loss": loss,
+        "batch": (x, y),
+        "extension": random.choice(list(EXTENSIONS.values()))(),
+    }
     field = random.choice((*given, "chunk", "memory", "seed", "loss", "batch"))
     bad: dict[str, Any] = {
-        "loss": random.choice((nn.CrossEntropyLoss(reduction="none"), nn.NLLLoss(), nn.MSELoss(), nn.CrossEntropyLoss, nn.CrossEntropyLoss(torch.ones(3)))),
-        "batch": random.choice(((bad_tensor(random, x), y), (x, bad_tensor(random, y.double())), (x,), (x, y + 9), (x.float(), y), (x, y[:1]))),
+        "loss": random.choice(
+            (
+                nn.CrossEntropyLoss(reduction="none"),
+                nn.NLLLoss(),
+                nn.MSELoss(),
+                nn.CrossEntropyLoss,
+                nn.CrossEntropyLoss(torch.ones(3)),
+            )
+        ),
+        "batch": random.choice(
+            (
+                (bad_tensor(random, x), y),
+                (x, bad_tensor(random, y.double())),
+                (x,),
+                (x, y + 9),
+                (x.float(), y),
+                (x, y[:1]),
+            )
+        ),
         "extension": random.choice((extensions.KFAC, extensions.DiagGGNExact, nn.ReLU(), "KFAC")),
     }
     value = bad[field] if field in bad and random.random() < 0.7 else absurd(random)
@@ -87,14 +112,17 @@ def bad_network(random: Random) -> Call:
         "lstm": lambda: nn.Sequential(nn.Flatten(2), nn.LSTM(16, 3)).double(),
         "shared": lambda: nn.Sequential(nn.Flatten(), layer := nn.Linear(16, 16), layer, nn.Linear(16, 3)).double(),
         "empty": nn.Sequential,
-        "training": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)).double(),
+        "training": lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)
+        ).double(),
     }
     model = Odd(ODD[kind]) if kind in ODD else made[kind]()
     name = random.choice(list(EXTENSIONS))
     batch = batch_for(random, nn.CrossEntropyLoss())
     run = lambda: backpack_quantity(model, nn.CrossEntropyLoss(), batch, EXTENSIONS[name]())  # noqa: E731
     watched = (model,) if isinstance(model, nn.Module) else ()
-    return Call(f"backpack_quantity({name}), network {kind} {shown(model) if kind == 'absurd' else ''}", run, watched=watched, pure=True)
+    words = f"backpack_quantity({name}), network {kind} {shown(model) if kind == 'absurd' else ''}"
+    return Call(words, run, watched=watched, pure=True, raises=USERS if "error" in kind or kind == "division" else ())
 
 
 def others(random: Random) -> Call:

@@ -24,6 +24,7 @@ class Call:
     check: what is wrong with the result of an accepted call.
     pure: an accepted call, too, leaves the random state and all that is watched as it was.
     seconds: after which the call counts as hanging.
+    raises: errors that are right too: those of the user's own code, and what Python's protocols ask for.
     """
 
     words: str
@@ -34,6 +35,7 @@ class Call:
     check: Check = right
     pure: bool = False
     seconds: float = 20.0
+    raises: tuple[type[Exception], ...] = ()
 
 
 Generator = Callable[[Random], Call]

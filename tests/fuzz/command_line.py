@@ -69,7 +69,10 @@ def flags(random: Random) -> Call:
 
 def program(random: Random) -> Call:
     """parse of a line that begins with anything."""
-    arguments = [random.choice((*WORDS, *STUDIES, "--help", "-h", "--preset", "--preset=x", "--version")) for _ in range(random.randint(1, 3))]
+    arguments = [
+        random.choice((*WORDS, *STUDIES, "--help", "-h", "--preset", "--preset=x", "--version"))
+        for _ in range(random.randint(1, 3))
+    ]
     return Call(f"parse({shown(arguments, 200)})", lambda: parsed(arguments), pure=True)
 
 
@@ -90,7 +93,9 @@ def checks(random: Random) -> Call:
 
 def out(random: Random) -> Call:
     """Folders for results that are none, or whose lock is none."""
-    kind = random.choice(("file", "lock is a folder", "below a file", "link to nowhere", "long", "zero", "lock is a link", "fine", "odd"))
+    kind = random.choice(
+        ("file", "lock is a folder", "below a file", "link to nowhere", "long", "zero", "lock is a link", "fine", "odd")
+    )
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as name:

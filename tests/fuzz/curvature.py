@@ -43,12 +43,16 @@ LOSSES: dict[str, Callable[[], Any]] = {
 def batch_for(random: Random, loss: Any, images: int = 3) -> tuple[Tensor, Tensor]:
     """Images and labels or targets."""
     x = normal(random, images, 1, 4, 4)
-    return x, normal(random, images, K) if isinstance(loss, nn.MSELoss) else torch.tensor([random.randrange(K) for _ in range(images)])
+    return x, normal(random, images, K) if isinstance(loss, nn.MSELoss) else torch.tensor(
+        [random.randrange(K) for _ in range(images)]
+    )
 
 
 def curvature(random: Random) -> Call:
     """Any of the kinds below."""
-    return random.choice((truth, truth, bad_argument, bad_argument, bad_batch, bad_network, bad_loss, of_blocks))(random)
+    return random.choice((truth, truth, bad_argument, bad_argument, bad_batch, bad_network, bad_loss, of_blocks))(
+        random
+    )
 
 
 def blocks_of(random: Random) -> tuple[str, dict[str, Any]]:
@@ -56,7 +60,12 @@ def blocks_of(random: Random) -> tuple[str, dict[str, Any]]:
     words = random.choice(list(LOSSES))
     loss = LOSSES[words]()
     loss = loss.double() if isinstance(loss, nn.Module) else loss
-    given = {"network": chain(random), "loss": loss, "batch": batch_for(random, loss), "quantity": random.choice(list(QUANTITIES))}
+    given = {
+        "network": chain(random),
+        "loss": loss,
+        "batch": batch_for(random, loss),
+        "quantity": random.choice(list(QUANTITIES)),
+    }
     head = type(given["network"][2]).__name__
     return f"{given['quantity']}, {words}, {head}", given
 
@@ -92,7 +101,11 @@ def truth(random: Random) -> Call:
     def check(blocks: CurvatureBlocks) -> str | None:
         for name, p in given["network"].named_parameters():
             matrix = blocks[name].dense() if name in blocks else torch.zeros(p.numel(), p.numel())
-            if matrix.shape != (p.numel(), p.numel()) or not matrix.isfinite().all() or not torch.equal(matrix, matrix.mT):
+            if (
+                matrix.shape != (p.numel(), p.numel())
+                or not matrix.isfinite().all()
+                or not torch.equal(matrix, matrix.mT)
+            ):
                 return f"the block of {name} is not symmetric, finite or of its size"
         if expected is None:
             return None
@@ -112,7 +125,9 @@ def bad_argument(random: Random) -> Call:
     field = random.choice(("quantity", "params", "samples", "seed", "fisher", "chunk", "memory"))
     value = absurd(random)
     if field == "params" and random.random() < 0.5:
-        value = random.choice((["0.weight"], "0.weight", ["0.weight", 3], ["x"], [], {"0.bias"}, iter(["0.bias"]), [None]))
+        value = random.choice(
+            (["0.weight"], "0.weight", ["0.weight", 3], ["x"], [], {"0.bias"}, iter(["0.bias"]), [None])
+        )
     if field == "samples" and isinstance(value, int) and value > 10**4:
         value = random.choice((10**3, 10**400))
     given[field] = value
@@ -123,18 +138,47 @@ def bad_argument(random: Random) -> Call:
 
     run = lambda: curvature_blocks(**given)  # noqa: E731
     names = (field, named(value), "margin", "Margin", "parameter", "GiB", "batch")
-    return Call(f"curvature_blocks({words}, {field}={shown(value)})", run, names=names, watched=(given["network"],), check=check, pure=True)
+    return Call(
+        f"curvature_blocks({words}, {field}={shown(value)})",
+        run,
+        names=names,
+        watched=(given["network"],),
+        check=check,
+        pure=True,
+    )
 
 
 def bad_batch(random: Random) -> Call:
     """Images or labels that do not fit."""
     words, given = blocks_of(random)
     x, y = given["batch"]
-    bad_labels = (y[:2], y.float(), y + 100, y - 100, y[:, None], bad_tensor(random, y.double()), torch.full_like(y, -100), None)
-    batches = ((bad_tensor(random, x), y), (x, random.choice(bad_labels)), (x,), (x, y, y), absurd(random), [x, y], (x.float(), y), (x * 1e200, y))
+    bad_labels = (
+        y[:2],
+        y.float(),
+        y + 100,
+        y - 100,
+        y[:, None],
+        bad_tensor(random, y.double()),
+        torch.full_like(y, -100),
+        None,
+    )
+    batches = (
+        (bad_tensor(random, x), y),
+        (x, random.choice(bad_labels)),
+        (x,),
+        (x, y, y),
+        absurd(random),
+        [x, y],
+        (x.float(), y),
+        (x * 1e200, y),
+    )
     given["batch"] = random.choice(batches)
     run = lambda: curvature_blocks(**given)  # noqa: E731
-    shape = [shown(t.shape if isinstance(t, Tensor) else t) for t in given["batch"]] if isinstance(given["batch"], tuple) else given["batch"]
+    shape = (
+        [shown(t.shape if isinstance(t, Tensor) else t) for t in given["batch"]]
+        if isinstance(given["batch"], tuple)
+        else given["batch"]
+    )
     return Call(f"curvature_blocks({words}, batch {shown(shape, 100)})", run, watched=(given["network"],), pure=True)
 
 
@@ -156,6 +200,8 @@ def raising(z: Tensor) -> Tensor:
     raise ValueError("the first line\nthe second line")
 
 
+USERS = (TypeError, KeyError, AttributeError, ZeroDivisionError, ValueError)
+"""Errors of the user's own code, which go through as they are."""
 ODD: dict[str, Callable[[Tensor], Any]] = {
     "a tuple": lambda z: (z, z),
     "a dictionary": lambda z: {"z": z},
@@ -181,14 +227,16 @@ ODD: dict[str, Callable[[Tensor], Any]] = {
 def bad_network(random: Random) -> Call:
     """Networks that are none, return odd things, or have odd weights."""
     words, given = blocks_of(random)
-    kind = random.choice((*ODD, "absurd", "half", "frozen", "no parameters", "nan weights", "mixed", "lazy", "inference", "meta"))
+    kind = random.choice(
+        (*ODD, "absurd", "half", "frozen", "no parameters", "nan weights", "mixed", "lazy", "inference", "meta")
+    )
     model: Any = given["network"]
     if kind in ODD:
         model = Odd(ODD[kind])
     elif kind == "absurd":
         model = absurd(random)
     elif kind == "half":
-        model = model.half()
+        model.half()
     elif kind == "frozen":
         model = model.requires_grad_(False)
     elif kind == "no parameters":
@@ -209,9 +257,20 @@ def bad_network(random: Random) -> Call:
                 return curvature_blocks(**given)
         return curvature_blocks(**given)
 
-    expected = "refuse" if kind in ("absurd", "half", "frozen", "no parameters", "nan weights", "inference", "nan") else "either"
+    expected = (
+        "refuse"
+        if kind in ("absurd", "half", "frozen", "no parameters", "nan weights", "inference", "nan")
+        else "either"
+    )
     watched = (model,) if isinstance(model, nn.Module) and kind not in ("lazy", "meta") else ()
-    return Call(f"curvature_blocks({words}), network {kind} {shown(model) if kind == 'absurd' else ''}", run, watched=watched, expected=expected, pure=True)
+    return Call(
+        f"curvature_blocks({words}), network {kind} {shown(model) if kind == 'absurd' else ''}",
+        run,
+        watched=watched,
+        expected="either" if isinstance(given["loss"], nn.MSELoss) else expected,
+        pure=True,
+        raises=USERS if "error" in kind or kind == "division" else (),
+    )
 
 
 def bad_loss(random: Random) -> Call:
@@ -245,7 +304,14 @@ def bad_loss(random: Random) -> Call:
         return blocks.whole @ torch.ones(blocks.whole.size, dtype=torch.float64)
 
     check = lambda product: None if product.isfinite().all() else "a product that is not finite"  # noqa: E731
-    return Call(f"curvature_blocks({words}), loss {kind} {shown(losses[kind])}", run, watched=(given["network"],), check=check, pure=True)
+    return Call(
+        f"curvature_blocks({words}), loss {kind} {shown(losses[kind])}",
+        run,
+        watched=(given["network"],),
+        check=check,
+        pure=True,
+        raises=USERS if kind in ("raises", "type error", "one argument") else (),
+    )
 
 
 def of_blocks(random: Random) -> Call:
@@ -255,7 +321,13 @@ def of_blocks(random: Random) -> Call:
     given["batch"] = batch_for(random, given["loss"])
     blocks = curvature_blocks(**given)
     block = blocks["0.weight"]
-    bad = random.choice((bad_tensor(random, normal(random, block.size)), absurd(random), normal(random, block.size, 2, dtype=torch.float32)))
+    bad = random.choice(
+        (
+            bad_tensor(random, normal(random, block.size)),
+            absurd(random),
+            normal(random, block.size, 2, dtype=torch.float32),
+        )
+    )
     limit = random.choice((absurd(random), 10, 10**9))
     kind = random.choice(("@", "dense", "eigenvalues"))
     ways: dict[str, Callable[[], Any]] = {
@@ -264,4 +336,6 @@ def of_blocks(random: Random) -> Call:
         "eigenvalues": lambda: block.eigenvalues(limit),
     }
     value = bad if kind == "@" else limit
-    return Call(f"{kind} of {type(block).__name__} with {shown(value)}", ways[kind], watched=(given["network"],), pure=True)
+    return Call(
+        f"{kind} of {type(block).__name__} with {shown(value)}", ways[kind], watched=(given["network"],), pure=True
+    )

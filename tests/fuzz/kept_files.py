@@ -110,13 +110,15 @@ def reader(random: Random) -> Call:
             mutilate(Path(folder) / file, damage, Random(state))
             return read(Path(folder))
 
-    return Call(f"{name}: {damage} ({state})", run, pure=True)
+    return Call(f"{name}: {damage} ({state})", run, pure=True, seconds=8.0)
 
 
 @lru_cache
 def tables(study: str) -> list[Path]:
     """The result files of a study in the repository's report."""
-    files = sorted(REPORTS.glob(f"{study}*.csv")) + sorted(REPORTS.glob(f"{study}*.csv.gz")) + [REPORTS / f"{study}.json"]
+    files = (
+        sorted(REPORTS.glob(f"{study}*.csv")) + sorted(REPORTS.glob(f"{study}*.csv.gz")) + [REPORTS / f"{study}.json"]
+    )
     return [file for file in files if "summary" not in file.name and "ratios" not in file.name]
 
 
@@ -124,7 +126,9 @@ def section(random: Random) -> Call:
     """The section of a report from tables in which something is wrong."""
     study = random.choice(("landscape", "performance", "performance", random.choice(list(STUDIES))))
     damaged = random.choice(tables(study))
-    kind = random.choice(("cut rows", "drop column", "nan column", "text cell", "inf cell", "html cell", "negative", "one row", "json"))
+    kind = random.choice(
+        ("cut rows", "drop column", "nan column", "text cell", "inf cell", "html cell", "negative", "one row", "json")
+    )
     state = random.getrandbits(40)
 
     def run() -> Section:
@@ -163,5 +167,3 @@ def spoil(file: Path, kind: str, random: Random) -> None:
         table = table.astype({column: object})
         table.loc[row, column] = cell
     table.to_csv(file, index=False)
-
-

@@ -32,7 +32,12 @@ def spacing(random: Random) -> Call:
         fine = etas.dtype == torch.float64 and bool(etas.isfinite().all()) and bool((etas > 0).all())
         return None if fine and len(etas) == settings["points"] else f"{shown(etas)}"
 
-    return Call(f"equally_spaced({arguments(settings)})", lambda: equally_spaced(**settings), names=(field, named(value), "range"), check=check)
+    return Call(
+        f"equally_spaced({arguments(settings)})",
+        lambda: equally_spaced(**settings),
+        names=(field, named(value), "range"),
+        check=check,
+    )
 
 
 def bad_argument(random: Random) -> Call:
@@ -50,14 +55,22 @@ def bad_argument(random: Random) -> Call:
     bad = {
         "images": lambda: bad_tensor(random, images),
         "labels": lambda: random.choice((bad_tensor(random, labels.float()), labels[:3], labels + 5, labels.float())),
-        "loss": lambda: random.choice((nn.CrossEntropyLoss(reduction="none"), lambda z, y: 1.0, lambda z, y: z.sum() * torch.nan)),
+        "loss": lambda: random.choice(
+            (nn.CrossEntropyLoss(reduction="none"), lambda z, y: 1.0, lambda z, y: z.sum() * torch.nan)
+        ),
         "step": lambda: random.choice(([torch.zeros(2)], [absurd(random)] * len(list(model.parameters())))),
-        "etas": lambda: random.choice((bad_tensor(random, torch.ones(3)), torch.zeros(3), [0.1, 0.2], torch.tensor([-1.0]))),
+        "etas": lambda: random.choice(
+            (bad_tensor(random, torch.ones(3)), torch.zeros(3), [0.1, 0.2], torch.tensor([-1.0]))
+        ),
         "model": lambda: random.choice((nn.Linear(2, 2), nn.Sequential(), model.requires_grad_(False))),
     }
     value = bad[field]() if field in bad and random.random() < 0.6 else absurd(random)
     if field == "labels" and isinstance(value, Tensor):
-        value = value.long() if value.ndim and random.random() < 0.5 and not value.is_complex() and not value.is_meta else value
+        value = (
+            value.long()
+            if value.ndim and random.random() < 0.5 and not value.is_complex() and not value.is_meta
+            else value
+        )
     given[field] = value
 
     words = f"{function.__name__}({field}={shown(value)})"
@@ -99,7 +112,7 @@ def quadratic(random: Random) -> Call:
             for name, a, b in (
                 ("loss", line.loss, losses),
                 ("distance", line.gradient_distance, distances),
-                ("beta", torch.tensor(line.beta), torch.tensor(beta, dtype=torch.float64)),
+                ("beta", torch.tensor(line.beta, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64)),
             )
             if not torch.allclose(a.double(), b, rtol=1e-8)
         ]

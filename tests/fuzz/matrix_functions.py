@@ -57,7 +57,9 @@ def bad_option(random: Random) -> Call:
     settings[field] = value
     S = torch.eye(3)
     small = not isinstance(value, int) or isinstance(value, bool) or value < 10**5  # steps: as many as were asked for
-    call = Call(f"{name}(I, {arguments(settings)})", lambda: function(S, **settings), names=(field, named(value)), watched=(S,))
+    call = Call(
+        f"{name}(I, {arguments(settings)})", lambda: function(S, **settings), names=(field, named(value)), watched=(S,)
+    )
     return call if small else Call(f"{name}(I)", lambda: function(S, **settings_of(random, name)))
 
 
@@ -135,7 +137,11 @@ def exact(random: Random) -> Call:
 
     def f(values: Tensor) -> Tensor:
         if name == "matrix_log":
-            return torch.log1p(values.clamp_min(0) * scale / eps) if eps else torch.where(live, (values * scale).abs().log(), 0)
+            return (
+                torch.log1p(values.clamp_min(0) * scale / eps)
+                if eps
+                else torch.where(live, (values * scale).abs().log(), 0)
+            )
         return torch.where(live, values.abs().clamp_min(1e-30) ** power, 0) * scale**power
 
     def run() -> tuple[Tensor, Tensor]:
@@ -186,10 +192,14 @@ def ways_agree(random: Random) -> Call:
             return f"derivative {order}: not finite ({'auto' if b.isfinite().all() else 'newton_schulz'})"
         error, largest = float((a - b).abs().max()), float(a.abs().max())
         allowed = {0: 1.0, 1: 30.0, 2: 1e3}[order] * (1e-6 if dtype == torch.float64 else 1e-2)
-        return None if error <= allowed * largest + 1e-6 else f"derivative {order}: differ by {error:.2g} of {largest:.2g}"
+        return (
+            None if error <= allowed * largest + 1e-6 else f"derivative {order}: differ by {error:.2g} of {largest:.2g}"
+        )
 
     run = lambda: (derivative("auto"), derivative("newton_schulz"))  # noqa: E731
-    return Call(f"matrix_sqrt({words}, auto and newton_schulz, {K}), derivative {order}", run, check=check, watched=(S,))
+    return Call(
+        f"matrix_sqrt({words}, auto and newton_schulz, {K}), derivative {order}", run, check=check, watched=(S,)
+    )
 
 
 def steps_converge(random: Random) -> Call:

@@ -91,7 +91,9 @@ def replacement(random: Random) -> Call:
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         model = random.choice((plain, nn.Linear(3, 2), nn.Sequential(), absurd(random), torchvision.models.resnet18))
     settings: dict[str, Any] = {"pooling": random.choice(list(POOLINGS)), "reduced_channels": 8}
-    field = random.choice(("pooling", "num_classes", "reduced_channels", "last_stride", "dropout", "image_size", "none", "num_iter"))
+    field = random.choice(
+        ("pooling", "num_classes", "reduced_channels", "last_stride", "dropout", "image_size", "none", "num_iter")
+    )
     value = random.choice((absurd(random), 1, 2)) if field == "last_stride" else absurd(random)
     if field != "none":
         settings[field] = value

@@ -76,7 +76,9 @@ def features(random: Random, dtype: torch.dtype, scale: float = 1.0) -> tuple[st
     """Feature maps of any shape with at least two positions, of a kind of spectrum."""
     N, C, H, W = random.randint(1, 3), random.randint(1, 7), random.randint(1, 5), random.randint(2, 5)
     x = normal(random, N, C, H, W)
-    kind = random.choice(("normal", "normal", "relu", "low rank", "constant channel", "equal channels", "constant", "decay"))
+    kind = random.choice(
+        ("normal", "normal", "relu", "low rank", "constant channel", "equal channels", "constant", "decay")
+    )
     if kind == "relu":
         x = x.relu()
     elif kind == "low rank":
@@ -104,7 +106,10 @@ def representable(dtype: torch.dtype, scale: float, power: float | None) -> bool
     if power is None:  # the logarithm of S + eps I
         return abs(math.log10(scale)) < 12
     low, high = math.log10(torch.finfo(dtype).tiny), math.log10(torch.finfo(dtype).max)
-    return 0.9 * low < math.log10(scale) * max(power, 1.0) < 0.9 * high and 0.9 * low < math.log10(scale) * power < 0.9 * high
+    return (
+        0.9 * low < math.log10(scale) * max(power, 1.0) < 0.9 * high
+        and 0.9 * low < math.log10(scale) * power < 0.9 * high
+    )
 
 
 def sizes(random: Random) -> Call:

@@ -37,7 +37,18 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def preconditioning(random: Random) -> Call:
     """Any of the kinds below."""
-    kinds = (spectrum, bad_spectrum, backward, bad_backward, solver, bad_solver, direction, bad_direction, angles, resampled)
+    kinds = (
+        spectrum,
+        bad_spectrum,
+        backward,
+        bad_backward,
+        solver,
+        bad_solver,
+        direction,
+        bad_direction,
+        angles,
+        resampled,
+    )
     return random.choice(kinds)(random)
 
 
@@ -61,7 +72,12 @@ def spectrum(random: Random) -> Call:
 
     options = HEADS[name]
     run = lambda: (head_spectrum(x, name, **options), head_spectrum(x, name, exact=True, **options))  # noqa: E731
-    return Call(f"head_spectrum({list(x.shape)} x {float(x.abs().max()):.2g}, {name}), closed and dense", run, check=check, pure=True)
+    return Call(
+        f"head_spectrum({list(x.shape)} x {float(x.abs().max()):.2g}, {name}), closed and dense",
+        run,
+        check=check,
+        pure=True,
+    )
 
 
 def bad_spectrum(random: Random) -> Call:
@@ -69,7 +85,9 @@ def bad_spectrum(random: Random) -> Call:
     x: Any = maps(random)
     name = random.choice(list(HEADS))
     settings = {"pooling": name} | HEADS[name]
-    field = random.choice(("features", "pooling", "exact", "coordinates", "trace_term", "num_iter", "exponent", "eps", "x"))
+    field = random.choice(
+        ("features", "pooling", "exact", "coordinates", "trace_term", "num_iter", "exponent", "eps", "x")
+    )
     value = absurd(random)
     if field == "features":
         x = bad_tensor(random, x) if random.random() < 0.8 else value
@@ -78,7 +96,12 @@ def bad_spectrum(random: Random) -> Call:
     else:
         settings[field] = value
     words = f"head_spectrum({shape_of(x)}, {arguments(settings)})"
-    return Call(words, lambda: head_spectrum(x, **settings), names=() if field == "features" else (field, named(value)), pure=True)
+    return Call(
+        words,
+        lambda: head_spectrum(x, **settings),
+        names=() if field == "features" else (field, named(value)),
+        pure=True,
+    )
 
 
 def backward(random: Random) -> Call:
@@ -86,7 +109,7 @@ def backward(random: Random) -> Call:
     x = maps(random)
     C = x.shape[1]
     G = normal(random, len(x), C * (C + 1) // 2)
-    full_rank = C < x.shape[2] * x.shape[3] and not (C > 1 and torch.equal(x[:, 0], x[:, 1]))
+    full_rank = x.shape[2] * x.shape[3] > C and not (C > 1 and torch.equal(x[:, 0], x[:, 1]))
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = x.clone().requires_grad_()
@@ -116,7 +139,9 @@ def bad_backward(random: Random) -> Call:
         form = absurd(random)
     if which == "whitened":
         return Call(f"whitened_features({shape_of(x)})", lambda: whitened_features(x), pure=True)
-    return Call(f"gcp_backward({shape_of(x)}, {shape_of(G)}, {shown(form)})", lambda: gcp_backward(x, G, form), pure=True)
+    return Call(
+        f"gcp_backward({shape_of(x)}, {shape_of(G)}, {shown(form)})", lambda: gcp_backward(x, G, form), pure=True
+    )
 
 
 def solver(random: Random) -> Call:
@@ -144,11 +169,17 @@ def bad_solver(random: Random) -> Call:
         lambda v: torch.randn_like(v) * 0 + v.flip(0) - 3 * v, lambda v: 0 * v,
     )  # fmt: skip
     field = random.choice(("product", "product", "b", "damping", "tolerance", "iterations", "start"))
-    bad: dict[str, Any] = {"product": random.choice(products), "b": bad_tensor(random, b), "start": bad_tensor(random, b)}
+    bad: dict[str, Any] = {
+        "product": random.choice(products),
+        "b": bad_tensor(random, b),
+        "start": bad_tensor(random, b),
+    }
     value = bad.get(field, absurd(random)) if random.random() < 0.7 else absurd(random)
     settings[field] = value
     words = f"conjugate_gradients({field}={shown(value)})"
-    return Call(words, lambda: conjugate_gradients(**settings), pure=True, names=("product", "b", "start", field, named(value)))
+    return Call(
+        words, lambda: conjugate_gradients(**settings), pure=True, names=("product", "b", "start", field, named(value))
+    )
 
 
 DIRECTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -190,10 +221,16 @@ def bad_direction(random: Random) -> Call:
     }
     field = random.choice(("network", "batch", "loss", "params", *fields.get(name, ())))
     bad: dict[str, Any] = {
-        "batch": random.choice(((bad_tensor(random, batch[0]), batch[1]), (batch[0], bad_tensor(random, batch[1].double())))),
+        "batch": random.choice(
+            ((bad_tensor(random, batch[0]), batch[1]), (batch[0], bad_tensor(random, batch[1].double())))
+        ),
         "params": random.choice((["x"], [], "0.weight", ["0.bias"], [3])),
-        "gradient": random.choice(({}, {"0.weight": torch.zeros(2)}, {"0.weight": None}, {"x": torch.zeros(1)}, {"0.weight": "x"})),
-        "loss": random.choice((nn.CrossEntropyLoss(reduction="none"), nn.CrossEntropyLoss(reduction="sum"), lambda z, y: 1.0)),
+        "gradient": random.choice(
+            ({}, {"0.weight": torch.zeros(2)}, {"0.weight": None}, {"x": torch.zeros(1)}, {"0.weight": "x"})
+        ),
+        "loss": random.choice(
+            (nn.CrossEntropyLoss(reduction="none"), nn.CrossEntropyLoss(reduction="sum"), lambda z, y: 1.0)
+        ),
     }
     value = bad[field] if field in bad and random.random() < 0.6 else absurd(random)
     settings[field] = value
@@ -205,10 +242,16 @@ def angles(random: Random) -> Call:
     """alignment and partial_correlation of tensors by name, some odd."""
 
     def tensors(scale: float) -> dict[str, Any]:
-        return {"a.weight": normal(random, 2, 3) * scale, "a.bias": normal(random, 2) * scale, "b.weight": normal(random, 4) * scale}
+        return {
+            "a.weight": normal(random, 2, 3) * scale,
+            "a.bias": normal(random, 2) * scale,
+            "b.weight": normal(random, 4) * scale,
+        }
 
     function = random.choice((alignment, partial_correlation))
-    given: list[Any] = [tensors(random.choice((1.0, 1e-200, 1e200, 0.0))) for _ in range(2 if function is alignment else 3)]
+    given: list[Any] = [
+        tensors(random.choice((1.0, 1e-200, 1e200, 0.0))) for _ in range(2 if function is alignment else 3)
+    ]
     kind = random.choice(("good", "good", "missing", "bad", "absurd", "value"))
     place = random.randrange(len(given))
     if kind == "missing":
@@ -230,11 +273,16 @@ def angles(random: Random) -> Call:
 
 def resampled(random: Random) -> Call:
     """bootstrap_interval of any values and options."""
-    settings: dict[str, Any] = {"values": [random.gauss(0, 1) for _ in range(random.choice((0, 1, 2, 9)))], "resamples": 100}
+    settings: dict[str, Any] = {
+        "values": [random.gauss(0, 1) for _ in range(random.choice((0, 1, 2, 9)))],
+        "resamples": 100,
+    }
     field = random.choice(("values", "statistic", "confidence", "resamples", "seed", "none"))
     value = absurd(random)
     if field == "values":
-        value = random.choice((value, [1.0] * 4, [math.nan, 1.0], [[1.0, 2.0]], ["a", "b"], [1e308, -1e308], np.zeros((2, 2))))
+        value = random.choice(
+            (value, [1.0] * 4, [math.nan, 1.0], [[1.0, 2.0]], ["a", "b"], [1e308, -1e308], np.zeros((2, 2)))
+        )
     if field == "resamples" and isinstance(value, int) and value > 1000:
         value = 1000
     if field != "none":
@@ -245,4 +293,6 @@ def resampled(random: Random) -> Call:
         return None if all(map(math.isfinite, numbers)) and found.low <= found.high else f"{found}"
 
     words = f"bootstrap_interval({arguments(settings)})"
-    return Call(words, lambda: bootstrap_interval(**settings), check=check, names=(field, named(value), "values"), pure=True)
+    return Call(
+        words, lambda: bootstrap_interval(**settings), check=check, names=(field, named(value), "values"), pure=True
+    )

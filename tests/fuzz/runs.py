@@ -55,4 +55,6 @@ def runs(random: Random) -> Call:
 def options(random: Random) -> Any:
     """What an option field may be given."""
     value = absurd(random)
-    return random.choice((value, {"a": value}, {value: 1} if isinstance(value, str | int | None) else {}, [("a", value)], [("a",)]))
+    return random.choice(
+        (value, {"a": value}, {value: 1} if isinstance(value, str | int | None) else {}, [("a", value)], [("a",)])
+    )

@@ -50,7 +50,10 @@ def operator(random: Random, size: int | None = None) -> tuple[str, SymmetricOpe
         "indefinite": lambda: DenseOperator(scale * (root + root.mT)),
         "diagonal": lambda: DiagonalOperator(scale * root[0]),
         "factored": lambda: FactoredOperator(scale**0.5 * root[: max(1, P // 2)]),
-        "blocks": lambda: BlockDiagonalOperator([DenseOperator(A[: P // 2 + 1, : P // 2 + 1])] + [DiagonalOperator(A[0, P // 2 + 1 :])] * (P > 1 and P // 2 + 1 < P)),
+        "blocks": lambda: BlockDiagonalOperator(
+            [DenseOperator(A[: P // 2 + 1, : P // 2 + 1])]
+            + [DiagonalOperator(A[0, P // 2 + 1 :])] * (P > 1 and P // 2 + 1 < P)
+        ),
         "kronecker": lambda: KroneckerOperator(DenseOperator(A), DiagonalOperator(torch.ones(1).double())),
     }
     found = made[kind]()
@@ -67,9 +70,18 @@ def spectra(random: Random) -> Call:
 def options(random: Random, name: str, fields: tuple[str, ...]) -> tuple[dict[str, Any], str, Any]:
     """One absurd option."""
     field, value = random.choice(fields), absurd(random)
-    if isinstance(value, int) and not isinstance(value, bool) and 10**3 < value < 10**29 and field in ("probes", "steps", "max_iterations"):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and 10**3 < value < 10**29
+        and field in ("probes", "steps", "max_iterations")
+    ):
         value = 200
-    settings = {"method": random.choice(METHODS.get(name, ("auto", "exact", "hutchinson", "hutch++")))} if "method" in fields else {}
+    settings = (
+        {"method": random.choice(METHODS.get(name, ("auto", "exact", "hutchinson", "hutch++")))}
+        if "method" in fields
+        else {}
+    )
     settings |= {"k": 1} if name == "top_eigenvalues" else {}
     return settings | {field: value}, field, value
 
@@ -93,7 +105,11 @@ def bad_two(random: Random) -> Call:
     if random.random() < 0.1:
         B = absurd(random)
     run = lambda: TWO[name](A, B, **settings)  # noqa: E731
-    return Call(f"{name}({words}, {other if isinstance(B, SymmetricOperator) else shown(B)}, {arguments(settings)})", run, pure=True)
+    return Call(
+        f"{name}({words}, {other if isinstance(B, SymmetricOperator) else shown(B)}, {arguments(settings)})",
+        run,
+        pure=True,
+    )
 
 
 def truth(random: Random) -> Call:
@@ -155,7 +171,9 @@ def bad_operator(random: Random) -> Call:
     kind, name = random.choice(list(kinds)), random.choice(list(ONE))
     settings = {"k": 1} if name == "top_eigenvalues" else {}
     fed: Any = random.choice((matrix, matrix, absurd(random)))
-    finite = isinstance(fed, Tensor) and not fed.is_meta and fed.is_floating_point() and bool(fed.float().isfinite().all())
+    finite = (
+        isinstance(fed, Tensor) and not fed.is_meta and fed.is_floating_point() and bool(fed.float().isfinite().all())
+    )
     run = lambda: ONE[name][0](kinds[kind](fed), **settings)  # noqa: E731
     what = f"{str(fed.dtype)[6:]} {list(fed.shape)} {fed.device}" if isinstance(fed, Tensor) else shown(fed)
     return Call(f"{name}({kind}({what}), finite {finite})", run, pure=True)

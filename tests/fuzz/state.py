@@ -49,7 +49,9 @@ def _add(digest: Any, thing: Any) -> None:
             plain = thing.detach()
             plain = plain.to_dense() if plain.layout != torch.strided else plain
             if not plain.is_meta:
-                digest.update(plain.contiguous().flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+                digest.update(
+                    plain.contiguous().flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+                )
         case nn.Module():
             for name, part in thing.named_modules():
                 hooks = [len(getattr(part, kind)) for kind in HOOKS]

@@ -73,7 +73,12 @@ def interval(random: Random) -> Call:
         fits = np.allclose([found.low, found.high], [low, high], rtol=1e-9) if abs(x).max() < 1e100 else True
         return None if fits else f"SciPy has [{low}, {high}], not {found}"
 
-    return Call(f"{name}_interval({shown(values)}, {shown(confidence)})", lambda: FUNCTIONS[name](values, confidence), check=check, pure=True)
+    return Call(
+        f"{name}_interval({shown(values)}, {shown(confidence)})",
+        lambda: FUNCTIONS[name](values, confidence),
+        check=check,
+        pure=True,
+    )
 
 
 def ratio(random: Random) -> Call:
@@ -88,20 +93,30 @@ def claim(random: Random) -> Call:
     """The verdict on a claim; the opposite claim has the opposite verdict."""
     low, high = sorted(random.choice((-1.0, 0.0, 0.5, 1.0, 2.0, math.inf, -math.inf, math.nan)) for _ in range(2))
     found = Interval((low + high) / 2, low, high, 3)
-    claimed, reference = random.choice(("below", "above", absurd(random))), random.choice((0.5, 1.0, math.nan, absurd(random)))
+    claimed, reference = (
+        random.choice(("below", "above", absurd(random))),
+        random.choice((0.5, 1.0, math.nan, absurd(random))),
+    )
 
     def check(word: str) -> str | None:
         other = verdict(found, {"below": "above", "above": "below"}[claimed], reference)
         opposite = {"supported": "not supported", "not supported": "supported", "undecided": "undecided"}
         return None if opposite[word] == other else f"{word}, and of the opposite {other}"
 
-    return Call(f"verdict({found}, {shown(claimed)}, {shown(reference)})", lambda: verdict(found, claimed, reference), check=check, pure=True)
+    return Call(
+        f"verdict({found}, {shown(claimed)}, {shown(reference)})",
+        lambda: verdict(found, claimed, reference),
+        check=check,
+        pure=True,
+    )
 
 
 def error(random: Random) -> Call:
     """with_error and exponential."""
     middle = random.choice((0.0, 1.0, -700.0, 700.0, 800.0, math.nan, 1e300))
-    found = Interval(middle, middle - random.choice((0.0, 1.0, math.inf)), middle + random.choice((0.0, 1.0, math.inf)), 3)
+    found = Interval(
+        middle, middle - random.choice((0.0, 1.0, math.inf)), middle + random.choice((0.0, 1.0, math.inf)), 3
+    )
     size = random.choice((0.0, 1.0, math.inf, math.nan, -1.0, absurd(random)))
     if random.random() < 0.5:
         return Call(f"exponential({found})", lambda: exponential(found), check=ordered, pure=True)

@@ -70,8 +70,12 @@ def options(random: Random) -> Call:
     if isinstance(value, bool | int | float | str | None):
         option = random.choice(("damping", "momentum", "lr", "eps", "nesterov", "x", "clip", "factor_interval"))
         settings["optimizer_options"] = random.choice(({}, {}, {option: value}))
-        settings["pooling_options"] = random.choice(({}, {}, {random.choice(("num_iter", "eps", "y")): min_steps(value)}))
-    return Call(f"train(Run({arguments(settings)}))", lambda: in_folder(tiny(**settings), digits()), pure=True, check=finite)
+        settings["pooling_options"] = random.choice(
+            ({}, {}, {random.choice(("num_iter", "eps", "y")): min_steps(value)})
+        )
+    return Call(
+        f"train(Run({arguments(settings)}))", lambda: in_folder(tiny(**settings), digits()), pure=True, check=finite
+    )
 
 
 def min_steps(value: Any) -> Any:
@@ -89,18 +93,21 @@ def resumed(random: Random) -> Call:
     """A checkpoint that was mutilated, or is none."""
     damage = random.choice(("cut", "flip", "empty", "text", "state_dict", "list", "keys", "folder", "whole", "tensor"))
     place, other = random.random(), tiny(seed=random.choice((0, 0, 1)))
+    foreign = nn.Linear(2, 2).state_dict()
 
     def run() -> Any:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             train(tiny(), digits(), folder, progress=False)
-            mutilate(folder / "checkpoint.pt", damage, place)
+            mutilate(folder / "checkpoint.pt", damage, place, foreign)
             return train(other, digits(), folder, progress=False, resume=True)
 
-    return Call(f"train(resume=True) of a checkpoint: {damage} at {place:.3f}, seed {other.seed}", run, pure=True, check=finite)
+    return Call(
+        f"train(resume=True) of a checkpoint: {damage} at {place:.3f}, seed {other.seed}", run, pure=True, check=finite
+    )
 
 
-def mutilate(file: Path, damage: str, place: float) -> None:
+def mutilate(file: Path, damage: str, place: float, foreign: dict[str, Any]) -> None:
     """Damage a file at a place in [0, 1)."""
     content = bytearray(file.read_bytes())
     at = int(place * len(content))
@@ -119,7 +126,7 @@ def mutilate(file: Path, damage: str, place: float) -> None:
     elif damage != "whole":
         state = torch.load(file, weights_only=True)
         keys = list(state)
-        others: dict[str, Any] = {"state_dict": nn.Linear(2, 2).state_dict(), "list": [1, 2], "tensor": torch.zeros(3)}
+        others: dict[str, Any] = {"state_dict": foreign, "list": [1, 2], "tensor": torch.zeros(3)}
         others["keys"] = {key: value for key, value in state.items() if key != keys[int(place * len(keys))]}
         torch.save(others[damage], file)
 
@@ -152,4 +159,6 @@ def fit(random: Random) -> Call:
         "reduced_channels": random.choice((None, 4, 10**9)),
     }
     field = random.choice(list(changes))
-    return Call(f"check_run({field}={changes[field]})", lambda: check_run(tiny(**{field: changes[field]}), digits()), pure=True)
+    return Call(
+        f"check_run({field}={changes[field]})", lambda: check_run(tiny(**{field: changes[field]}), digits()), pure=True
+    )
