@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
+from secondorder.kfac.options import check_flag
 from secondorder.matrix_power import upper_triangle
 from secondorder.matrix_power.spectral import null_directions
 from secondorder.matrix_power.spectrum import MatrixFunction
@@ -91,8 +92,9 @@ def head_spectrum(
     or the same at all positions of an image, and a dense Jacobian that does not fit in memory.
     """
     check_features(features)
-    if coordinates not in COORDINATES:
-        raise unknown("coordinates", coordinates, COORDINATES)
+    check_known("coordinates", coordinates, COORDINATES)
+    check_flag("exact", exact)
+    check_flag("trace_term", trace_term)
     if coordinates == "triangle" and not exact:
         raise InputError("coordinates 'triangle' have no closed form; use exact=True, or coordinates 'svec'")
     if exact and not trace_term:

@@ -128,11 +128,11 @@ def bad_network(random: Random) -> Call:
 def others(random: Random) -> Call:
     """register, supports and backpack_network of anything."""
     name = random.choice(list(EXTENSIONS))
-    value = absurd(random)
+    value, model = absurd(random), chain(random)
     calls: dict[str, Callable[[], Any]] = {
         "register(it)": lambda: register(value),
         "supports(it, name)": lambda: supports(value, name),
-        "supports(model, it)": lambda: supports(chain(random), value),
+        "supports(model, it)": lambda: supports(model, value),
         "backpack_network(it)": lambda: backpack_network(value),
     }
     words = random.choice(list(calls))

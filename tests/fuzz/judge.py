@@ -56,7 +56,10 @@ class Hanging(BaseException):
 def judged(area: str, seed: int, index: int, generate: Generator) -> Verdict:
     """The verdict on a call, which depends on (seed, area, index) alone."""
     torch.manual_seed(index)
-    call = generate(Random(f"{seed} {area} {index}"))
+    try:
+        call = generate(Random(f"{seed} {area} {index}"))
+    except Exception as error:  # what the call needs cannot be made: a fault too, of the package or of this test
+        return Verdict(area, seed, index, "fault", "its preparation", f"{type(error).__name__}: {_line(str(error))}")
     torch.manual_seed(index + 1)
     outcome, fault = _outcome(call)
     return Verdict(area, seed, index, "fault" if fault else outcome, call.words, fault)
