@@ -1,16 +1,65 @@
 """Errors that a user can act on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+LONGEST = 300
+"""Characters of an error's message."""
 
 
 class InputError(ValueError):
-    """Bad input: a one-line message that names the value and says what is allowed (exit code 2 on the command line)."""
+    """Bad input: a one-line message that names the value and says what is allowed (exit code 2 on the command line).
+
+    A message that is longer than LONGEST characters, because a value in it is, loses its middle: the name of what is wrong stands
+    at its beginning, the way out at its end.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class NonFiniteError(InputError):
     """Numbers that must be finite are not."""
 
 
+def one_line(message: str) -> str:
+    """The message with single spaces for white space, at most LONGEST characters of it."""
+    line = " ".join(str(message).split())
+    if len(line) <= LONGEST:
+        return line
+    head = (LONGEST - 3) * 2 // 3
+    return f"{line[:head]}...{line[head + 3 - LONGEST :]}"
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     """The error for a name that is in no table: ``unknown pooling 'gpc'; choose one of: gap, gcp``."""
     return InputError(f"unknown {kind} {value!r}; choose one of: {', '.join(allowed)}")
+
+
+def check_known(kind: str, value: object, allowed: Iterable[str]) -> None:
+    """InputError unless the value is one of the allowed names; anything may be asked for, also what has no hash."""
+    names = list(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise unknown(kind, value, names)
+
+
+@contextmanager
+def failures_of(what: str) -> Iterator[None]:
+    """What torch raises inside of a user's network or loss becomes an InputError of one line: ``<what> fails: <reason>``.
+
+    Mistakes of the user's own code (TypeError, AttributeError, ...), too little memory and failed decompositions go through as
+    they are.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, torch.linalg.LinAlgError):
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise InputError(f"{what} fails: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that follow the first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,16 +17,19 @@ Index letters: N images, K measured values of eta.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from numbers import Real
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known, failures_of
 from secondorder.untouched import same_randomness, untouched
 
 DIRECTIONS = {"ascent": 1.0, "descent": -1.0}
+MOST, LARGEST = 10**6, 1e300
+"""Values of eta on a line, and the largest."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -74,11 +77,12 @@ class LandscapeLine:
 
 
 def equally_spaced(low: float, high: float, points: int = 50) -> Tensor:
-    """`points` equally spaced values of eta in [low, high], float64; InputError unless 0 < low <= high."""
-    if not 0.0 < low <= high < float("inf"):
-        raise InputError(f"the eta range [{low}, {high}] is empty or not positive; use 0 < low <= high")
-    if points < 1:
-        raise InputError(f"a landscape line needs at least 1 value of eta, not {points}")
+    """`points` equally spaced values of eta in [low, high], float64; InputError unless 0 < low <= high, 1 <= points <= MOST."""
+    numbers = all(isinstance(end, Real) and not isinstance(end, bool) for end in (low, high))
+    if not (numbers and 0.0 < low <= high < LARGEST):
+        raise InputError(f"the eta range [{low}, {high}] is empty or not positive; use numbers with 0 < low <= high")
+    if isinstance(points, bool) or not isinstance(points, int) or not 1 <= points <= MOST:
+        raise InputError(f"points {points!r}: a landscape line needs a whole number of values of eta, 1 to {MOST}")
     return torch.linspace(low, high, points, dtype=torch.float64)
 
 
@@ -89,23 +93,24 @@ def feature_landscape(
 
     `model` is any module with ``stem`` and ``rest`` (see StemAndRest). It is measured in its present mode, in training
     mode therefore with the statistics of the batch, with the same random draws (dropout) at every eta, and is left as
-    it was: parameters, buffers, gradients, mode and random state (tested bit for bit).
+    it was: parameters, buffers, gradients, mode and random state (tested bit for bit). Raises InputError for bad arguments, and
+    where the model or the loss fails.
     """
-    if direction not in DIRECTIONS:
-        raise unknown("direction", direction, DIRECTIONS)
-    check_batch(images, labels)
+    check_known("direction", direction, DIRECTIONS)
+    _check_arguments(model, loss, images, labels)
+    _check_etas(etas)
     if not (callable(getattr(model, "stem", None)) and callable(getattr(model, "rest", None))):
         raise InputError(f"{type(model).__name__} has no stem and rest; give it both, with model(x) = rest(stem(x))")
     parts = cast(StemAndRest, model)
     with untouched(model):
-        with torch.no_grad():
+        with torch.no_grad(), failures_of(_described(model, images)):
             origin = parts.stem(images).detach()
 
         def gradient_at(shift: Tensor | None) -> tuple[Tensor, list[Tensor]]:
             activation = (origin if shift is None else origin + shift).requires_grad_()
             with torch.enable_grad(), same_randomness():
-                value = loss(parts.rest(activation), labels)
-            return value.detach(), list(torch.autograd.grad(value, [activation]))
+                value = _loss_at(model, parts.rest, loss, activation, labels)
+            return value.detach(), list(torch.autograd.grad(value, [activation], materialize_grads=True))
 
         value, gradient = gradient_at(None)
         step = [DIRECTIONS[direction] * g for g in gradient]
@@ -118,10 +123,14 @@ def weight_landscape(
     """The line ``w + eta step`` through the parameters w that require gradients, in their order in the model.
 
     `step` is one tensor for each such parameter, by default the steepest descent -dL/dw; `optimiser_step` gives the
-    step that an optimiser is about to take, so that eta = 1 is where training goes next. Leaves the model as it was.
+    step that an optimiser is about to take, so that eta = 1 is where training goes next. Leaves the model as it was. Raises
+    InputError for bad arguments, and where the model or the loss fails.
     """
-    check_batch(images, labels)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    _check_arguments(model, loss, images, labels)
+    _check_etas(etas)
+    parameters = _trainable(model)
+    if step is not None and not (isinstance(step, list | tuple) and all(isinstance(s, Tensor) for s in step)):
+        raise InputError(f"step {type(step).__name__}: must be a list of tensors, one for each trainable parameter")
     if step is not None and [s.shape for s in step] != [p.shape for p in parameters]:
         raise InputError(f"the step has {len(step)} tensors that do not match the model's {len(parameters)} parameters")
     with untouched(model):
@@ -132,7 +141,7 @@ def weight_landscape(
                 for parameter, start, shift in zip(parameters, origin, shifts, strict=True):
                     parameter.copy_(start + eta * shift)
             with torch.enable_grad(), same_randomness():
-                value = loss(model(images), labels)
+                value = _loss_at(model, model, loss, images, labels)
                 gradient = torch.autograd.grad(value, parameters, allow_unused=True)
             return value.detach(), [
                 torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)
@@ -149,16 +158,20 @@ def optimiser_step(
 ) -> list[Tensor]:
     """The change of the parameters that `optimiser` would make on this batch, momentum and weight decay included.
 
-    One tensor for each parameter that requires gradients. Neither the model nor the optimiser's state is changed.
+    One tensor for each parameter that requires gradients. Neither the model nor the optimiser's state is changed. Raises
+    InputError for bad arguments, and where the model or the loss fails.
     """
-    check_batch(images, labels)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    _check_arguments(model, loss, images, labels)
+    if not isinstance(optimiser, torch.optim.Optimizer):
+        raise InputError(f"optimiser {type(optimiser).__name__}: must be a torch.optim.Optimizer")
+    parameters = _trainable(model)
     before = {p: {k: _copied(v) for k, v in state.items()} for p, state in optimiser.state.items()}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
     with untouched(model):
         origin = [p.detach().clone() for p in parameters]
         with torch.enable_grad():
-            gradient = torch.autograd.grad(loss(model(images), labels), parameters, allow_unused=True)
+            value = _loss_at(model, model, loss, images, labels)
+            gradient = torch.autograd.grad(value, parameters, allow_unused=True)
         try:
             for parameter, g in zip(parameters, gradient, strict=True):
                 parameter.grad = g
@@ -172,9 +185,56 @@ def optimiser_step(
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
-    """InputError for an empty batch or one whose images and labels differ in number."""
+    """InputError unless images and labels are tensors, as many of both, and at least one."""
+    for name, tensor in (("images", images), ("labels", labels)):
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            kind = "a single number" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{name} are {kind}: must be a tensor with a row for each image")
     if len(images) == 0 or len(images) != len(labels):
         raise InputError(f"{len(images)} images and {len(labels)} labels; a batch needs one label for each image")
+
+
+def _check_arguments(model: object, loss: object, images: Tensor, labels: Tensor) -> None:
+    """InputError unless they are a module, a function and a batch."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {type(model).__name__}: must be a torch.nn.Module")
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example F.cross_entropy")
+    check_batch(images, labels)
+
+
+def _check_etas(etas: Tensor) -> None:
+    """InputError unless the values of eta are a vector of finite numbers other than zero, at least one."""
+    real = isinstance(etas, Tensor) and not etas.is_complex() and etas.device.type != "meta"
+    if not real or etas.ndim != 1 or len(etas) == 0:
+        kind = f"{etas.dtype} {list(etas.shape)} on {etas.device}" if isinstance(etas, Tensor) else type(etas).__name__
+        raise InputError(f"etas are {kind}: must be a tensor [K] of real numbers, K >= 1; see equally_spaced")
+    values = etas.double().cpu()
+    if not bool((values.isfinite() & (values != 0)).all()):
+        raise InputError(f"etas {values.tolist()}: must be finite and other than zero")
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients. InputError when there is none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise InputError(f"{type(model).__name__} has no parameter that requires gradients")
+    return parameters
+
+
+def _loss_at(model: nn.Module, outputs: Callable[[Tensor], Any], loss: Loss, x: Tensor, labels: Tensor) -> Tensor:
+    """loss(outputs(x), labels), a scalar. InputError where either fails, and for a loss that is no number or has no gradient."""
+    with failures_of(_described(model, x)):
+        z = outputs(x)
+    with failures_of(f"the loss on labels {list(labels.shape)}"):
+        value = loss(z, labels)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise InputError("the loss must return one number that depends on the outputs; use reduction='mean' or 'sum'")
+    return value
+
+
+def _described(model: nn.Module, x: Tensor) -> str:
+    return f"{type(model).__name__} on {x.dtype} {list(x.shape)}"
 
 
 def _copied(value: object) -> object:

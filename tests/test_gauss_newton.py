@@ -298,6 +298,7 @@ BAD = {
     "iterations": 0,
     "clip": 0.0,
     "likelihood": "poisson",
+    "decoupled": None,
 }
 
 
@@ -305,6 +306,41 @@ BAD = {
 def test_a_bad_setting_is_named(name: str) -> None:
     with pytest.raises(InputError, match=name):
         GaussNewton(convnet(), **{"lr": 0.1, name: BAD[name]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": 0.5}, "model float: must be a torch.nn.Module"),
+        ({"weight_decay": 1e300}, r"weight_decay 1e\+300: must be a number in \[0, 3.4e\+38\)"),
+        ({"weight_decay": 20.0}, "weight_decay 20 with lr 0.1 multiplies the weights by -1 in each step"),
+        ({"likelihood": []}, r"unknown likelihood \[\]; choose one of"),
+        ({"tolerance": 2.0}, "tolerance 2.0: must be below 1"),
+    ],
+)
+def test_a_bad_value_is_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GaussNewton(**({"model": convnet(), "lr": 0.1} | settings))
+
+
+@pytest.mark.parametrize("closure", ["x", 3, [], True])
+def test_a_closure_that_is_no_function_is_refused(closure: Any) -> None:
+    with pytest.raises(InputError, match="the only argument is a function that computes the loss"):
+        GaussNewton(convnet(), 0.1).step(closure)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "x"), ("lr", float("inf")), ("weight_decay", 1e9), ("damping", "1")]
+)
+def test_settings_that_are_changed_to_nonsense_are_refused(name: str, value: Any) -> None:
+    model, data = convnet(norm=NORMS["group"]), batches(1)[0]
+    optimizer = GaussNewton(model, 0.1)
+    step(model, optimizer, data)
+    before = weights(model)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(InputError, match=f"^{name} "):
+        step(model, optimizer, data)
+    assert same(weights(model), before)
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:

@@ -38,7 +38,7 @@ from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, 
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 
 
@@ -180,10 +180,8 @@ def curvature_blocks(
 
     Raises InputError for input that does not fit, and before anything is computed when the memory does not suffice.
     """
-    if quantity not in QUANTITIES:
-        raise unknown("quantity", quantity, QUANTITIES)
-    if fisher not in FISHERS:
-        raise unknown("fisher", fisher, FISHERS)
+    check_known("quantity", quantity, QUANTITIES)
+    check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
     frozen = FrozenNetwork(network, params)
     if row.kronecker:

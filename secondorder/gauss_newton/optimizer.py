@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
@@ -11,10 +12,19 @@ from torch import Tensor, nn
 
 from secondorder.curvature.matrix_free.jacobian import flattened
 from secondorder.curvature.operators import SymmetricOperator
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 from secondorder.gauss_newton.batch_curvature import LIKELIHOODS, BatchCurvature
-from secondorder.kfac.optimizer import CLIP, SETTINGS, check_closure, check_settings
-from secondorder.kfac.options import DAMPING, check_interval, check_positive
+from secondorder.kfac.optimizer import CLIP
+from secondorder.kfac.options import (
+    DAMPING,
+    SETTINGS,
+    check_closure,
+    check_flag,
+    check_group,
+    check_interval,
+    check_positive,
+    checked_settings,
+)
 from secondorder.kfac.report import Stopwatch
 from secondorder.kfac.state_check import check_count, check_entries, check_float, check_optimizer
 from secondorder.kfac.update import move, shorten
@@ -99,21 +109,28 @@ class GaussNewton(torch.optim.Optimizer):
         likelihood: str = "cross_entropy",
         decoupled: bool = True,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"model {type(model).__name__}: must be a torch.nn.Module, the model itself, not its parameters()"
+            )
+        check_flag("decoupled", decoupled)
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "damping": damping}
-        check_settings(settings)
+        settings = checked_settings(settings, decoupled)
         check_positive("tolerance", tolerance)
+        if not tolerance < 1:
+            raise InputError(f"tolerance {tolerance!r}: must be below 1, a part of the gradient's length")
         check_interval("iterations", iterations)
         if clip is not None:
             check_positive("clip", clip)
-        if likelihood not in LIKELIHOODS:
-            raise unknown("likelihood", likelihood, LIKELIHOODS)
+        check_known("likelihood", likelihood, LIKELIHOODS)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError("GaussNewton trains in one process: its products are those of its own images; use KFAC")
         self.curvature = BatchCurvature(model, likelihood)
         self.names = {p: name for name, p in self.curvature.module.named_parameters() if p.requires_grad}
         if not self.names:
             raise InputError("the model has no trainable parameter; there is nothing to optimise")
-        self.tolerance, self.iterations, self.clip, self.decoupled = tolerance, iterations, clip, decoupled
+        self.tolerance, self.iterations, self.decoupled = float(tolerance), iterations, decoupled
+        self.clip = None if clip is None else float(clip)
         self.counts = {"steps": 0, "iterations": 0, "unconverged": 0, "skipped": 0}
         self.squared_norm = self.trace = 0.0
         self.stopwatch = Stopwatch(next(iter(self.names)).device, synchronise=False)
@@ -133,9 +150,11 @@ class GaussNewton(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
 
-        InputError without a gradient, and without `update_curvature(logits)`.
+        InputError without a gradient, without `update_curvature(logits)`, for a closure that is no function, and for settings of
+        the parameter group that cannot be used.
         """
         check_closure(closure)
+        check_group(self.param_groups[0], self.decoupled)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,7 +171,7 @@ class GaussNewton(torch.optim.Optimizer):
             self.curvature.forget()
             return loss
         if not self.decoupled and group["weight_decay"]:
-            gradient = gradient + group["weight_decay"] * flattened([p.detach() for p in parameters])
+            gradient = gradient + float(group["weight_decay"]) * flattened([p.detach() for p in parameters])
         with self.stopwatch("conjugate gradients"), self.curvature.quietly():
             d = self._direction(parameters, gradient)
         with self.stopwatch("update"), torch.no_grad():
@@ -198,7 +217,7 @@ class GaussNewton(torch.optim.Optimizer):
         check_float("gauss_newton.means.trace", own["means"]["trace"], least=-math.inf)  # of rounding, when it is zero
         rest = {key: value for key, value in state_dict.items() if key != "gauss_newton"}
         check_entries("the state", rest, ("state", "param_groups"))
-        check_optimizer(rest, self.param_groups, SETTINGS, check_settings, BUFFERS)
+        check_optimizer(rest, self.param_groups, SETTINGS, partial(checked_settings, decoupled=False), BUFFERS)
         super().load_state_dict(rest)
         self.counts = dict(own["counts"])
         self.squared_norm, self.trace = own["means"]["squared_norm"], own["means"]["trace"]
@@ -219,7 +238,7 @@ class GaussNewton(torch.optim.Optimizer):
         """(G + lambda I)^-1 gradient `[P]`."""
         G = self.curvature.operator([self.names[p] for p in parameters])
         self._update_scale(G)
-        damping = self.param_groups[0]["damping"] * self._scale
+        damping = float(self.param_groups[0]["damping"]) * self._scale
         solution = conjugate_gradients(
             G.__matmul__, gradient, damping=damping, tolerance=self.tolerance, iterations=self.iterations
         )

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from secondorder.curvature.kronecker.factors import SHARINGS
 from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 from secondorder.kfac.options import WIDE_INPUT
 from secondorder.kfac.vectors import Geometry, factor_dtype, geometry
 
@@ -143,8 +143,7 @@ def find_layers(
     uninitialised parameters, two parameters of one name, and a model without any supported layer.
     """
     policy = _policy(approximation)
-    if sharing not in SHARINGS:
-        raise unknown("sharing", sharing, SHARINGS)
+    check_known("sharing", sharing, SHARINGS)
     places = _places(model)
     _check_parameters(places)
     unsupported = _unsupported(model)
@@ -197,9 +196,12 @@ def _check_parameters(places: Mapping[nn.Parameter, Sequence[Place]]) -> None:
 
 def _policy(approximation: str | Mapping[str, str]) -> dict[str, str]:
     policy = dict(approximation) if isinstance(approximation, Mapping) else {"*": approximation}
-    for word in policy.values():
-        if word not in APPROXIMATIONS:
-            raise unknown("approximation", word, APPROXIMATIONS)
+    for pattern, word in policy.items():
+        if not isinstance(pattern, str):
+            raise InputError(
+                f"approximation {pattern!r}: a pattern of names of layers is a text, for example 'features.*'"
+            )
+        check_known("approximation", word, APPROXIMATIONS)
     return policy
 
 

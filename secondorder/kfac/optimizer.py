@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NoReturn, SupportsIndex
 
@@ -9,17 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.matrix_free.frozen_network import RandomState
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError
 from secondorder.kfac.blocks import Directions
-from secondorder.kfac.options import LARGEST, Damping, Fisher, Options, check_damping, check_number, check_positive
+from secondorder.kfac.options import (
+    SETTINGS,
+    Damping,
+    Fisher,
+    Options,
+    check_closure,
+    check_group,
+    check_positive,
+    checked_settings,
+)
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
-from secondorder.kfac.step_size import Trial, quadratic_step
+from secondorder.kfac.step_size import Trial, loss_value, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
 
-SETTINGS = ("lr", "momentum", "weight_decay", "damping")
-"""Of a parameter group."""
 BUFFERS = ("momentum_buffer", "square", "squares", "update")
 """Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
 CLIP = 0.01
@@ -88,7 +96,7 @@ class KFAC(torch.optim.Optimizer):
             sharing=sharing,
             options=options,
         )
-        self.clip, self.options = clip, options
+        self.options = options
         self.model = model
         settings = {
             "lr": lr,
@@ -96,10 +104,13 @@ class KFAC(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "damping": self.preconditioner.damping.value,
         }
-        check_settings(settings)
+        settings = checked_settings(settings, options.decoupled)
         if clip is not None:
             check_positive("clip", clip)
+        self.clip = None if clip is None else float(clip)
         super().__init__(self._groups(options.groups), settings)
+        for group in self.param_groups:
+            check_group(group, options.decoupled)
         self._complete = True
 
     @property
@@ -123,10 +134,11 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
 
-        InputError when no parameter has a gradient, when `update_curvature` was due and not called, and for Levenberg-Marquardt
-        damping without a closure.
+        InputError when no parameter has a gradient, when `update_curvature` was due and not called, for Levenberg-Marquardt
+        damping without a closure, for a closure that is no function, and for settings of a parameter group that cannot be used.
         """
         check_closure(closure)
+        self.check_groups()
         adapt = self.preconditioner.damping.adapt
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
@@ -135,6 +147,8 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if random is not None:
+            loss_value(loss)
         directions = self._directions()
         if directions is None:
             return loss
@@ -156,6 +170,11 @@ class KFAC(torch.optim.Optimizer):
         forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
         """
         return quadratic_step(self, loss_function, inputs, targets)
+
+    def check_groups(self) -> None:
+        """InputError for settings of a group that have been changed to something that cannot be used."""
+        for group in self.param_groups:
+            check_group(group, self.options.decoupled)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with the entry "kfac": factors, inverses, counters, random state."""
@@ -180,7 +199,7 @@ class KFAC(torch.optim.Optimizer):
                 )
         rest = {key: value for key, value in state_dict.items() if key != "kfac"}
         check_entries("the state", rest, ("state", "param_groups"))
-        check_optimizer(rest, self.param_groups, SETTINGS, check_settings, BUFFERS)
+        check_optimizer(rest, self.param_groups, SETTINGS, partial(checked_settings, decoupled=False), BUFFERS)
         super().load_state_dict(rest)
         self.preconditioner.continue_with(state)
 
@@ -206,11 +225,11 @@ class KFAC(torch.optim.Optimizer):
         for treatment in self.preconditioner.treatments:
             if treatment.how != "frozen":
                 members[next((p for p in wanted if fnmatchcase(treatment.name, p)), rest)].append(treatment.parameter)
-        for pattern, settings in wanted.items():
+        for pattern in wanted:
             if not members[pattern]:
                 raise InputError(f"groups: no parameter is named like {pattern!r}")
-            check_settings(settings)
-        return [{"params": found, **wanted.get(pattern, {})} for pattern, found in members.items() if found]
+        chosen = {pattern: checked_settings(settings, decoupled=False) for pattern, settings in wanted.items()}
+        return [{"params": found, **chosen.get(pattern, {})} for pattern, found in members.items() if found]
 
     def _group_names(self) -> list[list[str]]:
         """The names of the parameters in each group."""
@@ -226,7 +245,9 @@ class KFAC(torch.optim.Optimizer):
                 )
         group_of = self.set_dampings()
         decay = (
-            {} if self.options.decoupled else {p: g["weight_decay"] for p, g in group_of.items() if g["weight_decay"]}
+            {}
+            if self.options.decoupled
+            else {p: float(g["weight_decay"]) for p, g in group_of.items() if g["weight_decay"]}
         )
         return self.preconditioner.directions(decay)
 
@@ -234,8 +255,7 @@ class KFAC(torch.optim.Optimizer):
         """Give the layers the dampings of their weights' groups; returns the group of each parameter."""
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for name, layer in self.preconditioner.layers.items():
-            check_damping(group_of[layer.weight]["damping"])
-            self.preconditioner.blocks.dampings[name] = group_of[layer.weight]["damping"]
+            self.preconditioner.blocks.dampings[name] = float(group_of[layer.weight]["damping"])
         return group_of
 
     @property
@@ -253,22 +273,3 @@ class KFAC(torch.optim.Optimizer):
             scale = self.preconditioner.mean_scale
             shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
         move(directions, self.param_groups, self.state, options.decoupled)
-
-
-def check_settings(settings: Mapping[str, object]) -> None:
-    """InputError unless the settings of a parameter group are known, and numbers in their range."""
-    for name, value in settings.items():
-        if name not in SETTINGS:
-            raise unknown("setting of a parameter group", name, SETTINGS)
-        if name == "damping":
-            check_damping(value)
-        else:
-            check_number(name, value, 0.0, 1.0 if name == "momentum" else LARGEST)
-
-
-def check_closure(closure: object) -> None:
-    """InputError unless what `step` is given is a function that computes the loss, or nothing."""
-    if closure is not None and not callable(closure):
-        raise InputError(
-            f"step({closure!r:.60}): must be a function that computes the loss and its gradients, or nothing"
-        )

@@ -1,19 +1,26 @@
 """Options of the K-FAC optimiser: validated when they are made, each with what it is and why its default is what it is."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from secondorder.curvature.kronecker.factors import SHARINGS
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
 INVERSES = ("eigen", "cholesky")
 FALLBACKS = ("sgd", "adam")
+SETTINGS = ("lr", "momentum", "weight_decay", "damping")
+"""Of a parameter group."""
 DAMPING = 0.01
 """Default damping, relative to the scale of a block: see `Damping`."""
 LARGEST = 3.4e38
-"""Of float32: a setting above it is infinite in the arithmetic of most models."""
+"""Learning rates, weight decays and the like from here on are no numbers of single precision."""
+SEEDS = 2**63
+"""As many as a generator of torch takes."""
 WIDE_INPUT = 1024
 """Inputs from which the factor A is not built: decomposing 2,081 inputs takes a second, 128 rows of them ten milliseconds."""
 
@@ -32,9 +39,12 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         check_interval("every", self.every)
-        if not 0 < self.factor < 1:
+        check_number("factor", self.factor, 0.0, 1.0)
+        if self.factor == 0:
             raise InputError(f"factor {self.factor!r}: must lie in (0, 1)")
-        if not 0 < self.least <= self.most:
+        for name in ("least", "most"):
+            check_positive(name, getattr(self, name))
+        if not self.least <= self.most:
             raise InputError(f"least {self.least!r}, most {self.most!r}: must be positive and in order")
 
     def adapted(self, damping: float, ratio: float) -> float:
@@ -66,8 +76,11 @@ class Damping:
 
     def __post_init__(self) -> None:
         check_damping(self.value)
-        if self.inverse not in INVERSES:
-            raise unknown("inverse", self.inverse, INVERSES)
+        object.__setattr__(self, "value", float(self.value))
+        check_flag("relative", self.relative)
+        check_known("inverse", self.inverse, INVERSES)
+        if self.adapt is not None and not isinstance(self.adapt, LevenbergMarquardt):
+            raise InputError(f"adapt {self.adapt!r}: must be LevenbergMarquardt(...), or None (a fixed damping)")
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,10 @@ class Fisher:
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", FISHERS), ("likelihood", LIKELIHOODS), ("reduction", REDUCTIONS)):
-            if getattr(self, name) not in allowed:
-                raise unknown("fisher" if name == "kind" else name, getattr(self, name), allowed)
+            check_known("fisher" if name == "kind" else name, getattr(self, name), allowed)
         check_interval("samples", self.samples)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise InputError(f"seed {self.seed!r}: must be a whole number")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed {self.seed!r}: must be a whole number from 0 to 2^63 - 1")
         if self.grad_scaler is not None and not hasattr(self.grad_scaler, "get_scale"):
             raise InputError(f"grad_scaler {self.grad_scaler!r}: must be a torch.amp.GradScaler")
 
@@ -134,14 +146,17 @@ class Options:
     timing: bool = False
 
     def __post_init__(self) -> None:
-        if self.fallback not in FALLBACKS:
-            raise unknown("fallback", self.fallback, FALLBACKS)
-        if not isinstance(self.groups, Mapping) or not all(isinstance(g, Mapping) for g in self.groups.values()):
+        check_known("fallback", self.fallback, FALLBACKS)
+        wanted = self.groups.items() if isinstance(self.groups, Mapping) else [(None, None)]
+        if not all(isinstance(pattern, str) and isinstance(group, Mapping) for pattern, group in wanted):
             raise InputError(
                 f"groups {self.groups!r}: must be settings by pattern, {{'*.bias': {{'weight_decay': 0.0}}}}"
             )
-        check_number("fallback_lr", self.fallback_lr, 0.0)
+        check_number("fallback_lr", self.fallback_lr, 0.0, LARGEST)
+        object.__setattr__(self, "fallback_lr", float(self.fallback_lr))
         check_interval("wide_inputs", self.wide_inputs)
+        for name in ("decoupled", "warm_up", "stagger", "check", "synchronise", "timing"):
+            check_flag(name, getattr(self, name))
 
 
 def check_interval(name: str, value: object) -> None:
@@ -151,20 +166,66 @@ def check_interval(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object, least: float, below: float = LARGEST) -> None:
-    """InputError unless the value is a number in [least, below)."""
+    """InputError unless the value is a real number in [least, below), or a tensor that holds one."""
     try:
-        fits = not isinstance(value, bool | str) and least <= float(value) < below  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = isinstance(value, numbers.Real | Tensor) and not isinstance(value, bool)
+        fits = number and least <= float(value) < below  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # beyond floats, a tensor of several numbers
         fits = False
     if not fits:
         raise InputError(f"{name} {value!r:.100}: must be a number in [{least:g}, {below:g})")
 
 
+def check_flag(name: str, value: object) -> None:
+    """InputError unless the value is True or False: "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} {value!r}: must be True or False")
+
+
 def check_positive(name: str, value: object, otherwise: str = "") -> None:
     """InputError unless the value is a positive finite number."""
     check_number(name, value, 0.0)
-    if value == 0:
+    if not value:
         raise InputError(f"{name} {value!r}: must be above 0{otherwise}")
+
+
+def checked_settings(settings: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
+    """The settings of a parameter group as floats (tensors, which torch allows for learning rates, as they are).
+
+    InputError unless they are known, numbers in their range, and, where decay is decoupled, w <- (1 - lr weight_decay) w is a
+    decay: lr weight_decay at most 1.
+    """
+    for name, value in settings.items():
+        check_known("setting of a parameter group", name, SETTINGS)
+        if name == "damping":
+            check_damping(value)
+        else:
+            check_number(name, value, 0.0, 1.0 if name == "momentum" else LARGEST)
+    if decoupled and {"lr", "weight_decay"} <= settings.keys():
+        check_decay(float(settings["lr"]), float(settings["weight_decay"]))
+    return {name: value if isinstance(value, Tensor) else float(value) for name, value in settings.items()}
+
+
+def check_decay(lr: float, weight_decay: float) -> None:
+    """InputError for a decoupled weight decay that would turn the weights round."""
+    if lr * weight_decay > 1:
+        raise InputError(
+            f"weight_decay {weight_decay:g} with lr {lr:g} multiplies the weights by {1 - lr * weight_decay:g} in each step; "
+            "lr * weight_decay must be at most 1"
+        )
+
+
+def check_group(group: Mapping[str, Any], decoupled: bool) -> None:
+    """InputError unless the settings of a parameter group, which a user or a scheduler may have changed, can be used."""
+    checked_settings({name: group[name] for name in SETTINGS if name in group}, decoupled)
+
+
+def check_closure(closure: object) -> None:
+    """InputError unless the argument of `step` is a function, or None."""
+    if closure is not None and not callable(closure):
+        raise InputError(
+            f"step({closure!r}): the only argument is a function that computes the loss and its gradients and returns the loss"
+        )
 
 
 def check_damping(value: object) -> None:
@@ -174,5 +235,4 @@ def check_damping(value: object) -> None:
 
 def check_sharing(sharing: object) -> None:
     """InputError for an unknown weight sharing."""
-    if sharing not in SHARINGS:
-        raise unknown("sharing", sharing, SHARINGS)
+    check_known("sharing", sharing, SHARINGS)

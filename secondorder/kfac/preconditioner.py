@@ -78,7 +78,7 @@ class KFACPreconditioner:
         check_sharing(sharing)
         self.damping = damping if isinstance(damping, Damping) else Damping(damping)
         self.fisher = fisher if isinstance(fisher, Fisher) else Fisher(fisher)
-        self.ema_decay, self.sharing, self.options = ema_decay, sharing, options
+        self.ema_decay, self.sharing, self.options = float(ema_decay), sharing, options
         layers, self.treatments = find_layers(model, approximation, sharing, options.wide_inputs)
         self.layers: dict[str, KroneckerLayer] = {layer.name: layer for layer in layers}
         self.processes = Processes(options.synchronise)

@@ -69,7 +69,7 @@ def check_optimizer(
     state: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     settings: Collection[str],
-    check_settings: Callable[[Mapping[str, object]], None],
+    check_settings: Callable[[Mapping[str, Any]], Any],
     buffers: Collection[str],
 ) -> None:
     """What torch saves of an optimiser: the settings of its groups, and `buffers` of parameters, each of the parameter's shape.

@@ -18,6 +18,7 @@ from torch.func import jvp
 
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
+from secondorder.errors import InputError, failures_of
 from secondorder.untouched import untouched
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Trial:
     """A step whose change of the loss, as K-FAC's own model predicts it, is compared with the actual one."""
 
     def __init__(self, optimizer: KFAC, loss: Any, random: RandomState) -> None:
-        self.optimizer, self.loss, self.random = optimizer, _value(loss), random
+        self.optimizer, self.loss, self.random = optimizer, loss_value(loss), random
         self.before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
     def adapt(self, closure: Callable[[], Any]) -> None:
@@ -41,7 +42,7 @@ class Trial:
         """
         optimizer, preconditioner = self.optimizer, self.optimizer.preconditioner
         with untouched(optimizer.model), preconditioner.watching_nothing(), torch.enable_grad(), self.random.replayed():
-            after = _value(closure())
+            after = loss_value(closure())
         with torch.no_grad():
             delta = {p: p - old for p, old in self.before.items()}
             linear = sum(float((p.grad * delta[p]).sum()) for p in delta if p.grad is not None)
@@ -52,15 +53,29 @@ class Trial:
 
 def quadratic_step(optimizer: KFAC, loss_function: LossFunction, inputs: Tensor, targets: Tensor) -> Tensor:
     """See `KFAC.quadratic_step`."""
+    if not callable(loss_function):
+        raise InputError(f"quadratic_step: loss_function {loss_function!r}: must be a function of outputs and targets")
+    for name, tensor in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"quadratic_step: {name} {type(tensor).__name__}: must be a tensor")
+    optimizer.check_groups()
     preconditioner = optimizer.preconditioner
-    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {p: float(group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     network = FrozenNetwork(optimizer.model)  # before the forward pass: it draws the same dropout masks
     optimizer.zero_grad()
     optimizer.set_dampings()
     with torch.enable_grad():
-        outputs = optimizer.model(inputs)
+        with failures_of(f"quadratic_step: the model on inputs {list(inputs.shape)}"):
+            outputs = optimizer.model(inputs)
         optimizer.update_curvature(outputs)
-        loss = loss_function(outputs, targets)
+        with failures_of(
+            f"quadratic_step: the loss of outputs {list(outputs.shape)} and targets {list(targets.shape)}"
+        ):
+            loss = loss_function(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InputError(
+                "quadratic_step: loss_function must return one number that depends on the outputs, the mean loss"
+            )
         loss.backward()
     loss = loss.detach()
     directions = preconditioner.directions(decay)
@@ -146,8 +161,14 @@ def _minimiser(C: Tensor, slopes: Tensor) -> Tensor:
     return scale * torch.linalg.lstsq(unit, -scale * slopes, driver="gelsd").solution
 
 
-def _value(loss: Any) -> float:
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+def loss_value(loss: Any) -> float:
+    """The number that a closure has returned; InputError unless it is one."""
+    try:
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"step(closure): the closure returned {loss!r}; Levenberg-Marquardt damping needs the loss, a number"
+        ) from error
 
 
 def _over_processes(optimizer: KFAC, value: float) -> float:

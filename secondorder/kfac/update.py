@@ -48,7 +48,7 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
             continue
         slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
         if not decoupled and group["weight_decay"]:
-            slope = slope + group["weight_decay"] * _dot([directions[p] for p in own], own)
+            slope = slope + float(group["weight_decay"]) * _dot([directions[p] for p in own], own)
         total = total + float(group["lr"]) ** 2 * slope
     shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
     directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
@@ -61,11 +61,11 @@ def move(directions: Directions, groups: Groups, state: State, decoupled: bool) 
         if not parameters:
             continue
         steps = [directions[p] for p in parameters]
-        if group["momentum"]:
-            steps = _with_momentum(state, parameters, steps, group["momentum"])
-        lr = float(group["lr"])
-        if decoupled and group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        lr, momentum, weight_decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
+        if momentum:
+            steps = _with_momentum(state, parameters, steps, momentum)
+        if decoupled and weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, steps, alpha=-lr)
 
 

@@ -58,7 +58,7 @@ class _Switch:
         self._backends: tuple[str, ...] = ()
 
     def turn(self) -> bool:
-        """Whether `turn_back` is owed: not where products are in full precision anyway, nor in a frame that torch.compile reads."""
+        """Whether `turn_back` is owed: not where products are in full precision anyway, nor in what torch.compile reads."""
         if torch.compiler.is_compiling():
             return False
         if not self._users and all(value in FULL for value in _backend_values()):  # the usual case, without a lock

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError
 
+MOST_RESAMPLES = 10**7
 ROUNDING = 64
 """In units of the directions' machine epsilon: a remainder below it, relative to the direction, is that of rounding."""
 
@@ -67,29 +68,48 @@ def bootstrap_interval(
     The percentile interval exists for every statistic and for equal values, unlike BCa (B. Efron, R. Tibshirani, 1993); of few
     values it is somewhat too short. InputError for fewer than 2 values or bad options, NonFiniteError.
     """
-    x = np.asarray(values, dtype=float)
+    try:
+        x = np.asarray(values, dtype=float)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InputError(f"values {values!r}: a bootstrap needs a list of at least 2 numbers") from None
     if x.ndim != 1 or x.size < 2:
         raise InputError(f"values of shape {list(x.shape)}: a bootstrap needs a list of at least 2 numbers")
     if not np.isfinite(x).all():
         raise NonFiniteError("values contain NaN or infinity")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence {confidence}: must be between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
-        raise InputError(f"resamples {resamples!r}: must be a whole number, at least 100")
-    found = stats.bootstrap(
-        (x,),
-        statistic,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    _check_bootstrap(statistic, confidence, resamples, seed)
+    with np.errstate(over="ignore", invalid="ignore"):  # a statistic that overflows is refused below
+        found = stats.bootstrap(
+            (x,),
+            statistic,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        if not np.isfinite([np.asarray(statistic(x, axis=0)), found.low, found.high]).all():
+            raise NonFiniteError(f"the statistic of values up to {np.abs(x).max():.3g} is not finite; rescale them")
     return Bootstrap(float(np.asarray(statistic(x, axis=0))), float(found.low), float(found.high), x.size, confidence)
+
+
+def _check_bootstrap(statistic: object, confidence: float, resamples: int, seed: int) -> None:
+    """InputError for options of `bootstrap_interval` that cannot be used."""
+    if not callable(statistic) or isinstance(statistic, type):
+        raise InputError(
+            f"statistic {statistic!r}: must be a function of values with an axis, for example numpy.median"
+        )
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise InputError(f"confidence {confidence!r}: must be between 0 and 1")
+    if isinstance(resamples, bool) or not isinstance(resamples, int) or not 100 <= resamples <= MOST_RESAMPLES:
+        raise InputError(f"resamples {resamples!r}: must be a whole number, 100 to {MOST_RESAMPLES}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed {seed!r}: must be a whole number, at least 0")
 
 
 def _by_layer(measure: Callable[..., float], *directions: Mapping[str, Tensor]) -> Alignment:
     """The measure of each layer's part of the directions, scaled to norm 1, and of all parts together."""
     first, *others = directions
+    for direction in directions:
+        _check_direction(direction)
     if not first:
         raise InputError("a direction without a tensor has no angle; give at least one parameter")
     for other in others:
@@ -137,6 +157,16 @@ def _unit(v: Tensor, layer: str) -> Tensor:
 
 def _vector(direction: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([direction[name].detach().double().flatten() for name in names])
+
+
+def _check_direction(direction: Mapping[str, Tensor]) -> None:
+    """InputError unless it is tensors of real numbers by name."""
+    if not isinstance(direction, Mapping):
+        raise InputError(f"direction {direction!r}: must be tensors by the names of parameters")
+    for name, tensor in direction.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.device.type == "meta":
+            kind = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"direction of {name!r} is {kind}: must be a tensor of real floating-point numbers")
 
 
 def _check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

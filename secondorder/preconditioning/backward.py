@@ -21,7 +21,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power import upper_triangle
 from secondorder.matrix_power.transforms import symmetric
 from secondorder.matrix_power.upper_triangle import twice_symmetric
@@ -177,8 +177,7 @@ def backward_operator(features: Tensor, form: str = "exact") -> BackwardOperator
     Null directions of the covariance are left out as the head with the exact root leaves them out; for constant features
     the result is zero. Raises InputError for an unknown form, another shape, fewer than 2 positions, non-finite features.
     """
-    if form not in FORMS:
-        raise unknown("form", form, FORMS)
+    check_known("form", form, FORMS)
     parts = polar(features)
     N, C, H, W = features.shape
     return BackwardOperator(FORMS[form](parts), (N, C, H, W), parts.root)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError, NonFiniteError, failures_of
+from secondorder.kfac.options import check_number
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def conjugate_gradients(
         NonFiniteError: for NaN or infinity in b, start or a product.
         InputError: for a bad damping, tolerance or number of iterations, or a shape that is not that of b.
     """
+    if not callable(product):
+        raise InputError(f"product {product!r}: must be a function that gives A v for v of the shape of b")
     _check(b, damping, tolerance, iterations, start)
+    damping, tolerance = float(damping), float(tolerance)
     b = b.detach()
     largest = float(b.abs().max()) if b.numel() else 0.0
     if largest == 0.0:
@@ -68,7 +72,12 @@ def conjugate_gradients(
     b = b / largest / norm
 
     def damped(v: Tensor) -> Tensor:
-        found = product(v).detach()
+        with failures_of("the product"):
+            found = product(v)
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the product is {kind}: must be a tensor of real floating-point numbers")
+        found = found.detach()
         if found.shape != v.shape:
             raise InputError(f"the product has the shape {list(found.shape)}, b has {list(v.shape)}")
         _check_finite("the product", found)
@@ -126,14 +135,17 @@ def _steps(
 
 
 def _check(b: Tensor, damping: float, tolerance: float, iterations: int, start: Tensor | None) -> None:
-    if not math.isfinite(damping) or damping < 0:
-        raise InputError(f"damping {damping}: must be finite and at least 0")
-    if not 0 < tolerance < 1:
+    check_number("damping", damping, 0.0)
+    check_number("tolerance", tolerance, 0.0, 1.0)
+    if not tolerance > 0:
         raise InputError(f"tolerance {tolerance}: must be between 0 and 1, a part of |b|")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise InputError(f"iterations {iterations!r}: must be a whole number, at least 1")
-    if not b.is_floating_point():
-        raise InputError(f"b has dtype {b.dtype}: must be floating point")
+    for name, tensor in (("b", b), *([] if start is None else [("start", start)])):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} is {type(tensor).__name__}: must be a tensor")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.device.type == "meta":
+            raise InputError(f"{name} has dtype {tensor.dtype} on {tensor.device}: must be floating point")
     if start is not None and start.shape != b.shape:
         raise InputError(f"start has the shape {list(start.shape)}, b has {list(b.shape)}")
     _check_finite("b", b)

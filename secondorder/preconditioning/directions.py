@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from secondorder.curvature.blocks import checked_batch
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.loss_curvature import Loss
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
+from secondorder.errors import InputError, NonFiniteError, failures_of
 from secondorder.matrix_power.transforms import full_precision
 
 Batch = tuple[Tensor, Tensor]
@@ -28,8 +28,17 @@ def loss_gradient(
     """
     frozen = FrozenNetwork(network, params)
     images, labels = checked_batch(batch, frozen)
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example F.cross_entropy")
     with torch.enable_grad(), full_precision(images):
-        value = loss(frozen.outputs(images), labels)
+        with failures_of(f"the network on images {list(images.shape)}"):
+            outputs = frozen.outputs(images)
+        with failures_of(f"the loss of outputs {list(outputs.shape)} and labels {list(labels.shape)}"):
+            value = loss(outputs, labels)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise InputError(
+                f"{loss_name(loss)} must return one number that depends on the outputs; use reduction='mean'"
+            )
         found = torch.autograd.grad(value, list(frozen.weights.values()), allow_unused=True, materialize_grads=True)
     gradient = dict(zip(frozen.weights, found, strict=True))
     check_finite(gradient)
@@ -38,6 +47,7 @@ def loss_gradient(
 
 def checked_gradient(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Direction:
     """The gradient of these parameters in their order; InputError unless names and shapes are theirs, NonFiniteError."""
+    names_of(gradient)
     for name in gradient:
         if name not in parameters:
             raise InputError(
@@ -53,6 +63,13 @@ def checked_gradient(gradient: Mapping[str, Tensor], parameters: Mapping[str, Te
     ordered = {name: gradient[name].detach().to(parameter) for name, parameter in parameters.items()}
     check_finite(ordered)
     return ordered
+
+
+def names_of(gradient: Mapping[str, Tensor]) -> list[str]:
+    """The names of the parameters. InputError unless the gradient is tensors by names."""
+    if not isinstance(gradient, Mapping) or not all(isinstance(tensor, Tensor) for tensor in gradient.values()):
+        raise InputError(f"gradient {gradient!r}: must be tensors by the names of the parameters")
+    return list(gradient)
 
 
 def check_finite(gradient: Mapping[str, Tensor]) -> None:

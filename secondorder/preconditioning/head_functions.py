@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from secondorder.errors import unknown
+from secondorder.errors import check_known
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, SquareRoot
 from secondorder.matrix_power.spectrum import MatrixFunction, NewtonSchulz, Spectral
 from secondorder.pooling import PoolingHead, pooling_head
@@ -25,8 +25,7 @@ def head_and_function(
     pooling: str, channels: int, options: Mapping[str, Any]
 ) -> tuple[PoolingHead, MatrixFunction | None]:
     """The head of a key of HEAD_FUNCTIONS and its f. Raises InputError for other poolings and for unknown options."""
-    if pooling not in HEAD_FUNCTIONS:
-        raise unknown("pooling with a closed form", pooling, HEAD_FUNCTIONS)
+    check_known("pooling with a closed form", pooling, HEAD_FUNCTIONS)
     head = pooling_head(pooling, channels, **options)
     layer: nn.Module = head.layers[-2]
     return head, HEAD_FUNCTIONS[pooling](layer)

@@ -28,7 +28,8 @@ from torch.nn.functional import pad
 
 from secondorder.accelerator import check_float64
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
+from secondorder.kfac.options import check_flag
 from secondorder.matrix_power import upper_triangle
 from secondorder.matrix_power.scalar_functions import Logarithm
 from secondorder.matrix_power.spectral import null_directions
@@ -96,8 +97,9 @@ def head_spectrum(
     """
     check_features(features)
     check_float64(features.device, "head_spectrum")
-    if coordinates not in COORDINATES:
-        raise unknown("coordinates", coordinates, COORDINATES)
+    check_known("coordinates", coordinates, COORDINATES)
+    check_flag("exact", exact)
+    check_flag("trace_term", trace_term)
     if coordinates == "triangle" and not exact:
         raise InputError("coordinates 'triangle' have no closed form; use exact=True, or coordinates 'svec'")
     if exact and not trace_term:

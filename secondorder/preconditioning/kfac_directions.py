@@ -24,7 +24,7 @@ from secondorder.kfac.layers import KroneckerLayer, find_layers
 from secondorder.kfac.options import Fisher, check_damping
 from secondorder.kfac.statistics import LayerStatistics
 from secondorder.matrix_power.transforms import full_precision
-from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient
+from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient, names_of
 from secondorder.untouched import untouched
 
 CHUNK = 128
@@ -50,7 +50,7 @@ def kfac_direction(
     The other arguments, and errors, are those of `KFACDirections`.
     """
     if params is None and gradient is not None:
-        params = list(gradient)
+        params = names_of(gradient)
     chosen = batch if curvature_batch is None else curvature_batch
     directions = KFACDirections(
         network, chosen, loss=loss, params=params, relative=relative, fisher=fisher, sharing=sharing

@@ -18,7 +18,7 @@ from secondorder.curvature.operators import FactoredOperator, SymmetricOperator
 from secondorder.errors import NonFiniteError
 from secondorder.kfac.options import check_number
 from secondorder.preconditioning.conjugate_gradients import CGSolution, conjugate_gradients
-from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient
+from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient, names_of
 
 FACTOR_BYTES = 512 * 2**20
 """Largest factor of G that is held: products with it are many times cheaper than passes through the network."""
@@ -64,7 +64,7 @@ def natural_gradient_direction(
     """
     check_number("damping", damping, 0.0)
     if params is None and gradient is not None:
-        params = list(gradient)
+        params = names_of(gradient)
     chosen = batch if curvature_batch is None else curvature_batch
     whole = curvature_blocks(network, loss, chosen, "ggn", params).whole
     assert isinstance(whole, GaussNewtonOperator)

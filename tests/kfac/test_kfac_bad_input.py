@@ -31,9 +31,23 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "momentum 1": (kfac(momentum=1.0), "momentum 1.0: must be a number in [0, 1)"),
     "momentum negative": (kfac(momentum=-0.1), "momentum -0.1: must be a number in [0, 1)"),
     "weight decay": (kfac(weight_decay=-1e-4), "weight_decay -0.0001: must be a number in [0, 3.4e+38)"),
+    "weight decay beyond float32": (kfac(weight_decay=1e300), "weight_decay 1e+300: must be a number in [0, 3.4e+38)"),
+    "weight decay that turns": (
+        kfac(weight_decay=20.0),
+        "weight_decay 20 with lr 0.1 multiplies the weights by -1 in each step; lr * weight_decay must be at most 1",
+    ),
+    "weight decay of a group that turns": (
+        kfac(options=Options(groups={"6.*": {"lr": 1.0, "weight_decay": 2.0}})),
+        "weight_decay 2 with lr 1 multiplies the weights by -1",
+    ),
+    "lr beyond floats": (kfac(lr=10**400), "lr 1000000"),
+    "lr of two": (kfac(lr=torch.ones(2)), "lr tensor([1., 1.]): must be a number"),
     "damping zero": (kfac(damping=0), "damping 0: must be above 0; 1e-8 is as good as none"),
     "damping negative": (kfac(damping=-1.0), "damping -1.0: must be a number in [0, 3.4e+38)"),
     "damping nan": (lambda: Damping(NAN), "damping nan: must be a number in [0, 3.4e+38)"),
+    "relative": (lambda: Damping(relative="no"), "relative 'no': must be True or False"),  # type: ignore[arg-type]
+    "adapt": (lambda: Damping(adapt=5), "adapt 5: must be LevenbergMarquardt(...), or None (a fixed damping)"),  # type: ignore[arg-type]
+    "inverse of no hash": (lambda: Damping(inverse=[]), "unknown inverse []; choose one of: eigen, cholesky"),  # type: ignore[arg-type]
     "damping text": (kfac(damping="much"), "damping 'much': must be a number in [0, 3.4e+38)"),
     "inverse": (lambda: Damping(inverse="qr"), "unknown inverse 'qr'; choose one of: eigen, cholesky"),
     "ema_decay 1": (kfac(ema_decay=1.0), "ema_decay 1.0: must be a number in [0, 1)"),
@@ -50,6 +64,14 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "reduction": (lambda: Fisher(reduction="none"), "unknown reduction 'none'; choose one of: mean, sum"),
     "samples": (lambda: Fisher(samples=0), "samples 0: must be a whole number, at least 1"),
     "seed": (lambda: Fisher(seed=0.5), "seed 0.5: must be a whole number"),
+    "seed negative": (lambda: Fisher(seed=-1), "seed -1: must be a whole number from 0 to 2^63 - 1"),
+    "seed beyond": (lambda: Fisher(seed=2**63), "seed 9223372036854775808: must be a whole number from 0 to 2^63 - 1"),
+    "decoupled": (lambda: Options(decoupled=None), "decoupled None: must be True or False"),  # type: ignore[arg-type]
+    "groups by number": (
+        lambda: Options(groups={3: {"lr": 0.1}}),
+        "groups {3: {'lr': 0.1}}: must be settings by pattern",
+    ),  # type: ignore[dict-item]
+    "policy by number": (kfac(approximation={3: "ekfac"}), "approximation 3: a pattern of names of layers is a text"),
     "grad_scaler": (lambda: Fisher(grad_scaler=65536), "grad_scaler 65536: must be a torch.amp.GradScaler"),
     "approximation": (kfac(approximation="diag"), "unknown approximation 'diag'; choose one of: kfac, ekfac, fallback"),
     "approximation None": (
@@ -81,7 +103,10 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "group value": (kfac(options=Options(groups={"6.*": {"lr": -1.0}})), "lr -1.0: must be a number in [0, 3.4e+38)"),
     "group damping": (kfac(options=Options(groups={"6.*": {"damping": 0.0}})), "damping 0.0: must be above 0"),
     "every": (lambda: LevenbergMarquardt(every=0), "every 0: must be a whole number, at least 1"),
-    "factor": (lambda: LevenbergMarquardt(factor=1.0), "factor 1.0: must lie in (0, 1)"),
+    "factor": (lambda: LevenbergMarquardt(factor=1.0), "factor 1.0: must be a number in [0, 1)"),
+    "factor text": (lambda: LevenbergMarquardt(factor="x"), "factor 'x': must be a number in [0, 1)"),  # type: ignore[arg-type]
+    "factor zero": (lambda: LevenbergMarquardt(factor=0.0), "factor 0.0: must lie in (0, 1)"),
+    "least text": (lambda: LevenbergMarquardt(least="x"), "least 'x': must be a number in [0, 3.4e+38)"),  # type: ignore[arg-type]
     "least and most": (lambda: LevenbergMarquardt(least=1.0, most=0.1), "least 1.0, most 0.1: must be positive and in"),
     "parameters": (
         lambda: KFAC(convnet().parameters(), 0.1),
@@ -211,3 +236,75 @@ def test_cross_entropy_of_one_output() -> None:
     optimizer = KFAC(model, 0.1)
     with pytest.raises(InputError, match=re.escape("use Fisher(likelihood='bce')")):
         optimizer.update_curvature(model(torch.randn(4, 3)))
+
+
+@pytest.mark.parametrize("closure", ["x", 3, 0, "", [], True, torch.zeros(1)], ids=repr)
+def test_a_closure_that_is_no_function(closure: Any) -> None:
+    model, optimizer, x, y = setup()
+    train(model, optimizer, [(x, y)])
+    before = weights(model)
+    with pytest.raises(InputError, match="the only argument is a function that computes the loss and its gradients"):
+        optimizer.step(closure)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", NAN),
+        ("lr", "x"),
+        ("lr", 1e300),
+        ("momentum", 1e300),
+        ("weight_decay", 1e300),
+        ("weight_decay", 100.0),
+        ("weight_decay", ...),
+        ("damping", "1"),
+    ],
+)
+def test_settings_that_are_changed_to_nonsense(name: str, value: Any) -> None:
+    model, optimizer, x, y = setup()
+    train(model, optimizer, [(x, y)])
+    before, step = weights(model), optimizer.preconditioner.intervals.step
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(InputError, match=f"^{name} "):
+        train(model, optimizer, [(x, y)])
+    assert same(weights(model), before)
+    assert optimizer.preconditioner.intervals.step == step
+
+
+def test_a_closure_without_a_loss() -> None:
+    model, optimizer, x, y = setup(damping=Damping(adapt=LevenbergMarquardt(every=1)))
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        logits = model(x)
+        optimizer.update_curvature(logits)
+        F.cross_entropy(logits, y).backward()
+
+    before = weights(model)
+    with pytest.raises(InputError, match="the closure returned None; Levenberg-Marquardt damping needs the loss"):
+        optimizer.step(closure)  # type: ignore[arg-type]
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, 0.5, "loss_function 0.5: must be a function"),
+        (0, lambda z, y: 1.0, "loss_function must return one number"),
+        (0, lambda z, y: F.cross_entropy(z, y, reduction="none"), "loss_function must return one number"),
+        (1, "x", "inputs str: must be a tensor"),
+        (1, torch.zeros(12, 7, 9), "the model on inputs .* fails: "),
+        (2, torch.float32, "targets dtype: must be a tensor"),
+        (2, torch.zeros(3, dtype=torch.int64), "the loss of outputs .* fails: "),
+    ],
+)
+def test_quadratic_step_of_something_else(place: int, value: Any, message: str) -> None:
+    model, optimizer, x, y = setup()
+    before = weights(model)
+    given: list[Any] = [F.cross_entropy, x, y]
+    given[place] = value
+    with pytest.raises(InputError, match=message) as caught:
+        optimizer.quadratic_step(*given)
+    assert "\n" not in str(caught.value)
+    assert same(weights(model), before)

@@ -24,6 +24,7 @@ from secondorder.curvature.backpack.refusals import (
     check_images,
     check_leaves,
     check_loss,
+    check_seed,
     check_targets,
 )
 from secondorder.curvature.backpack.registration import register
@@ -64,6 +65,7 @@ def backpack_quantity(
     factors), are left out. Raises InputError for everything that would be wrong; see `refusals`.
     """
     check_loss(loss)
+    check_seed(seed)
     register(check_extension(extension))
     twin = private_twin(network)
     images, targets = check_images(network, batch)

@@ -19,7 +19,7 @@ from secondorder.curvature.backpack.registration import register
 from secondorder.curvature.backpack.support_cases import LAYERS, layer_network
 from secondorder.curvature.backpack.support_networks import NETWORKS, SPOT_CHECKS, network_case
 from secondorder.curvature.backpack.truth import Truth, largest_error, largest_scale_error, mean_error, truth_of
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 
 QUANTITIES: dict[str, Callable[..., BackpropExtension]] = {
     "BatchGrad": extensions.BatchGrad,
@@ -101,8 +101,7 @@ def check_support(model: nn.Module, quantity: str) -> None:
 
 def known_quantity(quantity: str) -> Callable[..., BackpropExtension]:
     """How to make the extension. InputError for a name that is not in QUANTITIES."""
-    if quantity not in QUANTITIES:
-        raise unknown("quantity", quantity, QUANTITIES)
+    check_known("quantity", quantity, QUANTITIES)
     return QUANTITIES[quantity]
 
 

@@ -50,6 +50,8 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         raise InputError(f"the network fails for images {list(images.shape)}: {_first_line(error)}") from error
+    if not z.is_floating_point():
+        raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
     network.check_finite(z, x)
     coupling = network.couples_samples() or _interaction(network, z, x)
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
 from secondorder.untouched import same_randomness
@@ -36,9 +36,13 @@ class FrozenNetwork:
             raise InputError(
                 "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use no_grad"
             )
+        if not isinstance(network, nn.Module):
+            raise InputError(f"network {type(network).__name__}: must be a torch.nn.Module")
         self.module, self.prefix = unwrapped(network)
         named = {self.prefix + name: p for name, p in self.module.named_parameters()}
         for name, p in named.items():
+            if p.is_meta:
+                raise InputError(f"parameter {name} is on the device 'meta', which holds no numbers")
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
                 raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
         self.parameters = {name: named[name] for name in _chosen(named, params)}
@@ -170,10 +174,11 @@ def _chosen(named: Mapping[str, nn.Parameter], params: Iterable[str] | None) -> 
         if not names:
             raise InputError("no parameter requires gradients; name those to be analysed in params")
         return names
+    if not isinstance(params, Iterable) or isinstance(params, Tensor):
+        raise InputError(f"params {params!r}: must be names of parameters, or None for all that require gradients")
     wanted = [params] if isinstance(params, str) else list(params)
     for name in wanted:
-        if name not in named:
-            raise unknown("parameter", name, named)
+        check_known("parameter", name, named)
     if not wanted:
         raise InputError("params is empty; name at least one parameter, or use None for all that require gradients")
     return [name for name in named if name in wanted]

@@ -12,7 +12,7 @@ from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
 from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
-from secondorder.curvature.operators.symmetric import check_bytes
+from secondorder.curvature.operators.symmetric import check_bytes, mirror_
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import full_precision
 
@@ -96,7 +96,7 @@ class GaussNewtonOperator(SymmetricOperator):
             return sum((rows @ rows.mT for rows in factors), start=first @ first.mT)
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
         if not self.matrix.factored or self._products_are_fewer():
             return super().dense(limit)
@@ -105,7 +105,7 @@ class GaussNewtonOperator(SymmetricOperator):
             for _, _, block in self._gradients.blocks():
                 rows = block.flatten(0, 1)
                 matrix.addmm_(rows.mT, rows)
-        return matrix
+        return mirror_(matrix)
 
     def diagonal(self) -> Tensor:
         """The diagonal `[P]`: squared norms of the factor's columns."""

@@ -166,6 +166,10 @@ class AnyLoss(LossCurvature):
         value = self.loss(z.view(self.shape), self.labels)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise InputError(f"{loss_name(self.loss)} returns no scalar; use reduction='mean' or 'sum'")
+        if z.requires_grad and not value.requires_grad:
+            raise InputError(
+                f"{loss_name(self.loss)} does not depend on the outputs, or detaches them; it has no curvature"
+            )
         return value.reshape(())
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
@@ -233,6 +237,10 @@ def _cross_entropy(options: dict[str, Any], shape: torch.Size, labels: Tensor, d
     N, K = shape
     weight = options["weight"]
     weight = torch.ones(K, dtype=dtype, device=labels.device) if weight is None else weight.to(labels.device, dtype)
+    if weight.shape != (K,) or not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise InputError(
+            f"weights {weight.tolist()} of the loss: must be {K} finite numbers of at least 0, one for each output"
+        )
     if labels.is_floating_point():
         if labels.shape != shape or not torch.isfinite(labels).all():
             raise InputError(f"class probabilities of shape {list(labels.shape)}: must be finite and [{N}, {K}]")

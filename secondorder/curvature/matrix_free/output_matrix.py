@@ -50,8 +50,13 @@ class OutputMatrix:
 
 
 def output_matrix(loss: LossCurvature, fisher: str, samples: int, seed: int) -> OutputMatrix:
-    """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`. InputError unless samples is a number >= 1."""
+    """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`.
+
+    InputError unless samples is a whole number from 1, and seed one that torch's generators take.
+    """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InputError(f"samples {samples!r}: must be a whole number >= 1")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed!r}: must be a whole number from 0 to 2^63 - 1")
     noise = loss.noise(samples, seed) if fisher == "mc" and isinstance(loss, SeparableLoss) else None
     return OutputMatrix(loss, fisher, noise)

@@ -13,6 +13,8 @@ class BlockDiagonalOperator(SymmetricOperator):
     """diag(B_1, ..., B_L) of symmetric operators, in order. Raises InputError when there is none or types differ."""
 
     def __init__(self, blocks: Sequence[SymmetricOperator]) -> None:
+        if not isinstance(blocks, Sequence) or not all(isinstance(block, SymmetricOperator) for block in blocks):
+            raise InputError(f"a block-diagonal operator needs a list of symmetric operators, got {blocks!r}")
         kinds = {(block.dtype, block.device) for block in blocks}
         if len(kinds) != 1:
             raise InputError(f"a block-diagonal operator needs blocks of one type and device, got {len(kinds)} kinds")

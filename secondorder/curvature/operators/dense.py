@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor
 from secondorder.errors import InputError
 
 
@@ -11,6 +11,7 @@ class DenseOperator(SymmetricOperator):
     """A matrix `[P, P]` as an operator. Raises InputError when it is not square; symmetry is the caller's promise."""
 
     def __init__(self, matrix: Tensor) -> None:
+        check_tensor("a dense operator", matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise InputError(f"a dense operator needs a square matrix, got shape {list(matrix.shape)}")
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)

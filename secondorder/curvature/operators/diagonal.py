@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor
 from secondorder.errors import InputError
 
 
@@ -11,6 +11,7 @@ class DiagonalOperator(SymmetricOperator):
     """diag(d) for d `[P]`. Raises InputError unless d is a vector."""
 
     def __init__(self, entries: Tensor) -> None:
+        check_tensor("a diagonal operator", entries)
         if entries.ndim != 1:
             raise InputError(f"a diagonal operator needs a vector [P], got shape {list(entries.shape)}")
         super().__init__(len(entries), entries.dtype, entries.device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes, check_tensor, mirror_
 from secondorder.errors import InputError
 
 
@@ -12,6 +12,7 @@ class FactoredOperator(SymmetricOperator):
     """rows^T rows for a factor `[R, P]`: rank at most R, never formed when R < P. InputError unless rows is a matrix."""
 
     def __init__(self, rows: Tensor) -> None:
+        check_tensor("a factor", rows)
         if rows.ndim != 2:
             raise InputError(f"a factor needs shape [R, P], got {list(rows.shape)}")
         super().__init__(rows.shape[1], rows.dtype, rows.device)
@@ -21,9 +22,9 @@ class FactoredOperator(SymmetricOperator):
         return self.rows.mT @ (self.rows @ V)
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
-        return self.rows.mT @ self.rows
+        return mirror_(self.rows.mT @ self.rows)
 
     def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
         """The smaller of rows rows^T `[R, R]` and rows^T rows `[P, P]`, which have the same non-zero eigenvalues."""

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from secondorder.curvature.operators.dense import DenseOperator
 from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.matrix_power.transforms import symmetric
 
 
 class KroneckerOperator(SymmetricOperator):
@@ -26,9 +27,9 @@ class KroneckerOperator(SymmetricOperator):
         return BVA.view(D, o, K).movedim(0, 1).reshape(o * D, K)
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
-        return torch.kron(self.gradient.dense(limit), self.input.dense(limit))
+        return torch.kron(symmetric(self.gradient.dense(limit)), symmetric(self.input.dense(limit)))
 
     def diagonal(self) -> Tensor:
         """B_ii A_jj `[P]`."""

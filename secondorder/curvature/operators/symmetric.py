@@ -38,6 +38,7 @@ class SymmetricOperator(ABC):
         return self.size, self.size
 
     def __matmul__(self, V: Tensor) -> Tensor:
+        check_tensor(f"a product with an operator of shape {list(self.shape)}", V, whole=True)
         if V.ndim not in (1, 2) or V.shape[0] != self.size:
             raise InputError(f"an operator of shape {list(self.shape)} cannot be multiplied by shape {list(V.shape)}")
         V = V.to(self.device, self.dtype)
@@ -88,8 +89,25 @@ class SymmetricOperator(ABC):
         )
 
 
+def mirror_(matrix: Tensor) -> Tensor:
+    """The matrix, its lower triangle overwritten by the upper: a product of matrices may round the two differently."""
+    return matrix.triu_().add_(matrix.triu(1).mT)
+
+
+def check_tensor(what: str, x: Tensor, whole: bool = False) -> None:
+    """InputError unless x is a tensor of real numbers, floating-point ones or, if told so, `whole` ones too."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{what} needs a tensor, got {type(x).__name__}")
+    if x.is_complex() or not (whole or x.is_floating_point()):
+        raise InputError(f"{what} needs real floating-point numbers, got {x.dtype}; use .double()")
+    if whole and x.is_meta:
+        raise InputError(f"{what} needs numbers, the device 'meta' holds none")
+
+
 def check_bytes(size: int, dtype: torch.dtype, limit: int) -> None:
     """InputError when a dense matrix of `size` x `size` takes more than `limit` bytes."""
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        raise InputError(f"limit {limit!r}: must be a positive number of bytes")
     needed = size**2 * dtype.itemsize
     if needed > limit:
         raise InputError(

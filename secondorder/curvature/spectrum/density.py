@@ -27,6 +27,7 @@ from secondorder.curvature.spectrum.products import (
     check_threshold,
     default_tolerance,
     generator,
+    norm,
     refuse_memory,
 )
 from secondorder.curvature.spectrum.quadrature import lanczos_quadrature
@@ -79,7 +80,7 @@ class SpectralDensity:
     @property
     def frobenius_norm(self) -> Estimate:
         """The root of the sum of squared eigenvalues."""
-        return self.statistic(lambda values, weights: float((values.square() * weights).sum().sqrt()))
+        return self.statistic(lambda values, weights: float(norm(values * weights.clamp_min(0).sqrt(), 0)))
 
     @property
     def zero_share(self) -> Estimate:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import SymmetricOperator
-from secondorder.curvature.spectrum.products import gaussian, product
+from secondorder.curvature.spectrum.products import gaussian, norm, product
 
 BREAKDOWN = 1e-13  # relative length below which a new direction is rounding error
 
@@ -62,10 +62,10 @@ class KrylovBasis:
         AQ = product(self.operator, self.Q[self.done : self.count].mT)
         self.products += len(newest)
         for column, w in zip(newest, AQ.mT.contiguous(), strict=True):
-            self.scale = max(self.scale, float(w.norm()))
+            self.scale = max(self.scale, float(norm(w, 0)))
             w, coefficients = self._orthogonal(w)
             self.T[: self.count, column] = coefficients.cpu()
-            length = float(w.norm())
+            length = float(norm(w, 0))
             if self.count == self.size:
                 continue
             if length > BREAKDOWN * self.scale:
@@ -80,7 +80,7 @@ class KrylovBasis:
         T = self.T[: self.done, : self.done]
         values, Y = torch.linalg.eigh((T + T.mT) / 2)
         coupling = self.T[self.done : self.count, : self.done]  # (A Q - Q T) in the newest vectors
-        return RitzPairs(values, Y, (coupling @ Y).norm(dim=0))
+        return RitzPairs(values, Y, norm(coupling @ Y, 0) if len(coupling) else values.new_zeros(len(values)))
 
     def vectors(self, Y: Tensor) -> Tensor:
         """The vectors `[K, P]` with coefficients Y `[M, K]` in the multiplied vectors."""

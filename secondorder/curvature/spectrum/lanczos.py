@@ -24,6 +24,7 @@ from secondorder.curvature.spectrum.products import (
     check_positive,
     default_tolerance,
     generator,
+    norm,
     product,
     refuse_memory,
 )
@@ -142,7 +143,7 @@ def _sorted(pairs: RitzPairs, order: Callable[[Tensor], Tensor]) -> RitzPairs:
 def _result(basis: KrylovBasis, k: int, pairs: RitzPairs, tolerance: float) -> TopEigenvalues:
     values = pairs.values[:k]
     V = basis.vectors(pairs.coefficients[:, :k]).mT
-    residuals = (product(basis.operator, V) - V * values.to(V.device)).norm(dim=0).cpu()
+    residuals = norm(product(basis.operator, V) - V * values.to(V.device), 0).cpu()
     return TopEigenvalues(
         values=values,
         vectors=V.cpu().contiguous(),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import DenseOperator, SymmetricOperator
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known
 
 MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may hold at a time
 DOUBLE = 8  # bytes
+MOST = 2**31 - 1  # of everything that is counted
 COLUMNS = 64  # vectors multiplied at a time where their number is free
 
 
@@ -73,9 +74,17 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return max(1e-8, 100 * torch.finfo(dtype).eps)
 
 
+def norm(vectors: Tensor, dim: int) -> Tensor:
+    """Euclidean lengths of vectors, also of such whose squares would vanish or overflow."""
+    largest = vectors.abs().amax(dim, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    return (vectors / scale).norm(dim=dim) * scale.squeeze(dim)
+
+
 def affordable(rows: int, size: int, memory: int) -> int:
-    """How many of at most `rows` float64 vectors of `size` entries fit into `memory` bytes."""
-    return min(rows, memory // (DOUBLE * max(size, 1)))
+    """How many of at most `rows` float64 vectors of `size` entries fit into `memory` bytes. InputError for a bad memory."""
+    check_positive("memory", memory)
+    return min(rows, int(memory) // (DOUBLE * max(size, 1)))
 
 
 def refuse_memory(rows: int, size: int, memory: int, way_out: str) -> InputError:
@@ -92,12 +101,14 @@ def check_operator(operator: SymmetricOperator) -> None:
         raise InputError(f"needs a SymmetricOperator, got {type(operator).__name__}; wrap a matrix in DenseOperator")
     if operator.size < 1:
         raise InputError("needs an operator with at least one row, got size 0")
+    if operator.device.type == "meta":
+        raise InputError(f"the {type(operator).__name__} is on the device 'meta', which holds no numbers")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raises InputError unless the value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise InputError(f"{name} must be a whole number of at least {least} and at most {MOST}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -114,5 +125,4 @@ def check_threshold(name: str, value: float) -> None:
 
 def check_name(kind: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises InputError for a name that is not allowed."""
-    if value not in allowed:
-        raise unknown(kind, value, allowed)
+    check_known(kind, value, allowed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
-from secondorder.curvature.spectrum.products import gaussian, product
+from secondorder.curvature.spectrum.products import gaussian, norm, product
 
 
 def lanczos_quadrature(
@@ -31,10 +31,10 @@ def lanczos_quadrature(
     for m in range(steps):
         Q[:, m] = q
         w = product(operator, q.mT).mT
-        scale = torch.maximum(scale, w.norm(dim=1))
+        scale = torch.maximum(scale, norm(w, 1))
         diagonal[:, m] = (q * w).sum(1)
         w = _orthogonal(_orthogonal(w, Q[:, : m + 1], without), Q[:, : m + 1], without)
-        length = w.norm(dim=1)
+        length = norm(w, 1)
         alive = length > BREAKDOWN * scale
         if not alive.any():
             break
