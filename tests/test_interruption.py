@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import signals_of_a_terminal
 
 from studies.__main__ import main
 from studies.interruption import SIGNALS, Interruption
@@ -32,6 +33,7 @@ def started(*command: str, **options: object) -> Iterator[subprocess.Popen[str]]
         stderr=subprocess.PIPE,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "WORLD_SIZE"},
+        preexec_fn=signals_of_a_terminal,
         **options,
     )
     try:
