@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -32,11 +33,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     _sync_folder(path.parent)
 
 
+def opened_regular(path: str | Path) -> BinaryIO:
+    """A regular file opened for reading; OSError else, where a pipe or a device would be waited for without an end."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(0, "it is not a regular file", str(path))
+    return file
+
+
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file; OSError else, where a pipe or a device would be waited for without an end."""
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(0, "it is not a regular file", str(path))
+    """The content of a regular file; OSError as `opened_regular`."""
+    with opened_regular(path) as file:
         return file.read()
 
 

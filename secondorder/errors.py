@@ -45,6 +45,12 @@ def check_known(kind: str, value: object, allowed: Iterable[str]) -> None:
         raise unknown(kind, value, names)
 
 
+def check_flag(name: str, value: object) -> None:
+    """InputError unless the value is True or False: "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} {value!r}: must be True or False")
+
+
 @contextmanager
 def failures_of(what: str) -> Iterator[None]:
     """What torch raises inside of a user's network or loss becomes an InputError of one line: ``<what> fails: <reason>``.

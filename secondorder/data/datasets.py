@@ -13,7 +13,7 @@ from secondorder.data.jpeg import read_jpeg_classes
 from secondorder.data.readers import read_digits, read_fake, read_image_folder, torchvision_arrays
 from secondorder.data.row import Row, Source, Split
 from secondorder.data.sampling import stratified_subset
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_flag, unknown
 
 VARIABLE = "SECONDORDER_DATA"
 
@@ -154,6 +154,8 @@ def load_dataset(
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise unknown("data set", shown(name), DATASETS)
+    check_flag("download", download)
+    check_flag("allow_empty", allow_empty)
     if image_size is not None:
         check_image_size(image_size)
     name, folder = _locate(name, root, download)
@@ -195,17 +197,25 @@ def _locate(name: str, root: str | Path | None, download: bool) -> tuple[str, Pa
     sought = ", ".join(row.markers)
     if row.substitute:
         sought += f", or for {DATASETS[row.substitute].label}: {', '.join(DATASETS[row.substitute].markers)}"
-    if not root:
+    if root is None or (isinstance(root, str) and not root):
         raise InputError(f"{name} needs the folder that holds one of {sought}; {way_out}")
     folder = expanded(root, "data root")
     fetch = download and row.downloadable
-    if not fetch and not is_folder(folder):
+    if not fetch and not _is_root(folder):
         raise InputError(f"data root {shown(folder)} is no folder; {way_out}")
     if fetch or row.found(folder):
         return name, folder
     if row.substitute and DATASETS[row.substitute].found(folder):
         return row.substitute, folder
     raise InputError(f"{name} is not in {shown(folder)}: looked for {sought}; {way_out}")
+
+
+def _is_root(folder: Path) -> bool:
+    """`is_folder`, whose error names the path alone, said of the data root."""
+    try:
+        return is_folder(folder)
+    except InputError as error:
+        raise InputError(f"data root {error}") from error
 
 
 def _check_limits(row: Row, limit: int | None, test_limit: int | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from secondorder.atomic import opened_regular
 from secondorder.errors import InputError
 
 _KINDS = {
@@ -93,8 +94,8 @@ def check_regular(path: str | Path, most: int | None = None) -> os.stat_result:
 def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
     """``path`` opened for reading in binary; raises `InputError` as `check_regular`, and when it may not be read."""
     check_regular(path, most)
-    try:  # without blocking, should a FIFO have taken the file's place since
-        return open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0)))
+    try:  # which looks again, should a FIFO have taken the file's place since
+        return opened_regular(path)
     except OSError as error:
         raise InputError(f"{shown(path)} cannot be read ({_words(error)})") from error
 

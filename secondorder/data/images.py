@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
 from secondorder.data.decoding import MAX_PIXELS, decode
 from secondorder.data.files import shown
-from secondorder.data.sampling import check_seed_and_epoch, epoch_order, uniforms
+from secondorder.data.sampling import Indices, check_seed_and_epoch, checked_indices, epoch_order, uniforms
 from secondorder.errors import InputError
 
 # How far the short side of a test image exceeds the central crop: 256 pixels for 224, as is usual for ImageNet.
@@ -77,17 +77,14 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
         check_seed_and_epoch(seed, epoch)
         self._seed_and_epoch[0], self._seed_and_epoch[1] = seed, epoch
 
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``[B, C, H, W]`` float32 and labels ``[B]`` int64; `IndexError` for an index outside the split."""
-        positions = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if positions.size and not -len(self) <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"indices from {positions.min()} to {positions.max()} in a split of {len(self)} images")
-        positions = np.where(positions < 0, positions + len(self), positions)
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Images ``[B, C, H, W]`` float32 and labels ``[B]`` int64; errors as of `checked_indices`."""
+        positions = checked_indices(indices, len(self))
         seed, epoch = self._seed_and_epoch.tolist()
         u = uniforms("augmentation", seed, epoch, positions, self._draws)
         return self._images(positions, u), self.labels[torch.from_numpy(positions)]
 
-    def plain(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def plain(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """`batch` without augmentation, as in a test split."""
         same = copy.copy(self)
         same.augmentation, same._draws = None, 0
@@ -105,7 +102,9 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch([index])
+        if len(positions := checked_indices([index], len(self))) != 1:
+            raise InputError(f"the index of a sample is {shown(repr(index))}; use batch(...) for several")
+        images, labels = self.batch(positions)
         return images[0], int(labels[0])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:

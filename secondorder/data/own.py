@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from secondorder.data.datasets import ImageDataset
 from secondorder.data.files import reason, shown
 from secondorder.data.images import ImageSplit
-from secondorder.data.sampling import epoch_order, uniforms
+from secondorder.data.sampling import Indices, checked_indices, epoch_order, uniforms
 from secondorder.errors import InputError
 
 OWN = re.compile(r"own(-[A-Za-z0-9_.]+)*")
@@ -45,11 +45,7 @@ class OwnSplit(ImageSplit):
     def __init__(self, source: Any) -> None:
         loader = source if isinstance(source, DataLoader) else None
         self.dataset: Any = loader.dataset if loader is not None else source
-        if isinstance(self.dataset, IterableDataset) or not all(
-            hasattr(self.dataset, name) for name in ("__len__", "__getitem__")
-        ):
-            kind = type(self.dataset).__name__
-            raise InputError(f"the data set {kind} has no length or indices; use a map-style torch.utils.data.Dataset")
+        check_map_style(self.dataset)
         if loader is not None and loader.batch_size is None:
             raise InputError("the DataLoader has a batch_sampler, or no batches; give it a sampler and a batch_size")
         if loader is not None and isinstance(loader.sampler, DistributedSampler):
@@ -74,13 +70,10 @@ class OwnSplit(ImageSplit):
         """The labels ``[N]`` of all samples, each of which is made for it."""
         return self.batch(range(len(self)))[1]
 
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Samples ``[B, ...]`` and labels ``[B]`` int64; raises `InputError` for what is no pair of such tensors."""
         seed, epoch = self._seed_and_epoch.tolist()
-        positions = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if positions.size and not -len(self) <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"indices from {positions.min()} to {positions.max()} in a split of {len(self)} samples")
-        chosen = [self._index(int(n) % len(self), seed, epoch) for n in positions]
+        chosen = [self._index(n, seed, epoch) for n in checked_indices(indices, len(self)).tolist()]
         seeds = (uniforms("sample", seed, epoch, chosen, 1)[:, 0] * 2**32).astype(np.int64).tolist()
         samples = []
         with _generators_kept():
@@ -90,7 +83,7 @@ class OwnSplit(ImageSplit):
             kind = type(self.dataset).__name__
             return checked_batch(_collated(samples, self.collate, kind), kind)
 
-    def plain(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def plain(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """`batch` as in epoch 0 of seed 0: what the user's transforms draw is not known here."""
         before = self._seed_and_epoch.clone()
         self._seed_and_epoch.zero_()
@@ -118,10 +111,20 @@ class OwnSplit(ImageSplit):
         return self._chosen[1][position]
 
 
+def check_map_style(dataset: object) -> None:
+    """Raise `InputError` for what has no length or indices, and for words, tensors and types, which hold no samples."""
+    sized = all(hasattr(dataset, name) for name in ("__len__", "__getitem__"))
+    if isinstance(dataset, Mapping):  # by number it may hold samples, by word it does not
+        sized = 0 in dataset or not dataset
+    if not sized or isinstance(dataset, IterableDataset | Tensor | np.ndarray | np.generic | str | bytes | type):
+        kind = type(dataset).__name__ if isinstance(dataset, Dataset) else shown(repr(dataset), 40)
+        raise InputError(f"the dataset {kind} has no length or indices; use a map-style torch.utils.data.Dataset")
+
+
 def _collated(samples: list[Any], collate: Any, kind: str) -> Any:
     """The samples of a data set ``kind`` as a batch."""
     if not samples:
-        raise InputError(f"the data set {kind} is asked for no sample; a batch has at least one")
+        raise InputError(f"the dataset {kind} is asked for no sample; a batch has at least one")
     try:
         return collate(samples)
     except (TypeError, RuntimeError) as error:
@@ -136,7 +139,7 @@ def checked_batch(batch: Any, kind: str) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise InputError(
-            f"a batch of {kind} is {type(batch).__name__}, not (images, labels); each sample is (image, label)"
+            f"a batch of the dataset {kind} is {type(batch).__name__}, not (images, labels); each sample is (image, label)"
         )
     images, labels = batch
     if not isinstance(images, Tensor) or (images.ndim == 4 and not images.is_floating_point()):

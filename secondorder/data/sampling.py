@@ -7,13 +7,17 @@ of torch and numpy.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from secondorder.data.files import reason, shown
 from secondorder.errors import InputError
+
+Indices = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
 # What a draw is for; the streams of one (seed, epoch) are independent of each other.
 STREAMS = {"order": 0, "augmentation": 1, "subset": 2, "fake": 3, "sample": 4}
@@ -37,6 +41,28 @@ def check_seed_and_epoch(seed: int, epoch: int) -> None:
     for name, value in (("seed", seed), ("epoch", epoch)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise InputError(f"{name} is {value!r}; it must be a whole number of at least 0 and below 2^63")
+
+
+def checked_indices(indices: Indices, size: int) -> NDArray[np.int64]:
+    """The indices as one row ``[B]`` in [0, size), the negative ones counted from the end.
+
+    Raises:
+        InputError: for what are no whole numbers.
+        IndexError: for an index outside of [-size, size), as Python's loops over a sequence expect.
+    """
+    try:
+        given = np.asarray(indices).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of unequal length; tensors that numpy cannot have
+        raise InputError(f"the indices are {shown(repr(indices))} ({reason(error, 60)}); use whole numbers") from error
+    if not given.size:
+        return np.empty(0, dtype=np.int64)
+    if given.dtype.kind not in "iu":
+        raise InputError(f"the indices are {shown(repr(indices))}; use whole numbers from {-size} to {size - 1}")
+    low, high = int(given.min()), int(given.max())
+    if not -size <= low <= high < size:
+        raise IndexError(f"indices from {low} to {high} in a split of {size} images")
+    positions = given.astype(np.int64)
+    return np.where(positions < 0, positions + size, positions)
 
 
 def uniforms(

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from secondorder.curvature.matrix_free.jacobian import flattened
 from secondorder.curvature.operators import SymmetricOperator
-from secondorder.errors import InputError, check_known
+from secondorder.errors import InputError, check_flag, check_known
 from secondorder.gauss_newton.batch_curvature import LIKELIHOODS, BatchCurvature
 from secondorder.kfac.optimizer import CLIP
 from secondorder.kfac.options import (
     DAMPING,
     SETTINGS,
     check_closure,
-    check_flag,
     check_group,
     check_interval,
     check_positive,

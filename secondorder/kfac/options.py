@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from secondorder.curvature.kronecker.factors import SHARINGS
-from secondorder.errors import InputError, check_known
+from secondorder.errors import InputError, check_flag, check_known
 from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
 INVERSES = ("eigen", "cholesky")
@@ -174,12 +174,6 @@ def check_number(name: str, value: object, least: float, below: float = LARGEST)
         fits = False
     if not fits:
         raise InputError(f"{name} {value!r:.100}: must be a number in [{least:g}, {below:g})")
-
-
-def check_flag(name: str, value: object) -> None:
-    """InputError unless the value is True or False: "no" would count as True."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} {value!r}: must be True or False")
 
 
 def check_positive(name: str, value: object, otherwise: str = "") -> None:

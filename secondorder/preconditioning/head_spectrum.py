@@ -28,8 +28,7 @@ from torch.nn.functional import pad
 
 from secondorder.accelerator import check_float64
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.errors import InputError, NonFiniteError, check_known
-from secondorder.kfac.options import check_flag
+from secondorder.errors import InputError, NonFiniteError, check_flag, check_known
 from secondorder.matrix_power import upper_triangle
 from secondorder.matrix_power.scalar_functions import Logarithm
 from secondorder.matrix_power.spectral import null_directions

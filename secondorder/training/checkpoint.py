@@ -10,6 +10,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from secondorder.atomic import check_writable, exclusive, write_atomically
+from secondorder.data import ImageDataset
 from secondorder.data.files import expanded, open_regular, reason, shown
+from secondorder.data.own import is_own
 from secondorder.errors import InputError
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
+from secondorder.training.state import Progress
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -92,10 +96,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']} instead of {FORMAT}")
-        if missing := [part for part in PARTS if part not in state]:
-            raise ValueError(f"without {', '.join(missing)}")
+        _check_parts(state)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         if plain_weights(content) is not None:
             raise InputError(
@@ -109,6 +110,21 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def _check_parts(state: Any) -> None:
+    """Raise ValueError unless a file's content is what `save` writes."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__} instead of a dictionary")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"format {state.get('format')!r:.20} instead of {FORMAT}")
+    if missing := [part for part in PARTS if not isinstance(state.get(part), dict)]:
+        raise ValueError(f"without {', '.join(missing)}")
+    if missing := [field.name for field in fields(Progress) if field.name not in state["progress"]]:
+        raise ValueError(f"progress without {', '.join(missing)}")
+    for part, name in (("run", "epochs"), ("progress", "step")):
+        if not isinstance(state[part].get(name), int):
+            raise ValueError(f"{part} {name} is {state[part].get(name)!r:.20}")
+
+
 def plain_weights(content: bytes) -> dict[str, Any] | None:
     """The state_dict in the bytes of a file, None when they hold anything else."""
     try:
@@ -117,6 +133,15 @@ def plain_weights(content: bytes) -> dict[str, Any] | None:
         return None
     named = isinstance(state, dict) and bool(state) and all(isinstance(name, str) for name in state)
     return dict(state) if named and all(isinstance(value, Tensor) for value in state.values()) else None
+
+
+def identity(run: Run, data: ImageDataset, observers: dict[str, int], origin: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must have in common with a training to be continued: see `check_same`."""
+    sizes: dict[str, Any] = {"name": data.name, "train": len(data.train), "test": len(data.test)}
+    sizes["image_size"] = data.image_size
+    if is_own(data.name):
+        sizes["samples"] = data.provenance["samples_sha256"]
+    return {"run": run.to_dict(), "data": sizes, "observers": observers, "network": origin}
 
 
 def check_same(state: dict[str, Any], expected: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -152,6 +177,25 @@ def take_epochs(state: dict[str, Any], run: Run, steps_per_epoch: int, folder: P
             f"others under {run.schedule!r}; use another folder, and initial= to begin with its weights"
         )
     state["run"]["epochs"] = run.epochs
+
+
+def restore(state: dict[str, Any], parts: dict[str, Any], folder: Path) -> None:
+    """Give network, optimiser and scaler of a training the states of a checkpoint; InputError when they do not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the package's code has changed since
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the checkpoint in {shown(folder)!r} does not fit the network ({shown(reason, 60)}); choose another folder "
+            "or run without --resume to start afresh"
+        ) from error
 
 
 def load(path: str | Path) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from secondorder.data.own import OwnSplit, checked_batch
-from secondorder.errors import InputError
+from secondorder.data.own import OwnSplit, check_map_style, checked_batch
+from secondorder.errors import InputError, check_flag, check_known
 from secondorder.training import processes
-from secondorder.training.device import autocast
+from secondorder.training.device import DTYPES, autocast
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ def evaluate(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {model!r:.100}; it must be a torch.nn.Module")
+    if not isinstance(dataset, DataLoader) and not hasattr(dataset, "batch"):
+        check_map_style(dataset)
+    check_known("amp", amp, DTYPES)
+    check_flag("channels_last", channels_last)
     modes = {layer: layer.training for layer in model.modules()}
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -98,7 +104,7 @@ def evaluate(
     numbers = torch.stack(measured).tolist() if measured else []
     loss, first, five, count = processes.summed(*(sum(numbers[i::3], 0.0) for i in range(3)), seen)
     if not count:
-        raise InputError(f"the data set {type(dataset).__name__} has no images; at least 1 is needed")
+        raise InputError(f"the dataset {type(dataset).__name__} has no images; at least 1 is needed")
     return Evaluation(loss / count, first / count, five / count)
 
 

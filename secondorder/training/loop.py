@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -22,24 +21,22 @@ from secondorder.accelerator import wait_for
 from secondorder.data import ImageDataset
 from secondorder.data.files import expanded, shown
 from secondorder.data.own import is_own
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError, NonFiniteError, first_line
 from secondorder.training import checkpoint, processes
 from secondorder.training.batch_norm import desynchronise, synchronise, without_synchronisation
 from secondorder.training.batches import batches
 from secondorder.training.device import autocast, check_device, isolated, resolve_device, seed_step
 from secondorder.training.divergence import NonFiniteLossError, all_finite
-from secondorder.training.evaluation import check_labels, checked_logits, correct, evaluate, to_device
+from secondorder.training.evaluation import evaluate, to_device
+from secondorder.training.losses import UnreadLosses, step_loss
 from secondorder.training.observers import Moment, Observer, Row, intervals, observe
 from secondorder.training.optimizers import OPTIMIZERS
 from secondorder.training.parts import divide_groups, train_mode
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
-from secondorder.training.setup import Data, check_fit, check_given, dataset_of, first_model
+from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of, first_model
 from secondorder.training.state import Progress, Trained
 from secondorder.training.weights import Initial, OwnNetwork
-
-READ_EVERY = 100
-"""Steps at most whose losses stay on an accelerator before the CPU waits for them, if nothing else asks before."""
 
 
 def train(
@@ -89,6 +86,7 @@ def train(
         NonFiniteLossError: when the loss is not finite, naming the step; no checkpoint has taken it. (On an accelerator,
             where losses are read at the end of an epoch, for observers and checkpoints and every 100 steps, it comes then.)
     """
+    check_settings(run, resume, checkpoint_every, progress, workers)
     device = resolve_device(run.device)
     with processes.distributed(device), isolated(device, run.threads):
         check_device(device.type, run.amp)
@@ -124,7 +122,8 @@ class _Training:
         self.steps_per_epoch = len(data.train) // run.batch_size
         self.total = self.steps_per_epoch * run.epochs
         self.memory_format = torch.channels_last if run.channels_last else torch.preserve_format
-        model, self.origin = first_model(run, data, network, initial)
+        model, origin = first_model(run, data, network, initial)
+        self.identity = checkpoint.identity(run, data, self.intervals, origin)
         self.model = model.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.learning_rate = run.learning_rate
         self.optimizer = OPTIMIZERS[run.optimizer](self.model, run)
@@ -132,8 +131,7 @@ class _Training:
         self.update_curvature = getattr(self.optimizer, "update_curvature", None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "float16")
         self.progress = Progress(records={name: [] for name in observers})
-        self.unread: list[tuple[int, float, Tensor, Tensor]] = []
-        """Step, learning rate, loss and number of right predictions of steps whose numbers are still on the device."""
+        self.unread = UnreadLosses(device)
 
     def continue_to_the_end(self, checkpoint_every: float, show: bool, workers: int) -> None:
         """All steps that are left, with a checkpoint every so many seconds and after the last step."""
@@ -191,13 +189,13 @@ class _Training:
         images, targets = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
         seed_step(self.run.seed, state.step, processes.rank())
         loss, right, logits = self._loss(model, images, targets, labels, learning_rate)
-        self.unread.append((state.step, learning_rate, loss.detach(), right))
-        if self.device.type == "cpu" or len(self.unread) == READ_EVERY:
+        self.unread.add(state.step, learning_rate, loss, right)
+        if self.unread.due():
             self._read_losses()
         if self.update_curvature is not None:
             self.update_curvature(logits)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self._move(learning_rate)
         self.scaler.update()
         state.step += 1
         state.training_seconds += time.perf_counter() - started
@@ -205,21 +203,26 @@ class _Training:
     def _loss(
         self, model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, learning_rate: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean cross-entropy (a scalar), the number of right predictions of a batch, and its logits.
-
-        ``targets`` are the ``labels`` on the device.
-        """
+        """`step_loss` in the run's precision."""
         try:
             with autocast(self.device, self.run.amp):
-                logits = checked_logits(model(images), labels)
-                if not logits.requires_grad:
-                    raise InputError("the network's logits depend on no trainable parameter; there is nothing to train")
-                if self.own_data:
-                    check_labels(labels, logits.shape[1])
-                return F.cross_entropy(logits, targets), correct(logits, targets, 1), logits
+                return step_loss(model, images, targets, labels, self.own_data)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:
             self._read_losses()  # an earlier step may be the first to blame
             raise self._diverged("the features before the pooling head are not finite", learning_rate) from error
+
+    def _move(self, learning_rate: float) -> None:
+        """The optimiser's step; one that has left the range of its numbers is divergence."""
+        try:
+            self.scaler.step(self.optimizer)
+        except InputError:
+            raise
+        except RuntimeError as error:
+            if not isinstance(error, torch.linalg.LinAlgError) and "without overflow" not in str(error):
+                raise
+            self._read_losses()
+            reason = f"{self.run.optimizer}: {shown(first_line(error), 60)}"
+            raise self._diverged(f"the step cannot be taken ({reason})", learning_rate) from error
 
     def _read_losses(self) -> None:
         """Losses and right predictions of the steps since the last time, all at once; an accelerator is waited for.
@@ -228,19 +231,12 @@ class _Training:
             NonFiniteLossError: naming the first step whose loss is not finite. On the CPU, where every step is read, the
                 weights have not taken it; elsewhere they may have taken it and later ones, but no checkpoint has.
         """
-        unread, self.unread = self.unread, []
-        if not unread:
-            return
-        numbers = torch.stack([number.float() for _, _, *pair in unread for number in pair]).tolist()
-        summed = processes.summed(*(loss / processes.world_size() for loss in numbers[::2]), *numbers[1::2])
-        for (step, learning_rate, *_), value, right in zip(
-            unread, summed[: len(unread)], summed[len(unread) :], strict=True
-        ):
-            if not math.isfinite(value):
+        for step, learning_rate, loss, right in self.unread.read():
+            if not math.isfinite(loss):
                 self.progress.step = step
-                raise self._diverged(f"the training loss is {value}", learning_rate)
-            self.progress.step_losses.append(value)
-            self.progress.epoch_correct += int(right)
+                raise self._diverged(f"the training loss is {loss}", learning_rate)
+            self.progress.step_losses.append(loss)
+            self.progress.epoch_correct += right
 
     def _catch_up(self) -> None:
         """Wait for the steps under way and read their losses; the time counts as theirs."""
@@ -279,20 +275,7 @@ class _Training:
             raise self._diverged("the features of a test image are not finite") from error
         if not math.isfinite(test.loss):
             raise self._diverged(f"the test loss is {test.loss}")
-        losses = state.step_losses[-self.steps_per_epoch :]
-        row = {
-            "epoch": state.step // self.steps_per_epoch,
-            "step": state.step,
-            "learning_rate": self.learning_rate,
-            "train_loss": sum(losses) / len(losses),
-            "train_top1": state.epoch_correct / (self.steps_per_epoch * run.batch_size),
-            "test_loss": test.loss,
-            "test_top1": test.top1,
-            "test_top5": test.top5,
-            "seconds": state.training_seconds,
-        }
-        state.history.append(row)
-        state.epoch_correct = 0
+        row = state.finish_epoch(self.steps_per_epoch, run.batch_size, self.learning_rate, test)
         return f"epoch {row['epoch']}/{run.epochs}, loss {row['train_loss']:.3f}, top-1 {test.top1:.1%}"
 
     def _diverged(self, what: str, learning_rate: float | None = None) -> NonFiniteLossError:
@@ -306,27 +289,18 @@ class _Training:
             f"stays in {shown(self.folder)!r}"
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this training to be continued."""
-        data = self.data
-        sizes: dict[str, Any] = {"name": data.name, "train": len(data.train), "test": len(data.test)}
-        sizes["image_size"] = data.image_size
-        if self.own_data:
-            sizes["samples"] = data.provenance["samples_sha256"]
-        return {"run": self.run.to_dict(), "data": sizes, "observers": self.intervals, "network": self.origin}
+    def _parts(self) -> dict[str, Any]:
+        """What a checkpoint holds the state of."""
+        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def _save(self) -> None:
         self._catch_up()
 
         def save() -> None:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            }
+            state = {name: part.state_dict() for name, part in self._parts().items()}
             if not all_finite(state):
                 raise self._diverged("a weight, statistic or momentum is not finite")
-            checkpoint.save(self._identity() | state | {"progress": dict(vars(self.progress))}, self.folder)
+            checkpoint.save(self.identity | state | {"progress": dict(vars(self.progress))}, self.folder)
 
         processes.on_main(save)
 
@@ -338,17 +312,8 @@ class _Training:
             return
         state = checkpoint.parse(content, file)
         checkpoint.take_epochs(state, self.run, self.steps_per_epoch, self.folder)
-        checkpoint.check_same(state, self._identity(), self.folder)
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:  # the package's code has changed since
-            reason = str(error).partition("\n")[0]
-            raise InputError(
-                f"the checkpoint in {shown(self.folder)!r} does not fit the network ({shown(reason, 60)}); choose another folder "
-                "or run without --resume to start afresh"
-            ) from error
+        checkpoint.check_same(state, self.identity, self.folder)
+        checkpoint.restore(state, self._parts(), self.folder)
         self.progress = Progress(**state["progress"])
 
     def trained(self) -> Trained:

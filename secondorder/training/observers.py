@@ -49,8 +49,12 @@ class Observer(Protocol):
 
 
 def intervals(observers: Mapping[str, Observer]) -> dict[str, int]:
-    """Each observer's ``every``; raises InputError unless a whole number, at least 1."""
+    """Each observer's ``every``; raises InputError unless they are functions by name, ``every`` a whole number, at least 1."""
+    if not isinstance(observers, Mapping):
+        raise InputError(f"observers are {observers!r:.100}; they must map names to observers")
     for name, observer in observers.items():
+        if not isinstance(name, str) or not callable(observer) or not hasattr(observer, "every"):
+            raise InputError(f"observers: {name!r:.80} is {observer!r:.80}, no function with an attribute every")
         if isinstance(observer.every, bool) or not isinstance(observer.every, int) or observer.every < 1:
             raise InputError(f"observer {name!r}: every is {observer.every!r}; it must be a whole number, at least 1")
     return {name: observer.every for name, observer in observers.items()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from secondorder.data import DATASETS
 from secondorder.data.files import shown
 from secondorder.data.images import MAX_IMAGE_SIZE
 from secondorder.data.own import is_own
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_flag, unknown
 from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS
 from secondorder.training.device import check_device
@@ -29,6 +29,7 @@ FLOAT32 = 3.4e38  # larger steps cannot be taken in single precision
 REAL = {"learning_rate": (0.0, FLOAT32), "momentum": (0.0, 1.0), "weight_decay": (0.0, FLOAT32), "dropout": (0.0, 1)}
 LATER = {"initial": "", "frozen": (), "learning_rates": ()}  # left out of a run's description where they are so
 OWN_FIELDS = ("backbone", "pooling", "dataset")
+LONGEST_NAME = 60  # of the user's own network, pooling and data: a run's name must be one of a folder
 OPTIONAL = {"threads", "reduced_channels", "last_stride", "dropout", "image_size", "train_limit", "test_limit"}
 
 
@@ -99,14 +100,17 @@ class Run:
         tables: dict[str, Iterable[str]] = {"backbone": NETWORKS, "pooling": POOLINGS, "dataset": DATASETS}
         tables |= {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "amp": ("off", "float16", "bfloat16")}
         for field, table in tables.items():
-            if getattr(self, field) not in tuple(table) and not (field in OWN_FIELDS and is_own(getattr(self, field))):
-                raise unknown(field, named(getattr(self, field)), table)
+            value = getattr(self, field)
+            own = field in OWN_FIELDS and is_own(value)
+            if not isinstance(value, str) or not (own or value in tuple(table)):
+                raise unknown(field, named(value), table)
+            if own and len(value) > LONGEST_NAME:
+                raise InputError(f"{field} is {shown(value)!r}; names of your own have at most {LONGEST_NAME} letters")
         for field, (least, most) in WHOLE.items():
             self._check_whole(field, least, most)
         for field, (bottom, top) in REAL.items():
             self._check_real(field, bottom, top)
-        if not isinstance(self.channels_last, bool):
-            raise InputError(f"channels_last is {shown(repr(self.channels_last))}; it must be True or False")
+        check_flag("channels_last", self.channels_last)
         check_device(self.device, self.amp)
         for field in ("pooling_options", "optimizer_options"):
             object.__setattr__(self, field, _pairs(field, getattr(self, field)))
@@ -132,7 +136,9 @@ class Run:
         if not isinstance(self.initial, str) or not self.initial.isprintable() or len(self.initial) > 80:
             raise InputError(f"initial is {shown(repr(self.initial))}; it must be a name, of at most 80 letters")
         frozen = (self.frozen,) if isinstance(self.frozen, str) else self.frozen
-        if not isinstance(frozen, Iterable) or not all(isinstance(name, str) and name for name in frozen):
+        if not isinstance(frozen, list | tuple | set | frozenset) or not all(
+            isinstance(name, str) and name for name in frozen
+        ):
             raise InputError(f"frozen is {shown(repr(self.frozen))}; it must be names of modules or parameters")
         object.__setattr__(self, "frozen", tuple(sorted(set(frozen))))
         factors = _pairs("learning_rates", self.learning_rates)
@@ -172,14 +178,16 @@ class Run:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Run:
         """The run of ``to_dict``; raises InputError for a missing or unknown field."""
-        known = [field.name for field in fields(cls)]
+        if not isinstance(settings, Mapping):
+            raise InputError(f"the settings of a run are {shown(repr(settings))}; they must map fields to values")
+        known = {field.name: field.default is MISSING for field in fields(cls)}
         for name in settings:
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise InputError(f"unknown setting of a run {shown(repr(name))}; its settings are the fields of Run")
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise InputError(f"incomplete run: {error}; give every field without a default") from error
+        missing = [name for name, needed in known.items() if needed and name not in settings]
+        if missing:
+            raise InputError(f"incomplete run: without {', '.join(missing)}; give every field without a default")
+        return cls(**settings)
 
     @property
     def name(self) -> str:
@@ -198,14 +206,19 @@ def named(value: object) -> object:
 
 
 def _pairs(field: str, options: object) -> tuple[tuple[str, Option], ...]:
-    """Options as sorted pairs of a name and a plain value."""
+    """Options as sorted pairs of a name and a plain value, one pair a name."""
     try:
-        pairs = sorted(options.items() if isinstance(options, Mapping) else ((k, v) for k, v in options))  # type: ignore[attr-defined]
+        pairs = list(options.items() if isinstance(options, Mapping) else ((k, v) for k, v in options))  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         raise InputError(f"{field} is {shown(repr(options))}; it must map names to values") from error
+    plain: dict[str, Option] = {}
     for name, value in pairs:
-        if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, type(None))):
+        kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+        if not isinstance(name, str) or (kind is None and value is not None) or value != value:
             raise InputError(
                 f"{field}: {shown(repr(name))} is {shown(repr(value))}; it must be a number, a word, True, False or None"
             )
-    return tuple(pairs)
+        if name in plain:
+            raise InputError(f"{field} has {shown(repr(name))} twice; give each option once")
+        plain[str(name)] = value if kind is None else kind(value)  # numpy's kinds of numbers and words as Python's
+    return tuple(sorted(plain.items()))

@@ -8,13 +8,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from secondorder.data import DATASETS, ImageDataset, own_dataset
 from secondorder.data.own import is_own
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_flag
 from secondorder.networks import Network, network
 from secondorder.training.device import check_device, resolve_device
 from secondorder.training.parts import freeze
 from secondorder.training.processes import world_size
 from secondorder.training.run import Run
 from secondorder.training.weights import Initial, OwnNetwork, description, digest, load_initial, own_network
+
+MOST_WORKERS = 1024
+"""Threads or processes that prepare batches: a number beyond any machine's cores is a mistake."""
 
 Data = ImageDataset | tuple[Dataset[Any] | DataLoader[Any], Dataset[Any] | DataLoader[Any]]
 
@@ -24,12 +27,28 @@ def dataset_of(run: Run, data: Data) -> ImageDataset:
     if isinstance(data, ImageDataset):
         return data
     if not isinstance(data, tuple | list) or len(data) != 2:
-        raise InputError(
-            f"data is {type(data).__name__}; use load_dataset(...), own_dataset(...) or a pair (train, test)"
-        )
+        raise InputError(f"data is {data!r:.100}; use load_dataset(...), own_dataset(...) or a pair (train, test)")
     if not is_own(run.dataset):
         raise InputError(f"the run is on {run.dataset!r}, the data is a pair of your own; use Run(dataset='own-NAME')")
     return own_dataset(run.dataset, *data)
+
+
+def check_is_run(run: object) -> None:
+    """Raise InputError for anything but a `Run`."""
+    if not isinstance(run, Run):
+        raise InputError(f"run is {run!r:.100}; it must be a Run(...)")
+
+
+def check_settings(run: Run, resume: bool, checkpoint_every: float, progress: bool, workers: int) -> None:
+    """Raise InputError unless the arguments of `train` beside data, network and observers are of their kinds."""
+    check_is_run(run)
+    check_flag("resume", resume)
+    check_flag("progress", progress)
+    number = isinstance(checkpoint_every, int | float) and not isinstance(checkpoint_every, bool)
+    if not number or not checkpoint_every >= 0:
+        raise InputError(f"checkpoint_every is {checkpoint_every!r:.100}; it must be a number of seconds, at least 0")
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers <= MOST_WORKERS:
+        raise InputError(f"workers is {workers!r:.100}; it must be a whole number from 0 to {MOST_WORKERS}")
 
 
 def check_given(run: Run, network: object, initial: object) -> None:
@@ -40,6 +59,8 @@ def check_given(run: Run, network: object, initial: object) -> None:
         raise InputError(
             f"the run is of the network {run.backbone!r}; use Run(backbone='own-NAME', pooling='own') for yours"
         )
+    if network is not None and not callable(network):
+        raise InputError(f"network is {network!r:.100}; it must be a torch.nn.Module, or a function that builds one")
     if run.initial and initial is None:
         raise InputError(f"the run begins with the weights {run.initial!r}: give them with initial=")
     if initial is not None and not run.initial:
@@ -69,6 +90,9 @@ def check_fit(run: Run, data: ImageDataset) -> None:
 
 def check_run(run: Run, data: ImageDataset) -> None:
     """Raise InputError for whatever would stop the run at its first step: data, batch size, images too small, device."""
+    check_is_run(run)
+    if not isinstance(data, ImageDataset):
+        raise InputError(f"data is {data!r:.100}; use load_dataset(...) or own_dataset(...)")
     check_device(resolve_device(run.device).type, run.amp)
     check_fit(run, data)
     initial_network(run, data).check_image_size(data.image_size)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from secondorder.training.evaluation import Evaluation
 from secondorder.training.observers import Row
 from secondorder.training.run import Run
 
@@ -21,6 +22,25 @@ class Progress:
     step_losses: list[float] = field(default_factory=list)
     history: list[dict[str, float | int]] = field(default_factory=list)
     records: dict[str, list[Row]] = field(default_factory=dict)
+
+    def finish_epoch(
+        self, steps: int, batch_size: int, learning_rate: float, test: Evaluation
+    ) -> dict[str, float | int]:
+        """Add the row of an epoch of so many steps to the history, and return it."""
+        row = {
+            "epoch": self.step // steps,
+            "step": self.step,
+            "learning_rate": learning_rate,
+            "train_loss": sum(self.step_losses[-steps:]) / steps,
+            "train_top1": self.epoch_correct / (steps * batch_size),
+            "test_loss": test.loss,
+            "test_top1": test.top1,
+            "test_top5": test.top5,
+            "seconds": self.training_seconds,
+        }
+        self.history.append(row)
+        self.epoch_correct = 0
+        return row
 
 
 @dataclass(frozen=True)

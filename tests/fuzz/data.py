@@ -104,7 +104,7 @@ def write(root: Path, random: Random) -> None:
 
 def break_it(root: Path, damage: str, random: Random) -> None:
     """Do one thing to one place of the tree."""
-    files = sorted(root.rglob("*.png"))
+    files = sorted(path for path in root.rglob("*.png") if path.is_file())  # writing to a pipe would wait for a reader
     parts = sorted(path for path in root.glob("*/*") if path.is_dir())
     if not files or not parts:
         return
@@ -148,7 +148,7 @@ def break_it(root: Path, damage: str, random: Random) -> None:
 def special(label: Path, damage: str, file: Path) -> None:
     """What is no plain file."""
     place = label / "special.png"
-    if place.exists() or place.is_symlink():
+    if place.exists() or place.is_symlink() or (label / "loop").is_symlink():
         return
     if damage == "dangling link":
         place.symlink_to("nowhere.png")

@@ -35,7 +35,8 @@ def runs(random: Random) -> Call:
     changed = random.sample([*FIELDS, "no_such_field"], random.choice((1, 1, 2)))
     values = {field: options(random) if field.endswith("_options") else absurd(random) for field in changed}
     settings |= values
-    if random.random() < 0.1:
+    complete = random.random() >= 0.1
+    if not complete:
         del settings[random.choice(list(settings))]
     make = random.choice((Run, Run.from_dict))
 
@@ -49,7 +50,7 @@ def runs(random: Random) -> Call:
         return None if "/" not in made.name and len(made.name) < 255 else f"a name that is no file's: {made.name!r}"
 
     names = [word for field, value in values.items() for word in (field, named(value))]
-    return Call(f"Run({arguments(settings)})", run, names=names if len(settings) > 8 else (), check=check, pure=True)
+    return Call(f"Run({arguments(settings)})", run, names=names if complete else (), check=check, pure=True)
 
 
 def options(random: Random) -> Any:
