@@ -10,7 +10,6 @@ from fuzz.judge import judged
 
 from secondorder.errors import InputError
 
-
 PENDING = ("pooling", "matrix_functions", "networks", "runs", "training", "data", "command_line", "kept_files")
 """Areas in which faults are left."""
 

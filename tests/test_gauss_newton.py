@@ -299,7 +299,6 @@ BAD = {
     "clip": 0.0,
     "likelihood": "poisson",
     "decoupled": None,
-    "lr": "x",
 }
 
 
