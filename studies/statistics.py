@@ -1,6 +1,7 @@
 """Confidence intervals over seeds and the verdicts drawn from them."""
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,7 +67,7 @@ def as_numbers(values: ArrayLike) -> NDArray[np.float64]:
 
 def check_confidence(confidence: float) -> None:
     """InputError unless the confidence is a number between 0 and 1."""
-    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 < confidence < 1:
+    if isinstance(confidence, bool) or not isinstance(confidence, Real) or not 0 < confidence < 1:
         raise InputError(f"confidence {confidence!r}: must be a number between 0 and 1")
 
 
@@ -134,8 +135,8 @@ def with_error(interval: Interval, error: float) -> Interval:
 
     Each half width becomes the root of its square plus (z error)^2, z the normal quantile. InputError for a negative error.
     """
-    if not isinstance(error, int | float) or isinstance(error, bool) or not 0 <= error < float("inf"):
-        raise InputError(f"error {error!r}: a standard error is a finite number of at least 0")
+    if isinstance(error, bool) or not isinstance(error, Real) or error < 0:
+        raise InputError(f"error {error!r}: a standard error is a number of at least 0")
     z = float(stats.norm.ppf(0.5 + interval.confidence / 2))
     down, up = (
         np.hypot(interval.estimate - interval.low, z * error),
@@ -150,7 +151,7 @@ def verdict(interval: Interval, claimed: str, reference: float) -> str:
     ``supported`` if the whole interval lies on the claimed side, ``not supported`` if it lies on the other, else
     (it holds the reference, is infinite or nan) ``undecided``. InputError for another claim, or a reference that is no number.
     """
-    if isinstance(reference, bool) or not isinstance(reference, int | float):
+    if isinstance(reference, bool) or not isinstance(reference, Real):
         raise InputError(f"reference {reference!r}: must be a number")
     sides = {"below": (interval.high < reference, interval.low > reference)}
     sides["above"] = sides["below"][::-1]

@@ -201,6 +201,25 @@ def test_untouched_restores_after_an_exception() -> None:
         ({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0)}, "0 images and 0 labels"),
         ({"labels": torch.zeros(3)}, "4 images and 3 labels"),
         ({"model": nn.Linear(2, 2)}, "Linear has no stem and rest"),
+        ({"direction": []}, r"unknown direction \[\]; choose one of"),
+        ({"model": "resnet18"}, "model str: must be a torch.nn.Module"),
+        ({"loss": 0.5}, "loss 0.5: must be a function of outputs and labels"),
+        ({"loss": nn.CrossEntropyLoss}, "must be a function of outputs and labels"),
+        (
+            {"loss": nn.CrossEntropyLoss(reduction="none")},
+            "the loss must return one number that depends on the outputs",
+        ),
+        ({"loss": lambda z, y: 1.0}, "the loss must return one number"),
+        ({"loss": lambda z, y: z.detach().sum()}, "the loss must return one number that depends on the outputs"),
+        ({"images": "x"}, "images are str: must be a tensor"),
+        ({"labels": torch.tensor(3)}, "labels are a single number: must be a tensor"),
+        ({"labels": torch.full((4,), 10)}, r"the loss on labels \[4\] fails: Target 10 is out of bounds"),
+        ({"images": torch.zeros(4, 1, 8, 8).to(torch.complex64)}, r"Network on torch.complex64 \[4, 1, 8, 8\] fails: "),
+        ({"etas": None}, "etas are NoneType: must be a tensor"),
+        ({"etas": [0.1, 0.2]}, "etas are list: must be a tensor"),
+        ({"etas": torch.zeros(0)}, r"etas are torch.float32 \[0\] on cpu: must be a tensor"),
+        ({"etas": torch.tensor([1.0, 0.0])}, "must be finite and other than zero"),
+        ({"etas": torch.tensor([float("nan")])}, "must be finite and other than zero"),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:
@@ -215,10 +234,55 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         feature_landscape(**(good | change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("numbers", [(0.0, 1.0, 5), (2.0, 1.0, 5), (1.0, float("inf"), 5), (1.0, 2.0, 0)])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *(
+            (0.0, 1.0, 5),
+            (2.0, 1.0, 5),
+            (1.0, float("inf"), 5),
+            (1.0, 2.0, 0),
+            ("0", 1.0, 5),
+            (1.0, [], 5),
+            (True, 1.0, 5),
+        ),
+        *((1.0, torch.ones(2), 5), (1.0, 2.0, True), (1.0, 2.0, 2.5), (1.0, 2.0, 10**30), (float("nan"), 1.0, 5)),
+    ],
+)
 def test_bad_range(numbers: tuple[float, float, int]) -> None:
-    with pytest.raises(InputError, match=r"\d"):
+    with pytest.raises(InputError, match=r"^(the eta range|points) .*\d"):
         equally_spaced(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimiser": "sgd"}, "optimiser str: must be a torch.optim.Optimizer"),
+        ({"model": nn.Sequential()}, "Sequential has no parameter that requires gradients"),
+        ({"images": torch.zeros(4, 3)}, "Linear on torch.float32 .* fails: mat1 and mat2"),
+        ({"labels": [0, 1, 2, 0]}, "labels are list: must be a tensor"),
+    ],
+)
+def test_bad_input_of_an_optimisers_step(change: dict[str, object], message: str) -> None:
+    model = nn.Linear(2, 3)
+    good = {"model": model, "loss": F.cross_entropy, "images": torch.zeros(4, 2), "labels": torch.zeros(4).long()}
+    good["optimiser"] = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(InputError, match=message):
+        optimiser_step(**(good | change))  # type: ignore[arg-type]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("step", [3, "x", [1.0], None])
+def test_a_step_that_is_none_is_refused(step: object) -> None:
+    model = Quadratic()
+    given = (model, as_loss, torch.zeros(1, 5), torch.zeros(1), equally_spaced(1, 2, 2))
+    if step is None:
+        with pytest.raises(InputError, match="has no parameter that requires gradients"):
+            weight_landscape(model.requires_grad_(False), *given[1:])
+        return
+    with pytest.raises(InputError, match="must be a list of tensors, one for each trainable parameter"):
+        weight_landscape(*given, step)  # type: ignore[arg-type]
 
 
 def test_a_step_of_the_wrong_shape_is_refused() -> None:

@@ -36,7 +36,7 @@ LOSSES: dict[str, Callable[[], Any]] = {
     "smoothed": lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
     "function": lambda: F.cross_entropy,
     "squared error": nn.MSELoss,
-    "margin": lambda: nn.MultiMarginLoss(p=2),
+    "any": lambda: lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean(),
 }
 
 
@@ -93,7 +93,7 @@ def truth(random: Random) -> Call:
     """Good arguments: GGN, Hessian and diagonal are those of torch.func; every block is symmetric, of its size, finite."""
     words, given = blocks_of(random)
     given |= random.choice(({}, {"chunk": 1}, {"chunk": 2}, {"seed": 3, "samples": 2}))
-    known = given["quantity"] in ("ggn", "hessian", "diagonal") and not isinstance(given["loss"], nn.MultiMarginLoss)
+    known = given["quantity"] in ("ggn", "hessian", "diagonal")
     expected = dense_truth(given) if known else None
 
     def check(blocks: CurvatureBlocks) -> str | None:
@@ -135,7 +135,7 @@ def bad_argument(random: Random) -> Call:
         return None if product.isfinite().all() else "a product that is not finite"
 
     run = lambda: curvature_blocks(**given)  # noqa: E731
-    names = (field, named(value), "margin", "Margin", "parameter", "GiB", "batch")
+    names = (field, named(value), "lambda", "parameter", "GiB", "batch")
     return Call(
         f"curvature_blocks({words}, {field}={shown(value)})",
         run,
@@ -293,6 +293,7 @@ def bad_loss(random: Random) -> Call:
         "binary": nn.BCEWithLogitsLoss(),
         "nll": nn.NLLLoss(),
         "type error": lambda z, y: z.sum() + "x",
+        "without second derivative": nn.MultiMarginLoss(p=2),
     }
     kind = random.choice(list(losses))
     given["loss"], given["quantity"] = losses[kind], random.choice((given["quantity"], "ggn", "hessian"))
@@ -314,7 +315,7 @@ def bad_loss(random: Random) -> Call:
 
 def of_blocks(random: Random) -> Call:
     """What is done with blocks: names, products with bad vectors, dense matrices that may not be."""
-    words, given = blocks_of(random)
+    _, given = blocks_of(random)
     given["loss"], given["quantity"] = nn.CrossEntropyLoss(), random.choice(list(QUANTITIES))
     given["batch"] = batch_for(random, given["loss"])
     blocks = curvature_blocks(**given)

@@ -53,8 +53,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "result": ("runs/one/result.json", lambda f: kept(f / "runs" / "one" / "result.json", lambda: [{"loss": 1.5}])),
 }
 DAMAGE = (
-    "cut", "flip", "digit", "empty", "text", "null", "list", "number", "deep", "nan", "folder", "link", "bytes", "missing key", "long",
-    "duplicate", "gone", "fifo", "negative",
+    "cut", "flip", "digit", "empty", "text", "null", "list", "number", "deep", "nan", "folder", "link", "bytes", "missing key",
+    "long",     "duplicate", "gone", "fifo", "negative",
 )  # fmt: skip
 
 

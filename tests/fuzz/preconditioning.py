@@ -31,7 +31,8 @@ from .pooling import shape_of
 from .values import absurd, bad_tensor, named, normal
 
 HEADS: dict[str, dict[str, Any]] = {
-    "gap": {}, "covariance": {}, "gcp": {"num_iter": 5}, "gcp_exact": {}, "gcp_power": {"exponent": 0.7}, "gcp_log": {"eps": 0.01},
+    "gap": {}, "covariance": {}, "gcp": {"num_iter": 5}, "gcp_exact": {}, "gcp_power": {"exponent": 0.7},
+    "gcp_log": {"eps": 0.01},
 }  # fmt: skip
 
 
@@ -165,7 +166,8 @@ def bad_solver(random: Random) -> Call:
     A, b = torch.eye(3).double(), normal(random, 3)
     settings: dict[str, Any] = {"product": lambda v: A @ v, "b": b}
     products: tuple[Callable[[Tensor], Any], ...] = (
-        lambda v: -v, lambda v: v[:2], lambda v: v * math.nan, lambda v: None, lambda v: "x", lambda v: v.float(), lambda v: v.tolist(),
+        lambda v: -v, lambda v: v[:2], lambda v: v * math.nan, lambda v: None, lambda v: "x", lambda v: v.float(),
+        lambda v: v.tolist(),
         lambda v: torch.randn_like(v) * 0 + v.flip(0) - 3 * v, lambda v: 0 * v,
     )  # fmt: skip
     field = random.choice(("product", "product", "b", "damping", "tolerance", "iterations", "start"))

@@ -101,7 +101,7 @@ def bad_two(random: Random) -> Call:
     name = random.choice(list(TWO))
     words, A = operator(random)
     other, B = operator(random, random.choice((A.size, A.size, A.size + 1)))
-    settings, field, value = options(random, name, ("method", "probes", "seed", "memory"))
+    settings = options(random, name, ("method", "probes", "seed", "memory"))[0]
     if random.random() < 0.1:
         B = absurd(random)
     run = lambda: TWO[name](A, B, **settings)  # noqa: E731

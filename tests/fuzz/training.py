@@ -46,7 +46,7 @@ def bad_argument(random: Random) -> Call:
     value = absurd(random)
     if field == "workers" and isinstance(value, int) and value > 16:
         value = 3
-    if field == "folder" and (isinstance(value, str) or isinstance(value, Path)):
+    if field == "folder" and isinstance(value, str | Path):
         value = random.choice(("/proc/no", "/dev/null", "\0", "x" * 5000, Path("/proc/1/x")))
     if field == "progress":
         value = random.choice((False, 0, None))

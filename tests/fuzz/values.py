@@ -21,7 +21,7 @@ TENSORS: tuple[Any, ...] = (
 )  # fmt: skip
 THINGS: tuple[Any, ...] = (
     True, False, None, "", "1", "x", "gcp", "mean", "\u00fc\u4e2d\U0001f600", "a\nb", "x" * 1000, b"1", [], [1], [[]], (1, 2), {},
-    {"a": 1}, set(), range(3), slice(2), Path("x"), print, int, torch.nn.ReLU, torch.nn.ReLU(), torch.float32, np.zeros(2),
+    {"a": 1}, set(), range(3), slice(2), Path("x"), len, int, torch.nn.ReLU, torch.nn.ReLU(), torch.float32, np.zeros(2),
     Ellipsis, NotImplemented,
 )  # fmt: skip
 

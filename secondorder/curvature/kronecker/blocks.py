@@ -37,6 +37,7 @@ from secondorder.curvature.operators import (
     SymmetricOperator,
 )
 from secondorder.errors import InputError
+from secondorder.matrix_power.transforms import symmetric
 
 Layers = tuple[nn.Module, ...]
 """The layers that share one weight, most often one."""
@@ -130,13 +131,13 @@ class KroneckerFactors:
             return [FactoredOperator(r) for r in (rows if rows.ndim == 3 else rows[None])]
         assert self.A is not None
         A = self.A / self.counted
-        return [DenseOperator(a) for a in (A if A.ndim == 3 else A[None])]
+        return [DenseOperator(symmetric(a)) for a in (A if A.ndim == 3 else A[None])]
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
         """B of each group."""
         assert self.B is not None
-        return [DenseOperator(b) for b in (self.B if self.B.ndim == 3 else self.B[None])]
+        return [DenseOperator(symmetric(b)) for b in (self.B if self.B.ndim == 3 else self.B[None])]
 
     def block(self, kind: str) -> SymmetricOperator:
         """B kron A for a weight; B for a bias, whose input is 1."""

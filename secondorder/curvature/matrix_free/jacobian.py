@@ -16,6 +16,7 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.errors import failures_of
 
 
 class Linearisation:
@@ -95,11 +96,12 @@ class Linearisation:
             gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
             self._gradient = dict(zip(self.network.weights, gradient, strict=True))
         inputs = [self.network.weights[name] for name in tangents]
-        if len(next(iter(tangents.values()))) > 1 and self._batches is not False:
-            found = self._batched_products(tangents, inputs)
-            if found is not None:
-                return found
-        return self._single_products(tangents, inputs)
+        with failures_of("a second derivative of this network and loss"):
+            if len(next(iter(tangents.values()))) > 1 and self._batches is not False:
+                found = self._batched_products(tangents, inputs)
+                if found is not None:
+                    return found
+            return self._single_products(tangents, inputs)
 
     def _single_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         assert self._gradient is not None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError
+from secondorder.errors import InputError, failures_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -174,7 +174,7 @@ class AnyLoss(LossCurvature):
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
         """M U by differentiating the gradient along U."""
-        with torch.enable_grad():
+        with torch.enable_grad(), failures_of(f"a second derivative of {loss_name(self.loss)}"):
             z = z.detach().requires_grad_()
             gradient = torch.autograd.grad(self.value(z), z, create_graph=True)[0]
             if not gradient.requires_grad:  # a loss that is linear in z

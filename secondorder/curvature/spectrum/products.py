@@ -106,9 +106,11 @@ def check_operator(operator: SymmetricOperator) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises InputError unless the value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        raise InputError(f"{name} must be a whole number of at least {least} and at most {MOST}, got {value!r}")
+    """Raises InputError unless the value is a whole number of at least `least` and at most MOST."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > MOST:
+        raise InputError(f"{name} must be at most {MOST}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
