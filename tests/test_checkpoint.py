@@ -242,7 +242,13 @@ def test_damaged_checkpoint(finished: tuple[Trained, Path], data: ImageDataset, 
         assert path.read_bytes() == content, name
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], {"format": 99}, {"format": 1, "run": {}}])
+WHOLE = {part: {} for part in checkpoint.PARTS} | {"format": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"a": 1}, [1, 2], {"format": 99}, {"format": 1, "run": {}}, torch.zeros(3), WHOLE | {"progress": 3}, WHOLE],
+)
 def test_file_that_is_no_checkpoint(data: ImageDataset, tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="is damaged"):

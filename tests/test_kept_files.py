@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from secondorder.atomic import read_regular, write_atomically
+from secondorder.data import files
 from secondorder.errors import InputError
 from studies.run_folders import commit_of, commits_below, kept, open_runs, sign
 from studies.sealed import read_sealed
@@ -167,6 +168,17 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=r"cannot use the folder of runs .*Not a directory"):
             begin()
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that took the file's place after the data's own look at it, too."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files, "check_regular", lambda *_: None)
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_regular(path)
+        with pytest.raises(InputError, match="not a regular file"):
+            files.open_regular(path)
 
 
 def test_what_a_kill_has_left_is_replaced_whatever_it_is(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Missing, damaged and forbidden data sets: one clear line before any training."""
 
+import math
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
+import torch
 import torchvision
 from image_sets import (
     WRITERS,
@@ -17,6 +21,7 @@ from image_sets import (
 )
 
 from secondorder.data import DATASETS, epoch_order, load_dataset
+from secondorder.data.own import OwnSplit
 from secondorder.errors import InputError
 
 # Bad input: (data set, how it is written, how it is damaged, options, what the line must say)
@@ -145,6 +150,9 @@ BAD_OPTIONS = {
     "limit above": (("digits", None), {"limit": 1438}, "limit is 1438; .* from 1 to 1437"),
     "limit 2.5": (("digits", None), {"limit": 2.5}, "limit is 2.5; "),
     "test_limit": (("digits", None), {"test_limit": 361}, "test_limit is 361; .* from 1 to 360"),
+    "download": (("cifar10", "x"), {"download": 1}, "download 1: must be True or False"),
+    "zero byte": (("cifar10", "\0"), {}, "data root .* cannot be read"),
+    "root of numbers": (("cifar100", np.zeros(2)), {}, "data root is array"),
     "image_size": (("digits", None), {"image_size": 0}, "image_size is 0; "),
 }
 
@@ -156,6 +164,39 @@ def test_bad_option_is_one_clear_line(case: str) -> None:
         load_dataset(*arguments, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 300
+
+
+BAD_INDICES = [
+    "mean",
+    ...,
+    slice(2),
+    math.nan,
+    0.5,
+    [0.5],
+    True,
+    [[0], [1, 2]],
+    [None],
+    {1},
+    torch.tensor(math.nan),
+    [10**30],
+]
+
+
+@pytest.mark.parametrize("indices", BAD_INDICES, ids=range(len(BAD_INDICES)))
+def test_indices_that_are_no_whole_numbers(indices: Any) -> None:
+    """Of the package's own data and of a user's."""
+    digits = load_dataset("digits", limit=20, test_limit=10).train
+    for split in (digits, OwnSplit(digits)):
+        with pytest.raises(InputError, match=r"the indices are .* whole numbers") as caught:
+            split.batch(indices)
+        assert len(str(caught.value).splitlines()) == 1
+        for outside in (20, -21, 2**63):
+            with pytest.raises(IndexError, match="in a split of 20"):
+                split.batch([outside])
+    with pytest.raises(InputError):
+        digits[indices]
+    with pytest.raises(InputError, match="use batch"):
+        digits[[0, 1]]  # type: ignore[index]
 
 
 def test_limit_above_an_image_folder(tmp_path: Path) -> None:
