@@ -226,7 +226,7 @@ def _prepare(folder: str, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Semaphores of loky's way to start processes have names, and one that this process holds when it is killed is reported on
     # standard error. Libraries start processes here as in any other program, and progress bars need to lock out threads only.
-    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+    multiprocessing.set_start_method(None, force=True)
     tqdm.set_lock(threading.RLock())
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTIONS)
