@@ -7,6 +7,7 @@ outcomes are files of a temporary folder, so that a process that dies while it w
 It imports nothing that takes long, because every process of a pool imports it before it can be told anything.
 """
 
+import multiprocessing
 import os
 import pickle
 import re
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 import cloudpickle
 from loky import ProcessPoolExecutor
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from secondorder.atomic import write_atomically
 from secondorder.errors import InputError
@@ -200,9 +202,19 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
-    """A job in words: its function with those arguments that are short to say, and the names of those that have one."""
-    words = [str(getattr(a, "name", a)) for a in arguments if isinstance(a, str | int) or hasattr(a, "backbone")]
-    return f"{getattr(function, '__name__', 'job')}({', '.join(words)})"
+    """A job in words: its function with those arguments that are short to say, and the names of runs and functions."""
+    words = [getattr(a, "__name__", None) if callable(a) else _word(a) for a in arguments]
+    return f"{getattr(function, '__name__', 'job')}({', '.join(word for word in words if word is not None)})"
+
+
+def _word(argument: Any) -> str | None:
+    """An argument in a job's name; None for one that is left out."""
+    name = getattr(argument, "name", None)
+    if hasattr(argument, "backbone") and isinstance(name, str):
+        return name
+    if isinstance(argument, dict) and all(isinstance(v, str | int | float) for v in argument.values()):
+        return " ".join(f"{key}={value}" for key, value in argument.items())
+    return str(argument) if isinstance(argument, str | int | float) else None
 
 
 # What follows runs in the processes of a pool.
@@ -214,6 +226,10 @@ _jobs: dict[str, Any] = {}
 def _prepare(folder: str, threads: int, parent: int) -> None:
     """Make a process ready: Ctrl-C is for its parent, with whom it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Semaphores of loky's way to start processes have names, and one that this process holds when it is killed is reported on
+    # standard error. Libraries start processes here as in any other program, and progress bars need to lock out threads only.
+    multiprocessing.set_start_method(None, force=True)
+    tqdm.set_lock(threading.RLock())
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTIONS)
     _jobs.update(folder=Path(folder), threads=threads)

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -128,8 +128,12 @@ def write_table(
         write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
 
 
-def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataFrame:
-    """The table that `write_table` wrote; InputError if it is missing, no table, empty or without one of `columns`."""
+def read_table(folder: Path, name: str, columns: Iterable[str] = (), *, mixed: Collection[str] = ()) -> pd.DataFrame:
+    """The table that `write_table` wrote.
+
+    InputError if it is missing, no table, empty or without one of `columns`, and when one of these holds numbers as well as words
+    and is not among `mixed`, those that may.
+    """
     compressed = folder / f"{name}.csv.gz"
     path = compressed if compressed.exists() else folder / f"{name}.csv"
     try:
@@ -143,7 +147,23 @@ def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataF
     if missing or table.empty:
         what = f"lacks the columns {', '.join(missing)}" if missing else "is empty"
         raise InputError(f"{path} {what}; run the study again")
+    for column in (column for column in columns if column not in mixed):
+        _check_cells(path, table[column])
     return table
+
+
+def _check_cells(path: Path, cells: "pd.Series[Any]") -> None:
+    """InputError, with the line in the file, for a word in a column of numbers and a number in one of words."""
+    if pd.api.types.is_numeric_dtype(cells.dtype):
+        return
+    filled = cells[cells.notna()]
+    words = pd.to_numeric(filled, errors="coerce").isna()
+    odd = filled[~words if 2 * words.sum() > len(words) else words]
+    if 0 < len(odd) < len(filled):
+        raise InputError(
+            f"{path}, line {odd.index[0] + 2}: {cells.name} is {str(odd.iloc[0])[:60]!r}, unlike in the other lines; run the "
+            "study again"
+        )
 
 
 def read_provenance(folder: Path, name: str) -> Provenance:

@@ -67,3 +67,14 @@ def naps(number: int, folder: Path) -> int:
     (folder / f"{os.getpid()}.pid").touch()
     time.sleep(0.02)
     return number
+
+
+def has_a_bar(number: int) -> tuple[str, str]:
+    """Where the lock of progress bars comes from, and how this process starts others."""
+    import multiprocessing
+
+    from tqdm import tqdm
+
+    with Path(os.devnull).open("w") as nowhere:
+        list(tqdm(range(number), file=nowhere))
+    return type(tqdm.get_lock()).__module__, multiprocessing.get_start_method()

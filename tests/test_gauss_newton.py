@@ -379,6 +379,19 @@ def test_calls_in_another_order_are_explained() -> None:
         optimizer.update_curvature(logits)
 
 
+@pytest.mark.parametrize("what", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn, "meta"])
+def test_logits_without_arithmetic_are_refused(what: Any) -> None:
+    model = convnet(norm=NORMS["group"])
+    x, y = batches(1)[0]
+    optimizer = GaussNewton(model, 0.1)
+    logits = model(x)
+    with pytest.raises(InputError, match=str(what)):
+        optimizer.update_curvature(logits.detach().to(what))
+    optimizer.update_curvature(model(x))
+    F.cross_entropy(logits, y).backward()
+    optimizer.step()
+
+
 def test_a_model_of_two_tensors_is_refused() -> None:
     model = nn.Bilinear(3, 3, 2)
     optimizer = GaussNewton(model, 0.1)

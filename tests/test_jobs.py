@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jobs_to_map import (
     fails,
     fails_at_once_or_leaves_a_sign,
     fails_unreadably,
+    has_a_bar,
     large,
     most_threads,
     naps,
@@ -27,7 +28,7 @@ from jobs_to_map import (
 from terminal import signals_of_a_terminal
 
 from studies import parallel
-from studies.jobs import LostJobError, map_jobs, threads_each
+from studies.jobs import LostJobError, _name, map_jobs, threads_each
 from studies.parallel import shared
 from studies.settings import Common
 
@@ -117,6 +118,35 @@ def test_the_job_whose_process_dies_every_time_is_named(how: signal.Signals) -> 
         list(map_jobs(dies, jobs, processes=2))
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
+
+
+def test_processes_hold_no_semaphore_with_a_name() -> None:
+    """One that a process holds when it is killed is reported on standard error, from nowhere."""
+    for lock, start in map_jobs(has_a_bar, [(1,), (2,)], 2):
+        assert lock == "_thread"
+        assert start != "loky"
+
+
+@dataclass
+class Named:
+    """As a Run; and settings have a backbone, too, but no name."""
+
+    backbone: str = "resnet"
+    name: str | None = "digits-gap-s0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((Named(), object(), 3), "product(digits-gap-s0, 3)"),
+        ((Named(name=None), Path("/x"), "gap"), "product(gap)"),
+        ((large, Common(), "gap", "kfac"), "product(large, gap, kfac)"),
+        (("gap", {"learning_rate": 0.5, "momentum": 0.9}, 1000), "product(gap, learning_rate=0.5 momentum=0.9, 1000)"),
+        (({"a": [1] * 1000}, torch.zeros(3)), "product()"),
+    ],
+)
+def test_the_name_of_a_job(arguments: tuple[Any, ...], name: str) -> None:
+    assert _name(product, arguments) == name
 
 
 def killed_at_random(folder: Path, kills: int, stop: threading.Event, done: list[int]) -> None:

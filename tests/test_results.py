@@ -77,6 +77,30 @@ def test_missing_or_broken_files_are_named(tmp_path: Path, content: str | None) 
         read_provenance(tmp_path, "landscape")
 
 
+CELLS: dict[str, tuple[list[object], str | None]] = {
+    "a word among numbers": ([0.5, "x", 1.5], "line 3: value is 'x'"),
+    "markup among numbers": (["<b>", 2, 3], "line 2: value is '<b>'"),
+    "a number among words": (["gap", "gcp", -1], "line 4: value is '-1'"),
+    "an infinite number among words": (["gap", "gcp", "inf"], "line 4: value is 'inf'"),
+    "numbers that are none": ([0.5, float("nan"), float("inf")], None),
+    "words and nothing": (["gap", None, "gcp"], None),
+    "nothing": ([None, None, None], None),
+    "truth": ([True, False, True], None),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell_unlike_the_others_is_named_with_its_line(tmp_path: Path, kind: str) -> None:
+    cells, words = CELLS[kind]
+    write_table(tmp_path, "a", pd.DataFrame({"value": cells, "other": [1, 2, "x"]}))
+    if words is None:
+        assert len(read_table(tmp_path, "a", ["value"])) == 3
+        return
+    with pytest.raises(InputError, match=rf"a\.csv, {words}"):
+        read_table(tmp_path, "a", ["value"])
+    assert len(read_table(tmp_path, "a", ["value"], mixed=["value"])) == 3
+
+
 def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
     with own_folder(tmp_path):
         other = subprocess.run(

@@ -33,6 +33,9 @@ def mean_square(z: Tensor) -> LossCurvature:
 LIKELIHOODS: dict[str, Callable[[Tensor], LossCurvature]] = {"cross_entropy": cross_entropy, "mse": mean_square}
 """Losses, means over the batch, by the names that `secondorder.kfac.Fisher` has for them."""
 
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of outputs: others have no arithmetic."""
+
 
 class BatchCurvature:
     """Watches the forward passes of a model and gives G of the last one."""
@@ -65,6 +68,11 @@ class BatchCurvature:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(args[0]):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"update_curvature: logits are {got}; they must be a tensor [N, K], a row for each image")
+        if logits.dtype not in FORMATS or logits.device.type == "meta":
+            raise InputError(
+                f"update_curvature: logits are {logits.dtype} on {logits.device}; they must be the floating-point numbers that "
+                "the model has computed"
+            )
         frozen = FrozenNetwork(self.module)
         frozen.random = random
         self._present = frozen, args[0].detach(), logits.detach()
@@ -85,7 +93,8 @@ class BatchCurvature:
         jacobian = Jacobian(frozen, images, len(images), coupled=True)
         z = next(jacobian.parts()).z
         allowed = float(torch.finfo(z.dtype).eps) ** 0.5 * float(z.abs().max())
-        if z.shape != logits.shape or not float((z - logits).abs().max()) <= allowed:
+        there = z.shape == logits.shape and z.device == logits.device
+        if not there or not float((z - logits).abs().max()) <= allowed:
             raise InputError(
                 "update_curvature(logits): the model, evaluated again, has other outputs; pass the outputs of its last forward "
                 "pass, without autocast"

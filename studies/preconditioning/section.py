@@ -28,7 +28,8 @@ PARTS: dict[str, Callable[[pd.DataFrame], Part]] = {
 def section(folder: Path) -> Section:
     """The section of the report for the results in `folder`."""
     origin = read_provenance(folder, NAME)
-    table = pd.concat([read_table(folder, name, COLUMNS).astype({"setting": object}) for name in (NAME, GRADIENTS)])
+    read = [read_table(folder, name, COLUMNS, mixed=("layer", "setting")) for name in (NAME, GRADIENTS)]
+    table = pd.concat([one.astype({"setting": object}) for one in read])
     table = table.fillna({"setting": ""})
     parts = [part(table[table.part == name]) for name, part in PARTS.items()]
     trained = factorial(folder)

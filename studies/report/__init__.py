@@ -4,7 +4,8 @@ import base64
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from secondorder.errors import InputError
@@ -14,7 +15,7 @@ from studies.report.section import Section
 from studies.report.style import save
 from studies.results import write_file
 
-__all__ = ["markdown_table", "write_report"]
+__all__ = ["markdown_table", "usable_tables", "write_report"]
 
 
 def write_report(
@@ -29,12 +30,10 @@ def write_report(
     failed: dict[str, str] = {}
     for name in (name for name in sections if os.path.lexists(folder / f"{name}.csv")):
         try:
-            found[name] = _drawn(folder, name, sections[name](folder), preset)
+            with usable_tables(folder / name):
+                found[name] = _drawn(folder, name, sections[name](folder), preset)
         except InputError as error:
             failed[name] = str(error)
-        except Exception as error:  # a wrong type or value in a table can fail anywhere in the code that reads it
-            reason = f"{type(error).__name__}: {error}"
-            failed[name] = f"the tables of {folder / name} cannot be used ({reason}); run the study again"
     markdown = template("report.md.jinja").render(sections=found, failed=failed, preset=preset)
     style = (HERE / "page.css").read_text(encoding="utf-8")
     write_file(folder / "report.md", markdown)
@@ -45,6 +44,18 @@ def write_report(
     for name in (name for name in lines if name in must):
         raise InputError(lines[name])
     return folder / "report.md", folder / "index.html"
+
+
+@contextmanager
+def usable_tables(study: Path) -> Iterator[None]:
+    """InputError for whatever fails inside: a wrong value in a table can fail anywhere in the code that reads it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"the tables of {study} cannot be used ({reason}); run the study again") from error
 
 
 def _drawn(folder: Path, name: str, section: Section, preset: str) -> Section:

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
+from studies.report import usable_tables
 from studies.report.section import Section
 from studies.results import provenance, read_provenance, read_table, write_table
 from studies.run_folders import commit_of, commits_below, kept, open_runs, sign
@@ -137,7 +138,8 @@ def section(random: Random) -> Call:
                 shutil.copy(file, name)
             spoil(Path(name) / damaged.name, kind, Random(state))
             try:
-                return STUDIES[study].section(Path(name))
+                with usable_tables(Path(name) / study):  # as in every report
+                    return STUDIES[study].section(Path(name))
             finally:
                 plt.close("all")
 
