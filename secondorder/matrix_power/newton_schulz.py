@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.matrix_power import checks
 from secondorder.matrix_power.crossover import gram_is_faster
 from secondorder.matrix_power.transforms import known_shape, symmetric
 
@@ -33,8 +34,11 @@ def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
     """The iteration as printed, `[..., C, C]`: three matrix products a step in plain autograd; the zero matrix gives zero.
 
     The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast and stable form: this one
-    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published.
+    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published. Values are not checked. Raises InputError
+    for other shapes, types and numbers of steps.
     """
+    checks.check_matrices(S)
+    checks.check_iterations(num_iter)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     live = trace > 0
