@@ -15,6 +15,8 @@ FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 """The types of numbers that have matrix functions."""
 MOST_STEPS = 1000
 """Newton-Schulz steps: after 56 nothing changes any more in float64."""
+MOST_EXPONENT = 1000
+"""Of a power: beyond it all but the number 1 is zero or infinite."""
 
 
 def check_matrices(S: Tensor) -> None:
@@ -73,15 +75,23 @@ def check_iterations(num_iter: int) -> None:
 
 
 def check_exponent(exponent: float) -> None:
-    """Raises InputError unless the exponent is a finite real number."""
-    if not _is_finite(exponent):
-        raise InputError(f"exponent must be a finite real number, got {short(exponent)}")
+    """Raises InputError unless the exponent is a real number of at most MOST_EXPONENT in size."""
+    if not _is_finite(exponent) or abs(exponent) > MOST_EXPONENT:
+        raise InputError(
+            f"exponent must be a finite real number of at most {MOST_EXPONENT} in size, got {short(exponent)}"
+        )
 
 
 def check_eps(eps: float) -> None:
     """Raises InputError unless eps is finite and not negative."""
     if not _is_finite(eps) or eps < 0:
         raise InputError(f"eps must be finite and at least 0, got {short(eps)}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises InputError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {short(value)}")
 
 
 def _is_finite(value: object) -> bool:

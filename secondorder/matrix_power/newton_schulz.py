@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power import checks
+from secondorder.matrix_power.covariance import centred
 from secondorder.matrix_power.crossover import gram_is_faster
 from secondorder.matrix_power.transforms import known_shape, symmetric
 
@@ -55,11 +56,11 @@ def newton_schulz_covariance(x: Tensor, num_iter: int) -> Tensor:
 
     With A = Xn Xn^T and K = Xn^T Xn of trace 1: sqrt(t) y_K(A) = sqrt(t) Xn z_K(K) Xn^T.
     """
-    centred = x - x.mean(-1, keepdim=True)
-    square = centred.square().sum((-2, -1), keepdim=True)
+    Xc = centred(x)
+    square = Xc.square().sum((-2, -1), keepdim=True)
     live = square > 0
     square = torch.where(live, square, 1)
-    Xn, root = centred / square.sqrt(), (square / x.shape[-1]).sqrt()
+    Xn, root = Xc / square.sqrt(), (square / x.shape[-1]).sqrt()
     if gram_is_faster(*known_shape(x)[-2:]):
         Z = Xn @ iterate(Xn.mT @ Xn, num_iter, inverse=True)[0] @ Xn.mT
     else:

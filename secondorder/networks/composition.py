@@ -28,8 +28,8 @@ class Network(nn.Module):
     The stem's output is where the landscape study enters feature space; `rest` is everything after it. No module may
     change its input in place. An empty batch gives empty logits in eval mode and is refused in training, where batch
     statistics need samples. Raises InputError for input of the wrong shape or type, and for images so small that a covariance
-    head sees a single position, where every covariance is zero, or batch normalisation in training a single value; its buffers are
-    then as before.
+    head sees a single position, where every covariance is zero, or batch normalisation in training a single value; its
+    buffers are then as before.
 
     layout: key of `pooling.LAYOUTS`, the layout of the input: "NCHW" for images, "NCL" for sequences, "NCTHW" for video. That of
         the features is the head's (`PoolingHead.layout`).
@@ -61,7 +61,10 @@ class Network(nn.Module):
         try:
             activation = self.stem(x)
         except (RuntimeError, ValueError) as error:
-            raise understood(error, x, self.stem) from error
+            refusal = understood(error, x, self.stem)
+            if refusal is None:
+                raise
+            raise refusal from error
         return self.rest(activation)
 
     def _logits_or_unchanged(self, x: Tensor) -> Tensor:
@@ -89,7 +92,10 @@ class Network(nn.Module):
         try:
             maps = self.features(activation)
         except (RuntimeError, ValueError) as error:
-            raise understood(error, activation, self.features) from error
+            refusal = understood(error, activation, self.features)
+            if refusal is None:
+                raise
+            raise refusal from error
         maps = checked_positions(maps, self._feature_layout, self.min_positions)
         return self.classifier(self.head(maps))
 
@@ -162,8 +168,10 @@ def check_positions(positions: tuple[int, ...], least: int) -> None:
         )
 
 
-def understood(error: Exception, x: Tensor, part: nn.Module) -> Exception:
-    """The InputError for what the part of a network does not take of x, else the error itself."""
+def understood(error: Exception, x: Tensor, part: nn.Module) -> InputError | None:
+    """The InputError for an input x that a part of a network cannot take, None for any other error."""
+    if isinstance(error, InputError):
+        return None
     parameter = next(part.parameters(), None)
     if "more than 1 value per channel" in str(error):
         return InputError(
@@ -172,9 +180,9 @@ def understood(error: Exception, x: Tensor, part: nn.Module) -> Exception:
         )
     if parameter is not None and parameter.device != x.device:
         return InputError(f"images on the device {x.device}, the network on {parameter.device}; move one with .to(...)")
-    if parameter is not None and parameter.dtype != x.dtype and "dtype" in str(error):
+    if parameter is not None and parameter.dtype != x.dtype and "type" in str(error):
         return InputError(f"images of type {x.dtype}, the network of {parameter.dtype}; convert one with .to(...)")
-    return error
+    return None
 
 
 for _function in ("checked_images", "checked_positions"):
@@ -227,7 +235,9 @@ def choose_stride(backbone: str, row: Backbone, pooling: str | Pooling, last_str
     """The stride of the last stage: as asked, else as published; None where the backbone has no such option."""
     if last_stride is not None and row.last_stride is None:
         able = ", ".join(name for name, other in NETWORKS.items() if other.last_stride is not None)
-        raise InputError(f"last_stride={last_stride!r}: {backbone} cannot change it (use None); those that can: {able}")
+        raise InputError(
+            f"last_stride={short(last_stride)}: {backbone} cannot change it (use None); those that can: {able}"
+        )
     if last_stride is not None:
         check_stride(last_stride)
         return last_stride
@@ -238,7 +248,7 @@ def linear(in_features: int, num_classes: int, dropout: float) -> nn.Module:
     """The linear classifier, after dropout if there is any: `[N, in_features] -> [N, num_classes]`."""
     if in_features * num_classes > MOST:
         raise InputError(
-            f"a classifier from {in_features} features to num_classes {num_classes} has more than {MOST} weights; reduce the channels"
+            f"a classifier from {in_features} features to num_classes {num_classes} has more than {MOST} weights; reduce channels"
         )
     layer = nn.Linear(in_features, num_classes)
     if dropout == 0:
