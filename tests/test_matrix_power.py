@@ -18,6 +18,7 @@ from secondorder.matrix_power import (
     matrix_power,
     matrix_sqrt,
     newton_schulz_sqrt,
+    upper_triangle,
 )
 from secondorder.matrix_power.kernels import Eigen, Kernel, Products
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, SquareRoot
