@@ -1,5 +1,6 @@
 """Errors that a user can act on."""
 
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,8 @@ import torch
 
 LONGEST = 300
 """Characters of an error's message."""
+MOST = 2**31 - 1
+"""The largest whole number of an argument: no array can have a larger size."""
 
 
 class InputError(ValueError):
@@ -35,7 +38,7 @@ def one_line(message: str) -> str:
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> InputError:
     """The error for a name that is in no table: ``unknown pooling 'gpc'; choose one of: gap, gcp``."""
-    return InputError(f"unknown {kind} {value!r}; choose one of: {', '.join(allowed)}")
+    return InputError(f"unknown {kind} {short(value)}; choose one of: {', '.join(allowed)}")
 
 
 def check_known(kind: str, value: object, allowed: Iterable[str]) -> None:
@@ -48,7 +51,27 @@ def check_known(kind: str, value: object, allowed: Iterable[str]) -> None:
 def check_flag(name: str, value: object) -> None:
     """InputError unless the value is True or False: "no" would count as True."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} {value!r}: must be True or False")
+        raise InputError(f"{name} {short(value)}: must be True or False")
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """InputError unless the value is an int, and no bool, from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {short(value)}")
+    if value > most:
+        raise InputError(f"{name} must be a whole number of at most {most}, got {short(value)}")
+
+
+def short(value: object) -> str:
+    """The value as code for a message: at most some 60 characters, whatever it is."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # an integer of too many digits, a `__repr__` that fails
+        return f"of type {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secondorder.accelerator import fork_random_numbers, with_random_numbers
+from secondorder.accelerator import fork_random_numbers, random_states, set_random_states, with_random_numbers
 
 
 @contextmanager
@@ -24,6 +24,19 @@ def same_randomness() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def undrawn_if_refused() -> Iterator[None]:
+    """Random draws of torch inside are undone when the body raises, so that what is refused leaves no trace; else they stay."""
+    devices = with_random_numbers()
+    state, states = torch.get_rng_state(), random_states(devices)
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        set_random_states(devices, states)
+        raise
 
 
 @contextmanager

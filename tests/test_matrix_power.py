@@ -18,6 +18,7 @@ from secondorder.matrix_power import (
     matrix_power,
     matrix_sqrt,
     newton_schulz_sqrt,
+    upper_triangle,
 )
 from secondorder.matrix_power.kernels import Eigen, Kernel, Products
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, SquareRoot
@@ -277,6 +278,18 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "exponent of features": (lambda: covariance_power(EYE, float("nan")), "got nan"),
     "eps": (lambda: matrix_log(EYE, -1.0), "got -1.0"),
     "features": (lambda: covariance(torch.ones(4)), r"\[4\]"),
+    "float8": (lambda: covariance_power(EYE.to(torch.float8_e4m3fn), 2), "float8_e4m3fn"),
+    "too many steps": (lambda: matrix_sqrt(EYE, num_iter=10**9), "num_iter must be .* at most 1000, got 1000000000"),
+    "exponent beyond float": (lambda: matrix_power(EYE, 10**400), "got 1000"),
+    "exponent beyond float32": (lambda: covariance_power(EYE, 1e300), "at most 1000 in size"),
+    "flag": (lambda: covariance_sqrt(EYE, triangle=torch.zeros(0)), "triangle must be True or False"),  # type: ignore[arg-type]
+    "flag of checks": (lambda: matrix_sqrt(EYE, validate="no"), "validate must be True or False, got 'no'"),  # type: ignore[arg-type]
+    "printed iteration, no number": (lambda: newton_schulz_sqrt(EYE, ""), "num_iter must be .* got ''"),  # type: ignore[arg-type]
+    "printed iteration, many steps": (lambda: newton_schulz_sqrt(EYE, 2**63), "num_iter must be .* at most 1000"),
+    "printed iteration, oblong": (lambda: newton_schulz_sqrt(torch.ones(2, 2, 3)), r"square .*\[2, 2, 3\]"),
+    "printed iteration, complex": (lambda: newton_schulz_sqrt(EYE.cfloat()), "complex64"),
+    "oblong triangle": (lambda: upper_triangle(torch.ones(2, 2, 3)), r"square .*\[2, 2, 3\]"),
+    "triangle of no tensor": (lambda: upper_triangle([[1.0]]), "list"),  # type: ignore[arg-type]
     "no positions": (lambda: covariance_log(torch.ones(2, 4, 0)), r"\[2, 4, 0\]"),
 }
 
@@ -287,6 +300,13 @@ def test_bad_input_is_refused_in_one_line(case: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_meta_tensors_have_shapes_alone(name: str) -> None:
+    of_matrix, of_features = FUNCTIONS[name]
+    assert of_matrix(torch.empty(2, 3, 3, device="meta")).shape == (2, 3, 3)
+    assert of_features(torch.empty(2, 3, 5, device="meta")).shape == (2, 3, 3)
 
 
 def test_checks_of_values_can_be_left_out_and_are_inside_transforms() -> None:

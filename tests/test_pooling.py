@@ -310,8 +310,19 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "no tensor": (lambda: pooling_head("gap", 4)([1.0]), "needs a tensor, got list"),
     "misspelled reduction": (lambda: pooling_head("gcp", 4, reduce_channels=2), "did you mean reduced_channels"),
     "misspelled option": (lambda: pooling_head("gcp", 4, num_itr=2), "allowed: num_iter, method; .*did you mean num_iter"),
-    "unhashable pooling": (lambda: pooling_head(["gcp"], 4), "unknown pooling 'list'; choose one of"),
+    "unhashable pooling": (lambda: pooling_head(["gcp"], 4), r"unknown pooling \['gcp'\]; choose one of"),
     "pooling of 400 letters": (lambda: pooling_head("g" * 400, 4), "unknown pooling 'ggg"),
+    "a number for a pooling": (lambda: pooling_head(0.5, 4), "unknown pooling 0.5; choose one of"),
+    "a tensor for a pooling": (lambda: pooling_head(torch.tensor([1.0]), 4), r"unknown pooling tensor\(\[1.\]\)"),
+    "too many steps": (lambda: pooling_head("gcp", 4, num_iter=2**63), "num_iter must be .* at most 1000, got 9223372"),
+    "exponent beyond float": (lambda: pooling_head("gcp_power", 4, exponent=10**400), "exponent must be .* got 1000"),
+    "exponent beyond float32": (lambda: pooling_head("gcp_power", 4, exponent=1e300), "at most 1000 in size, got 1e"),
+    "eps beyond float": (lambda: pooling_head("gcp_log", 4, eps=10**400), "eps must be finite .* got 1000"),
+    "kernel of 10^30": (lambda: pooling_head("dropcov", 4, kernel_size=10**30), "kernel_size must be .* at most"),
+    "dropout of no channels": (lambda: AdaptiveChannelDropout("x"), "channels must be .* got 'x'"),
+    "in_channels of 10^30": (lambda: pooling_head("gap", 10**30), "in_channels must be .* at most"),
+    "reduced_channels of 2^62": (lambda: pooling_head("gap", 4, 2**62), "reduced_channels must be .* at most"),
+    "activation": (lambda: pooling_head("gap", 4, 2, activation=3), "activation 3: must make an nn.Module"),
     "integers of bool": (lambda: pooling_head("gcp", True), "got True"),
     "in_channels of 400 digits": (lambda: pooling_head("gcp", -(10**400)), r"got -1000\S*\.\.\."),
     "no positions": (lambda: pooling_head("gcp", 4)(X[..., :0]), r"got shape \[2, 4, 3, 0\]"),
@@ -331,6 +342,42 @@ def test_bad_input_is_refused_in_one_line(case: str) -> None:
         call()
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) <= 300
+
+
+def test_a_refused_head_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    for options in ({"num_iter": 0}, {"method": "svd"}):
+        with pytest.raises(InputError):
+            pooling_head("gcp", 8, 4, **options)
+    with pytest.raises(InputError):
+        pooling_head("dropcov", 8, 4, kernel_size=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+REFUSED_IN_TRAINING: dict[str, Callable[[PoolingHead], object]] = {
+    "single position": lambda head: head(X[..., :1, :1]),
+    "weights of another shape": lambda head: head(X, torch.ones(3)),
+    "negative weights": lambda head: head(X, -torch.ones(2, 9)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_IN_TRAINING)
+def test_refused_features_leave_the_batch_statistics(case: str) -> None:
+    head = pooling_head("gcp", 4, 2)
+    with pytest.raises(InputError):
+        REFUSED_IN_TRAINING[case](head)
+    _, normalisation, _ = head.reduction
+    assert int(normalisation.num_batches_tracked) == 0
+    assert torch.equal(normalisation.running_mean, torch.zeros(2))
+
+
+def test_constant_features_have_covariance_zero_however_their_mean_rounds() -> None:
+    """Else a small power would make numbers of the rounding error of a mean, a negative one large ones."""
+    x = torch.full((2, 3, 5, 3), 1e-15) * torch.tensor([1.0, 0.3])[:, None, None, None]
+    assert (x.mean((2, 3), keepdim=True) != x).any(), "the mean of this example is exact: choose another"
+    for head in (pooling_head("gcp_power", 3, exponent=0.1), pooling_head("covariance", 3), pooling_head("gcp", 3)):
+        for layers in (head, head.chain()):
+            assert layers(x).abs().max() == 0
 
 
 def test_a_pooling_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:

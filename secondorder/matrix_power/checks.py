@@ -1,15 +1,22 @@
 """Refusals of the matrix functions: one line that names the value and what is allowed."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError, unknown
+from secondorder.errors import InputError, NonFiniteError, check_known, check_whole, short
 from secondorder.matrix_power.transforms import inside_transform, known_shape
 from secondorder.matrix_power.units import unit
 
 METHODS = ("auto", "newton_schulz", "eigh")
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""The types of numbers that have matrix functions."""
+MOST_STEPS = 1000
+"""Newton-Schulz steps: after 56 nothing changes any more in float64."""
+MOST_EXPONENT = 1000
+"""Of a power: beyond it all but the number 1 is zero or infinite."""
 
 
 def check_matrices(S: Tensor) -> None:
@@ -31,9 +38,10 @@ def check_values(S: Tensor) -> None:
     Allowed is sqrt(eps) of the number format, relative to the largest entry, and at least 1e-6, so that a matrix computed in
     float32 may be passed in float64.
 
-    Reads the values, which waits for the device; does nothing inside a torch.func transform, where that is impossible.
+    Reads the values, which waits for the device; does nothing inside a torch.func transform, where that is impossible, and
+    for a meta tensor, which has none.
     """
-    if inside_transform():
+    if inside_transform() or S.is_meta:
         return
     S = S.detach()
     relative = max(torch.finfo(S.dtype).eps ** 0.5, 1e-6)
@@ -58,32 +66,43 @@ def check_values(S: Tensor) -> None:
 
 def check_method(method: str) -> None:
     """Raises InputError for a name that is not in METHODS."""
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_known("method", method, METHODS)
 
 
 def check_iterations(num_iter: int) -> None:
-    """Raises InputError unless num_iter is a whole number of at least 1."""
-    if isinstance(num_iter, bool) or not isinstance(num_iter, int) or num_iter < 1:
-        raise InputError(f"num_iter must be a whole number of at least 1, got {num_iter!r}")
+    """Raises InputError unless num_iter is a whole number from 1 to MOST_STEPS."""
+    check_whole("num_iter", num_iter, most=MOST_STEPS)
 
 
 def check_exponent(exponent: float) -> None:
-    """Raises InputError unless the exponent is a finite real number."""
-    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not math.isfinite(exponent):
-        raise InputError(f"exponent must be a finite real number, got {exponent!r}")
+    """Raises InputError unless the exponent is a real number of at most MOST_EXPONENT in size."""
+    if not _is_finite(exponent) or abs(exponent) > MOST_EXPONENT:
+        raise InputError(
+            f"exponent must be a finite real number of at most {MOST_EXPONENT} in size, got {short(exponent)}"
+        )
 
 
 def check_eps(eps: float) -> None:
     """Raises InputError unless eps is finite and not negative."""
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise InputError(f"eps must be finite and at least 0, got {eps!r}")
+    if not _is_finite(eps) or eps < 0:
+        raise InputError(f"eps must be finite and at least 0, got {short(eps)}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises InputError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {short(value)}")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether the value is an int or float within the range of floats; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_tensor(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor):
         raise InputError(f"needs {what} as a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
+    if x.dtype not in FLOATS:
         raise InputError(f"needs {what} of real floating-point numbers, got {x.dtype}; convert with .float()")
     if x.ndim < 2 or 0 in known_shape(x):
         raise InputError(f"needs {what} with no empty dimension, got shape {list(x.shape)}")

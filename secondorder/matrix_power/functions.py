@@ -40,6 +40,7 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
     checks.check_matrices(S)
     checks.check_method(method)
     checks.check_iterations(num_iter)
+    checks.check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     return _of_matrix(S, Spectral(SquareRoot()) if method == "eigh" else NewtonSchulz(num_iter))
@@ -52,6 +53,7 @@ def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor
     """
     checks.check_matrices(S)
     checks.check_exponent(exponent)
+    checks.check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     if exponent == 1:
@@ -68,6 +70,7 @@ def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
     """
     checks.check_matrices(S)
     checks.check_eps(eps)
+    checks.check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     return _of_matrix(S, Spectral(Logarithm(float(eps))))
@@ -92,6 +95,7 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
     checks.check_features(x)
     checks.check_method(method)
     checks.check_iterations(num_iter)
+    checks.check_flag("triangle", triangle)
     if method == "eigh":
         return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
     return _of_features(x, _newton_schulz(method, num_iter, x), triangle)
@@ -101,6 +105,7 @@ def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> T
     """`matrix_power(covariance(x), exponent)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_exponent(exponent)
+    checks.check_flag("triangle", triangle)
     if exponent == 1:
         S = covariance(x)
         return upper_triangle(S) if triangle else S
@@ -111,6 +116,7 @@ def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Te
     """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_eps(eps)
+    checks.check_flag("triangle", triangle)
     return _of_features(x, Eigen(Spectral(Logarithm(float(eps)))), triangle)
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.matrix_power import checks
+from secondorder.matrix_power.covariance import centred
 from secondorder.matrix_power.crossover import gram_is_faster
 from secondorder.matrix_power.transforms import known_shape, symmetric
 
@@ -33,8 +35,11 @@ def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
     """The iteration as printed, `[..., C, C]`: three matrix products a step in plain autograd; the zero matrix gives zero.
 
     The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast and stable form: this one
-    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published.
+    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published. Values are not checked. Raises InputError
+    for other shapes, types and numbers of steps.
     """
+    checks.check_matrices(S)
+    checks.check_iterations(num_iter)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     live = trace > 0
@@ -51,11 +56,11 @@ def newton_schulz_covariance(x: Tensor, num_iter: int) -> Tensor:
 
     With A = Xn Xn^T and K = Xn^T Xn of trace 1: sqrt(t) y_K(A) = sqrt(t) Xn z_K(K) Xn^T.
     """
-    centred = x - x.mean(-1, keepdim=True)
-    square = centred.square().sum((-2, -1), keepdim=True)
+    Xc = centred(x)
+    square = Xc.square().sum((-2, -1), keepdim=True)
     live = square > 0
     square = torch.where(live, square, 1)
-    Xn, root = centred / square.sqrt(), (square / x.shape[-1]).sqrt()
+    Xn, root = Xc / square.sqrt(), (square / x.shape[-1]).sqrt()
     if gram_is_faster(*known_shape(x)[-2:]):
         Z = Xn @ iterate(Xn.mT @ Xn, num_iter, inverse=True)[0] @ Xn.mT
     else:

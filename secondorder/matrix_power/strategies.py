@@ -17,7 +17,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from secondorder.matrix_power.covariance import covariance_matrix
+from secondorder.matrix_power.covariance import centred, centred_in_units, covariance_matrix
 from secondorder.matrix_power.kernels import Eigen, Kernel, Saved
 from secondorder.matrix_power.transforms import symmetric
 from secondorder.matrix_power.units import unit
@@ -83,8 +83,7 @@ class OnFeatures:
         c = unit(x)
         scaled = self.kernel.function.in_units(c, 2)
         kernel = replace(self.kernel, function=scaled.function)  # type: ignore[type-var]
-        Xn = x / c
-        Xn -= Xn.mean(-1, keepdim=True)
+        Xn = centred_in_units(x, c)
         norm = torch.linalg.vector_norm(Xn, dim=(-2, -1), keepdim=True)
         inverse = torch.where(norm == 0, 0, 1 / norm)
         Xn, t = Xn.mul_(inverse), norm.square() / x.shape[-1]
@@ -119,13 +118,12 @@ class Covariance:
 
     def pull_back(self, x: Tensor, G: Tensor) -> Tensor:
         """(G + G^T) Xc / M."""
-        return (G + G.mT) @ ((x - x.mean(-1, keepdim=True)) / x.shape[-1])
+        return (G + G.mT) @ (centred(x) / x.shape[-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
         """Value, and what `gradient` needs."""
         c = unit(x)
-        x = x / c
-        x -= x.mean(-1, keepdim=True)
+        x = centred_in_units(x, c)
         scaled = x / x.shape[-1]
         return (x @ scaled.mT).mul_(c).mul_(c), (scaled, c)
 

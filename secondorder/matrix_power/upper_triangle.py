@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import inside_transform, known_shape
 
 
@@ -38,8 +39,16 @@ def _index(build: Callable[[int, torch.device], Tensor], size: int, device: torc
 
 
 def upper_triangle(S: Tensor) -> Tensor:
-    """Entries (0, 0), (0, 1), ..., (0, C-1), (1, 1), ...: `[..., C, C] -> [..., C (C + 1) / 2]`."""
-    return S.flatten(-2).index_select(-1, _index(_positions, known_shape(S)[-1], S.device))
+    """Entries (0, 0), (0, 1), ..., (0, C-1), (1, 1), ...: `[..., C, C] -> [..., C (C + 1) / 2]`.
+
+    Raises InputError for what is no tensor of square matrices.
+    """
+    if not isinstance(S, Tensor):
+        raise InputError(f"the upper triangle needs matrices [..., C, C] as a tensor, got {type(S).__name__}")
+    shape = known_shape(S)
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise InputError(f"the upper triangle needs square matrices [..., C, C], got shape {list(S.shape)}")
+    return S.flatten(-2).index_select(-1, _index(_positions, shape[-1], S.device))
 
 
 def twice_symmetric(g: Tensor) -> Tensor:

@@ -6,13 +6,20 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from secondorder.errors import InputError, unknown
-from secondorder.matrix_power.transforms import known_shape
+from secondorder.errors import MOST, InputError, check_known, short
+from secondorder.matrix_power.checks import FLOATS
+from secondorder.matrix_power.transforms import inside_transform, known_shape
 from secondorder.networks.backbones import NETWORKS, Backbone
 from secondorder.networks.heads import Pooling, check_pooling, check_positive, make_head
 from secondorder.networks.split import check_stride, first_convolution, last_linear, set_last_stride
 from secondorder.pooling import LAYOUTS, Covariance
-from secondorder.pooling.layout import FLOATS, channels_first, check_layout
+from secondorder.pooling.layout import channels_first, check_layout
+from secondorder.untouched import undrawn_if_refused
+
+MOST_CLASSES = 2**24
+MOST_INPUT_CHANNELS = 2**16
+MOST_SIDE = 2**16
+"""Bounds on what a size by mistake would allocate."""
 
 
 class Network(nn.Module):
@@ -21,7 +28,8 @@ class Network(nn.Module):
     The stem's output is where the landscape study enters feature space; `rest` is everything after it. No module may
     change its input in place. An empty batch gives empty logits in eval mode and is refused in training, where batch
     statistics need samples. Raises InputError for input of the wrong shape or type, and for images so small that a covariance
-    head sees a single position, where every covariance is zero, or batch normalisation in training a single value.
+    head sees a single position, where every covariance is zero, or batch normalisation in training a single value; its
+    buffers are then as before.
 
     layout: key of `pooling.LAYOUTS`, the layout of the input: "NCHW" for images, "NCL" for sequences, "NCTHW" for video. That of
         the features is the head's (`PoolingHead.layout`).
@@ -44,28 +52,56 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the input `[N, in_channels, H, W]`, or of its `layout`."""
-        return self.rest(self.stem(checked_images(x, self.layout, self.in_channels, self.training)))
+        x = checked_images(x, self.layout, self.in_channels, self.training)
+        if not self.training or isinstance(x, torch.fx.Proxy) or inside_transform() or torch.jit.is_tracing():
+            return self._logits(x)
+        return self._logits_or_unchanged(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        try:
+            activation = self.stem(x)
+        except (RuntimeError, ValueError) as error:
+            refusal = understood(error, x, self.stem)
+            if refusal is None:
+                raise
+            raise refusal from error
+        return self.rest(activation)
+
+    def _logits_or_unchanged(self, x: Tensor) -> Tensor:
+        """The logits; where that fails in training, buffers (batch statistics) and random numbers are as before.
+
+        They are kept for the first batch of each size only: nothing fails because of its size where another of it did not.
+        """
+        size = (len(x) > 1, *x.shape[1:])
+        if size == self.__dict__.get("_size_that_fits"):
+            return self._logits(x)
+        kept = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        try:
+            with undrawn_if_refused():
+                logits = self._logits(x)
+        except BaseException:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+            raise
+        self._size_that_fits = size
+        return logits
 
     def rest(self, activation: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the stem's output, which is left as it is."""
         try:
             maps = self.features(activation)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+        except (RuntimeError, ValueError) as error:
+            refusal = understood(error, activation, self.features)
+            if refusal is None:
                 raise
-            raise InputError(
-                f"batch normalisation in training gets one value per channel ({str(error)[-60:]}); use a larger batch, larger "
-                "images or eval()"
-            ) from error
+            raise refusal from error
         maps = checked_positions(maps, self._feature_layout, self.min_positions)
         return self.classifier(self.head(maps))
 
     def check_image_size(self, image_size: int | tuple[int, ...]) -> None:
         """Raise InputError when images of this size are too small for the network; nothing is computed or changed."""
-        try:
-            _, *positions = self.feature_shape(image_size)
-        except RuntimeError as error:  # a convolution or max-pooling larger than its input
-            raise InputError(f"images of size {image_size} are too small for this network; use larger ones") from error
+        _, *positions = self.feature_shape(image_size)
         check_positions(tuple(positions), self.min_positions)
 
     @property
@@ -75,19 +111,25 @@ class Network(nn.Module):
     def feature_shape(self, image_size: int | tuple[int, ...]) -> tuple[int, ...]:
         """(C, H, W) of the features that the head reads, for images of this size; nothing is computed or changed.
 
-        Of another layout than maps: (C, L) or (C, T, H, W), for as many sizes as the input's layout has positions.
+        Of another layout than maps: (C, L) or (C, T, H, W), for as many sizes as the input's layout has positions. Raises
+        InputError for other sizes, and for images that are too small for a convolution.
         """
         axes = len(self.layout) - 2
-        size = (image_size,) * axes if isinstance(image_size, int) else image_size
+        size = image_size if isinstance(image_size, tuple | list) else (image_size,) * axes
+        if len(size) != axes:
+            raise InputError(f"image_size {short(image_size)}: must be one whole number, or {axes} of them")
         for side in size:
-            check_positive("image_size", side)
+            check_positive("image_size", side, most=MOST_SIDE)
         trunk = nn.Sequential(self.stem, self.features)
         state = {name: tensor.to("meta") for name, tensor in (*trunk.named_parameters(), *trunk.named_buffers())}
         dtype = next((p.dtype for p in trunk.parameters()), torch.get_default_dtype())
         channels = self.in_channels or 3
         shape = (2, *size, channels) if LAYOUTS[self.layout].channels_last else (2, channels, *size)
-        with torch.no_grad():
-            maps = torch.func.functional_call(trunk, state, (torch.empty(shape, device="meta", dtype=dtype),))
+        try:
+            with torch.no_grad():
+                maps = torch.func.functional_call(trunk, state, (torch.empty(shape, device="meta", dtype=dtype),))
+        except RuntimeError as error:  # a convolution or max-pooling larger than its input
+            raise InputError(f"images of size {image_size} are too small for this network; use larger ones") from error
         return tuple(channels_first(maps, self._feature_layout).shape[1:])
 
 
@@ -96,6 +138,8 @@ class Network(nn.Module):
 
 def checked_images(x: Tensor, layout: str, in_channels: int | None, training: bool) -> Tensor:
     """x. Raises InputError for input of another layout, number of channels or type, and in training for an empty batch."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"images must be a tensor, got {short(x)} of type {type(x).__name__}")
     shape, channel = list(known_shape(x)), layout.index("C")
     wrong = len(shape) != len(layout) or 0 in shape[1:] or shape[channel] != (in_channels or shape[channel])
     if wrong or (training and shape[0] == 0):
@@ -122,6 +166,23 @@ def check_positions(positions: tuple[int, ...], least: int) -> None:
             f"the last feature map is {'x'.join(map(str, positions))}, its covariance is always zero; "
             "use larger images, last_stride=1 or pooling 'gap'"
         )
+
+
+def understood(error: Exception, x: Tensor, part: nn.Module) -> InputError | None:
+    """The InputError for an input x that a part of a network cannot take, None for any other error."""
+    if isinstance(error, InputError):
+        return None
+    parameter = next(part.parameters(), None)
+    if "more than 1 value per channel" in str(error):
+        return InputError(
+            f"batch normalisation in training gets one value per channel ({str(error)[-60:]}); use a larger batch, larger "
+            "images or eval()"
+        )
+    if parameter is not None and parameter.device != x.device:
+        return InputError(f"images on the device {x.device}, the network on {parameter.device}; move one with .to(...)")
+    if parameter is not None and parameter.dtype != x.dtype and "type" in str(error):
+        return InputError(f"images of type {x.dtype}, the network of {parameter.dtype}; convert one with .to(...)")
+    return None
 
 
 for _function in ("checked_images", "checked_positions"):
@@ -151,29 +212,32 @@ def network(
     pooling_options: options of the pooling head, e.g. `num_iter` of `"gcp"`.
 
     Stem and features are built first: the same torch seed gives them the same weights whatever the pooling, the
-    stride and the number of classes, so that GAP and GCP can be compared from the same start.
+    stride and the number of classes, so that GAP and GCP can be compared from the same start. Raises InputError for what cannot
+    be built; torch's random numbers are then as before.
     """
-    if not isinstance(backbone, str) or backbone not in NETWORKS:
-        raise unknown("backbone", backbone[:40] if isinstance(backbone, str) else type(backbone).__name__, NETWORKS)
+    check_known("backbone", backbone, NETWORKS)
     row = NETWORKS[backbone]
     check_pooling("network", network, pooling, reduced_channels, dropout, pooling_options)
-    check_positive("num_classes", num_classes)
-    check_positive("in_channels", in_channels)
+    check_positive("num_classes", num_classes, most=MOST_CLASSES)
+    check_positive("in_channels", in_channels, most=MOST_INPUT_CHANNELS)
     stride = choose_stride(backbone, row, pooling, last_stride)
 
-    stem, features = row.build(in_channels)
-    if stride is not None:
-        set_last_stride(features, stride)
-    options = {"activation": row.activation, **pooling_options}
-    head, size = make_head(pooling, torch.Size((2, row.channels, 4, 4)), "NCHW", reduced_channels, options)
-    return Network(stem, features, head, linear(size, num_classes, row.dropout if dropout is None else dropout))
+    with undrawn_if_refused():
+        stem, features = row.build(in_channels)
+        if stride is not None:
+            set_last_stride(features, stride)
+        options = {"activation": row.activation, **pooling_options}
+        head, size = make_head(pooling, torch.Size((2, row.channels, 4, 4)), "NCHW", reduced_channels, options)
+        return Network(stem, features, head, linear(size, num_classes, row.dropout if dropout is None else dropout))
 
 
 def choose_stride(backbone: str, row: Backbone, pooling: str | Pooling, last_stride: int | None) -> int | None:
     """The stride of the last stage: as asked, else as published; None where the backbone has no such option."""
     if last_stride is not None and row.last_stride is None:
         able = ", ".join(name for name, other in NETWORKS.items() if other.last_stride is not None)
-        raise InputError(f"last_stride={last_stride!r}: {backbone} cannot change it (use None); those that can: {able}")
+        raise InputError(
+            f"last_stride={short(last_stride)}: {backbone} cannot change it (use None); those that can: {able}"
+        )
     if last_stride is not None:
         check_stride(last_stride)
         return last_stride
@@ -182,6 +246,10 @@ def choose_stride(backbone: str, row: Backbone, pooling: str | Pooling, last_str
 
 def linear(in_features: int, num_classes: int, dropout: float) -> nn.Module:
     """The linear classifier, after dropout if there is any: `[N, in_features] -> [N, num_classes]`."""
+    if in_features * num_classes > MOST:
+        raise InputError(
+            f"a classifier from {in_features} features to num_classes {num_classes} has more than {MOST} weights; reduce channels"
+        )
     layer = nn.Linear(in_features, num_classes)
     if dropout == 0:
         return layer

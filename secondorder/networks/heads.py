@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from secondorder.errors import InputError
+from secondorder.errors import MOST, InputError, short
 from secondorder.pooling import LAYOUTS, POOLINGS, pooling_head
-from secondorder.pooling.heads import check_options, check_pooling_name, output_size
+from secondorder.pooling.heads import MOST_CHANNELS, check_options, check_pooling_name, output_size
 
 Pooling = nn.Module | Callable[[int], nn.Module]
 """A head of one's own: features to vectors `[N, F]`, or what makes it from the number of channels."""
@@ -76,19 +76,21 @@ def check_pooling(
         if reduced_channels is not None or options:
             given = next(iter(options), "reduced_channels")
             raise InputError(
-                f"{given[:40]!r} with a head of one's own: it goes to {', '.join(POOLINGS)}; set it in the head"
+                f"{given[:40]!r} with a head of one's own, {short(pooling)}: it goes to {', '.join(POOLINGS)}; set it in the head"
             )
     else:
         check_pooling_name(pooling)
         known = {option: value for option, value in options.items() if option not in ("activation", "layout")}
         check_options(name, str(pooling), known, inspect.signature(function).parameters)
-    if reduced_channels is not None and reduced_channels != 0:
-        check_positive("reduced_channels", reduced_channels, " or 0 (no reduction) or None (automatic)")
+    if reduced_channels is not None and not (type(reduced_channels) is int and reduced_channels == 0):
+        check_positive("reduced_channels", reduced_channels, " or 0 (no reduction) or None (automatic)", MOST_CHANNELS)
     if dropout is not None and not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
-        raise InputError(f"dropout {str(dropout)[:40]}: must be in [0, 1), or None (as published)")
+        raise InputError(f"dropout {short(dropout)}: must be in [0, 1), or None (as published)")
 
 
-def check_positive(name: str, value: int, otherwise: str = "") -> None:
-    """InputError unless the value is a whole number >= 1."""
+def check_positive(name: str, value: int, otherwise: str = "", most: int = MOST) -> None:
+    """InputError unless the value is a whole number from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} {str(value)[:40]}: must be a whole number >= 1{otherwise}")
+        raise InputError(f"{name} {short(value)}: must be a whole number >= 1{otherwise}")
+    if value > most:
+        raise InputError(f"{name} {short(value)}: must be at most {most}")

@@ -1,7 +1,6 @@
 """A new pooling head on a model that exists, with its trained weights."""
 
 import copy
-import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import shufflenetv2
 
-from secondorder.errors import InputError
-from secondorder.networks.composition import Network, linear
+from secondorder.errors import InputError, short
+from secondorder.networks.composition import MOST_CLASSES, Network, linear
 from secondorder.networks.heads import Pooling, check_pooling, check_positive, make_head
 from secondorder.networks.split import (
     WAY_OUT,
@@ -27,6 +26,10 @@ from secondorder.networks.split import (
     without_inplace,
 )
 from secondorder.pooling.layout import channels_first
+from secondorder.untouched import undrawn_if_refused
+
+MOST_IMAGE_SIZE = 4096
+"""Side of the images of the check, which are computed."""
 
 
 def replace_pooling(
@@ -62,14 +65,12 @@ def replace_pooling(
     Raises InputError for a model that it cannot take apart.
     """
     if not isinstance(model, nn.Module):
-        raise InputError(
-            f"model {reprlib.repr(model)}: must be an nn.Module; use `network` to build a backbone by its name"
-        )
+        raise InputError(f"model {short(model)}: must be an nn.Module; use `network` to build a backbone by its name")
     size = default_image_size(model) if image_size is None else image_size
-    check_positive("image_size", size)
+    check_positive("image_size", size, most=MOST_IMAGE_SIZE)
     check_pooling("replace_pooling", replace_pooling, pooling, reduced_channels, dropout, pooling_options)
     if num_classes is not None:
-        check_positive("num_classes", num_classes)
+        check_positive("num_classes", num_classes, most=MOST_CLASSES)
     parts = checked_parts(model, size)
     stem, features, old = parts.split.stem, parts.split.features, parts.split.classifier
     without_inplace(stem)
@@ -77,9 +78,11 @@ def replace_pooling(
     if last_stride is not None:
         set_last_stride(features, last_stride)
     options = {"activation": activation_after_reduction(features), **pooling_options}
-    head, width = make_head(pooling, parts.shape, parts.split.layout, reduced_channels, options)
     rate = last_dropout(old) if dropout is None else dropout
-    classifier = linear(width, classes_of(old, model) if num_classes is None else num_classes, rate)
+    classes = classes_of(old, model) if num_classes is None else num_classes
+    with undrawn_if_refused():
+        head, width = make_head(pooling, parts.shape, parts.split.layout, reduced_channels, options)
+        classifier = linear(width, classes, rate)
     weight = next(nn.Sequential(stem, features).parameters(), torch.empty(0))
     for new in (head, classifier):
         new.to(weight.device, weight.dtype).train(model.training)

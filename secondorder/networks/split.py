@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, short
 
 POOLING_NAMES = ("avgpool", "global_pool")
 CLASSIFIER_NAMES = ("fc", "classifier", "head")
@@ -160,7 +160,7 @@ def set_last_stride(features: nn.Module, stride: int) -> None:
 def check_stride(stride: int) -> None:
     """InputError unless the stride is 1 or 2."""
     if type(stride) is not int or stride not in (1, 2):
-        raise InputError(f"last_stride {stride!r}: must be 1, 2 or None (network: as published; else: as it is)")
+        raise InputError(f"last_stride {short(stride)}: must be 1, 2 or None (network: as published; else: as it is)")
 
 
 def stage_name(stage: nn.Module) -> str:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
 from secondorder.matrix_power.transforms import full_precision, widened
 from secondorder.pooling.layout import check_features
 from secondorder.pooling.weights import counted, normalised, position_weights
+
+MOST_KERNEL = 2**20 + 1
+"""Size of the kernel along the channels; one longer than twice their number sees nothing more."""
 
 
 class AdaptiveChannelDropout(nn.Module):
@@ -35,8 +38,10 @@ class AdaptiveChannelDropout(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"kernel_size must be an odd whole number of at least 1, got {kernel_size!r}")
+        check_whole("channels", channels)
+        check_whole("kernel_size", kernel_size, most=MOST_KERNEL)
+        if kernel_size % 2 == 0:
+            raise InputError(f"kernel_size must be an odd whole number of at least 1, got {kernel_size}")
         self.channels = channels
         self.importance = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 

@@ -1,5 +1,7 @@
 """Covariance of the channels of a feature map."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +38,17 @@ def positions(x: Tensor, layout: str = "NCHW") -> Tensor:
     """Features as `[N, C, M]`. Raises InputError unless x has this layout, and at least 2 positions to vary over."""
     check_features(x, layout, "covariance pooling")
     x = channels_first(x, layout).flatten(2)
-    if known_shape(x)[-1] < 2:
+    check_positions(x)
+    return x
+
+
+def check_positions(x: Tensor) -> None:
+    """Raises InputError for features `[N, C, ...]` of a single position."""
+    if math.prod(known_shape(x)[2:]) < 2:
         raise InputError(
             "covariance pooling of a single position gives zeros without a gradient; use larger inputs, smaller strides "
             '(last_stride=1) or pooling "gap"'
         )
-    return x
 
 
 def covariance_of(x: Tensor, weights: Tensor | None, layout: str) -> Tensor:

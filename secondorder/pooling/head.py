@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import known_shape
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
-from secondorder.pooling.covariance import Covariance, positions
+from secondorder.pooling.covariance import Covariance, check_positions, positions
 from secondorder.pooling.layout import LAYOUTS, AsMaps, as_maps, check_features, check_layout
 from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, MatrixSquareRoot
 from secondorder.pooling.upper_triangle import UpperTriangle
@@ -68,9 +68,9 @@ class PoolingHead(nn.Module):
             the device, and a sample without weight gives what zero features do. A single position that counts has
             covariance zero.
         """
-        maps = head_input(x, self.layout, self.in_channels, self._batch_statistics())
+        maps = head_input(x, self.layout, self.in_channels, self._batch_statistics(), self._single_position())
         if weights is not None:
-            return self._weighted(self.reduction(maps), flat_weights(weights, x, self.layout))
+            return self._weighted(maps, flat_weights(weights, x, self.layout))
         maps = self.reduction(maps)
         if self._can_fuse() and not isinstance(maps, torch.fx.Proxy) and not _is_empty(maps):
             covariance, function, _ = self.layers._modules.values()
@@ -111,19 +111,34 @@ class PoolingHead(nn.Module):
             and _is_plain(triangle)
         )
 
+    def _single_position(self) -> bool:
+        """Whether a single position is refused before the reduction has taken it into its running statistics.
+
+        So it is for a covariance after a reduction that leaves the positions as they are; `Covariance` refuses the others.
+        """
+        convolution = next(iter(self.reduction._modules.values()), None)
+        return (
+            self.reduction.training
+            and type(convolution) is nn.Conv2d
+            and convolution.kernel_size == convolution.stride == (1, 1)
+            and convolution.padding == (0, 0)
+            and len(self.reduction._modules) == 3
+            and any(isinstance(layer, Covariance) for layer in self.layers._modules.values())
+        )
+
     def _weighted(self, maps: Tensor, weights: Tensor | None) -> Tensor:
-        """The layers one by one, those that pool over positions with weights `[N, M]`."""
-        taken = False
+        """The reduction, then the layers one by one, those that pool over positions with weights `[N, M]`."""
+        if not any(isinstance(layer, Covariance) or _is_average(layer) for layer in self.layers):
+            names = ", ".join(type(layer).__name__ for layer in self.layers)
+            maps = without_weights(maps, weights, names[:150])
+        maps = self.reduction(maps)
         for layer in self.layers:
             if isinstance(layer, AdaptiveChannelDropout | Covariance):
-                maps, taken = layer(maps, weights), taken or isinstance(layer, Covariance)
-            elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
-                maps, taken = layer(mean_of_positions(maps, weights)), True
+                maps = layer(maps, weights)
+            elif _is_average(layer):
+                maps = layer(mean_of_positions(maps, weights))
             else:
                 maps = layer(maps)
-        if not taken:
-            names = ", ".join(type(layer).__name__ for layer in self.layers)
-            return without_weights(maps, weights, names[:150])
         return maps
 
 
@@ -140,6 +155,11 @@ def _is_plain(module: nn.Module) -> bool:
     return own and not hooks
 
 
+def _is_average(layer: nn.Module) -> bool:
+    """Whether the layer is the mean over all positions."""
+    return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
+
+
 def _is_empty(x: Tensor) -> bool:
     return known_shape(x)[0] == 0
 
@@ -147,8 +167,11 @@ def _is_empty(x: Tensor) -> bool:
 # Functions of tensors and numbers, each one node of a graph that torch.fx traces: there sizes are not known.
 
 
-def head_input(x: Tensor, layout: str, in_channels: int, batch_statistics: bool) -> Tensor:
-    """Features of a head as maps `[N, in_channels, H, W]`. Raises InputError for others, and too few for batch statistics."""
+def head_input(x: Tensor, layout: str, in_channels: int, batch_statistics: bool, several: bool) -> Tensor:
+    """Features of a head as maps `[N, in_channels, H, W]`. Raises InputError for others, and too few for batch statistics.
+
+    several: whether a single position is refused, too.
+    """
     check_features(x, layout, "pooling head")
     maps = as_maps(x, layout)
     N, C, H, W = known_shape(maps)
@@ -160,6 +183,8 @@ def head_input(x: Tensor, layout: str, in_channels: int, batch_statistics: bool)
             f"features {list(x.shape)} give the reduction's batch normalisation one value per channel in training; use a larger "
             "batch, larger inputs or eval()"
         )
+    if several and H * W == 1:
+        check_positions(maps)
     return maps
 
 

@@ -2,19 +2,20 @@
 
 import difflib
 import inspect
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from secondorder.errors import InputError, unknown
+from secondorder.errors import MOST, InputError, check_known, check_whole, short
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
 from secondorder.pooling.covariance import Covariance
 from secondorder.pooling.head import PoolingHead
+from secondorder.pooling.layout import check_layout
 from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, MatrixSquareRoot
 from secondorder.pooling.upper_triangle import UpperTriangle
+from secondorder.untouched import undrawn_if_refused
 
 
 def global_average(channels: int) -> list[nn.Module]:
@@ -63,6 +64,9 @@ POOLINGS: dict[str, Callable[..., list[nn.Module]]] = {
 }
 """Name -> leaf modules of the head for a number of channels and options."""
 
+MOST_CHANNELS = 2**20
+"""Channels of features: a bound on what a size by mistake would allocate."""
+
 
 def pooling_head(
     name: str,
@@ -79,23 +83,25 @@ def pooling_head(
     activation: the end of the reduction, convolution + batch normalisation + `activation` (ReLU6 for MobileNetV2).
     options: those of the pooling, e.g. `num_iter` for "gcp".
 
-    Raises InputError for an unknown name, option, layout or size.
+    Raises InputError for an unknown name, option, layout or size; torch's random numbers are then as before.
     """
     check_pooling_name(name)
     check_options("pooling_head", name, options, inspect.signature(pooling_head).parameters)
-    _check_channels("in_channels", in_channels)
-    channels, reduction = in_channels, nn.Sequential()
+    check_layout(layout)
+    check_whole("in_channels", in_channels, most=MOST_CHANNELS)
     if reduced_channels is not None:
-        _check_channels("reduced_channels", reduced_channels)
-        channels, reduction = reduced_channels, _reduction(in_channels, reduced_channels, activation)
-    layers = nn.Sequential(*POOLINGS[name](channels, **options))
-    return PoolingHead(in_channels, reduction, layers, _out_features(name, layers, channels), layout)
+        check_whole("reduced_channels", reduced_channels, most=min(MOST_CHANNELS, MOST // in_channels))
+    channels, reduction = in_channels, nn.Sequential()
+    with undrawn_if_refused():
+        if reduced_channels is not None:
+            channels, reduction = reduced_channels, _reduction(in_channels, reduced_channels, activation)
+        layers = nn.Sequential(*POOLINGS[name](channels, **options))
+        return PoolingHead(in_channels, reduction, layers, _out_features(name, layers, channels), layout)
 
 
 def check_pooling_name(name: object) -> None:
     """Raises InputError unless this is a key of POOLINGS."""
-    if not isinstance(name, str) or name not in POOLINGS:
-        raise unknown("pooling", name[:40] if isinstance(name, str) else type(name).__name__, POOLINGS)
+    check_known("pooling", name, POOLINGS)
 
 
 def check_options(function: str, pooling: str, options: Mapping[str, Any], parameters: Iterable[str]) -> None:
@@ -144,16 +150,11 @@ def _out_features(name: str, layers: nn.Sequential, channels: int) -> int:
 
 def _reduction(in_channels: int, channels: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
     """1x1 convolution + batch normalisation + activation, initialised as in ResNet."""
+    if not callable(activation):
+        raise InputError(f"activation {short(activation)}: must make an nn.Module, e.g. nn.ReLU")
+    end = activation()
+    if not isinstance(end, nn.Module):
+        raise InputError(f"activation {short(activation)}: must make an nn.Module, made {short(end)}")
     convolution = nn.Conv2d(in_channels, channels, 1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels), activation())
-
-
-def _check_channels(name: str, channels: int) -> None:
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {_short(channels)}")
-
-
-def _short(value: object) -> str:
-    """The value for a message, cut to some 30 characters."""
-    return reprlib.repr(value)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), end)

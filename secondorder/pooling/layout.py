@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
+from secondorder.matrix_power.checks import FLOATS
 from secondorder.matrix_power.transforms import known_shape
 
 
@@ -44,14 +45,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Name -> layout."""
 
-FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""The types of numbers that can be pooled."""
-
 
 def check_layout(layout: str) -> str:
     """The name of a layout. Raises InputError for one that is not in LAYOUTS."""
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise unknown("layout", layout, LAYOUTS)
+    check_known("layout", layout, LAYOUTS)
     return layout
 
 

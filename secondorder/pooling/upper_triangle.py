@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from secondorder.errors import InputError
 from secondorder.matrix_power import upper_triangle
-from secondorder.matrix_power.transforms import known_shape
 
 
 class UpperTriangle(nn.Module):
@@ -25,10 +23,7 @@ class UpperTriangle(nn.Module):
 
 
 def triangle_of(S: Tensor) -> Tensor:
-    """The upper triangle, after a check of the shape."""
-    shape = known_shape(S)
-    if len(shape) < 2 or shape[-1] != shape[-2]:
-        raise InputError(f"UpperTriangle needs square matrices [..., C, C], got shape {list(shape)}")
+    """The upper triangle: one node of a graph that torch.fx traces."""
     return upper_triangle(S)
 
 

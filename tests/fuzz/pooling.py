@@ -173,7 +173,9 @@ def truth(random: Random) -> Call:
     scale = random.choice([s for s in SCALES[dtype] if 1e-30 < s < 1e30])
     words, x = features(random, dtype, scale)
     name, head = good_head(random, x.shape[1])
-    fits = representable(dtype, scale, degree(head, name)) and not ("decay" in words and "-0.5" in name)
+    fits = representable(dtype, scale, degree(head, name))
+    if "decay" in words:  # down to far below the rounding level of the format: left out, which a root hardly shows
+        fits &= "gcp_log" not in name and not ("gcp_power" in name and (degree(head, name) or 0) < 1)
     expected = reference(head, name, x)
 
     def check(z: Tensor) -> str | None:

@@ -303,12 +303,56 @@ def test_pooling_options_reach_the_head() -> None:
         ({"dropout": -0.1}, "dropout -0.1"),
         ({"dropout": float("nan")}, "dropout nan"),
         ({"num_itre": 3}, "num_itre"),
+        ({"num_iter": 0}, "num_iter must be .* got 0"),
+        ({"method": torch.ones(2)}, r"unknown method tensor\(\[1., 1.\]\)"),
+        ({"pooling": 0.5}, "unknown pooling 0.5"),
+        ({"pooling": nn.ReLU(), "reduced_channels": 3}, r"head of one's own, ReLU\(\)"),
+        ({"num_classes": 10**30}, "num_classes 1000.*: must be at most"),
+        ({"in_channels": 2**63}, "in_channels 9223372036854775808: must be at most"),
+        ({"reduced_channels": 10**400}, "reduced_channels 1000.*: must be at most"),
+        ({"reduced_channels": torch.zeros(0)}, r"reduced_channels tensor\(\[\]\): must be a whole number"),
+        ({"num_classes": 2**24, "reduced_channels": 64}, "has more than 2147483647 weights"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    before = torch.get_rng_state()
     with pytest.raises(InputError, match=message) as error:
         network(**{"backbone": "cifar_resnet8", "pooling": "gcp", "num_classes": 2, **arguments})
     assert "\n" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["check_image_size", "feature_shape"])
+@pytest.mark.parametrize(
+    "size", [{}, "", (8,), (8, 8, 8), (8, "8"), 2.5, float("nan"), nn.ReLU(), None, 0, True, 10**30]
+)
+def test_sizes_that_are_none(method: str, size: object) -> None:
+    with pytest.raises(InputError, match="image_size"):
+        getattr(network("digits_tiny", "gap", 3), method)(size)
+
+
+INPUTS: dict[str, tuple[object, str]] = {
+    "list": ([[1.0]], r"images must be a tensor, got \[\[1.0\]\] of type list"),
+    "text": ("x", "images must be a tensor, got 'x'"),
+    "meta": (torch.zeros(2, 3, 8, 8, device="meta"), "images on the device meta, the network on cpu"),
+    "double": (torch.zeros(2, 3, 8, 8).double(), "images of type torch.float64, the network of torch.float32"),
+    "one value": (torch.zeros(1, 3, 1, 1), "one value per channel"),
+    "one position": (torch.zeros(2, 3, 4, 4), "last feature map is 1x1"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_a_refused_batch_leaves_no_trace_in_training(case: str) -> None:
+    x, message = INPUTS[case]
+    net = network("cifar_resnet8", "gcp", 2, reduced_channels=4, dropout=0.5)
+    for good in ((), (2, 3, 16, 16)):  # as the first batch, and after one of another size
+        if good:
+            net(torch.rand(good))
+        before, drawn = {name: value.clone() for name, value in net.state_dict().items()}, torch.get_rng_state()
+        with pytest.raises(InputError, match=message):
+            net(x)
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        assert torch.equal(torch.get_rng_state(), drawn)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8), (0, 3, 8, 8), (2, 3, 8)])
