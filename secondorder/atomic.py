@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     next writing replaces. One process at a time may write a path: see `exclusive`.
     """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a pipe left there would be waited for, a link followed
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +30,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file; OSError else, where a pipe or a device would be waited for without an end."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(0, "it is not a regular file", str(path))
+        return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -54,13 +68,18 @@ def check_writable(folder: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system gives back when the process ends, however it ends.
 
-    Raises InputError when another process holds it.
+    Raises InputError when another process holds it, and when the file ``.lock`` in it cannot be used.
     """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"another process writes to {str(folder)!r}; wait for it or choose another folder") from None
+    except (OSError, NotImplementedError) as error:  # a folder or a link to nowhere; a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot lock {str(folder / '.lock')!r}: {reason}; delete it or choose another folder"
+        ) from None
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import widest
 from secondorder.errors import InputError, check_known, failures_of
 from secondorder.untouched import same_randomness, untouched
 
@@ -247,28 +248,30 @@ def _walk(
     value: Tensor,
     gradient: list[Tensor],
 ) -> LandscapeLine:
-    losses, distances, cosines = [], [], []
-    norm = _norm(gradient)
+    """The line, measured without waiting for the device but once at its end: the numbers stay there until then."""
+    wide = widest(value.device)
+    points = [value.to(wide), _dot(gradient, gradient), _dot(step, step)]
     for eta in etas.tolist():
         loss, there = gradient_at(eta)
-        losses.append(float(loss))
-        distances.append(_norm([a - b for a, b in zip(there, gradient, strict=True)]))
-        lengths = norm * _norm(there)
-        cosines.append(_dot(there, gradient) / lengths if lengths else float("nan"))
+        change = [a - b for a, b in zip(there, gradient, strict=True)]
+        points += [loss.to(wide), _dot(change, change), _dot(there, there), _dot(there, gradient)]
+    numbers = torch.stack(points).cpu().double()
+    norms = numbers[1:3].sqrt()
+    losses, squares, lengths, products = numbers[3:].view(-1, 4).T
+    lengths = norms[0] * lengths.sqrt()
     return LandscapeLine(
         etas=etas.double().cpu(),
-        loss=torch.tensor(losses, dtype=torch.float64),
-        gradient_distance=torch.tensor(distances, dtype=torch.float64),
-        cosine=torch.tensor(cosines, dtype=torch.float64),
-        loss_at_origin=float(value),
-        gradient_norm=norm,
-        direction_norm=_norm(step),
+        loss=losses,
+        gradient_distance=squares.sqrt(),
+        cosine=torch.where(lengths > 0, products / lengths, torch.nan),
+        loss_at_origin=float(numbers[0]),
+        gradient_norm=float(norms[0]),
+        direction_norm=float(norms[1]),
     )
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return _dot(tensors, tensors) ** 0.5
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return float(sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True)))
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product of all tensors together, a number on their device, in the longest format that it has."""
+    wide = widest(left[0].device)
+    zero = torch.zeros((), dtype=wide, device=left[0].device)
+    return sum(((a.to(wide) * b.to(wide)).sum() for a, b in zip(left, right, strict=True)), zero)

@@ -6,18 +6,19 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from secondorder.accelerator import fork_random_numbers, with_random_numbers
 
 
 @contextmanager
 def same_randomness() -> Iterator[None]:
-    """Random draws inside start from the present state and are undone on exit (Python, NumPy, torch on CPU and CUDA).
+    """Random draws inside start from the present state and are undone on exit (Python, NumPy, torch on every device).
 
     Two bodies run one after the other under this context see the same random numbers, e.g. the same dropout masks.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (user code may draw from it)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with fork_random_numbers(with_random_numbers()):
         try:
             yield
         finally:
@@ -42,15 +43,28 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            kept = [
+                (gradient, before) for _, gradient, before in gradients if gradient is not None and before is not None
+            ]
             with torch.no_grad():
-                for tensor, value in zip(tensors, values, strict=True):
-                    if not torch.equal(tensor, value):  # an untouched tensor keeps its version counter
-                        tensor.copy_(value)
-                for parameter, gradient, before in gradients:
-                    if gradient is not None and before is not None and not torch.equal(gradient, before):
-                        gradient.copy_(before)
+                for tensor, value in _changed([*zip(tensors, values, strict=True), *kept]):
+                    tensor.copy_(value)
+                for parameter, gradient, _ in gradients:
                     parameter.grad = gradient
             for parameter, requires_grad in tracked:
                 parameter.requires_grad_(requires_grad)
             for module, mode in modes:
                 module.training = mode
+
+
+def _changed(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of tensors that differ; one that has not been touched is not written to and keeps its version counter.
+
+    An accelerator is waited for once, not for each tensor.
+    """
+    near = [pair for pair in pairs if pair[0].device.type == "cpu" and not torch.equal(*pair)]
+    far = [pair for pair in pairs if pair[0].device.type != "cpu"]
+    if not far:
+        return near
+    differ = torch.stack([(tensor != value).any().to(far[0][0].device) for tensor, value in far]).tolist()
+    return [*near, *(pair for pair, changed in zip(far, differ, strict=True) if changed)]

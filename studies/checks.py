@@ -4,11 +4,16 @@ from collections.abc import Collection
 
 from secondorder.errors import InputError
 
+MOST = 2**31 - 1
+"""The largest whole number of a setting: no array can have a larger size."""
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """InputError unless the setting is at least `least`."""
+
+def check_count(name: str, value: int, least: int = 1, most: int = MOST) -> None:
+    """InputError unless the setting is from `least` to `most`."""
     if value < least:
         raise InputError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    if value > most:
+        raise InputError(f"--{name.replace('_', '-')} {value}: at most {most}")
 
 
 def check_names(name: str, values: Collection[str]) -> None:

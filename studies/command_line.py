@@ -1,16 +1,18 @@
 """The command line, generated from the settings: every field is a flag, presets give the defaults."""
 
 import argparse
+import difflib
 import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
 import tyro
 
 from secondorder.errors import InputError, unknown
+from studies.checks import MOST
 from studies.settings import PRESETS, SEEDS, Common
 from studies.study import STUDIES
 
@@ -32,18 +34,19 @@ def parse(arguments: Sequence[str]) -> Command:
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
         if name not in STUDIES:
-            raise unknown("study", name, STUDIES)
+            nearest = difflib.get_close_matches(name[:100], STUDIES, n=1)
+            raise InputError(f"{unknown('study', name, STUDIES)}" + "".join(f"; the nearest is {n}" for n in nearest))
         names = [name]
     preset = _preset(arguments)
     common = Common(preset=preset, seeds=SEEDS[preset])  # type: ignore[arg-type]
     defaults = {name: STUDIES[name].presets[preset] for name in names}
     # One study: its flags carry no prefix. All studies: --landscape.epochs, --performance.repeats, ...
     prefixed = len(names) > 1
-    fields = [("common", Annotated[Common, tyro.conf.arg(name="")])] + [
+    members = [("common", Annotated[Common, tyro.conf.arg(name="")])] + [
         (name, type(default) if prefixed else Annotated[type(default), tyro.conf.arg(name="")])
         for name, default in defaults.items()
     ]
-    every = make_dataclass("Every", fields, frozen=True)
+    every = make_dataclass("Every", members, frozen=True)
     with _errors_in_one_line():
         parsed = tyro.cli(
             every,
@@ -53,7 +56,20 @@ def parse(arguments: Sequence[str]) -> Command:
             description=_description(names),
             config=(tyro.conf.AvoidSubcommands,),
         )
+    for name in ("common", *names):
+        _check_counts(getattr(parsed, name), f"{name}." if prefixed and name != "common" else "")
     return Command(parsed.common, {name: getattr(parsed, name) for name in names})
+
+
+def _check_counts(settings: Any, prefix: str) -> None:
+    """InputError for a whole number that no array can have as a size; libraries would fail on it anywhere."""
+    for entry in fields(settings):
+        value, name = getattr(settings, entry.name), prefix + entry.name.replace("_", "-")
+        if is_dataclass(value):
+            _check_counts(value, f"{name}.")
+        for count in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(count, int) and abs(count) > MOST:
+                raise InputError(f"--{name} {count}: at most {MOST}")
 
 
 @contextmanager
@@ -67,7 +83,20 @@ def _errors_in_one_line() -> Iterator[None]:
         if not stop.code:
             raise
         words = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m|-{3,}|\|", " ", drawn.getvalue())  # box lines, colours
-        raise InputError(" ".join(words.split())) from None
+        raise InputError(_without_descriptions(" ".join(words.split()))) from None
+
+
+def _without_descriptions(words: str) -> str:
+    """tyro's words without its title, and of the flags that it suggests, described there, only the names."""
+    words = re.sub(r"^(Value error|Invalid choice|Missing argument|Unrecognized options(?= Unr)) ", "", words)
+    words = re.sub(r" ?(For full helptext, |Argument helptext: ).*", "", words)
+    what, *suggested = re.split(r" ?(?:Perhaps you meant|Arguments similar to [^ ]+): ", words)
+    flags = [*dict.fromkeys(flag for part in suggested for flag in re.findall(r"(?<!\S)--[\w.-]*\w", part))]
+    return (
+        f"{what.rstrip(' .')}; "
+        + (f"perhaps you meant {', '.join(flags[:5])}; " if flags else "")
+        + "--help lists all flags"
+    )
 
 
 def _preset(arguments: list[str]) -> str:

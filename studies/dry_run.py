@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from secondorder.data import DATASETS, ImageArray, ImageDataset
+from secondorder.data import DATASETS, ImageArray, ImageDataset, Row
+from secondorder.errors import unknown
 from secondorder.training import Moment, Observer, Run, resolve_device, train
 
 # Training images and classes where the table of data sets leaves them open: ILSVRC 2012.
@@ -39,9 +40,16 @@ class Stopwatch:
         return rows
 
 
+def row_of(dataset: str) -> Row:
+    """The row of a data set; InputError for one that is in no table, a user's own."""
+    if dataset not in DATASETS:
+        raise unknown("data set", dataset, DATASETS)
+    return DATASETS[dataset]
+
+
 def fake_data(dataset: str, images: int, image_size: int | None = None) -> ImageDataset:
     """Random pixels and labels with the shape, number of classes and normalisation of `dataset`, labelled fake."""
-    row = DATASETS[dataset]
+    row = row_of(dataset)
     size, classes = image_size or row.image_size, CLASSES.get(dataset, 10)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(row.maximum + 1, (images, row.in_channels, size, size), generator=generator).to(torch.uint8)
@@ -67,10 +75,10 @@ def cost_of(run: Run, observers: Mapping[str, Observer], measurements: int | Non
     `measurements` of each observer in the whole run, when they are not one every so many steps.
     """
     device = resolve_device(run.device)
-    size = run.image_size or DATASETS[run.dataset].image_size
+    size = run.image_size or row_of(run.dataset).image_size
     batch = min(run.batch_size, max(2, CPU_PIXELS // size**2)) if device.type == "cpu" else run.batch_size
     scale = run.batch_size / batch
-    expected = DATASETS[run.dataset].expected
+    expected = row_of(run.dataset).expected
     images = run.train_limit or (expected[0] if expected else IMAGENET_IMAGES)
     amp = "off" if device.type == "cpu" and run.amp == "float16" else run.amp
     one = replace(run, batch_size=batch, epochs=1, train_limit=None, test_limit=None, amp=amp)

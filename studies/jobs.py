@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -167,6 +168,7 @@ class _Pool:
             return self._submit(number, size)
 
     def _submit(self, number: int, size: int) -> "Future[int]":
+        resource_tracker.ensure_running()  # by itself it would begin under the mask below, and take it off
         with _signals_held_back():  # which the processes inherit: Ctrl-C is for this one, also while they still import
             if self.executor is None:
                 self.size = size

@@ -2,20 +2,23 @@
 
 import gzip
 import importlib.metadata
+import io
 import json
+import math
 import os
 import platform
 import subprocess
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import torch
 
-from secondorder.atomic import write_atomically
+from secondorder.atomic import read_regular, write_atomically
 from secondorder.errors import InputError
 
 PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
@@ -72,8 +75,9 @@ def provenance(
 
 def device_name(device: torch.device) -> str:
     """The processor's own name, e.g. ``cpu: AMD EPYC`` or ``cuda: NVIDIA H100``."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", None)
+        return f"{device.type}: {name(device) if name is not None else platform.processor() or platform.machine()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -129,10 +133,11 @@ def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataF
     compressed = folder / f"{name}.csv.gz"
     path = compressed if compressed.exists() else folder / f"{name}.csv"
     try:
-        table = pd.read_csv(path)
+        content = read_regular(path)
+        table = pd.read_csv(io.BytesIO(gzip.decompress(content) if path.suffix == ".gz" else content))
     except FileNotFoundError:
         raise InputError(f"no results at {path}; run the study first") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, OverflowError) as error:
         raise InputError(f"{path} is not a readable table ({error}); run the study again") from None
     missing = [column for column in columns if column not in table.columns]
     if missing or table.empty:
@@ -142,9 +147,27 @@ def read_table(folder: Path, name: str, columns: Iterable[str] = ()) -> pd.DataF
 
 
 def read_provenance(folder: Path, name: str) -> Provenance:
-    """The provenance that `write_table` wrote beside a table."""
+    """The provenance that `write_table` wrote beside a table; InputError unless all of it is there, each of its type."""
     path = folder / f"{name}.json"
     try:
-        return Provenance(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        origin = Provenance(**json.loads(read_regular(path)))
+        for field, type_of_field in get_type_hints(Provenance).items():
+            _check_type(field, getattr(origin, field), type_of_field)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no provenance file ({error}); run the study again") from None
+    return origin
+
+
+def _check_type(name: str, value: object, wanted: Any) -> None:
+    """TypeError unless the value of a field, and what a list or a dictionary holds, has the type."""
+    kind, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if kind is Any:
+        return
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.60}, no {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{name} is {value}")
+    if isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else value.values():
+            _check_type(name, item, inner[-1])

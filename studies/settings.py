@@ -12,6 +12,7 @@ import torch
 from secondorder.atomic import check_writable, exclusive
 from secondorder.errors import InputError
 from secondorder.training import resolve_device
+from secondorder.training.device import check_device
 
 Preset = Literal["smoke", "quick", "cifar10", "paper"]
 PRESETS: dict[str, str] = {
@@ -20,6 +21,7 @@ PRESETS: dict[str, str] = {
     "cifar10": "at most about two hours a study on two CPU cores, on CIFAR-10",
     "paper": "the published ImageNet settings; days on GPUs",
 }
+MOST_SEEDS = 1000
 SEEDS = {"smoke": 2, "quick": 3, "cifar10": 3, "paper": 3}
 
 
@@ -37,7 +39,7 @@ class Common:
     download: bool = False
     """Let torchvision download a missing data set into the data root."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:<index>, or auto (cuda if there is one)."""
+    """Where to compute: auto (the accelerator if there is one), cpu, cuda, mps or xpu; one of several as cuda:<index>."""
     seeds: int = 3
     """Number of seeds, 0 to seeds - 1; confidence intervals need at least 2."""
     threads: int = 2
@@ -51,8 +53,9 @@ class Common:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed")
+        check_device(self.device, "off")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed, and at most {MOST_SEEDS}")
         most = max(64, os.cpu_count() or 1)
         if not 1 <= self.threads <= most:
             raise InputError(f"--threads {self.threads}: use 1 to {most}")
@@ -73,9 +76,10 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Make `folder`, prove that it can be written and keep other studies out; InputError that names it else."""
     try:
         check_writable(folder)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the output folder {folder}: {error.strerror}; choose another with --out"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            reason = "it is a link to nowhere" if folder.is_symlink() else "it is a file"
+        raise InputError(f"cannot write to the output folder {folder}: {reason}; choose another with --out") from None
     with exclusive(folder):
         yield

@@ -1,6 +1,7 @@
 """Time and memory of actions on a shared machine: interleaved repeats, so that a busy moment meets all of them."""
 
 import gc
+import math
 import os
 import sys
 import time
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from secondorder.accelerator import wait_for
 
 
 def interleaved(
@@ -24,24 +27,21 @@ def interleaved(
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
     """Wall-clock seconds of `action`, waiting for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     start = time.perf_counter()
     action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """Largest memory that `action` holds at once beyond what was held before, as torch's allocator counts it."""
+def peak_bytes(action: Callable[[], object], device: torch.device) -> float:
+    """Largest memory that `action` holds at once beyond what was held before, as torch's allocator counts it.
+
+    NaN on a device whose allocator keeps no such count (MPS).
+    """
     gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        action()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return _peak_of_accelerator(action, device)
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         action()
     held = peak = 0
@@ -50,6 +50,20 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _peak_of_accelerator(action: Callable[[], object], device: torch.device) -> float:
+    """By the counts of the device's own allocator, NaN without."""
+    wait_for(device)
+    try:
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        counted = bool(torch.accelerator.memory_stats(device))
+    except RuntimeError:
+        before, counted = 0, False
+    action()
+    wait_for(device)
+    return torch.accelerator.max_memory_allocated(device) - before if counted else math.nan
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ def imported_modules_are_no_garbage() -> None:
 def forkserver() -> ForkServerContext:
     """Starts processes that may be killed, forked from a server that has imported the packages once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["studies.__main__", "sklearn.datasets"])
+    context.set_forkserver_preload(["studies.program", "sklearn.datasets"])
     return context
 
 
@@ -45,15 +44,18 @@ def killed(forkserver: ForkServerContext) -> Callable[..., None]:
     """Start the studies with some arguments and kill them as soon as a condition holds."""
     from studies.__main__ import main  # of the tests of studies only: it takes a second
 
-    def kill_when(condition: Callable[[], bool], arguments: list[str], seconds: float = 100.0) -> None:
+    def kill_when(condition: Callable[[], bool], arguments: list[str], seconds: float = 240.0) -> None:
         process = forkserver.Process(target=main, args=(arguments,))
         process.start()
         deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            assert process.exitcode is None, "the study ended before it could be killed"
-            time.sleep(0.01)
-        process.kill()
-        process.join(60)
+        try:
+            while not condition():
+                assert process.exitcode is None, "the study ended before it could be killed"
+                assert time.monotonic() < deadline, f"nothing to be killed after {seconds} s"
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.join(60)
         assert process.exitcode == -signal.SIGKILL
 
     return kill_when
@@ -79,12 +81,10 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script or ``-m module`` with arguments in two processes under torchrun, on the loopback interface only."""
 
     def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+        # torchrun binds a port that is free when it binds it, and tells the processes which
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
         process = subprocess.Popen(
-            [*command, f"--master_port={port}", *arguments],
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous, *arguments],
             env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -92,7 +92,7 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
             start_new_session=True,
         )
         try:
-            out, err = process.communicate(timeout=150)
+            out, err = process.communicate(timeout=250)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # the launcher with both of its processes
             raise

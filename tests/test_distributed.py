@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 from undrawn_figures import undrawn_figures
 
-from secondorder.data import load_dataset
+from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
-from secondorder.training import Moment, Run, distributed, is_main_process, load_checkpoint, on_main, train
+from secondorder.networks import network
+from secondorder.training import Moment, Run, Trained, distributed, is_main_process, load_checkpoint, on_main, train
 from secondorder.training.batch_norm import synchronise
 from studies.__main__ import main
 
@@ -48,6 +51,13 @@ class Broken:
         return []
 
 
+def own_training(data: ImageDataset, folder: Path) -> Trained:
+    """A network and data of the user's, with a frozen part and learning rates by group."""
+    run = replace(RUN, backbone="own", pooling="own", dataset="own", frozen=("stem",), learning_rates={"features": 0.5})  # type: ignore[arg-type]
+    pairs = TensorDataset(*data.train.plain(range(70))), TensorDataset(*data.test.plain(range(31)))
+    return train(run, pairs, folder, network=lambda: network("digits_net", "gcp", 10, 1), progress=False)
+
+
 # What each of the two processes does; it writes what it has seen to OUT/<rank>.json, and at last the main one fails.
 SCRIPT = """
 import dataclasses, json, os, sys
@@ -57,7 +67,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, TESTS)
-from test_distributed import RUN, STUDY, Broken, Statistics, compare_batch_norm
+from test_distributed import RUN, STUDY, Broken, Statistics, compare_batch_norm, own_training
 from undrawn_figures import undrawn_figures
 
 from secondorder.data import load_dataset
@@ -76,6 +86,7 @@ with distributed():
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), trained.model.parameters()))
     report |= {"losses": trained.step_losses, "history": trained.history, "records": trained.records}
     report |= {"main": is_main_process(), "continued": continued.step_losses}
+    report["own"] = own_training(data, out / "own").step_losses
     report["kinds"] = sorted({type(layer).__name__ for layer in trained.model.modules()})
     report["sum"] = sum(w.double().sum().item() for w in trained.model.parameters())
     report["batch_norm"] = compare_batch_norm()
@@ -178,6 +189,12 @@ def test_two_processes_continue_what_one_began(outcome: dict[str, Any]) -> None:
     for report in outcome["reports"]:
         assert report["continued"][:6] == outcome["alone"].step_losses[:6]
         assert report["continued"] == pytest.approx(outcome["alone"].step_losses, rel=0, abs=1e-5)
+
+
+def test_own_network_and_data_as_in_one_process(outcome: dict[str, Any], tmp_path: Path) -> None:
+    alone = own_training(load_dataset("digits", limit=70, test_limit=31), tmp_path)
+    for report in outcome["reports"]:
+        assert report["own"] == pytest.approx(alone.step_losses, rel=0, abs=1e-5)
 
 
 def test_observers_run_in_one_process_on_the_whole_batch(outcome: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from jobs_to_map import (
     naps,
     product,
 )
+from terminal import signals_of_a_terminal
 
 from studies import parallel
 from studies.jobs import LostJobError, map_jobs, threads_each
@@ -153,6 +154,7 @@ def test_threads_are_divided(threads: int, processes: int, each: int) -> None:
 PARENT = """
 import sys, time, os
 from pathlib import Path
+import torch
 from studies.jobs import map_jobs
 
 def works(folder, number):
@@ -187,6 +189,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=signals_of_a_terminal,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -207,7 +210,7 @@ def test_processes_end_with_their_parent(parent: subprocess.Popen[str], tmp_path
     wait_for(lambda: not list(tmp_path.glob("secondorder-jobs-*")))
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5])
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.2, 0.4, 0.8])
 def test_an_interruption_of_the_group_is_quiet_at_any_moment(parent: subprocess.Popen[str], delay: float) -> None:
     """Ctrl-C reaches all processes of a terminal, those too that are still importing; the delays are moments, not limits."""
     time.sleep(delay)

@@ -54,7 +54,7 @@ def test_covariance_divides_by_the_number_of_positions() -> None:
     x = torch.tensor([[[[1.0, 3.0], [5.0, 7.0]], [[0.0, 0.0], [0.0, 4.0]]]])  # means 4 and 1
     assert Covariance()(x).tolist() == [[[5.0, 3.0], [3.0, 3.0]]]
     torch.testing.assert_close(Covariance()(x), torch.cov(x[0].flatten(1), correction=0)[None])
-    assert Covariance()(x.flatten(2)).equal(Covariance()(x))
+    assert Covariance("NCL")(x.flatten(2)).equal(Covariance()(x))
 
 
 def test_gcp_is_five_published_steps() -> None:
@@ -190,7 +190,7 @@ DIFFICULT: dict[str, Callable[[], Tensor]] = {
     "huge": lambda: scaled([1e6, 1e6]),
     "mixed with a zero sample": lambda: scaled([1.0, 0.0, 1e-12, 1e6]),
     "constant": lambda: torch.ones(2, 6, 3, 3),
-    "1x1": lambda: maps(2, 6, 1, 1, dtype=torch.float32),
+    "two positions": lambda: maps(2, 6, 1, 2, dtype=torch.float32),
     "dead and equal channels": lambda: scaled([1.0, 1.0])[:, [0, 0, 1, 1, 2, 2]] * torch.arange(6).lt(4)[:, None, None],
     "more channels than positions": lambda: maps(2, 6, 2, 2, dtype=torch.float32),
     "repeated eigenvalues": lambda: torch.eye(9)[None, :6].reshape(1, 6, 3, 3),
@@ -297,10 +297,28 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "reduced_channels": (lambda: pooling_head("gcp", 4, 0), "reduced_channels must be .* got 0"),
     "other channels": (lambda: pooling_head("gcp", 5)(X), r"\[N, 5, H, W\], got shape \[2, 4, 3, 3\]"),
     "dimensions": (lambda: pooling_head("gap", 4)(X[0]), r"got shape \[4, 3, 3\]"),
-    "empty batch": (lambda: pooling_head("gap", 4)(X[:0]), r"got shape \[0, 4, 3, 3\]"),
+    "no channels": (lambda: pooling_head("gap", 4)(X[:, :0]), r"got shape \[2, 0, 3, 3\]"),
+    "single position": (lambda: pooling_head("gcp", 4)(X[..., :1, :1]), "single position gives zeros .*larger inputs"),
+    "single position, dropcov": (lambda: pooling_head("dropcov", 4)(X[..., :1, :1]), "single position"),
+    "single position, layer": (lambda: Covariance()(X[..., :1, :1]), "single position gives zeros"),
+    "one value": (lambda: pooling_head("gap", 4, 2)(X[:1, :, :1, :1]), r"one value per channel in training.*or eval\(\)"),
+    "bool": (lambda: pooling_head("gap", 4)(X.bool()), "got torch.bool"),
+    "complex": (lambda: pooling_head("gcp", 4)(X.cfloat()), "float32 or float64, got torch.complex64"),
+    "float8": (lambda: pooling_head("gcp_exact", 4)(X.to(torch.float8_e4m3fn)), "got torch.float8_e4m3fn"),
+    "float8 for dropout": (lambda: AdaptiveChannelDropout(4)(X.to(torch.float8_e5m2)), "got torch.float8_e5m2"),
+    "float8 for a root": (lambda: MatrixSquareRoot()(X[..., :3, :3].to(torch.float8_e5m2)), "got torch.float8_e5m2"),
+    "no tensor": (lambda: pooling_head("gap", 4)([1.0]), "needs a tensor, got list"),
+    "misspelled reduction": (lambda: pooling_head("gcp", 4, reduce_channels=2), "did you mean reduced_channels"),
+    "misspelled option": (lambda: pooling_head("gcp", 4, num_itr=2), "allowed: num_iter, method; .*did you mean num_iter"),
+    "unhashable pooling": (lambda: pooling_head(["gcp"], 4), "unknown pooling 'list'; choose one of"),
+    "pooling of 400 letters": (lambda: pooling_head("g" * 400, 4), "unknown pooling 'ggg"),
+    "integers of bool": (lambda: pooling_head("gcp", True), "got True"),
+    "in_channels of 400 digits": (lambda: pooling_head("gcp", -(10**400)), r"got -1000\S*\.\.\."),
     "no positions": (lambda: pooling_head("gcp", 4)(X[..., :0]), r"got shape \[2, 4, 3, 0\]"),
     "integers": (lambda: pooling_head("covariance", 4)(X.long()), "int64"),
     "covariance": (lambda: Covariance()(X[0, 0]), r"got shape \[3, 3\]"),
+    "covariance of tokens": (lambda: Covariance()(X[0]), r"needs features \[N, C, H, W\].*layout=\"NLC\""),
+    "dropout of tokens": (lambda: AdaptiveChannelDropout(4)(X[0]), r"got shape \[4, 3, 3\].*layout"),
     "triangle": (lambda: UpperTriangle()(X[0, 0, :2]), r"got shape \[2, 3\]"),
     "square root": (lambda: MatrixSquareRoot()(X[..., :2]), r"\[2, 4, 3, 2\]"),
 }  # fmt: skip
@@ -312,6 +330,19 @@ def test_bad_input_is_refused_in_one_line(case: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) <= 300
+
+
+def test_a_pooling_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POOLINGS, "positions", lambda channels: [nn.Flatten()])
+    head = pooling_head("positions", 3)
+    assert head(maps(2, 3, 4, 4)).shape == (2, head.out_features) == (2, 48)
+    monkeypatch.setitem(POOLINGS, "maps", lambda channels: [nn.ReLU()])
+    monkeypatch.setitem(POOLINGS, "none", lambda channels: [])
+    with pytest.raises(InputError, match=r"not \[N, F\]; end in Flatten"):
+        pooling_head("maps", 3)
+    with pytest.raises(InputError, match="pooling 'none' has no layers"):
+        pooling_head("none", 3)
 
 
 def test_every_pooling_has_a_documented_head() -> None:

@@ -139,7 +139,9 @@ def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
         (["landscape", "--schedule", "fast"], "unknown schedule 'fast'; choose one of:"),
         (["landscape", "--dataset", "cifar10", "--backbone", "cifar_resnet8", "--data-root", "/nowhere"], "/nowhere"),
         (["landscape", "--device", "cuda"], "available: cpu"),
-        (["landscape", "--device", "tpu"], "'tpu'"),
+        (["landscape", "--device", "tpu"], "device is 'tpu'; choose one of: auto, cpu, cuda, mps, xpu"),
+        (["performance", "--device", "foo"], "device is 'foo'; choose one of: auto, cpu, cuda, mps, xpu"),
+        (["performance", "--device", "foo", "--dry-run"], "device is 'foo'; choose one of: auto, cpu, cuda, mps, xpu"),
         (["landscape", "--seeds", "0"], "--seeds 0: at least 1 seed"),
         (["landscape", "--eta-low", "5", "--eta-high", "1"], r"the eta range [5.0, 1.0]"),
         (["landscape", "--measure-every", "0"], "--measure-every 0"),
@@ -194,7 +196,7 @@ def test_a_corrupt_checkpoint_is_named(finished: Path, tmp_path: Path, capsys: p
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     table = (tmp_path / "landscape.csv").read_bytes()
     assert main([*flags, "--resume"]) == 2
-    assert str(checkpoint) in capsys.readouterr().err
+    assert checkpoint.name in capsys.readouterr().err
     assert (tmp_path / "landscape.csv").read_bytes() == table
     settings = tmp_path / "runs" / "landscape" / "settings.json"
     settings.write_text("{")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, epoch_order, load_dataset
+from secondorder.data.files import shown
 from secondorder.errors import InputError
 from secondorder.networks import network
 from secondorder.pooling import POOLINGS
@@ -171,7 +172,7 @@ def test_divergence_keeps_the_last_good_checkpoint(data: ImageDataset, tmp_path:
     step = state["progress"]["step"]
     message = str(caught.value)
     assert "\n" not in message
-    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", str(tmp_path)):
+    for part in (run.name, "epoch 1", f"after {step} of 8 steps", "1e+30", "lower learning_rate", shown(tmp_path)):
         assert part in message
     assert 1 <= step < 8
     assert len(state["progress"]["step_losses"]) == step
@@ -318,7 +319,7 @@ def test_run_survives_json_and_tells_every_field_apart() -> None:
         "learning_rate": 0.1, "schedule": "constant", "momentum": 0.8, "weight_decay": 0.0, "seed": 1,
         "device": "cuda", "amp": "bfloat16", "threads": 2, "reduced_channels": 8, "last_stride": 1, "dropout": 0.1,
         "image_size": 16, "train_limit": 50, "test_limit": 20, "channels_last": True, "pooling_options": (),
-        "optimizer_options": {"nesterov": True},
+        "optimizer_options": {"nesterov": True}, "initial": "x", "frozen": ("stem",), "learning_rates": {"stem": 0.1},
     }  # fmt: skip
     assert {*changes, "optimizer"} == {field.name for field in dataclasses.fields(Run)}
     names = [run.name, *(dataclasses.replace(run, **{field: value}).name for field, value in changes.items())]
@@ -372,19 +373,40 @@ def test_data_that_do_not_fit_the_run(data: ImageDataset, tmp_path: Path, change
 
 
 def test_device_that_is_not_there(data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     with pytest.raises(InputError, match=r"device 'cuda' .* not available; available: cpu"):
         fit(dataclasses.replace(RUN, device="cuda"), data, tmp_path)
     assert resolve_device("auto") == torch.device("cpu")
-    with pytest.raises(InputError, match="amp float16 needs CUDA"):
+    with pytest.raises(InputError, match="amp float16 needs an accelerator"):
         fit(dataclasses.replace(RUN, device="auto", amp="float16"), data, tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda:0")
     with pytest.raises(InputError, match="available: cpu, cuda:0, cuda:1"):
         resolve_device("cuda:2")
+    with pytest.raises(InputError, match=r"device 'mps' .* available: cpu, cuda:0, cuda:1"):
+        resolve_device("mps")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert resolve_device("cuda") == torch.device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="'cuda:0' is one GPU but torchrun started 2 processes"):
+    with pytest.raises(InputError, match="'cuda:0' is one device but torchrun started 2 processes; choose cuda"):
         resolve_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    "name", ["foo", "", "cuda:", "cuda:x", "cuda:-1", "cuda:٣", "cpu:0", "CUDA", "auto:1", "x" * 999, 0]
+)
+def test_names_that_are_no_device(name: Any) -> None:
+    """One line of bounded length that says what there is."""
+    with pytest.raises(
+        InputError, match=r"^device is .*; choose one of: auto, cpu, cuda, mps, xpu.*; available: cpu"
+    ) as caught:
+        resolve_device(name)
+    assert len(str(caught.value)) <= 200
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cuda:99999999999999999999", "xpu:123", "mps:7"])
+def test_devices_of_large_numbers(name: str) -> None:
+    with pytest.raises(InputError, match=r"^device '.*' .* is not available; available: cpu"):
+        resolve_device(name)

@@ -3,6 +3,7 @@
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
 from secondorder.data.datasets import DATASETS, ImageDataset, load_dataset
 from secondorder.data.images import ImageArray, ImageFiles, ImageSplit, Normalisation
+from secondorder.data.own import own_dataset
 from secondorder.data.row import Row, Source
 from secondorder.data.sampling import epoch_order, stratified_subset
 
@@ -19,5 +20,6 @@ __all__ = [
     "Source",
     "epoch_order",
     "load_dataset",
+    "own_dataset",
     "stratified_subset",
 ]

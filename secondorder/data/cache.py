@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from secondorder.data.files import expanded, open_regular
+
 Arrays = dict[str, np.ndarray]
 
 VARIABLE = "SECONDORDER_CACHE"
@@ -19,7 +21,7 @@ def cache_folder() -> Path | None:
     None when there is no home folder either.
     """
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).expanduser()
+        return expanded(chosen, VARIABLE)
     if parent := os.environ.get("XDG_CACHE_HOME"):
         return Path(parent) / "secondorder"
     try:
@@ -39,7 +41,7 @@ def cached(name: str, build: Callable[[], Arrays], valid: Callable[[Arrays], boo
         return build()
     file = folder / f"{name}.npz"
     # Any exception: a damaged zip archive fails in many ways (its CRC sees every flipped bit), and all mean "build it".
-    with suppress(Exception), file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+    with suppress(Exception), open_regular(file) as stream, np.load(stream, allow_pickle=False) as stored:
         arrays = {key: stored[key] for key in stored.files}
         if valid(arrays):
             return arrays

@@ -1,13 +1,14 @@
 """The table of data sets and the one way to load them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
-from secondorder.data.images import ImageArray, ImageFiles, ImageSplit
+from secondorder.data.files import expanded, is_folder, shown
+from secondorder.data.images import ImageArray, ImageFiles, ImageSplit, check_image_size
 from secondorder.data.jpeg import read_jpeg_classes
 from secondorder.data.readers import read_digits, read_fake, read_image_folder, torchvision_arrays
 from secondorder.data.row import Row, Source, Split
@@ -133,21 +134,32 @@ def load_dataset(
     limit: int | None = None,
     test_limit: int | None = None,
     image_size: int | None = None,
+    allow_empty: bool = False,
 ) -> ImageDataset:
     """Load the data set of row ``name`` of `DATASETS` from ``root`` (else from the folder of ``SECONDORDER_DATA``).
 
-    ``limit`` keeps that many training images, a fixed class-balanced subset, and ``test_limit`` test images (None: the
-    same share as of the training images). ``image_size`` resizes (None: the data set's own size). ``cifar10`` takes the
-    JPEG set when the root holds only that, and then says so in ``name`` and ``label``.
+    Args:
+        name: row of `DATASETS`. ``cifar10`` takes the JPEG set when the root holds only that, and then says so in ``name``
+            and ``label`` of what it returns.
+        root: folder that holds the data; a ``~`` is the home folder.
+        download: let torchvision fetch a missing set into ``root``.
+        limit: keep that many training images, a fixed class-balanced subset; None: all.
+        test_limit: keep that many test images; None: the same share as of the training images.
+        image_size: resize to that many pixels a side, at most 4,096; None: the data set's own size.
+        allow_empty: of ``imagefolder``, keep class folders without images as classes; they are refused otherwise, since a
+            class too many changes the network.
 
-    Raises `InputError` for an unknown name, a missing, incomplete or corrupt data set, and limits out of range.
+    Raises:
+        InputError: for an unknown name, a missing, incomplete or corrupt data set, and values out of range.
     """
-    if name not in DATASETS:
-        raise unknown("data set", name, DATASETS)
-    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
-        raise InputError(f"image_size is {image_size!r}; it must be a whole number of at least 1 pixel")
+    if not isinstance(name, str) or name not in DATASETS:
+        raise unknown("data set", shown(name), DATASETS)
+    if image_size is not None:
+        check_image_size(image_size)
     name, folder = _locate(name, root, download)
-    row = DATASETS[name]
+    row = replace(DATASETS[name], allow_empty=allow_empty)
+    if allow_empty and row.read is not read_image_folder:
+        raise InputError(f"allow_empty=True: {name} has every class; leave it out")
     _check_limits(row, limit, test_limit)
     source = row.read(row, folder, download)
     _check_counts(row, source)
@@ -185,18 +197,15 @@ def _locate(name: str, root: str | Path | None, download: bool) -> tuple[str, Pa
         sought += f", or for {DATASETS[row.substitute].label}: {', '.join(DATASETS[row.substitute].markers)}"
     if not root:
         raise InputError(f"{name} needs the folder that holds one of {sought}; {way_out}")
-    folder = Path(root).expanduser()
+    folder = expanded(root, "data root")
     fetch = download and row.downloadable
-    if not fetch and not folder.is_dir():
-        raise InputError(f"data root {folder} is no folder; {way_out}")
-    try:
-        if fetch or row.found(folder):
-            return name, folder
-        if row.substitute and DATASETS[row.substitute].found(folder):
-            return row.substitute, folder
-    except OSError as error:
-        raise InputError(f"data root {folder} cannot be read ({error.strerror})") from error
-    raise InputError(f"{name} is not in {folder}: looked for {sought}; {way_out}")
+    if not fetch and not is_folder(folder):
+        raise InputError(f"data root {shown(folder)} is no folder; {way_out}")
+    if fetch or row.found(folder):
+        return name, folder
+    if row.substitute and DATASETS[row.substitute].found(folder):
+        return row.substitute, folder
+    raise InputError(f"{name} is not in {shown(folder)}: looked for {sought}; {way_out}")
 
 
 def _check_limits(row: Row, limit: int | None, test_limit: int | None) -> None:
@@ -207,7 +216,7 @@ def _check_limits(row: Row, limit: int | None, test_limit: int | None) -> None:
             continue
         upper = f"to {size}, the number of images of {row.label}" if size else "upwards"
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (size is not None and value > size):
-            raise InputError(f"{option} is {value!r}; it must be a whole number from 1 {upper}")
+            raise InputError(f"{option} is {shown(repr(value))}; it must be a whole number from 1 {upper}")
 
 
 def _check_counts(row: Row, source: Source) -> None:

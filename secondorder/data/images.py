@@ -15,16 +15,28 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as image_transforms
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
-from secondorder.data.sampling import check_seed_and_epoch, uniforms
+from secondorder.data.decoding import MAX_PIXELS, decode
+from secondorder.data.files import shown
+from secondorder.data.sampling import check_seed_and_epoch, epoch_order, uniforms
 from secondorder.errors import InputError
 
 # How far the short side of a test image exceeds the central crop: 256 pixels for 224, as is usual for ImageNet.
 TEST_RESIZE = 256 / 224
+
+MAX_IMAGE_SIZE = 4096
+"""The largest side, in pixels, that images are resized to."""
+
+
+def check_image_size(image_size: object) -> None:
+    """Raise `InputError` unless ``image_size`` is a whole number of pixels from 1 to MAX_IMAGE_SIZE."""
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise InputError(
+            f"image_size is {shown(repr(image_size))}; it must be a whole number of pixels from 1 to {MAX_IMAGE_SIZE}"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,10 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
         same = copy.copy(self)
         same.augmentation, same._draws = None, 0
         return same.batch(indices)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Order ``[N]`` (int64) in which epoch ``epoch`` visits the samples, a function of (N, seed, epoch)."""
+        return epoch_order(len(self), seed, epoch)
 
     @abstractmethod
     def _images(self, positions: NDArray[np.int64], u: NDArray[np.float64]) -> Tensor:
@@ -150,20 +166,16 @@ class ImageFiles(ImageSplit):
         """Decoded, cropped and resized image ``[C, H, W]`` uint8."""
         image, size = decode(file), self.image_size
         if self.augmentation is None:
-            resized = image_transforms.resize(image, [round(size * TEST_RESIZE)])
+            short = round(size * TEST_RESIZE)
+            if short**2 * max(image.size) > MAX_PIXELS * min(image.size):
+                raise InputError(
+                    f"{shown(file)} has {image.width}x{image.height} pixels: too long a strip to be resized to a short side "
+                    f"of {short}; crop or remove it"
+                )
+            resized = image_transforms.resize(image, [short])
             return image_transforms.pil_to_tensor(image_transforms.center_crop(resized, [size, size]))
         box = self.augmentation.box(image.height, image.width, u)
         image = image_transforms.resized_crop(image, *box, size=[size, size])
         if self.augmentation.mirrored(u):
             image = image_transforms.horizontal_flip(image)
         return image_transforms.pil_to_tensor(image)
-
-
-def decode(file: str) -> Image.Image:
-    """RGB image of a file. Raises `InputError` naming the file when it cannot be read or does not decode."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file} does not decode ({reason}); replace or remove it") from error

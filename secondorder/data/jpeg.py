@@ -13,16 +13,24 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, features
+from PIL import features
 from tqdm import tqdm
 
 from secondorder.data.cache import Arrays, cached
+from secondorder.data.decoding import decode_stream
+from secondorder.data.files import exists, folders_in, images_in, open_regular, reason, shown
 from secondorder.data.row import Row, Source, Split
 from secondorder.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 ARCHIVE = ".tar.xz"
+
+MAX_FILE = 2**20
+"""The largest encoded image, in bytes; CIFAR's have about 1 KiB."""
+
+MAX_ARCHIVE = 2**29
+"""The most bytes that an archive may unpack to; the 50,000 images take about 100 MB."""
 
 
 def decoder() -> str:
@@ -33,19 +41,19 @@ def decoder() -> str:
 
 def read_jpeg_classes(row: Row, root: Path, download: bool) -> Source:
     """The first of ``row.markers`` (each a folder or archive of the train split) and the test split beside it."""
-    train = next(root / marker for marker in row.markers if (root / marker).exists())
+    train = next(root / marker for marker in row.markers if exists(root / marker))
     test = train.with_name(train.name.replace("train", "test"))
     provenance: dict[str, object] = {"decoder": decoder()}
     splits: list[Split] = []
     for name, path in (("train", train), ("test", test)):
         is_archive = path.name.endswith(ARCHIVE)
-        if not (path.is_file() if is_archive else path.is_dir()):
-            raise InputError(f"{row.label}: {train.name} is in {train.parent}, but {path.name} is not beside it")
+        if not exists(path):
+            raise InputError(f"{row.label}: {train.name} is in {shown(train.parent)}, but {path.name} is not beside it")
         try:
             fingerprint = (_archive_fingerprint if is_archive else _folder_fingerprint)(path)
             arrays = _decoded(row, path, fingerprint, is_archive)
         except OSError as error:
-            raise InputError(f"{row.label}: {path} cannot be read ({' '.join(str(error).split())})") from error
+            raise InputError(f"{row.label}: {shown(path)} cannot be read ({reason(error)})") from error
         splits.append((torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])))
         if is_archive:
             provenance[f"{name}_sha256"] = fingerprint
@@ -55,8 +63,8 @@ def read_jpeg_classes(row: Row, root: Path, download: bool) -> Source:
 
 def _archive_fingerprint(path: Path) -> str:
     """Sha256 of the archive."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # any file has readinto
 
 
 def _folder_fingerprint(path: Path) -> str:
@@ -87,48 +95,77 @@ def _decode_all(row: Row, path: Path, members: Iterator[tuple[str, str, bytes]])
         members, desc=f"decoding {row.label} {path.name}", unit=" images", disable=None
     ):
         if class_name not in row.classes:
-            raise InputError(f"{path} holds the class folder {class_name!r}; {row.label} has {', '.join(row.classes)}")
-        images[row.classes.index(class_name), file] = _pixels(row, f"{class_name}/{file} in {path}", content)
+            raise InputError(
+                f"{shown(path)} holds the class folder {shown(class_name, 40)!r}; {row.label} has {', '.join(row.classes)}"
+            )
+        images[row.classes.index(class_name), file] = _pixels(
+            row, f"{shown(class_name, 25)}/{shown(file, 40)} in {shown(path)}", content
+        )
     order = sorted(images)
     labels = np.array([label for label, _ in order], dtype=np.int64)
     empty = [name for label, name in enumerate(row.classes) if label not in labels]
     if empty:
-        raise InputError(f"{path} holds no images of class {', '.join(empty)}; copy it again")
+        raise InputError(f"{shown(path)} holds no images of class {', '.join(empty)}; copy it again")
     return {"images": np.stack([images[key] for key in order]), "labels": labels}
 
 
 def _pixels(row: Row, name: str, content: bytes) -> np.ndarray:
     """Pixels ``[C, H, W]`` of one encoded image."""
-    try:
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} does not decode ({type(error).__name__}); copy it again") from error
-    if image.size != (row.image_size, row.image_size):
-        raise InputError(f"{name} has {image.width}x{image.height} pixels; {row.label} has {row.image_size} squared")
+    image = decode_stream(io.BytesIO(content), name, (row.image_size, row.image_size))
     return np.asarray(image).transpose(2, 0, 1)
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that refuses to give more than MAX_ARCHIVE bytes: a few kilobytes of .xz can hold terabytes of zeros."""
+
+    def __init__(self, stream: lzma.LZMAFile, name: str) -> None:
+        self.stream, self.name, self.given = stream, name, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, at most 1 MiB of them."""
+        content = self.stream.read(min(size, 1 << 20) if size >= 0 else 1 << 20)
+        self.given += len(content)
+        if self.given > MAX_ARCHIVE:
+            raise InputError(f"{self.name} unpacks to more than {MAX_ARCHIVE} bytes; copy it again")
+        return content
 
 
 def _archive_members(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """Class, file name and content of each image of ``path``, read as a stream and never written to disk."""
     try:
-        with lzma.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is not None and member.name.lower().endswith(SUFFIXES):
+        with open_regular(path) as packed, lzma.open(packed) as unpacked:
+            stream = _Bounded(unpacked, shown(path))
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
                     class_name, file = ("/" + member.name).split("/")[-2:]
-                    yield class_name, file, content.read()
+                    if not file.lower().endswith(SUFFIXES) or file.startswith(".") or member.isdir():
+                        continue
+                    yield class_name, file, _member_content(archive, member, path)
             while stream.read(1 << 20):  # the tar file ends before the archive's checksum, which is checked at its end
                 pass
-    except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} is truncated or corrupt ({type(error).__name__}: {error}); copy it again") from error
+    except (lzma.LZMAError, tarfile.TarError, EOFError, MemoryError) as error:
+        raise InputError(f"{shown(path)} is truncated or corrupt ({reason(error)}); copy it again") from error
+
+
+def _member_content(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    """The bytes of one image; `InputError` for a link, a FIFO or a device, and for one of absurd size."""
+    name = f"{shown(member.name, 60)} in {shown(path)}"
+    if member.size > MAX_FILE:
+        raise InputError(f"{name} has {member.size} bytes; an image here has at most {MAX_FILE}; copy it again")
+    content = archive.extractfile(member) if member.isfile() else None
+    if content is None:
+        raise InputError(f"{name} is no regular file; copy it again")
+    return content.read()
 
 
 def _folder_members(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """Class, file name and content of each image under ``path``."""
     for file in _files(path):
-        yield file.parent.name, file.name, file.read_bytes()
+        with open_regular(file, MAX_FILE) as stream:
+            yield file.parent.name, file.name, stream.read()
 
 
 def _files(path: Path) -> Iterator[Path]:
     """Images ``path/<class>/<file>``."""
-    return (file for file in path.glob("*/*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    for name in folders_in(path):
+        yield from map(Path, images_in(path / name, SUFFIXES, below=False))

@@ -13,7 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from secondorder.data.images import decode
+from secondorder.data.decoding import decode
+from secondorder.data.files import check_regular, entries, exists, folders_in, images_in, is_folder, reason, shown
 from secondorder.data.row import Row, Source, Split
 from secondorder.data.sampling import uniforms
 from secondorder.errors import InputError
@@ -22,11 +23,8 @@ DIGITS_TEST_SIZE = 360
 
 FAKE_IMAGES = (256, 64)  # train, test
 
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+MAX_FILE = 2**30
+"""The largest file that is handed to torchvision, in bytes; the largest of its sets here has 155 MB."""
 
 
 def read_digits(row: Row, root: Path, download: bool) -> Source:
@@ -82,16 +80,19 @@ def torchvision_arrays(dataset: str) -> Callable[[Row, Path, bool], Source]:
 
 
 def _torchvision_split(dataset: str, row: Row, root: Path, train: bool, download: bool) -> Any:
-    """torchvision's own object for one split."""
+    """torchvision's own object for one split; it reads whole files, so that none may be of absurd size."""
+    for marker in row.markers if exists(root) else ():
+        for entry in entries(root / marker) if is_folder(root / marker) else ():
+            check_regular(entry.path, MAX_FILE)
     try:
         return getattr(torchvision.datasets, dataset)(root, train=train, download=download)
     except PermissionError as error:
-        raise InputError(f"{row.label} under {root} may not be read or written ({one_line(error)})") from error
+        raise InputError(f"{row.label} under {shown(root)} may not be read or written ({reason(error)})") from error
     except (RuntimeError, OSError, EOFError, AssertionError, ValueError, LookupError, pickle.PickleError) as error:
         if download:
-            raise InputError(f"{row.label} could not be downloaded to {root} ({one_line(error)})") from error
+            raise InputError(f"{row.label} could not be downloaded to {shown(root)} ({reason(error)})") from error
         raise InputError(
-            f"{row.label} under {root} is truncated, corrupt or incomplete ({one_line(error)}); "
+            f"{row.label} under {shown(root)} is truncated, corrupt or incomplete ({reason(error)}); "
             f"delete {' or '.join(row.markers)} there and pass --download to fetch it again"
         ) from error
 
@@ -105,32 +106,37 @@ def _pixels(data: np.ndarray | Tensor) -> Tensor:
 def read_image_folder(row: Row, root: Path, download: bool) -> Source:
     """ImageNet's layout: ``root/train/<class>/<image>`` and ``root/val/...`` (or ``root/test/...``), decoded lazily.
 
-    Only the first image of each split is decoded here, of the others the sizes are looked at: of ImageNet's 1.3 million one
-    that is cut short is met, and named, when its turn comes.
+    Images may lie in folders below the class folder. Hidden files and folders are left out; links are followed. Only the
+    first image of each split is decoded here, of the others the sizes are looked at: of ImageNet's 1.3 million one that is
+    cut short is met, and named, when its turn comes.
     """
-    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-    if held_out is None or not (root / "train").is_dir():
+    held_out = next((name for name in ("val", "test") if is_folder(root / name)), None)
+    if held_out is None or not is_folder(root / "train"):
         raise InputError(
-            f"{root} is no image folder: looked for train/<class>/<image>, and val/<class>/<image> or test/..."
+            f"{shown(root)} is no image folder: looked for train/<class>/<image>, and val/<class>/<image> or test/..."
         )
-    train, test = (_folder_split(root / name) for name in ("train", held_out))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+    classes, held_out_classes = (folders_in(root / name) for name in ("train", held_out))
+    if classes != held_out_classes:
+        odd = [shown(name, 25) for name in sorted(set(classes) ^ set(held_out_classes))]
         raise InputError(
-            f"{root}: train holds {len(train.classes)} classes and {held_out} {len(test.classes)}, but both must hold "
-            f"the same; in one only: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
+            f"{shown(root)}: train holds {len(classes)} classes and {held_out} {len(held_out_classes)}, but both must hold "
+            f"the same; in one only: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
         )
-    splits = [([file for file, _ in part.samples], torch.tensor(part.targets)) for part in (train, test)]
-    for files, _ in splits:
-        if empty := next((file for file in files if Path(file).stat().st_size == 0), None):
-            raise InputError(f"{empty} is empty; copy the image again or delete it")
-        decode(files[0])
-    return Source(splits[0], splits[1], tuple(train.classes), {"source": f"folders train and {held_out}"})
+    train, test = (_folder_split(root / name, classes, row.allow_empty) for name in ("train", held_out))
+    decode(train[0][0]), decode(test[0][0])
+    return Source(train, test, tuple(classes), {"source": f"folders train and {held_out}"})
 
 
-def _folder_split(folder: Path) -> Any:
-    """torchvision's `ImageFolder`, its errors translated."""
-    try:
-        return torchvision.datasets.ImageFolder(folder)
-    except OSError as error:  # an unreadable folder, no class folder, an empty one
-        raise InputError(f"{folder} is no folder of class folders with images ({one_line(error)})") from error
+def _folder_split(folder: Path, classes: list[str], allow_empty: bool) -> tuple[list[str], Tensor]:
+    """Paths of the images ``folder/<class>/...`` and their labels ``[N]``."""
+    images = [list(images_in(folder / name, torchvision.datasets.folder.IMG_EXTENSIONS)) for name in classes]
+    empty = [shown(name, 25) for name, files in zip(classes, images, strict=True) if not files]
+    if not classes or len(empty) == len(classes):
+        raise InputError(f"{shown(folder)} is no folder of class folders with images")
+    if empty and not allow_empty:
+        raise InputError(
+            f"{shown(folder)} is no folder of class folders with images: {len(empty)} hold none ({', '.join(empty[:3])}"
+            f"{' ...' if len(empty) > 3 else ''}); delete those folders, or keep such classes with allow_empty=True"
+        )
+    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(files) for files in images]))
+    return [file for files in images for file in files], labels

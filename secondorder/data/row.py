@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from secondorder.data.augmentation import PaddedCrop, ResizedCrop
+from secondorder.data.files import exists
 from secondorder.data.images import Normalisation
 
 # One split as read: pixels [N, C, H, W] uint8 or N file names, and labels [N] int64.
@@ -45,11 +46,12 @@ class Row:
     downloadable: bool = False
     substitute: str | None = None
     classes: tuple[str, ...] | None = None  # None: as the source names them
+    allow_empty: bool = False  # whether a class folder may hold no image
 
     def normalisation(self) -> Normalisation:
         """Normalisation of this data set's pixels."""
         return Normalisation(self.mean, self.std, self.maximum)
 
     def found(self, root: Path) -> bool:
-        """Whether one of the markers exists under ``root``."""
-        return any((root / marker).exists() for marker in self.markers)
+        """Whether one of the markers exists under ``root``; raises `InputError` for a dangling link in its place."""
+        return any(exists(root / marker) for marker in self.markers)

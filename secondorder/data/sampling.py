@@ -16,7 +16,7 @@ from torch import Tensor
 from secondorder.errors import InputError
 
 # What a draw is for; the streams of one (seed, epoch) are independent of each other.
-STREAMS = {"order": 0, "augmentation": 1, "subset": 2, "fake": 3}
+STREAMS = {"order": 0, "augmentation": 1, "subset": 2, "fake": 3, "sample": 4}
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive counters land far apart
 

@@ -1,7 +1,9 @@
 """The Gauss-Newton optimiser: momentum on (G + lambda I)^-1 grad, by conjugate gradients."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
@@ -15,6 +17,7 @@ from secondorder.gauss_newton.batch_curvature import LIKELIHOODS, BatchCurvature
 from secondorder.kfac.optimizer import CLIP
 from secondorder.kfac.options import (
     DAMPING,
+    SETTINGS,
     check_closure,
     check_flag,
     check_group,
@@ -23,10 +26,13 @@ from secondorder.kfac.options import (
     checked_settings,
 )
 from secondorder.kfac.report import Stopwatch
+from secondorder.kfac.state_check import check_count, check_entries, check_float, check_optimizer
 from secondorder.kfac.update import move, shorten
 from secondorder.preconditioning.conjugate_gradients import conjugate_gradients
 
 TOLERANCE, ITERATIONS = 0.1, 20
+BUFFERS = ("momentum_buffer",)
+"""Of a parameter."""
 SCALE_DECAY = 0.95
 """Of the running means that the scale of G is made of; K-FAC's factors have the same."""
 
@@ -193,11 +199,26 @@ class GaussNewton(torch.optim.Optimizer):
         return super().state_dict() | {"gauss_newton": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; InputError, and nothing has changed, for that of another model."""
-        own = state_dict.get("gauss_newton", {})
-        if own.get("names") != list(self.names.values()):
-            raise InputError(f"the state is not of a GaussNewton with the parameters {', '.join(self.names.values())}")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "gauss_newton"})
+        """Continue from `state_dict()`.
+
+        InputError, which names the entry, and nothing has changed, for that of another model and for one that is not whole.
+        """
+        own = state_dict.get("gauss_newton") if isinstance(state_dict, Mapping) else None
+        if not isinstance(own, Mapping) or own.get("names") != list(self.names.values()):
+            raise InputError(
+                f"the state is not of a GaussNewton with the parameters {', '.join(self.names.values()):.150}"
+            )
+        check_entries("gauss_newton", own, ("names", "counts", "means"))
+        check_entries("gauss_newton.counts", own["counts"], self.counts)
+        for name, count in own["counts"].items():
+            check_count(f"gauss_newton.counts.{name}", count)
+        check_entries("gauss_newton.means", own["means"], ("squared_norm", "trace"))
+        check_float("gauss_newton.means.squared_norm", own["means"]["squared_norm"])
+        check_float("gauss_newton.means.trace", own["means"]["trace"], least=-math.inf)  # of rounding, when it is zero
+        rest = {key: value for key, value in state_dict.items() if key != "gauss_newton"}
+        check_entries("the state", rest, ("state", "param_groups"))
+        check_optimizer(rest, self.param_groups, SETTINGS, partial(checked_settings, decoupled=False), BUFFERS)
+        super().load_state_dict(rest)
         self.counts = dict(own["counts"])
         self.squared_norm, self.trace = own["means"]["squared_norm"], own["means"]["trace"]
 

@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.kronecker.scale import usable
 from secondorder.kfac.distributed import Processes
-from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, invert, restored
+from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, check_state, invert, restored
 from secondorder.kfac.inverses.inverse import shift
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
+from secondorder.kfac.state_check import check_entries, check_float, refused
 from secondorder.kfac.statistics import LayerStatistics
 
 Directions = dict[nn.Parameter, Tensor]
@@ -126,8 +128,21 @@ class Blocks:
             "inverses": {name: inverse.tensors() for name, inverse in self.inverses.items()},
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """InputError unless a state has dampings of all layers, and inverses of their sizes."""
+        check_entries("kfac.dampings", state["dampings"], self.layers)
+        for name, value in state["dampings"].items():
+            check_float(f"kfac.dampings.{name}", value)
+            if not value:
+                raise refused(f"kfac.dampings.{name}", "is zero")
+        check_entries("kfac.inverses", state["inverses"], (), self.layers)
+        for name, content in state["inverses"].items():
+            layer = self.layers[name]
+            sizes = {"G": layer.groups, "O": layer.outputs, "D": layer.inputs}
+            check_state(f"kfac.inverses.{name}", content, sizes, layer.dtype)
+
     def restored(self, state: Mapping[str, Mapping]) -> dict[str, Inverse]:
-        """The inverses in a state; InputError for an unknown kind."""
+        """The inverses in a state that `check_state` has found right."""
         return {
             name: restored({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in content.items()})
             for name, content in state["inverses"].items()

@@ -91,7 +91,7 @@ class Processes:
             for name, entries in content.items()
         }
         message = [layout]
-        dist.broadcast_object_list(message, source, device=device if device.type == "cuda" else None)
+        dist.broadcast_object_list(message, source, device=device if device.type != "cpu" else None)
         layout = message[0]
         places = [
             (name, key, value)

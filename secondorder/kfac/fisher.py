@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, SeparableLoss, SquaredError
 from secondorder.errors import InputError, unknown
 
@@ -68,7 +69,8 @@ def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Genera
         _check_columns(K * T)
         columns = _spread(loss.root(rows).mT.reshape(len(z), T, K, K))  # [V, N, T, K]
     else:
-        noise = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64).to(z.device)
+        drawn = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64)
+        noise = drawn.to(widest(z.device)).to(z.device)
         columns = loss.sampled(rows, noise).movedim(-1, 0)
     return columns.reshape(-1, *last.shape).movedim(-1, 2)
 
@@ -100,7 +102,7 @@ def _bce(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None
     if kind == "exact":
         _check_columns(E)
         return (c * p * (1 - p)).sqrt().diag_embed().movedim(-1, 0).reshape(E, *z.shape)
-    y = torch.rand(samples, *p.shape, generator=generator, dtype=torch.float64).to(z.device) < p
+    y = torch.rand(samples, *p.shape, generator=generator, dtype=torch.float64).to(widest(z.device)).to(z.device) < p
     return ((p - y.to(z)) * (c / samples) ** 0.5).reshape(samples, *z.shape)
 
 

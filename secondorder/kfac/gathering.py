@@ -17,6 +17,7 @@ from secondorder.kfac.hooks import Hook, is_pulling
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Fisher
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
+from secondorder.kfac.state_check import check_entries, check_float, refused
 from secondorder.kfac.statistics import LayerStatistics
 
 UNCOMPILED = "a compiled model ignores hooks: run it uncompiled in steps with `factor_step`"
@@ -215,15 +216,27 @@ class Gathering:
         statistics = {name: statistics.state_dict() for name, statistics in self.statistics.items()}
         return {"statistics": statistics, "samples": self.samples, "checked": self._checked}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; InputError, and nothing has changed, for factors of other shapes."""
-        trial = {layer.name: LayerStatistics(layer) for layer in self.layers}
-        for name, own in trial.items():
-            own.load_state_dict(state["statistics"][name])
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """InputError unless a state has factors of all layers, of their sizes."""
+        check_float("kfac.samples", state["samples"])
+        if not isinstance(state["checked"], bool):
+            raise refused("kfac.checked", f"is {state['checked']!r:.40}, not True or False")
+        check_entries("kfac.statistics", state["statistics"], self.statistics)
         for name, own in self.statistics.items():
-            own.load_state_dict(state["statistics"][name])
-            own.bases = None
-        self.samples, self._checked = float(state["samples"]), bool(state["checked"])
+            own.check_state(f"kfac.statistics.{name}", state["statistics"][name])
+
+    def restored(self, state: Mapping[str, Any]) -> dict[str, LayerStatistics]:
+        """The statistics in a state that `check_state` has found right, on the device."""
+        found = {layer.name: LayerStatistics(layer) for layer in self.layers}
+        for name, statistics in found.items():
+            statistics.load_state_dict(state["statistics"][name])
+        return found
+
+    def continue_with(self, statistics: Mapping[str, LayerStatistics], samples: float, checked: bool) -> None:
+        """Use these from now on."""
+        for name, own in self.statistics.items():
+            own.continue_with(statistics[name])
+        self.samples, self._checked = samples, checked
         if self.check is not None:
             self.check.stop()
         self.check = None if self._checked else ScalingCheck(self.layers)

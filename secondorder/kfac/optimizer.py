@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NoReturn, SupportsIndex
 
@@ -12,6 +13,7 @@ from secondorder.curvature.matrix_free.frozen_network import RandomState
 from secondorder.errors import InputError
 from secondorder.kfac.blocks import Directions
 from secondorder.kfac.options import (
+    SETTINGS,
     Damping,
     Fisher,
     Options,
@@ -22,9 +24,12 @@ from secondorder.kfac.options import (
 )
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
+from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
 from secondorder.kfac.step_size import Trial, loss_value, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
 
+BUFFERS = ("momentum_buffer", "square", "squares", "update")
+"""Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
 CLIP = 0.01
 """Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; seldom active later."""
 
@@ -176,16 +181,27 @@ class KFAC(torch.optim.Optimizer):
         return super().state_dict() | {"kfac": self.preconditioner.state_dict() | {"groups": self._group_names()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; InputError, and nothing has changed, for that of another architecture or other groups."""
-        state = state_dict.get("kfac", {})
-        if "groups" not in state:
+        """Continue from `state_dict()`.
+
+        InputError, which names the entry, and nothing has changed, for a state of another architecture, of other groups or
+        settings, and for one that is not whole (see `KFACPreconditioner.load_state_dict`), torch's own part included.
+        """
+        state = state_dict.get("kfac") if isinstance(state_dict, Mapping) else None
+        if not isinstance(state, Mapping) or not isinstance(state.get("groups"), list):
             raise InputError("state_dict without the entry 'kfac': it is not of a KFAC optimiser")
-        self.preconditioner.check_same(state)
+        self.preconditioner.check_state(state)
+        for i, names in enumerate(state["groups"]):
+            check_list(f"kfac.groups.{i}", names, str)
         for i, (theirs, own) in enumerate(zip_longest(state["groups"], self._group_names())):
             if theirs != own:
-                raise InputError(f"state of other parameter groups: group {i} was {theirs}, and is {own} now")
-        self.preconditioner.load_state_dict(state)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "kfac"})
+                raise InputError(
+                    f"state of other parameter groups: group {i} was {theirs!s:.100}, and is {own!s:.100} now"
+                )
+        rest = {key: value for key, value in state_dict.items() if key != "kfac"}
+        check_entries("the state", rest, ("state", "param_groups"))
+        check_optimizer(rest, self.param_groups, SETTINGS, partial(checked_settings, decoupled=False), BUFFERS)
+        super().load_state_dict(rest)
+        self.preconditioner.continue_with(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the layers are found once."""

@@ -1,6 +1,5 @@
 """Options of the K-FAC optimiser: validated when they are made, each with what it is and why its default is what it is."""
 
-import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ SETTINGS = ("lr", "momentum", "weight_decay", "damping")
 DAMPING = 0.01
 """Default damping, relative to the scale of a block: see `Damping`."""
 LARGEST = 3.4e38
-"""Learning rates and weight decays from here on are no numbers of single precision."""
+"""Learning rates, weight decays and the like from here on are no numbers of single precision."""
 SEEDS = 2**63
 """As many as a generator of torch takes."""
 WIDE_INPUT = 1024
@@ -166,20 +165,15 @@ def check_interval(name: str, value: object) -> None:
         raise InputError(f"{name} {value!r}: must be a whole number, at least 1")
 
 
-def check_number(name: str, value: object, least: float, below: float = math.inf) -> None:
+def check_number(name: str, value: object, least: float, below: float = LARGEST) -> None:
     """InputError unless the value is a real number in [least, below), or a tensor that holds one."""
     try:
         number = isinstance(value, numbers.Real | Tensor) and not isinstance(value, bool)
         fits = number and least <= float(value) < below  # type: ignore[arg-type]
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ):  # a whole number beyond floats, a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # beyond floats, a tensor of several numbers
         fits = False
     if not fits:
-        raise InputError(f"{name} {value!r}: must be a number in [{least:g}, {below:g})")
+        raise InputError(f"{name} {value!r:.100}: must be a number in [{least:g}, {below:g})")
 
 
 def check_flag(name: str, value: object) -> None:

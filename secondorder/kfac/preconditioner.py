@@ -16,10 +16,16 @@ from secondorder.kfac.layers import KroneckerLayer, find_layers
 from secondorder.kfac.options import Damping, Fisher, Options, check_number, check_sharing
 from secondorder.kfac.report import Report, Stopwatch, parameter_rows
 from secondorder.kfac.schedule import Intervals
+from secondorder.kfac.state_check import check_count, check_entries, check_list, refused
 from secondorder.matrix_power.transforms import full_precision
 
 VERSION = 1
 """Of the state."""
+ENTRIES = (
+    *("version", "sharing", "parameters", "treatments", "intervals", "events"),
+    *("statistics", "samples", "checked", "dampings", "inverses"),
+)
+"""Of the state; KFAC adds the names of its groups."""
 
 
 class KFACPreconditioner:
@@ -206,32 +212,62 @@ class KFACPreconditioner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; InputError, and nothing has changed, for that of another architecture."""
-        self.check_same(state)
-        inverses = self.blocks.restored(state)
-        self.gathering.load_state_dict(state)
+        """Continue from `state_dict`.
+
+        InputError, which names the entry, and nothing has changed, for a state of another architecture or other settings, and
+        for one that is not whole: a missing or unknown entry, a wrong type, shape or number format, a number that is not finite.
+        """
+        self.check_state(state)
+        self.continue_with(state)
+
+    def continue_with(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that `check_state` has found right: all of it is on the device before any of it is used."""
+        inverses, statistics = self.blocks.restored(state), self.gathering.restored(state)
+        self.gathering.continue_with(statistics, float(state["samples"]), state["checked"])
         self.blocks.continue_with(inverses, state["dampings"])
         self.events = Counter(state["events"])
         self.intervals.load_state_dict(state["intervals"])
         self.gathering.begin(self.factor_step, self.intervals.step)
 
-    def check_same(self, state: Mapping[str, Any]) -> None:
-        """InputError that names the first difference between a state's parameters and treatments and those of the model."""
-        if not isinstance(state, Mapping) or state.get("version") != VERSION:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """InputError that names the first entry of a state that this preconditioner cannot continue with."""
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if type(version) is not int or version != VERSION:
             raise InputError(f"not a state of K-FAC in version {VERSION}")
+        check_entries("kfac", state, ENTRIES, ("groups",))
+        self._check_same(state)
+        self.intervals.check_state(state["intervals"])
+        if not isinstance(state["events"], Mapping):
+            raise refused("kfac.events", "is not a dictionary")
+        check_list("kfac.events", list(state["events"]), str)
+        for name, count in state["events"].items():
+            check_count(f"kfac.events.{name}", count)
+        self.gathering.check_state(state)
+        self.blocks.check_state(state)
+        intervals = state["intervals"]
+        if intervals["last_factors"] is None and any("B" in one for one in state["statistics"].values()):
+            raise refused("kfac.intervals.last_factors", "is None, and there are factors")
+        if intervals["last_inverse"].keys() != state["inverses"].keys():
+            raise refused("kfac.intervals.last_inverse", "does not name the layers that have an inverse")
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        """InputError that names the first difference between a state's parameters and treatments and those of the model."""
         own = {t.name: list(t.parameter.shape) for t in self.treatments}
-        theirs = state["parameters"]
+        theirs, treatments = state["parameters"], state["treatments"]
+        check_entries("kfac.parameters", theirs, (), theirs if isinstance(theirs, Mapping) else ())
+        for name, shape in theirs.items():
+            check_list(f"kfac.parameters.{name}", shape, int)
         for name in [*own, *theirs]:
             if own.get(name) != theirs.get(name):
                 raise InputError(
                     f"state of another architecture: {name} is {theirs.get(name, 'missing')} in the state and "
                     f"{own.get(name, 'missing')} in the model"
                 )
+        check_entries("kfac.treatments", treatments, own)
+        check_list("kfac.treatments and sharing", [*treatments.values(), state["sharing"]], str)
         for t in self.treatments:
-            if state["treatments"][t.name] != t.how:
-                raise InputError(
-                    f"state of other settings: {t.name} was {state['treatments'][t.name]}, and is {t.how} now"
-                )
+            if treatments[t.name] != t.how:
+                raise InputError(f"state of other settings: {t.name} was {treatments[t.name]}, and is {t.how} now")
         if state["sharing"] != self.sharing:
             raise InputError(f"state of other settings: sharing was {state['sharing']!r}, and is {self.sharing!r} now")
 

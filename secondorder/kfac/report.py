@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import pandas as pd
 import torch
 
+from secondorder.accelerator import wait_for
 from secondorder.kfac.inverses import Inverse
 from secondorder.kfac.inverses.numerics import EVENTS
 from secondorder.kfac.layers import KroneckerLayer, Treatment
@@ -63,7 +64,7 @@ class Report:
 
 @dataclass
 class Stopwatch:
-    """Wall-clock seconds by phase; on a GPU only when asked, since every phase then waits for the device."""
+    """Wall-clock seconds by phase; on an accelerator only when asked, since every phase then waits for the device."""
 
     device: torch.device
     synchronise: bool
@@ -82,8 +83,7 @@ class Stopwatch:
         self.calls[phase] += 1
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         return time.perf_counter()
 
 

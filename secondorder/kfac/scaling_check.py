@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import widest
 from secondorder.errors import InputError
 from secondorder.kfac.capture import Capture
 from secondorder.kfac.hooks import Hook, handles_of, is_pulling, remove
@@ -129,8 +130,9 @@ class ScalingCheck:
         made = now = 0.0
         for layer, W in self._expected.items():
             if layer.weight.grad is not None:
-                made += float(W[..., : layer.weight[0].numel()].double().square().sum())
-                now += float(layer.weight.grad.double().square().sum())
+                wide = widest(W.device)
+                made += float(W[..., : layer.weight[0].numel()].to(wide).square().sum())
+                now += float(layer.weight.grad.to(wide).square().sum())
         return math.sqrt(now / made) if made > 0 else 1.0
 
     def _compare(
@@ -205,7 +207,7 @@ def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str
     """
     if likelihood != "cross_entropy" or logits.ndim < 2 or logits.dtype.itemsize < 4:
         return None
-    z, d = (t.movedim(1, -1).flatten(0, -2).double() for t in (logits, gradient))
+    z, d = (t.movedim(1, -1).flatten(0, -2).to(widest(t.device)) for t in (logits, gradient))
     p = z.softmax(-1)
     y = d.argmin(-1, keepdim=True)
     direction = p.scatter_add(-1, y, -torch.ones_like(y, dtype=p.dtype))  # p - e_y

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from secondorder.kfac.options import check_interval
+from secondorder.kfac.state_check import check_count, check_entries
 
 
 class Intervals:
@@ -55,6 +56,17 @@ class Intervals:
     def state_dict(self) -> dict[str, object]:
         """Counters."""
         return {"step": self.step, "last_factors": self.last_factors, "last_inverse": dict(self.last_inverse)}
+
+    def check_state(self, state: object) -> None:
+        """InputError unless a state has the counters, none of them ahead of the step, of these layers."""
+        check_entries("kfac.intervals", state, ("step", "last_factors", "last_inverse"))
+        assert isinstance(state, Mapping)
+        check_count("kfac.intervals.step", state["step"])
+        if state["last_factors"] is not None:
+            check_count("kfac.intervals.last_factors", state["last_factors"], state["step"])
+        check_entries("kfac.intervals.last_inverse", state["last_inverse"], (), self.turns)
+        for name, step in state["last_inverse"].items():
+            check_count(f"kfac.intervals.last_inverse.{name}", step, state["step"])
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Counters of `state_dict`."""

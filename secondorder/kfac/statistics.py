@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.products import gradient_products, input_products, input_rows
 from secondorder.kfac.squares import squared_products
+from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 from secondorder.kfac.vectors import batched, positions
 
 AVERAGED = ("A", "B")
@@ -84,7 +84,7 @@ class LayerStatistics:
             self._rows_to_factor()
         else:
             self._staged_rows.append(input_rows(layer, xs, T))
-        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.weight.device, layer.dtype))
+        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.dtype).to(layer.weight.device))
 
     def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""
@@ -162,19 +162,41 @@ class LayerStatistics:
             state |= {name: self._sums[name].clone(), f"{name}_weight": self._weights[name]}
         return state | ({} if self.rows is None else {"rows": self.rows.clone()})
 
+    def check_state(self, entry: str, state: object) -> None:
+        """InputError, which names `entry`, unless a state has whole factors of this layer's sizes and number format."""
+        weights = tuple(f"{name}_weight" for name in AVERAGED)
+        check_entries(entry, state, ("samples", "dense"), (*AVERAGED, *weights, "rows"))
+        assert isinstance(state, Mapping)
+        check_float(f"{entry}.samples", state["samples"])
+        if not isinstance(state["dense"], bool):
+            raise refused(f"{entry}.dense", f"is {state['dense']!r:.40}, not True or False")
+        for name, weight in zip(AVERAGED, weights, strict=True):
+            if (name in state) != (weight in state):
+                raise refused(entry, f"has only one of {name!r} and {weight!r}")
+            if name in state:
+                check_tensor(f"{entry}.{name}", state[name], self._shapes[name], self.layer.dtype)
+                check_float(f"{entry}.{weight}", state[weight], most=1.0)
+                if state[weight] == 0:
+                    raise refused(f"{entry}.{weight}", "is zero")
+        if "rows" in state:
+            G, _, D = self._shapes["rows"]
+            check_tensor(f"{entry}.rows", state["rows"], (G, None, D), self.layer.dtype)
+        if ("rows" if state["dense"] else "A") in state or ("B" in state and not {"A", "rows"} & state.keys()):
+            raise refused(entry, "has not one of 'A' and 'rows'")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; InputError, and nothing has changed, for factors of other shapes."""
-        kept = [name for name in ("A", "B", "rows") if name in state]
-        for name in kept:
-            found, wanted = list(state[name].shape), list(self._shapes[name])
-            wanted[1] = found[1] if name == "rows" and len(found) == 3 else wanted[1]
-            if found != wanted:
-                raise InputError(f"state of layer {self.layer.name}: {name} has shape {found}, not {wanted}")
-        tensors = {name: self._moved(state[name]) for name in kept}
-        self.rows = tensors.pop("rows", None)
-        self._sums = tensors
-        self._weights = {name: float(state[f"{name}_weight"]) for name in tensors}
-        self.samples, self.dense, self.squares = float(state["samples"]), bool(state["dense"]), None
+        """Continue from `state_dict`; InputError, and nothing has changed, for a state that `check_state` refuses."""
+        self.check_state(f"kfac.statistics.{self.layer.name}", state)
+        self._sums = {name: self._moved(state[name]) for name in AVERAGED if name in state}
+        self._weights = {name: float(state[f"{name}_weight"]) for name in self._sums}
+        self.rows = self._moved(state["rows"]) if "rows" in state else None
+        self.samples, self.dense, self.squares = float(state["samples"]), state["dense"], None
+        self.discard()
+
+    def continue_with(self, other: "LayerStatistics") -> None:
+        """Take over what statistics of the same layer hold."""
+        self._sums, self._weights, self.rows = other._sums, other._weights, other.rows
+        self.samples, self.dense, self.squares, self.bases = other.samples, other.dense, None, None
         self.discard()
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 
+from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
 from secondorder.errors import InputError, failures_of
 from secondorder.untouched import untouched
@@ -132,12 +133,13 @@ def _curvature(
         pushed.append(Jv)
     HJ = _hessian_products(loss_function, z, targets, pushed)
     size = range(len(basis))
-    C = torch.stack([torch.stack([(pushed[i] * HJ[j]).sum() for j in size]) for i in size]).double()
+    C = torch.stack([torch.stack([(pushed[i] * HJ[j]).sum() for j in size]) for i in size])
+    C = C.to(widest(C.device))
     preconditioner = optimizer.preconditioner
     preconditioner.processes.sum_in_one_bucket([C])
     penalties = [[_penalty(optimizer, basis[i], basis[j], decay) for j in size] for i in size]
     scale = preconditioner.mean_scale / preconditioner.processes.world
-    return C.cpu() * scale + torch.tensor(penalties, dtype=C.dtype)
+    return C.cpu().double() * scale + torch.tensor(penalties, dtype=torch.float64)
 
 
 def _hessian_products(
@@ -172,7 +174,8 @@ def loss_value(loss: Any) -> float:
 def _over_processes(optimizer: KFAC, value: float) -> float:
     """The mean over the processes."""
     processes = optimizer.preconditioner.processes
-    total = torch.tensor(value, dtype=torch.float64, device=optimizer.preconditioner.device)
+    device = optimizer.preconditioner.device
+    total = torch.tensor(value, dtype=widest(device), device=device)
     processes.sum_in_one_bucket([total])
     return float(total) / processes.world
 

@@ -2,9 +2,11 @@
 
 From the outside in: `functions` (what users call), `checks`, `crossover` (which way is faster), `strategies` and `kernels`
 (the fast ways), `two_level` (fast first derivatives with exact higher ones), `spectral` and `newton_schulz` (the
-definitions), `scalar_functions` and `spectrum` (functions of eigenvalues and their divided differences).
+definitions), `scalar_functions` and `spectrum` (functions of eigenvalues and their divided differences), `units` and
+`precision` (any scale, full precision).
 """
 
+from secondorder.matrix_power import exporting  # noqa: F401  # its operators exist from here on
 from secondorder.matrix_power.functions import (
     covariance,
     covariance_log,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, unknown
-from secondorder.matrix_power.transforms import inside_transform
+from secondorder.matrix_power.transforms import inside_transform, known_shape
+from secondorder.matrix_power.units import unit
 
 METHODS = ("auto", "newton_schulz", "eigh")
 
@@ -14,7 +15,8 @@ METHODS = ("auto", "newton_schulz", "eigh")
 def check_matrices(S: Tensor) -> None:
     """Raises InputError unless S is a real floating-point tensor `[..., C, C]` without an empty dimension."""
     _check_tensor(S, "symmetric matrices [..., C, C]")
-    if S.shape[-1] != S.shape[-2]:
+    shape = known_shape(S)
+    if shape[-1] != shape[-2]:
         raise InputError(f"needs square matrices [..., C, C], got shape {list(S.shape)}")
 
 
@@ -38,15 +40,17 @@ def check_values(S: Tensor) -> None:
     S = S.float() if S.dtype in (torch.float16, torch.bfloat16) else S
     if not S.isfinite().all():
         raise NonFiniteError(f"needs finite matrices, got {int((~S.isfinite()).sum())} non-finite entries")
-    largest = S.abs().amax((-2, -1), keepdim=True)
-    tolerance = relative * largest
+    c = unit(S)
+    S = S / c
     difference = (S - S.mT).abs()
-    if (difference > tolerance).any():
-        raise InputError(f"needs symmetric matrices, got |S - S^T| up to {difference.max():.3g}; pass (S + S^T) / 2")
-    shift = tolerance + (largest == 0)  # Cholesky succeeds when no eigenvalue is below -shift
+    if (difference > relative).any():
+        largest = (difference * c).max()
+        raise InputError(f"needs symmetric matrices, got |S - S^T| up to {largest:.3g}; pass (S + S^T) / 2")
+    # Cholesky succeeds when no eigenvalue is below -shift
+    shift = relative + (S.abs().amax((-2, -1), keepdim=True) == 0).to(S.dtype)
     failed = torch.linalg.cholesky_ex(S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)).info != 0
     if failed.any():
-        lowest = torch.linalg.eigvalsh(S)[failed].min()
+        lowest = (torch.linalg.eigvalsh(S) * c[..., 0])[failed].min()
         raise InputError(
             f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}; add a multiple of I"
         )
@@ -81,5 +85,5 @@ def _check_tensor(x: Tensor, what: str) -> None:
         raise InputError(f"needs {what} as a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise InputError(f"needs {what} of real floating-point numbers, got {x.dtype}; convert with .float()")
-    if x.ndim < 2 or 0 in x.shape:
+    if x.ndim < 2 or 0 in known_shape(x):
         raise InputError(f"needs {what} with no empty dimension, got shape {list(x.shape)}")

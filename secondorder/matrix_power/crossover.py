@@ -12,7 +12,8 @@ time by matrix products / time through eigenvalues for n x n matrices, n = min(c
     7        1.03      1.2     1.4     1.32    1.79    2.05    2.49
     10       1.20      1.46    1.81    2.27    2.59    2.81    3.28
 
-CUDA (not measured): matrix products, for which the published iteration was designed.
+CUDA (not measured): matrix products, for which the published iteration was designed, as long as they are stable
+(`newton_schulz.STABLE_STEPS`).
 The space of positions instead of channels pays exactly when there are fewer of them: at M / C = 0.9, 1.0, 1.1 it is 1.1-1.2
 times faster, level and 1.2 times slower, for products, eigenvalues and C = 16..256 alike.
 """
@@ -30,4 +31,4 @@ def eigenvalues_are_faster(size: int, num_iter: int, device: torch.device) -> bo
 
 def gram_is_faster(channels: int, positions: int) -> bool:
     """Whether to work on the Gram matrix of the positions instead of the covariance of the channels."""
-    return positions < channels
+    return isinstance(positions, int) and positions < channels  # a number that a traced program leaves open is neither

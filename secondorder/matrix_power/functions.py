@@ -1,8 +1,14 @@
 """Square root, power and logarithm of symmetric PSD matrices, and of the covariance of features in one fused step.
 
 All are right to second order, in reverse and forward mode and under `torch.func`. Null directions (eigenvalues up to
-C eps l_max) are left out by root, power and logarithm, as in a pseudo-inverse: they get value and gradient zero.
-16-bit inputs are computed in float32; under autocast the result is float32.
+C eps l_max) are left out by root, power and logarithm, as in a pseudo-inverse: they get value and gradient zero. So they are by
+the logarithm with an eps below that rounding level, and by Newton-Schulz of more than 10 steps in float32 (24 in float64), whose
+third derivative raises. Negative eigenvalues count as zero. 16-bit inputs are computed in float32; under autocast the result is
+float32. Products are float32 products whatever `torch.set_float32_matmul_precision` says, outside of torch.compile.
+
+Value and gradient are right at every scale of the number format, infinite or zero where they are beyond it; a second
+derivative beyond it may be NaN. A sample with an entry that is not finite has NaN as value and derivatives, and changes no other
+sample (`validate=True` refuses it).
 """
 
 from collections.abc import Callable
@@ -12,14 +18,12 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power import checks
-from secondorder.matrix_power.covariance import covariance_matrix
 from secondorder.matrix_power.crossover import eigenvalues_are_faster, gram_is_faster
 from secondorder.matrix_power.kernels import Eigen, Kernel, Products
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFunction, SquareRoot
-from secondorder.matrix_power.spectral import spectral
-from secondorder.matrix_power.spectrum import NewtonSchulz, Spectral
-from secondorder.matrix_power.strategies import OnFeatures, OnMatrix
-from secondorder.matrix_power.transforms import full_precision, result_dtype, widened
+from secondorder.matrix_power.spectrum import MatrixFunction, NewtonSchulz, Spectral
+from secondorder.matrix_power.strategies import Covariance, OnFeatures, OnMatrix, Square
+from secondorder.matrix_power.transforms import full_precision, known_shape, result_dtype, widened
 from secondorder.matrix_power.two_level import evaluate
 from secondorder.matrix_power.upper_triangle import upper_triangle
 
@@ -27,10 +31,10 @@ from secondorder.matrix_power.upper_triangle import upper_triangle
 def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate: bool = True) -> Tensor:
     """S^(1/2) of symmetric PSD matrices `[..., C, C]`: exact, or its approximation by K = `num_iter` Newton-Schulz steps.
 
-    `"newton_schulz"`: K steps with trace normalisation by matrix products, exactly iSQRT-COV (Li et al., CVPR 2018).
-    `"auto"`: the same polynomial with the same derivatives, by products or through eigenvalues, whichever is faster for the
-    shape and device. `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by
-    about 20 % on typical features). `validate=False` skips the checks that read values and so wait for the device.
+    `"newton_schulz"` and `"auto"`: the polynomial of K steps with trace normalisation, exactly iSQRT-COV (Li et al., CVPR 2018),
+    through eigenvalues, since products blow up for the negative ones of a rounded matrix; `covariance_sqrt` uses products, too.
+    `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by about 20 % on typical
+    features). `validate=False` skips the checks that read values and so wait for the device.
     Raises InputError for other shapes, types, options, and for matrices that are not finite, symmetric and PSD.
     """
     checks.check_matrices(S)
@@ -38,10 +42,7 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
     checks.check_iterations(num_iter)
     if validate:
         checks.check_values(S)
-    if method == "eigh":
-        return _spectral(S, SquareRoot())
-    strategy = OnMatrix(_newton_schulz(method, num_iter, S.shape[-1], S.device))
-    return _in_full_precision(partial(evaluate, strategy), S)
+    return _of_matrix(S, Spectral(SquareRoot()) if method == "eigh" else NewtonSchulz(num_iter))
 
 
 def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor:
@@ -56,8 +57,8 @@ def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor
     if exponent == 1:
         return _in_full_precision(torch.clone, S)
     if exponent == 2:
-        return _in_full_precision(lambda S: S @ S, S)
-    return _spectral(S, _power(exponent))
+        return _in_full_precision(partial(evaluate, Square()), S)
+    return _of_matrix(S, Spectral(_power(exponent)))
 
 
 def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
@@ -69,7 +70,7 @@ def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
     checks.check_eps(eps)
     if validate:
         checks.check_values(S)
-    return _spectral(S, Logarithm(eps))
+    return _of_matrix(S, Spectral(Logarithm(float(eps))))
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -78,12 +79,14 @@ def covariance(x: Tensor) -> Tensor:
     Raises InputError for other shapes and types.
     """
     checks.check_features(x)
-    return _in_full_precision(covariance_matrix, x)
+    return _in_full_precision(partial(evaluate, Covariance()), x)
 
 
 def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, triangle: bool = False) -> Tensor:
     """`matrix_sqrt(covariance(x))` for features `[..., C, M]` in one step, much faster; only shapes are checked.
 
+    `"newton_schulz"`: by matrix products, up to 10 steps in float32 (24 in float64), for which they are stable; through
+    eigenvalues beyond. `"auto"`: the same polynomial by products or through eigenvalues, whichever is faster for the shape.
     `triangle` gives the row-major upper triangle `[..., C (C + 1) / 2]` instead of the matrix `[..., C, C]`.
     """
     checks.check_features(x)
@@ -91,7 +94,7 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
     checks.check_iterations(num_iter)
     if method == "eigh":
         return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
-    return _of_features(x, _newton_schulz(method, num_iter, min(x.shape[-2:]), x.device), triangle)
+    return _of_features(x, _newton_schulz(method, num_iter, x), triangle)
 
 
 def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
@@ -108,7 +111,7 @@ def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Te
     """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_eps(eps)
-    return _of_features(x, Eigen(Spectral(Logarithm(eps))), triangle)
+    return _of_features(x, Eigen(Spectral(Logarithm(float(eps)))), triangle)
 
 
 def _power(exponent: float) -> ScalarFunction:
@@ -116,20 +119,21 @@ def _power(exponent: float) -> ScalarFunction:
     return SquareRoot() if exponent == 0.5 else Power(float(exponent))
 
 
-def _newton_schulz(method: str, num_iter: int, size: int, device: torch.device) -> Kernel:
-    """The kernel of K steps on `size` x `size` matrices."""
+def _newton_schulz(method: str, num_iter: int, x: Tensor) -> Kernel:
+    """The kernel of K steps on the smaller side of features x."""
     function = NewtonSchulz(num_iter)
-    if method == "auto" and eigenvalues_are_faster(size, num_iter, device):
+    stable = function.stable(widened(x).dtype)
+    if not stable or (method == "auto" and eigenvalues_are_faster(min(known_shape(x)[-2:]), num_iter, x.device)):
         return Eigen(function)
     return Products(function)
 
 
-def _spectral(S: Tensor, function: ScalarFunction) -> Tensor:
-    return _in_full_precision(lambda S: spectral(S, function), S)
+def _of_matrix(S: Tensor, function: MatrixFunction) -> Tensor:
+    return _in_full_precision(partial(evaluate, OnMatrix(Eigen(function))), S)
 
 
 def _of_features(x: Tensor, kernel: Kernel, triangle: bool) -> Tensor:
-    strategy = OnFeatures(kernel, gram_is_faster(*x.shape[-2:]), triangle)
+    strategy = OnFeatures(kernel, gram_is_faster(*known_shape(x)[-2:]), triangle)
     return _in_full_precision(partial(evaluate, strategy), x)
 
 

@@ -9,18 +9,31 @@ K steps are a polynomial q_K of S / t, the result of which is an approximation: 
 typical features is off by about 20 %. All iterates commute, so the iteration needs only m_k = z_k y_k:
 
     t_k = (3 - m_k) / 2,    m_{k+1} = m_k t_k^2,    y_K = a prod_k t_k,    z_K = prod_k t_k,    m_0 = a (eigenvalue of S / t).
+
+An eigenvalue that is zero up to rounding grows 2.25-fold a step in m, negative ones without end: products are right for a
+matrix that is PSD to rounding and for STABLE_STEPS. For more steps, and for matrices of unknown rounding, the same polynomial is
+evaluated through eigenvalues, negative ones as zero. From CONVERGED_STEPS on it no longer changes.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secondorder.matrix_power.transforms import symmetric
+from secondorder.matrix_power.crossover import gram_is_faster
+from secondorder.matrix_power.transforms import known_shape, symmetric
+
+STABLE_STEPS = {torch.float32: 10, torch.float64: 24}
+"""Steps for which 2.25^K times the rounding error stays small: 4e-4, 6e-8. Beyond, null directions (`spectral`) are left out."""
+CONVERGED_STEPS = {torch.float32: 30, torch.float64: 56}
+"""Steps after which every eigenvalue above the rounding level has converged: 2.25^K eps > 1, and six more."""
 
 
 def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
     """The iteration as printed, `[..., C, C]`: three matrix products a step in plain autograd; the zero matrix gives zero.
 
-    The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast form.
+    The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast and stable form: this one
+    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published.
     """
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -43,7 +56,7 @@ def newton_schulz_covariance(x: Tensor, num_iter: int) -> Tensor:
     live = square > 0
     square = torch.where(live, square, 1)
     Xn, root = centred / square.sqrt(), (square / x.shape[-1]).sqrt()
-    if x.shape[-1] < x.shape[-2]:
+    if gram_is_faster(*known_shape(x)[-2:]):
         Z = Xn @ iterate(Xn.mT @ Xn, num_iter, inverse=True)[0] @ Xn.mT
     else:
         Z = iterate(Xn @ Xn.mT, num_iter, inverse=False)[0]
@@ -112,3 +125,71 @@ def polynomial(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:
     assert slope is not None
     numerator = (a[..., :, None] * slope).add_(m[..., None, :])
     return y, numerator.div_(y[..., :, None] + y[..., None, :])
+
+
+@dataclass(frozen=True)
+class NewtonSchulzPolynomial:
+    """f(a) = q_K(a) of eigenvalues 0 <= a <= 1 as a scalar function, with second divided differences from the chain rule.
+
+    With phi(m) = m (3 - m)^2 / 4, a step of m, and its divided differences phi[x, y] and phi[x, y, z] = (x + y + z - 6) / 4
+
+        m[a, b] <- phi[m_a, m_b] m[a, b],    m[a, b, c] <- phi[m_a, m_b] m[a, b, c] + phi[m_a, m_b, m_c] m[b, c] m[a, c]
+
+    and from y^2 = a m:    (y_a + y_b) y[a, b, c] = a m[a, b, c] + m[b, c] - y[b, c] y[a, c].
+    """
+
+    num_iter: int
+    degree = None
+    factored = False
+
+    def singular_at(self, level: Tensor) -> bool:
+        """Used for so many steps only that the slope at 0, 1.5^K, is that of a singularity."""
+        return True
+
+    def value(self, a: Tensor) -> Tensor:
+        """The polynomial."""
+        return _iterates(a, self.num_iter)[1]
+
+    def first(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `polynomial`."""
+        (_, y_a), (m_b, y_b) = _iterates(a, self.num_iter), _iterates(b, self.num_iter)
+        return (m_b + a * _slope(a, b, self.num_iter)) / (y_a + y_b)
+
+    def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        """In the order a > b, c, so that nothing is divided by a small y."""
+        a, b, c = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0, descending=True).values
+        m = torch.stack((a, b, c))
+        y = m
+        ab_bc_ca, abc = torch.ones_like(m), torch.zeros_like(a)  # m[a, b], m[b, c], m[c, a] and m[a, b, c]
+        for _ in range(self.num_iter):
+            step = _step(m, m.roll(-1, 0))
+            abc = step[0] * abc + (m.sum(0) - 6) / 4 * ab_bc_ca[1] * ab_bc_ca[2]
+            t = 1.5 - 0.5 * m
+            ab_bc_ca, m, y = step * ab_bc_ca, m * t * t, y * t
+        _, bc, ac = ab_bc_ca.unbind(0)
+        y_ac, y_bc = (m[2] + a * ac) / (y[0] + y[2]), (m[2] + b * bc) / (y[1] + y[2])
+        return (a * abc + bc - y_bc * y_ac) / (y[0] + y[1])
+
+
+def _iterates(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:
+    """m_K and y_K."""
+    m, y = a, a
+    for _ in range(num_iter):
+        t = 1.5 - 0.5 * m
+        m, y = m * t * t, y * t
+    return m, y
+
+
+def _step(x: Tensor, y: Tensor) -> Tensor:
+    """The divided difference phi[x, y] = t_x^2 + t_x t_y + t_y^2 - 3/2 (t_x + t_y)."""
+    s, t = 1.5 - 0.5 * x, 1.5 - 0.5 * y
+    return s * (s - 1.5) + t * (t - 1.5) + s * t
+
+
+def _slope(a: Tensor, b: Tensor, num_iter: int) -> Tensor:
+    """The divided difference m_K[a, b]."""
+    slope = torch.ones_like(a + b)
+    for _ in range(num_iter):
+        slope = slope * _step(a, b)
+        a, b = a * (1.5 - 0.5 * a) ** 2, b * (1.5 - 0.5 * b) ** 2
+    return slope

@@ -7,8 +7,9 @@ Index letters: a, b, c > 0 are eigenvalues (broadcastable tensors). First and se
 (f'(a) and f''(a) / 2 where the arguments coincide). Every f here is used with f(0) = 0, see `spectral`.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,9 +23,8 @@ class ScalarFunction(Protocol):
     def degree(self) -> float | None:
         """p when f(c a) = c^p f(a), else None."""
 
-    @property
-    def null_at_zero(self) -> bool:
-        """Whether f is singular at 0, so that null directions are left out, as in a pseudo-inverse."""
+    def singular_at(self, level: Tensor) -> Tensor | bool:
+        """Whether f is singular as seen from the rounding level: then null directions are left out, as in a pseudo-inverse."""
 
     @property
     def factored(self) -> bool:
@@ -45,8 +45,11 @@ class SquareRoot:
     """f(l) = sqrt(l), with f[a, b] = 1 / (sqrt a + sqrt b)."""
 
     degree = 0.5
-    null_at_zero = True
     factored = True
+
+    def singular_at(self, level: Tensor) -> bool:
+        """At zero."""
+        return True
 
     def value(self, a: Tensor) -> Tensor:
         """The square root."""
@@ -66,8 +69,11 @@ class Power:
     """f(l) = l^p for a real exponent p, with f[a, b] = a^(p-1) expm1(p x) / expm1(x) at x = log(b / a)."""
 
     exponent: float
-    null_at_zero = True
     factored = False
+
+    def singular_at(self, level: Tensor) -> bool:
+        """At zero, or taken so: null directions are zero for every exponent."""
+        return True
 
     @property
     def degree(self) -> float:
@@ -99,32 +105,69 @@ class Power:
 
 @dataclass(frozen=True)
 class Logarithm:
-    """f(l) = log(l) on the range (eps = 0), or log(1 + l / eps) = log(l + eps) - log(eps), which is smooth at 0."""
+    """f(l) = log(l) on the range (eps = 0), or log(1 + l / eps) = log(l + eps) - log(eps), which is smooth at 0.
+
+    In units u = c^`power` of the eigenvalues, with c = `unit` `[..., 1, 1]`, the argument is s = l / u and the result
+    (1 + e) f(u s) at e = eps / u: neither overflows for tiny or huge u, nor does its slope in s vanish. (1 + e) is
+    `in_units`'s to take back, see `spectrum`.
+    """
 
     eps: float = 0.0
+    unit: Tensor | None = None
+    power: int = 1
     degree = None
     factored = False
 
-    @property
-    def null_at_zero(self) -> bool:
-        """Only the plain logarithm is singular."""
-        return self.eps == 0
+    def in_units(self, c: Tensor, power: int) -> "Logarithm":
+        """The same function in units c^power."""
+        return replace(self, unit=c, power=power)
+
+    def singular_at(self, level: Tensor) -> Tensor | bool:
+        """At zero for eps = 0; for an eps below the rounding level null directions would be log(noise / eps)."""
+        return True if self.eps == 0 else level > self._shift()
 
     def value(self, a: Tensor) -> Tensor:
         """The logarithm."""
-        return torch.log1p(a / self.eps) if self.eps else a.log()
+        if self.unit is None:
+            return torch.log1p(a / self.eps) if self.eps else a.log()
+        log_unit = self.power * self.unit.log()
+        if self.eps == 0:
+            return a.log() + log_unit
+        e = self._shift().clamp_max(_large(a))  # above it log1p(s / e) (1 + e) is s
+        ratio = a / e
+        beyond = ratio >= _large(a)  # or not a number, where a and e are both lost in the units
+        far = (a + e).log() + (log_unit - math.log(self.eps))
+        return torch.where(beyond, far, torch.log1p(torch.where(beyond, 0, ratio))) * (1 + e)
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
         """The form x / (a expm1(x)) at x = log(b / a)."""
-        high, x = _log_ratio(a + self.eps, b + self.eps)
+        e = self._shift()
+        high, x = _log_ratio(a + e, b + e)
         equal = x == 0
         x = torch.where(equal, -1, x)
-        return torch.where(equal, 1, x / torch.expm1(x)) / high
+        return torch.where(equal, 1, x / torch.expm1(x)) * self._scale(e) / high
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         """Accurate to about eps^(3/4) of the number format."""
-        shifted = (a + self.eps, b + self.eps, c + self.eps)
-        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-2)
+        e = self._shift()
+        scale = self._scale(e)  # the second difference is homogeneous of degree -2
+        shifted = ((a + e) / scale, (b + e) / scale, (c + e) / scale)
+        return _second_difference(Logarithm(), shifted, lambda m: -(m**-2), lambda m: -6 * m**-2) / scale
+
+    def _shift(self) -> Tensor:
+        """e = eps / u, up to the range of numbers."""
+        if self.unit is None:
+            return torch.tensor(self.eps, dtype=torch.float64)
+        e = self.eps / self.unit
+        return (e if self.power == 1 else e / self.unit).clamp_max(torch.finfo(e.dtype).max / 4)
+
+    def _scale(self, e: Tensor) -> Tensor:
+        return torch.ones_like(e) if self.unit is None else 1 + e
+
+
+def _large(x: Tensor) -> float:
+    """A number that may be multiplied by what is moderate without overflow."""
+    return float(torch.finfo(x.dtype).max ** 0.75)
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

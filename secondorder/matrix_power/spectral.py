@@ -11,84 +11,117 @@ functions below are closed under reverse and forward differentiation and divide 
 Null directions, lam <= C eps lam_max: for an f that is singular at 0 they count as exactly zero, with f(0) = 0 and
 f[0, 0] = f[0, 0, 0] = 0; then f[lam, 0] = f(lam) / lam and f[lam, 0, 0] = f(lam) / lam^2. Composed with X -> X X^T these
 give the right first and second derivatives on the features of constant rank, hence for fewer positions than channels.
+Negative eigenvalues count as zero.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from secondorder.errors import NonFiniteError
-from secondorder.matrix_power.scalar_functions import ScalarFunction
-from secondorder.matrix_power.transforms import homogeneous, mapped_first, primals, symmetric
+from secondorder.matrix_power.precision import full_precision
+from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
+from secondorder.matrix_power.transforms import exporting, mapped_first, primals, symmetric
 
 
 def spectral(S: Tensor, function: ScalarFunction) -> Tensor:
-    """f(S) for symmetric S `[..., C, C]`; gradients are symmetric, and a third derivative raises."""
-    if function.degree is None:
-        return _Value.apply(S, function)[0]
-    return homogeneous(lambda S: _Value.apply(S, function)[0], function.degree, S)
+    """f(S) for symmetric S `[..., C, C]` of moderate scale (`units`); gradients are symmetric, a third derivative raises."""
+    if exporting():
+        from secondorder.matrix_power.exporting import recorded  # here, as it imports this module
+
+        return recorded(S, function)
+    unit = function.unit if isinstance(function, Logarithm) else None
+    plain = function if unit is None else replace(function, unit=None)  # type: ignore[type-var]
+    return _Value.apply(S, unit, plain)[0]
+
+
+def value(S: Tensor, function: ScalarFunction) -> Tensor:
+    """f(S) in plain operations, which are not to be differentiated."""
+    return _Value.forward(S, None, function)[0]
+
+
+def first_derivative(S: Tensor, V: Tensor, function: ScalarFunction) -> Tensor:
+    """D f(S)[V] in plain operations, which are not to be differentiated."""
+    return _First.forward(S, V, *eigenvalues(S), None, function)
 
 
 def eigenvalues(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in ascending order and eigenvectors. Raises NonFiniteError (an InputError) for non-finite entries."""
-    try:
-        return torch.linalg.eigh(S)
-    except torch.linalg.LinAlgError as error:
-        raise NonFiniteError(f"no eigenvalues for matrices {list(S.shape)}: entries are not finite") from error
+    """Eigenvalues in ascending order and eigenvectors; zero and I for matrices of NaN, which would stop all others.
+
+    Expects a matrix that is not finite to have NaN as its first entry (`units`).
+    """
+    return torch.linalg.eigh(S.masked_fill(S[..., :1, :1].isnan(), 0))
 
 
 def null_directions(lam: Tensor, size: int) -> Tensor:
     """Which of the ascending eigenvalues lam count as zero in a matrix of `size` rows."""
-    return lam <= size * torch.finfo(lam.dtype).eps * lam[..., -1:]
+    return lam <= rounding_level(lam, size)
+
+
+def rounding_level(lam: Tensor, size: int) -> Tensor:
+    """C eps lam_max `[..., 1]` for ascending eigenvalues lam of a matrix of C = `size` rows."""
+    return size * torch.finfo(lam.dtype).eps * lam[..., -1:]
+
+
+def left_out(lam: Tensor, size: int, function: ScalarFunction) -> Tensor:
+    """Which of the ascending eigenvalues `[..., n]` are null directions that f leaves out."""
+    singular = function.singular_at(rounding_level(lam, size)[..., None])
+    null = null_directions(lam, size)
+    return null if singular is True else null & singular[..., 0]  # type: ignore[index]
 
 
 def divided_differences(lam: Tensor, null: Tensor, function: ScalarFunction) -> tuple[Tensor, Tensor]:
-    """f(lam) `[..., C]` and f[lam_i, lam_j] `[..., C, C]` with the convention for null directions."""
-    if not function.null_at_zero:
-        lam = lam.clamp_min(0)
-        return function.value(lam), function.first(lam[..., :, None], lam[..., None, :])
-    lam = torch.where(null, 1, lam)
-    value = function.value(lam)
+    """f(lam) `[..., C]` and f[lam_i, lam_j] `[..., C, C]` with the convention for the null directions that are left out."""
+    lam = torch.where(null, 1, lam.clamp_min(0))
+    value = _value(function, lam)
     first = function.first(lam[..., :, None], lam[..., None, :])
     row, column = null[..., :, None], null[..., None, :]
-    ratio = value / lam
+    ratio = value / lam  # read beside null directions only, where lam > 0
     first = torch.where(row, torch.where(column, 0, ratio[..., None, :]), first)
     first = torch.where(column & ~row, ratio[..., :, None], first)
     return torch.where(null, 0, value), first
+
+
+def _value(function: ScalarFunction, lam: Tensor) -> Tensor:
+    """f(lam) `[..., C]` of a function with a unit `[..., 1, 1]`."""
+    return function.value(lam[..., None, :])[..., 0, :]
+
+
+def _with_unit(function: ScalarFunction, unit: Tensor | None) -> ScalarFunction:
+    return function if unit is None else replace(function, unit=unit)  # type: ignore[type-var]
 
 
 class _Value(Function):
     """S -> f(S), and the eigenvalues and eigenvectors as constants."""
 
     @staticmethod
-    def forward(S: Tensor, function: ScalarFunction) -> tuple[Tensor, Tensor, Tensor]:
-        lam, U = eigenvalues(S)
-        null = null_directions(lam, S.shape[-1])
-        if function.null_at_zero:
-            value = torch.where(null, 0, function.value(torch.where(null, 1, lam)))
-        else:
-            value = function.value(lam.clamp_min(0))
-        return (U * value[..., None, :]) @ U.mT, lam, U
+    def forward(S: Tensor, unit: Tensor | None, function: ScalarFunction) -> tuple[Tensor, Tensor, Tensor]:
+        with full_precision(S):
+            f = _with_unit(function, unit)
+            lam, U = eigenvalues(S)
+            null = left_out(lam, S.shape[-1], f)
+            value = torch.where(null, 0, _value(f, torch.where(null, 1, lam.clamp_min(0))))
+            return (U * value[..., None, :]) @ U.mT, lam, U
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        S, ctx.function = inputs
+        S, unit, ctx.function = inputs
         _, lam, U = output
         ctx.mark_non_differentiable(lam, U)
-        ctx.save_for_backward(S, lam, U)
-        ctx.save_for_forward(S, lam, U)
+        ctx.save_for_backward(S, lam, U, unit)
+        ctx.save_for_forward(S, lam, U, unit)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor, *_: Any) -> tuple:
-        S, lam, U = ctx.saved_tensors
-        return _First.apply(S, G, lam, U, ctx.function), None
+        S, lam, U, unit = ctx.saved_tensors
+        return _First.apply(S, G, lam, U, unit, ctx.function), None, None
 
     @staticmethod
     def jvp(ctx: Any, V: Tensor, *_: Any) -> tuple:
-        S, lam, U = primals(ctx.saved_tensors)
-        return _First.apply(S, V, lam, U, ctx.function), None, None
+        S, lam, U, unit = primals(ctx.saved_tensors)
+        return _First.apply(S, V, lam, U, unit, ctx.function), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -99,9 +132,11 @@ class _First(Function):
     """(S, V) -> D f(S)[V]."""
 
     @staticmethod
-    def forward(S: Tensor, V: Tensor, lam: Tensor, U: Tensor, function: ScalarFunction) -> Tensor:
-        _, first = divided_differences(lam, null_directions(lam, S.shape[-1]), function)
-        return U @ (first * (U.mT @ symmetric(V) @ U)) @ U.mT
+    def forward(S: Tensor, V: Tensor, lam: Tensor, U: Tensor, unit: Tensor | None, function: ScalarFunction) -> Tensor:
+        with full_precision(S):
+            f = _with_unit(function, unit)
+            _, first = divided_differences(lam, left_out(lam, S.shape[-1], f), f)
+            return U @ (first * (U.mT @ symmetric(V) @ U)) @ U.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -111,17 +146,17 @@ class _First(Function):
 
     @staticmethod
     def backward(ctx: Any, H: Tensor) -> tuple:
-        S, V, lam, U = ctx.saved_tensors
+        S, V, *rest = ctx.saved_tensors
         f = ctx.function
-        gradient_S = _Second.apply(S, V, H, lam, U, f) if ctx.needs_input_grad[0] else None
-        gradient_V = _First.apply(S, H, lam, U, f) if ctx.needs_input_grad[1] else None
-        return gradient_S, gradient_V, None, None, None
+        gradient_S = _Second.apply(S, V, H, *rest, f) if ctx.needs_input_grad[0] else None
+        gradient_V = _First.apply(S, H, *rest, f) if ctx.needs_input_grad[1] else None
+        return gradient_S, gradient_V, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dS: Tensor | None, dV: Tensor | None, *_: Any) -> Tensor:
-        S, V, lam, U = primals(ctx.saved_tensors)
-        moved = torch.zeros_like(V) if dS is None else _Second.apply(S, V, dS, lam, U, ctx.function)
-        return moved if dV is None else moved + _First.apply(S, dV, lam, U, ctx.function)
+        S, V, *rest = primals(ctx.saved_tensors)
+        moved = torch.zeros_like(V) if dS is None else _Second.apply(S, V, dS, *rest, ctx.function)
+        return moved if dV is None else moved + _First.apply(S, dV, *rest, ctx.function)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -132,13 +167,17 @@ class _Second(Function):
     """(S, V, W) -> D2 f(S)[V, W]."""
 
     @staticmethod
-    def forward(S: Tensor, V: Tensor, W: Tensor, lam: Tensor, U: Tensor, function: ScalarFunction) -> Tensor:
-        V, W = U.mT @ symmetric(V) @ U, U.mT @ symmetric(W) @ U
-        null = null_directions(lam, S.shape[-1]) if function.null_at_zero else torch.zeros_like(lam, dtype=torch.bool)
-        safe = torch.where(null, 1, lam.clamp_min(0))
-        form = _factored if function.factored else _summed
-        T = form(safe, null, V, W, function) + _two_null(safe, null, V, W, function)
-        return U @ T @ U.mT
+    def forward(
+        S: Tensor, V: Tensor, W: Tensor, lam: Tensor, U: Tensor, unit: Tensor | None, function: ScalarFunction
+    ) -> Tensor:
+        with full_precision(S):
+            f = _with_unit(function, unit)
+            V, W = U.mT @ symmetric(V) @ U, U.mT @ symmetric(W) @ U
+            null = left_out(lam, S.shape[-1], f)
+            safe = torch.where(null, 1, lam.clamp_min(0))
+            form = _factored if f.factored else _summed
+            T = form(safe, null, V, W, f) + _two_null(safe, null, V, W, f)
+            return U @ T @ U.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -148,21 +187,21 @@ class _Second(Function):
 
     @staticmethod
     def backward(ctx: Any, H: Tensor) -> tuple:
-        S, V, W, lam, U = ctx.saved_tensors
+        S, V, W, *rest = ctx.saved_tensors
         f = ctx.function
         if ctx.needs_input_grad[0]:
             raise NotImplementedError(_THIRD)
-        gradient_V = _Second.apply(S, W, H, lam, U, f) if ctx.needs_input_grad[1] else None
-        gradient_W = _Second.apply(S, V, H, lam, U, f) if ctx.needs_input_grad[2] else None
-        return None, gradient_V, gradient_W, None, None, None
+        gradient_V = _Second.apply(S, W, H, *rest, f) if ctx.needs_input_grad[1] else None
+        gradient_W = _Second.apply(S, V, H, *rest, f) if ctx.needs_input_grad[2] else None
+        return None, gradient_V, gradient_W, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dS: Tensor | None, dV: Tensor | None, dW: Tensor | None, *_: Any) -> Tensor:
         if dS is not None:
             raise NotImplementedError(_THIRD)
-        S, V, W, lam, U = primals(ctx.saved_tensors)
-        moved = torch.zeros_like(V) if dV is None else _Second.apply(S, dV, W, lam, U, ctx.function)
-        return moved if dW is None else moved + _Second.apply(S, V, dW, lam, U, ctx.function)
+        S, V, W, *rest = primals(ctx.saved_tensors)
+        moved = torch.zeros_like(V) if dV is None else _Second.apply(S, dV, W, *rest, ctx.function)
+        return moved if dW is None else moved + _Second.apply(S, V, dW, *rest, ctx.function)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
@@ -185,7 +224,7 @@ def _factored(lam: Tensor, null: Tensor, V: Tensor, W: Tensor, function: ScalarF
 def _summed(lam: Tensor, null: Tensor, V: Tensor, W: Tensor, function: ScalarFunction) -> Tensor:
     """Terms with at most one null index, one k at a time, so that memory stays at `[..., C, C]`."""
     T = torch.zeros_like(V)
-    first, ratio = function.first(lam[..., :, None], lam[..., None, :]), function.value(lam) / lam
+    first, ratio = function.first(lam[..., :, None], lam[..., None, :]), _value(function, lam) / lam
     for k in range(lam.shape[-1]):
         second = _second_slice(lam, null, first, ratio, k, function)
         product = V[..., :, k, None] * W[..., None, k, :]
@@ -197,8 +236,6 @@ def _second_slice(lam: Tensor, null: Tensor, first: Tensor, ratio: Tensor, k: in
     """f[lam_i, lam_k, lam_j] for one k, zero where two of the indices are null."""
     a, b, c = lam[..., :, None], lam[..., k, None, None], lam[..., None, :]
     second = function.second(a, b, c)
-    if not function.null_at_zero:
-        return second
     row, middle, column = null[..., :, None], null[..., k, None, None], null[..., None, :]
     ratio_i, ratio_k, ratio_j = ratio[..., :, None], ratio[..., k, None, None], ratio[..., None, :]
     second = torch.where(row, _with_zero(first[..., k, None, :], b, c, ratio_k, ratio_j), second)
@@ -215,10 +252,8 @@ def _with_zero(first: Tensor, a: Tensor, b: Tensor, ratio_a: Tensor, ratio_b: Te
 
 def _two_null(lam: Tensor, null: Tensor, V: Tensor, W: Tensor, function: ScalarFunction) -> Tensor:
     """The terms f[lam, 0, 0] = f(lam) / lam^2, in which two of the three indices are null."""
-    if not function.null_at_zero:
-        return torch.zeros_like(V)
     N = null.to(V.dtype)
-    weight = torch.where(null, 0, function.value(lam) / lam**2)
+    weight = torch.where(null | (lam == 0), 0, _value(function, lam) / lam**2)  # read beside null directions only
     outer = (V * weight[..., None, :]) @ W * N[..., :, None] * N[..., None, :]  # null i, j; k in the range
     inner = (V * N[..., None, :]) @ W  # null k and one of i, j
     inner = (inner + inner.mT) * (N[..., :, None] * weight[..., None, :] + weight[..., :, None] * N[..., None, :])

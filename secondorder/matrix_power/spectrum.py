@@ -1,21 +1,35 @@
-"""Functions of a PSD matrix S through the eigenvalues of A = S / t, t = tr(S): values, divided differences, trace term.
+"""Functions of a PSD matrix S through the eigenvalues of A = S / t: values, divided differences, trace term.
 
-For eigenvalues a_i of A (`[..., n]`, ascending; those of S are l_i = t a_i) and the trace t `[..., 1]`:
+For eigenvalues a_i of A (`[..., n]`, ascending; those of S are l_i = t a_i) and a scale t `[..., 1]`, usually the trace:
 
-    g_i = f(l_i),    g_ij = t f[l_i, l_j],    b_i = t df(l_i)/dt at fixed l_i (for an f with the trace in it).
+    g_i = f(l_i),    g_ij = t f[l_i, l_j],    b_i = t df(l_i)/dtr(S) at fixed l_i (for an f with the trace in it).
+
+S and features x are in units (`units`): S = u S', u = c^d with d = 1 for matrices and 2 for features, x = c x'. `in_units` gives
+f' with f(S) = v f'(S'), v c-dependent numbers that are multiplied last.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from secondorder.matrix_power.covariance import covariance_matrix
-from secondorder.matrix_power.newton_schulz import newton_schulz_covariance, newton_schulz_sqrt, polynomial
-from secondorder.matrix_power.scalar_functions import ScalarFunction
-from secondorder.matrix_power.spectral import divided_differences, null_directions, spectral
-from secondorder.matrix_power.transforms import homogeneous
+from secondorder.matrix_power.newton_schulz import (
+    CONVERGED_STEPS,
+    STABLE_STEPS,
+    NewtonSchulzPolynomial,
+    newton_schulz_covariance,
+    newton_schulz_sqrt,
+    polynomial,
+)
+from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
+from secondorder.matrix_power.spectral import divided_differences, left_out, null_directions, spectral
+from secondorder.matrix_power.transforms import exporting
+from secondorder.matrix_power.units import power, unit
 
 
 class Spectrum(NamedTuple):
@@ -27,67 +41,168 @@ class Spectrum(NamedTuple):
     a: Tensor
 
 
-class MatrixFunction(Protocol):
-    """What the fast strategies need of f."""
+class InUnits(NamedTuple):
+    """f' and the factors of f(S) = v f'(S'): v for the value, w = v / c for the gradient with respect to S (d = 1) or x (2)."""
 
+    function: "MatrixFunction"
+    value: tuple[Tensor, ...]
+    gradient: tuple[Tensor, ...]
+
+
+class MatrixFunction(ABC):
+    """What the strategies need of f."""
+
+    @property
+    @abstractmethod
+    def degree(self) -> float | None:
+        """p when f(c S) = c^p f(S), else None."""
+
+    @abstractmethod
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
         """The spectrum of f(S) for a matrix S of `size` rows, of which a holds at least the nonzero eigenvalues."""
 
+    @abstractmethod
+    def in_units(self, c: Tensor, d: int) -> InUnits:
+        """The same function of a matrix in units c^d."""
+
+    @abstractmethod
+    def of_unit_matrix(self, S: Tensor) -> Tensor:
+        """The plain definition of f(S) for entries of about 1, right to second order."""
+
+    @abstractmethod
+    def of_unit_covariance(self, x: Tensor) -> Tensor:
+        """The plain definition of f of the covariance of features x `[..., C, M]` of about 1."""
+
     def of_matrix(self, S: Tensor) -> Tensor:
-        """The plain definition of f(S), right to second order."""
+        """The plain definition of f(S) at any scale, right to second order."""
+        return _at_any_scale(lambda f, S: f.of_unit_matrix(S), self, S, 1)
 
     def of_covariance(self, x: Tensor) -> Tensor:
-        """The plain definition of f of the covariance of features x `[..., C, M]`."""
+        """The plain definition of f of the covariance of features x `[..., C, M]` at any scale."""
+        return _at_any_scale(lambda f, x: f.of_unit_covariance(x), self, x, 2)
+
+
+def _at_any_scale(
+    plain: Callable[[MatrixFunction, Tensor], Tensor], function: MatrixFunction, x: Tensor, d: int
+) -> Tensor:
+    """The unit counts as a constant: the result does not depend on it. A recorded program has none, so moderate scales only."""
+    if exporting():
+        return plain(function, x)
+    c = unit(x.detach())
+    scaled = function.in_units(c, d)
+    return reduce(torch.mul, scaled.value, plain(scaled.function, x / c))
 
 
 @dataclass(frozen=True)
-class NewtonSchulz:
-    """f(S) = sqrt(t) q_K(S / t), the polynomial of K steps of Newton-Schulz."""
+class NewtonSchulz(MatrixFunction):
+    """f(S) = sqrt(t) q_K(S / t), the polynomial of K steps of Newton-Schulz, negative eigenvalues of S counting as zero."""
 
     num_iter: int
 
+    @property
+    def degree(self) -> float:
+        """That of the root."""
+        return 0.5
+
+    def stable(self, dtype: torch.dtype) -> bool:
+        """Whether products are right and null directions need not be left out."""
+        return self.num_iter <= STABLE_STEPS[dtype]
+
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
         """With b = sqrt(t) (q / 2 - a q'), from the trace in the pre- and post-normalisation."""
-        a = _divisible(a)
-        q, slope = polynomial(a, self.num_iter)
-        root = t.sqrt()
-        b = root * (q / 2 - a * slope.diagonal(dim1=-2, dim2=-1))
-        return Spectrum(root * q, slope.mul_(root[..., None]), b, a)
+        a = a.clamp_min(0)
+        trace = a.sum(-1, keepdim=True)  # of A: 1 up to rounding when t is the trace of S
+        root = (t * trace).sqrt()
+        trace = torch.where(trace > 0, trace, 1)
+        a = a / trace
+        null = null_directions(a, size)
+        safe = _divisible(a, torch.finfo(a.dtype).eps ** 2) if self.stable(a.dtype) else torch.where(null, 1, a)
+        q, slope = polynomial(safe, self._steps(a.dtype))
+        if not self.stable(a.dtype):
+            row, column = null[..., :, None], null[..., None, :]
+            ratio = q / safe
+            slope = torch.where(row, torch.where(column, 0, ratio[..., None, :]), slope)
+            slope = torch.where(column & ~row, ratio[..., :, None], slope)
+            q, safe = torch.where(null, 0, q), torch.where(null, torch.inf, safe)
+        weight = root / trace
+        b = weight * torch.where(null, 0, q / 2 - a * slope.diagonal(dim1=-2, dim2=-1))
+        return Spectrum(root * q, slope.mul_(weight[..., None]), b, safe * trace)
 
-    def of_matrix(self, S: Tensor) -> Tensor:
-        """The iteration in plain autograd."""
-        return homogeneous(lambda S: newton_schulz_sqrt(S, self.num_iter), 0.5, S)
+    def in_units(self, c: Tensor, d: int) -> InUnits:
+        """Homogeneous of degree 1/2."""
+        return InUnits(self, power(c, d / 2), power(c, d / 2 - 1))
 
-    def of_covariance(self, x: Tensor) -> Tensor:
-        """The same in the smaller of the two spaces."""
-        return newton_schulz_covariance(x, self.num_iter)
+    def of_unit_matrix(self, S: Tensor) -> Tensor:
+        """The iteration in plain autograd, or the polynomial through eigenvalues."""
+        if self.stable(S.dtype):
+            S = S if exporting() else S + _negative_part(S.detach())  # a recorded program needs no eigenvalues for it
+            return newton_schulz_sqrt(S, self.num_iter)
+        return self._through_eigenvalues(S + _negative_part(S.detach()))
+
+    def of_unit_covariance(self, x: Tensor) -> Tensor:
+        """The same, by products in the smaller of the two spaces."""
+        if self.stable(x.dtype):
+            return newton_schulz_covariance(x, self.num_iter)
+        return self._through_eigenvalues(covariance_matrix(x))
+
+    def _through_eigenvalues(self, S: Tensor) -> Tensor:
+        trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        live = trace > 0
+        trace = torch.where(live, trace, 1)
+        Y = spectral(S / trace, NewtonSchulzPolynomial(self._steps(S.dtype)))
+        return torch.where(live, trace.sqrt() * Y, 0)
+
+    def _steps(self, dtype: torch.dtype) -> int:
+        return min(self.num_iter, CONVERGED_STEPS[dtype])
 
 
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(MatrixFunction):
     """f(S) for a scalar function, with the convention of `spectral` for null directions."""
 
     function: ScalarFunction
 
+    @property
+    def degree(self) -> float | None:
+        """That of f."""
+        return self.function.degree
+
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
-        """Zero in null directions when f is singular there."""
-        null = null_directions(a, size)
+        """Zero in null directions that f leaves out."""
+        null = left_out(a * t, size, self.function)
         value, first = divided_differences(a * t, null, self.function)
-        divisor = _divisible(a)
-        if self.function.null_at_zero:
-            divisor = torch.where(null, torch.inf, divisor)  # f(a) / a and what follows from it are zero there
+        # f(a) / a and what follows from it are zero in null directions
+        divisor = torch.where(null, torch.inf, _divisible(a, torch.finfo(a.dtype).eps))
         return Spectrum(value, first.mul_(t[..., None]), torch.zeros_like(a), divisor)
 
-    def of_matrix(self, S: Tensor) -> Tensor:
+    def in_units(self, c: Tensor, d: int) -> InUnits:
+        """By the degree of f; the logarithm keeps its unit (`Logarithm`), and v = 1 / (1 + eps / u)."""
+        f = self.function
+        if not isinstance(f, Logarithm):
+            assert f.degree is not None
+            return InUnits(self, power(c, d * f.degree), power(c, d * f.degree - 1))
+        scaled = Spectral(f.in_units(c, d))
+        if f.eps == 0:
+            return InUnits(scaled, power(c, 0), power(c, -1))
+        inverse = 1 / (c + (f.eps if d == 1 else f.eps / c))
+        return InUnits(scaled, (c * inverse,), (inverse,))
+
+    def of_unit_matrix(self, S: Tensor) -> Tensor:
         """The closed form of `spectral`."""
         return spectral(S, self.function)
 
-    def of_covariance(self, x: Tensor) -> Tensor:
+    def of_unit_covariance(self, x: Tensor) -> Tensor:
         """The closed form on the covariance matrix."""
         return spectral(covariance_matrix(x), self.function)
 
 
-def _divisible(a: Tensor) -> Tensor:
-    """Eigenvalues not below rounding level, and 1 for the zero matrix, so that q(a) / a and the like stay finite."""
+def _negative_part(S: Tensor) -> Tensor:
+    """U diag(max(-lam, 0)) U^T, what a symmetric matrix lacks to be PSD."""
+    lam, U = torch.linalg.eigh(S.masked_fill(S[..., :1, :1].isnan(), 0))
+    return (U * lam.clamp_max(0).neg()[..., None, :]) @ U.mT
+
+
+def _divisible(a: Tensor, level: float) -> Tensor:
+    """Eigenvalues not below `level` times the largest, and 1 for the zero matrix, so that q(a) / a and the like stay finite."""
     largest = a[..., -1:]
-    return torch.where(largest > 0, torch.maximum(a, torch.finfo(a.dtype).eps * largest), 1)
+    return torch.where(largest > 0, torch.maximum(a, level * largest), 1)

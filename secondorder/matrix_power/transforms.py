@@ -1,11 +1,27 @@
-"""What the functions of this package share: batching under `torch.func.vmap`, scale and precision."""
+"""What the functions of this package share: batching under `torch.func.vmap`, tangents and number formats."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from secondorder.matrix_power.precision import full_precision
+
+__all__ = [
+    "exporting",
+    "full_precision",
+    "inside_transform",
+    "known_shape",
+    "mapped_first",
+    "primals",
+    "result_dtype",
+    "symmetric",
+    "widened",
+    "without_mutation",
+]
 
 
 def mapped_first(batch_size: int, in_dims: tuple, arguments: tuple) -> list:
@@ -21,9 +37,9 @@ def mapped_first(batch_size: int, in_dims: tuple, arguments: tuple) -> list:
     return moved
 
 
-def primals(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+def primals(tensors: tuple[Tensor | None, ...]) -> list[Any]:
     """The tensors of a `jvp` without the tangents of its own level, which it is about to account for itself."""
-    return [forward_ad.unpack_dual(tensor).primal for tensor in tensors]
+    return [tensor if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in tensors]
 
 
 def inside_transform() -> bool:
@@ -31,29 +47,31 @@ def inside_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
+def exporting() -> bool:
+    """Whether torch.export, the ONNX exporter or torch.jit.trace is recording."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def known_shape(x: Tensor) -> Sequence[int]:
+    """The shape of x in numbers (or symbols of torch.export), also while torch.jit traces, which has tensors for sizes."""
+    if not torch.jit.is_tracing():
+        return x.shape
+    with warnings.catch_warnings():  # "a Python integer": of checks and choices, not results
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(int(size) for size in x.shape)
+
+
+def without_mutation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, or while PyTorch records operations the same without operations in place.
+
+    A recorder (`torch.func.linearize`, `make_fx`) may keep a tensor as a constant and replay the operation that changes it.
+    """
+    return torch.func.functionalize(function) if torch._C._len_torch_dispatch_stack() > 0 else function
+
+
 def symmetric(G: Tensor) -> Tensor:
     """The symmetric part (G + G^T) / 2."""
     return (G + G.mT) * 0.5  # not in place: nested forward mode may pass tensors that cannot be written
-
-
-def homogeneous(function: Callable[[Tensor], Tensor], degree: float, S: Tensor) -> Tensor:
-    """c^degree function(S / c) at c = tr(S): equal to function(S), and derivatives of tiny or huge S do not overflow.
-
-    The derivative with respect to c is zero because the function is homogeneous, so c counts as a constant.
-    """
-    trace = S.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scale = torch.where(trace > 0, trace, 1)
-    return scale**degree * function(S / scale)
-
-
-@contextmanager
-def full_precision(x: Tensor) -> Iterator[None]:
-    """Autocast off on the device of x: roots and eigenvalues in 16 bits are noise."""
-    if torch.amp.is_autocast_available(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            yield
-    else:
-        yield
 
 
 def widened(x: Tensor) -> Tensor:

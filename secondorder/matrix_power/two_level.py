@@ -1,8 +1,8 @@
 """One autograd function with a fast value and first derivative, and with all other derivatives from a plain definition.
 
 Training needs F(x) and the pull-back (x, G) -> dF(x)^T G, which a strategy computes in closed form. Everything else (double
-backward, forward mode, forward over reverse, ...) is derived by autograd from `strategy.reference`, a plain definition of
-the same function, so it is exact however the fast path is written.
+backward, forward mode, forward over reverse, ...) is derived by autograd from `strategy.pull_back`, the gradient of a plain
+definition of the same function, so it is exact however the fast path is written.
 
 Forward mode is the transpose of the pull-back, which is linear in G: dF(x) V = d/dG <dF(x)^T G, V>, and as fast: the
 strategy's own pull-back is transposed. And a `jvp` calls nothing but an autograd function (`_PushForward`, `_Plain`), because
@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from secondorder.matrix_power.transforms import full_precision, mapped_first, primals
+from secondorder.matrix_power.precision import full_precision
+from secondorder.matrix_power.transforms import exporting, mapped_first, primals, without_mutation
 
 
 class Strategy(Protocol):
     """A fast way of computing a function F of one tensor."""
 
     def reference(self, x: Tensor) -> Tensor:
-        """F in plain differentiable operations."""
+        """F in plain differentiable operations, for tests and for programs that are recorded (`exporting`)."""
+
+    def pull_back(self, x: Tensor, G: Tensor) -> Tensor:
+        """The pull-back dL/dx of G = dL/dF in plain differentiable operations."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """F(x), and tensors for `gradient`; any number of leading batch dimensions."""
@@ -34,7 +38,10 @@ class Strategy(Protocol):
 
 
 def evaluate(strategy: Strategy, x: Tensor) -> Tensor:
-    """F(x), differentiable as often as the reference is."""
+    """F(x), differentiable as often as the plain definition is."""
+    if exporting():
+        with full_precision(x):
+            return strategy.reference(x)
     return _Value.apply(x, strategy)[0]
 
 
@@ -44,7 +51,7 @@ class _Value(Function):
     @staticmethod
     def forward(x: Tensor, strategy: Strategy) -> tuple[Tensor, ...]:
         with full_precision(x):
-            Z, saved = strategy.forward(x)
+            Z, saved = without_mutation(strategy.forward)(x)
         return Z, *saved
 
     @staticmethod
@@ -81,12 +88,12 @@ class _PullBack(Function):
     @staticmethod
     def forward(x: Tensor, G: Tensor, strategy: Strategy, *saved: Tensor) -> Tensor:
         with full_precision(x):
-            return strategy.gradient(G, saved)
+            return without_mutation(strategy.gradient)(G, saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, G, strategy, *saved = inputs
-        ctx.function = partial(_pull_back, strategy.reference)
+        ctx.function = strategy.pull_back
         ctx.constants = len(saved)
         ctx.save_for_backward(x, G)
         ctx.save_for_forward(x, G)
@@ -111,12 +118,13 @@ class _PushForward(Function):
     def forward(x: Tensor, V: Tensor, strategy: Strategy, tail: torch.Size, *saved: Tensor) -> Tensor:
         with full_precision(x):
             G = V.new_zeros(*V.shape[:-2], *tail)
-            return torch.func.vjp(lambda G: strategy.gradient(G, saved), G)[1](V)[0]
+            gradient = without_mutation(strategy.gradient)
+            return torch.func.vjp(lambda G: gradient(G, saved), G)[1](V)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, V, strategy, _, *saved = inputs
-        ctx.function = partial(_push_forward, strategy.reference)
+        x, V, strategy, tail, *saved = inputs
+        ctx.function = partial(_transposed_pull_back, strategy, tail)
         ctx.constants = len(saved)
         ctx.save_for_backward(x, V)
         ctx.save_for_forward(x, V)
@@ -167,9 +175,10 @@ def _transposed(function: Callable[..., Tensor], arguments: tuple, H: Tensor) ->
         return torch.func.vjp(function, *arguments)[1](H)
 
 
-def _pull_back(function: Callable[..., Tensor], x: Tensor, G: Tensor) -> Tensor:
-    """dF(x)^T G."""
-    return torch.func.vjp(function, x)[1](G)[0]
+def _transposed_pull_back(strategy: Strategy, tail: torch.Size, x: Tensor, V: Tensor) -> Tensor:
+    """dF(x) V `[..., *tail]`."""
+    G = torch.zeros(*V.shape[:-2], *tail, dtype=V.dtype, device=V.device)
+    return torch.func.vjp(lambda G: strategy.pull_back(x, G), G)[1](V)[0]
 
 
 def _push_forward(function: Callable[..., Tensor], *arguments_and_tangents: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def from_torchvision(name: str, in_channels: int, fan_out: bool = True) -> tuple
 def set_in_channels(stem: nn.Module, in_channels: int, fan_out: bool) -> None:
     """Replace the stem's first convolution (assumed without bias) by one for `in_channels` channels."""
     old = first_convolution(stem)
-    assert old is not None
+    assert isinstance(old, nn.Conv2d)
     assert old.bias is None
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)  # type: ignore[arg-type]
     if fan_out:

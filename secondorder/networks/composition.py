@@ -1,81 +1,136 @@
 """Networks composed of stem, features, pooling head and classifier."""
 
+import math
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError, unknown
+from secondorder.matrix_power.transforms import known_shape
 from secondorder.networks.backbones import NETWORKS, Backbone
+from secondorder.networks.heads import Pooling, check_pooling, check_positive, make_head
 from secondorder.networks.split import check_stride, first_convolution, last_linear, set_last_stride
-from secondorder.pooling import POOLINGS, Covariance, pooling_head
-
-REDUCED_CHANNELS = 256  # published width of the covariance; features with no more channels are not reduced
+from secondorder.pooling import LAYOUTS, Covariance
+from secondorder.pooling.layout import FLOATS, channels_first, check_layout
 
 
 class Network(nn.Module):
     """classifier(head(features(stem(x)))): images `[N, in_channels, H, W]` to logits `[N, num_classes]`.
 
     The stem's output is where the landscape study enters feature space; `rest` is everything after it. No module may
-    change its input in place. Raises InputError for images of the wrong shape, an empty batch, and images so small
-    that a covariance head sees a single position, where every covariance is zero.
+    change its input in place. An empty batch gives empty logits in eval mode and is refused in training, where batch
+    statistics need samples. Raises InputError for input of the wrong shape or type, and for images so small that a covariance
+    head sees a single position, where every covariance is zero, or batch normalisation in training a single value.
+
+    layout: key of `pooling.LAYOUTS`, the layout of the input: "NCHW" for images, "NCL" for sequences, "NCTHW" for video. That of
+        the features is the head's (`PoolingHead.layout`).
     """
 
-    def __init__(self, stem: nn.Module, features: nn.Module, head: nn.Module, classifier: nn.Module) -> None:
+    def __init__(
+        self, stem: nn.Module, features: nn.Module, head: nn.Module, classifier: nn.Module, *, layout: str = "NCHW"
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.features = features
         self.head = head
         self.classifier = classifier
-        first, last = first_convolution(stem), last_linear(classifier)
+        self.layout = check_layout(layout)
+        last = last_linear(classifier)
+        first = first_convolution(stem if next(stem.parameters(), None) is not None else features)
         self.in_channels = None if first is None else first.in_channels
         self.num_classes = None if last is None else last.out_features
         self.min_positions = 2 if any(isinstance(part, Covariance) for part in head.modules()) else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[N, num_classes]` of the images `[N, in_channels, H, W]`."""
-        if x.ndim != 4 or 0 in x.shape or x.shape[1] != (self.in_channels or x.shape[1]):
-            raise InputError(f"images of shape {list(x.shape)}; use [N, {self.in_channels or 'C'}, H, W] with N >= 1")
-        return self.rest(self.stem(x))
+        """Logits `[N, num_classes]` of the input `[N, in_channels, H, W]`, or of its `layout`."""
+        return self.rest(self.stem(checked_images(x, self.layout, self.in_channels, self.training)))
 
     def rest(self, activation: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the stem's output, which is left as it is."""
-        maps = self.features(activation)
-        self._check_positions(maps.shape[-2], maps.shape[-1])
+        try:
+            maps = self.features(activation)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"batch normalisation in training gets one value per channel ({str(error)[-60:]}); use a larger batch, larger "
+                "images or eval()"
+            ) from error
+        maps = checked_positions(maps, self._feature_layout, self.min_positions)
         return self.classifier(self.head(maps))
 
-    def check_image_size(self, image_size: int | tuple[int, int]) -> None:
+    def check_image_size(self, image_size: int | tuple[int, ...]) -> None:
         """Raise InputError when images of this size are too small for the network; nothing is computed or changed."""
         try:
-            _, height, width = self.feature_shape(image_size)
+            _, *positions = self.feature_shape(image_size)
         except RuntimeError as error:  # a convolution or max-pooling larger than its input
             raise InputError(f"images of size {image_size} are too small for this network; use larger ones") from error
-        self._check_positions(height, width)
+        check_positions(tuple(positions), self.min_positions)
 
-    def _check_positions(self, height: int, width: int) -> None:
-        if height * width < self.min_positions:
-            raise InputError(
-                f"the last feature map is {height}x{width}, its covariance is always zero; "
-                "use larger images, last_stride=1 or pooling 'gap'"
-            )
+    @property
+    def _feature_layout(self) -> str:
+        return getattr(self.head, "layout", "NCHW")
 
-    def feature_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
-        """(C, H, W) of the feature map that the head reads, for images of this size; nothing is computed or changed."""
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    def feature_shape(self, image_size: int | tuple[int, ...]) -> tuple[int, ...]:
+        """(C, H, W) of the features that the head reads, for images of this size; nothing is computed or changed.
+
+        Of another layout than maps: (C, L) or (C, T, H, W), for as many sizes as the input's layout has positions.
+        """
+        axes = len(self.layout) - 2
+        size = (image_size,) * axes if isinstance(image_size, int) else image_size
         for side in size:
             check_positive("image_size", side)
         trunk = nn.Sequential(self.stem, self.features)
         state = {name: tensor.to("meta") for name, tensor in (*trunk.named_parameters(), *trunk.named_buffers())}
         dtype = next((p.dtype for p in trunk.parameters()), torch.get_default_dtype())
-        images = torch.empty(2, self.in_channels or 3, *size, device="meta", dtype=dtype)
+        channels = self.in_channels or 3
+        shape = (2, *size, channels) if LAYOUTS[self.layout].channels_last else (2, channels, *size)
         with torch.no_grad():
-            channels, height, width = torch.func.functional_call(trunk, state, (images,)).shape[1:]
-        return channels, height, width
+            maps = torch.func.functional_call(trunk, state, (torch.empty(shape, device="meta", dtype=dtype),))
+        return tuple(channels_first(maps, self._feature_layout).shape[1:])
+
+
+# Functions of tensors and numbers, each one node of a graph that torch.fx traces: there sizes are not known.
+
+
+def checked_images(x: Tensor, layout: str, in_channels: int | None, training: bool) -> Tensor:
+    """x. Raises InputError for input of another layout, number of channels or type, and in training for an empty batch."""
+    shape, channel = list(known_shape(x)), layout.index("C")
+    wrong = len(shape) != len(layout) or 0 in shape[1:] or shape[channel] != (in_channels or shape[channel])
+    if wrong or (training and shape[0] == 0):
+        axes = LAYOUTS[layout].shape.replace("C", str(in_channels or "C"))
+        raise InputError(f"images of shape {shape}; use {axes} with N >= 1" + ("" if training else " or 0"))
+    if x.dtype not in FLOATS:
+        raise InputError(
+            f"images of type {x.dtype}: a network takes real numbers; use .float(), of bytes .float() / 255"
+        )
+    return x
+
+
+def checked_positions(maps: Tensor, layout: str, least: int) -> Tensor:
+    """The features. Raises InputError when they have fewer positions than a covariance head can use."""
+    if least > 1 and maps.ndim == len(layout):
+        check_positions(tuple(known_shape(channels_first(maps, layout))[2:]), least)
+    return maps
+
+
+def check_positions(positions: tuple[int, ...], least: int) -> None:
+    """InputError for fewer positions (H, W) than a covariance head can use."""
+    if math.prod(positions) < least:
+        raise InputError(
+            f"the last feature map is {'x'.join(map(str, positions))}, its covariance is always zero; "
+            "use larger images, last_stride=1 or pooling 'gap'"
+        )
+
+
+for _function in ("checked_images", "checked_positions"):
+    torch.fx.wrap(_function)
 
 
 def network(
     backbone: str,
-    pooling: str,
+    pooling: str | Pooling,
     num_classes: int,
     in_channels: int = 3,
     reduced_channels: int | None = None,
@@ -84,8 +139,10 @@ def network(
     dropout: float | None = None,
     **pooling_options: object,
 ) -> Network:
-    """The network of this backbone (a key of NETWORKS) with this pooling (a key of POOLINGS).
+    """The network of this backbone (a key of NETWORKS) with this pooling (a key of POOLINGS, or a head of one's own).
 
+    pooling: a name; or a head, any module from maps `[N, C, H, W]` to vectors `[N, F]`, used as it is (not copied); or a function
+        or class that makes it from the number C of channels. A head of one's own brings its own reduction and options.
     reduced_channels: width of the 1x1 reduction before the pooling; None: 256 for a covariance of more than 256
         channels, else no reduction; 0: no reduction. `"gap"` reduces only when told to.
     last_stride: stride 1 or 2 of a ResNet's last stage; None: as published, 2 with `"gap"` and 1 with any other pooling
@@ -96,10 +153,10 @@ def network(
     Stem and features are built first: the same torch seed gives them the same weights whatever the pooling, the
     stride and the number of classes, so that GAP and GCP can be compared from the same start.
     """
-    if backbone not in NETWORKS:
-        raise unknown("backbone", backbone, NETWORKS)
+    if not isinstance(backbone, str) or backbone not in NETWORKS:
+        raise unknown("backbone", backbone[:40] if isinstance(backbone, str) else type(backbone).__name__, NETWORKS)
     row = NETWORKS[backbone]
-    check_pooling(pooling, reduced_channels, dropout)
+    check_pooling("network", network, pooling, reduced_channels, dropout, pooling_options)
     check_positive("num_classes", num_classes)
     check_positive("in_channels", in_channels)
     stride = choose_stride(backbone, row, pooling, last_stride)
@@ -107,15 +164,12 @@ def network(
     stem, features = row.build(in_channels)
     if stride is not None:
         set_last_stride(features, stride)
-    width = choose_reduction(pooling, row.channels, reduced_channels)
     options = {"activation": row.activation, **pooling_options}
-    head = pooling_head(pooling, row.channels, width, **options)  # type: ignore[arg-type]
-    return Network(
-        stem, features, head, linear(head.out_features, num_classes, row.dropout if dropout is None else dropout)
-    )
+    head, size = make_head(pooling, torch.Size((2, row.channels, 4, 4)), "NCHW", reduced_channels, options)
+    return Network(stem, features, head, linear(size, num_classes, row.dropout if dropout is None else dropout))
 
 
-def choose_stride(backbone: str, row: Backbone, pooling: str, last_stride: int | None) -> int | None:
+def choose_stride(backbone: str, row: Backbone, pooling: str | Pooling, last_stride: int | None) -> int | None:
     """The stride of the last stage: as asked, else as published; None where the backbone has no such option."""
     if last_stride is not None and row.last_stride is None:
         able = ", ".join(name for name, other in NETWORKS.items() if other.last_stride is not None)
@@ -126,32 +180,9 @@ def choose_stride(backbone: str, row: Backbone, pooling: str, last_stride: int |
     return None if row.last_stride is None else row.last_stride[0 if pooling == "gap" else 1]
 
 
-def choose_reduction(pooling: str, channels: int, reduced_channels: int | None) -> int | None:
-    """The width of the 1x1 reduction, None for no reduction; see `network` for the rule."""
-    if reduced_channels is None:
-        return REDUCED_CHANNELS if pooling != "gap" and channels > REDUCED_CHANNELS else None
-    return reduced_channels or None
-
-
 def linear(in_features: int, num_classes: int, dropout: float) -> nn.Module:
     """The linear classifier, after dropout if there is any: `[N, in_features] -> [N, num_classes]`."""
     layer = nn.Linear(in_features, num_classes)
     if dropout == 0:
         return layer
     return nn.Sequential(OrderedDict(dropout=nn.Dropout(dropout), linear=layer))
-
-
-def check_pooling(pooling: str, reduced_channels: int | None, dropout: float | None) -> None:
-    """InputError for an unknown pooling, a negative or fractional width, a dropout outside [0, 1)."""
-    if pooling not in POOLINGS:
-        raise unknown("pooling", pooling, POOLINGS)
-    if reduced_channels is not None and reduced_channels != 0:
-        check_positive("reduced_channels", reduced_channels, " or 0 (no reduction) or None (automatic)")
-    if dropout is not None and not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
-        raise InputError(f"dropout {dropout!r}: must be in [0, 1), or None (as published)")
-
-
-def check_positive(name: str, value: int, otherwise: str = "") -> None:
-    """InputError unless the value is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} {value!r}: must be a whole number >= 1{otherwise}")

@@ -3,18 +3,23 @@
 The stem ends where the landscape study takes its activation: after the first convolution with the normalisation,
 activation and max-pooling that directly follow it (ResNet, ShuffleNetV2, DenseNet: conv-BN-ReLU-maxpool; MobileNetV2,
 EfficientNet: conv-BN-activation). The features are everything from there to the last feature map `[N, C, H, W]`.
+
+timm's models whose forward is more than their children in order (vision transformers, Swin) come with the features as one module,
+`ForwardFeatures`, and no stem.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models import DenseNet
 
 from secondorder.errors import InputError
 
-POOLING_NAMES = ("avgpool",)
-CLASSIFIER_NAMES = ("fc", "classifier")
+POOLING_NAMES = ("avgpool", "global_pool")
+CLASSIFIER_NAMES = ("fc", "classifier", "head")
 WAY_OUT = "build secondorder.networks.Network(stem, features, head, classifier) by hand"
 
 
@@ -26,12 +31,65 @@ class Split:
     features: nn.Module
     pooling: nn.Module | None  # None: the model pools inside its forward
     classifier: nn.Module
+    layout: str = "NCHW"  # of the features: a key of pooling.LAYOUTS
+
+
+class ForwardFeatures(nn.Module):
+    """The features of a timm model, its `forward_features`, without class and register tokens: `[N, L, C]` or maps.
+
+    What only the model's `forward_head` uses (its norm after the pooling, its classifier) is taken out of the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features of images `[N, C, H, W]`."""
+        features = self.model.forward_features(x)  # type: ignore[operator]
+        return features[:, self.model.num_prefix_tokens :] if self.prefixed else features
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether the first tokens are no positions of the image."""
+        return getattr(self.model, "num_prefix_tokens", 0) > 0
+
+    def layout(self, shape: torch.Size) -> str:
+        """The layout of features of this shape, by timm's convention; maps are channels-first unless the model says otherwise."""
+        return "NLC" if len(shape) == 3 else declared_layout(self.model)
+
+    def without_head(self, called: set[nn.Module]) -> None:
+        """Take out every child of which no part was called for the features."""
+        for name, child in list(self.model.named_children()):
+            if not called & set(child.modules()):
+                setattr(self.model, name, nn.Identity())
+
+
+def declared_layout(model: nn.Module) -> str:
+    """The layout of a model's last maps: that which timm's models with the channels last declare, else "NCHW"."""
+    return "NHWC" if getattr(model, "output_fmt", None) == "NHWC" else "NCHW"
+
+
+def split_timm(model: nn.Module) -> Split | None:
+    """A timm model in three: no stem, its `forward_features`, its classifier; None for a model that is none of timm's."""
+    if not all(callable(getattr(model, name, None)) for name in ("forward_features", "forward_head", "get_classifier")):
+        return None
+    classifier = model.get_classifier()  # type: ignore[operator]
+    if isinstance(classifier, tuple):  # one for each of several class tokens
+        classifier = nn.ModuleList(classifier)
+    if not isinstance(classifier, nn.Module):
+        return None
+    stem = nn.Identity()
+    stem.training = model.training
+    return Split(stem, ForwardFeatures(model), None, classifier)
 
 
 def split(model: nn.Module) -> Split:
     """Stem, features, pooling and classifier of a model whose children run in the order in which they are registered.
 
-    Raises InputError for a model without `fc`/`classifier`, or with nothing before it. That the children do run in
+    A pooling inside the classifier (timm's `head.global_pool`) is found there. Raises InputError for a model without
+    `fc`/`classifier`/`head`, or with nothing before it. That the children do run in
     order is not visible from here: `replace_pooling` checks it by running the model.
     """
     children = dict(model.named_children())
@@ -48,13 +106,20 @@ def split(model: nn.Module) -> Split:
         trunk.append(("relu", nn.ReLU()))  # the last activation is a function call in DenseNet's forward
     if classifier is None or len(trunk) < 2:
         raise InputError(
-            f"cannot split {type(model).__name__} with children {', '.join(children) or 'none'}: expected the "
-            f"convolutions, an optional `avgpool`, then `fc` or `classifier`, in this order; otherwise {WAY_OUT}"
+            f"cannot split {type(model).__name__} with children {shortened(children)}: expected the convolutions, an optional "
+            f"`avgpool` or `global_pool`, then `fc`, `classifier` or `head`; otherwise {WAY_OUT}"
         )
     cut = stem_length([child for _, child in trunk])
     stem, features = nn.Sequential(OrderedDict(trunk[:cut])), nn.Sequential(OrderedDict(trunk[cut:]))
     stem.training = features.training = model.training  # of the containers alone: frozen parts stay in eval mode
-    return Split(stem, features, None if pooling is None else children[pooling], children[classifier])
+    own_pooling = getattr(children[classifier], "global_pool", None) if pooling is None else children[pooling]
+    return Split(stem, features, own_pooling, children[classifier], declared_layout(model))
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Names for a message, at most some 100 characters of them."""
+    text = ", ".join(names) or "none"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def stem_length(trunk: list[nn.Module]) -> int:
@@ -104,10 +169,10 @@ def stage_name(stage: nn.Module) -> str:
     return type(stage).__name__ + (f"({children[0]}, ...)" if children else "")
 
 
-def first_convolution(module: nn.Module | None) -> nn.Conv2d | None:
-    """The first 2d convolution in registration order, None if there is none."""
+def first_convolution(module: nn.Module | None) -> nn.Conv1d | nn.Conv2d | nn.Conv3d | None:
+    """The first convolution in registration order, None if there is none."""
     parts = [] if module is None else module.modules()
-    return next((part for part in parts if isinstance(part, nn.Conv2d)), None)
+    return next((part for part in parts if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
 
 
 def last_linear(module: nn.Module) -> nn.Linear | None:

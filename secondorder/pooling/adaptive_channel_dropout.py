@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import full_precision, widened
+from secondorder.pooling.layout import check_features
+from secondorder.pooling.weights import counted, normalised, position_weights
 
 
 class AdaptiveChannelDropout(nn.Module):
@@ -28,6 +30,7 @@ class AdaptiveChannelDropout(nn.Module):
     O(C M) through S 1 = Yc (Yc^T 1) / M instead of a covariance matrix and is normalised first, so that the scale of the
     features does not matter; the rate stays on the device and is computed in float32 under autocast; a sample without
     variance counts as cos = 0 instead of NaN, and a rate of 1 gives zeros. Of several processes each has its own rate.
+    With weights of the positions `[N, M]` or `[N, H, W]` (bool: a mask), mu and S are the weighted ones.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
@@ -42,24 +45,46 @@ class AdaptiveChannelDropout(nn.Module):
         return f"channels={self.channels}"
 
     @torch.no_grad()
-    def rate(self, y: Tensor, omega: Tensor) -> Tensor:
-        """Dropout rate of a batch, a scalar in [0, 1], from reweighted features `[N, C, M]` and importances `[N, C]`."""
-        yc = y - y.mean(-1, keepdim=True)
-        yc = yc / yc.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(yc.dtype).tiny)
-        pi = F.normalize((yc @ yc.sum(1)[..., None])[..., 0], dim=-1, eps=torch.finfo(yc.dtype).tiny)
-        gain = 10 / math.log2(max(self.channels, 2))
-        return (1 - gain * F.cosine_similarity(omega, pi, dim=-1).mean()).clamp(0, 1)
+    def rate(self, y: Tensor, omega: Tensor, p: Tensor | None = None) -> Tensor:
+        """Dropout rate of a batch, a scalar in [0, 1], from reweighted features `[N, C, M]` and importances `[N, C]`.
 
-    def forward(self, x: Tensor) -> Tensor:
+        p: the part `[N, 1, M]` of each position, None for equal ones.
+        """
+        return dropout_rate(y, omega, p, 10 / math.log2(max(self.channels, 2)))
+
+    def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """The features with dropped channels while training, x itself in evaluation; always of the type of x."""
         if not self.training:
             return x
-        with full_precision(x):
-            features = widened(x).flatten(2)
-            weight = self.importance.weight.to(features.dtype)
-            omega = F.conv1d(features.mean(-1)[:, None], weight, padding=self.importance.padding).softmax(-1)[:, 0]
-            y = (1 + omega)[..., None] * features
-            keep = 1 - self.rate(y, omega)
-            kept = torch.rand(x.shape[:2], device=x.device) < keep
-            factor = torch.where(kept, 1 / keep.to(y.dtype).clamp_min(torch.finfo(y.dtype).tiny), 0)
-            return (y * factor[..., None]).reshape(x.shape).to(x.dtype)
+        return with_dropped_channels(x, weights, self.importance.weight, 10 / math.log2(max(self.channels, 2)))
+
+
+def dropout_rate(y: Tensor, omega: Tensor, p: Tensor | None, gain: float) -> Tensor:
+    """clamp(1 - gain mean_n cos(omega_n, pi_n), 0, 1) of features `[N, C, M]`, importances `[N, C]`, parts p `[N, 1, M]`."""
+    yc = y - (y.mean(-1, keepdim=True) if p is None else (y * p).sum(-1, keepdim=True))
+    yc = yc / yc.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(yc.dtype).tiny)
+    total = yc.sum(1) if p is None else yc.sum(1) * p[:, 0]
+    pi = F.normalize((yc @ total[..., None])[..., 0], dim=-1, eps=torch.finfo(yc.dtype).tiny)
+    return (1 - gain * F.cosine_similarity(omega, pi, dim=-1).mean()).clamp(0, 1)
+
+
+def with_dropped_channels(x: Tensor, weights: Tensor | None, kernel: Tensor, gain: float) -> Tensor:
+    """The features after a step of adaptive channel dropout with the kernel `[1, 1, k]` of the importances."""
+    check_features(x, "NCHW", "adaptive channel dropout")
+    with full_precision(x):
+        features = widened(x).flatten(2)
+        p = None
+        if weights is not None:
+            weights = position_weights(weights, x, "NCHW")
+            features, p = counted(features, weights), normalised(weights, features.dtype)[:, None]
+        mean = features.mean(-1) if p is None else (features * p).sum(-1)
+        omega = F.conv1d(mean[:, None], kernel.to(features.dtype), padding=kernel.shape[-1] // 2).softmax(-1)[:, 0]
+        y = (1 + omega)[..., None] * features
+        with torch.no_grad():
+            keep = 1 - dropout_rate(y, omega, p, gain)
+        kept = torch.rand(x.shape[:2], device=x.device) < keep
+        factor = torch.where(kept, 1 / keep.to(y.dtype).clamp_min(torch.finfo(y.dtype).tiny), 0)
+        return (y * factor[..., None]).reshape(x.shape).to(x.dtype)
+
+
+torch.fx.wrap("with_dropped_channels")

@@ -1,15 +1,19 @@
 """Pooling heads: from the last feature map of a network to the vector that its classifier reads."""
 
+import difflib
 import inspect
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from secondorder.errors import InputError, unknown
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
-from secondorder.pooling.covariance import Covariance, positions
-from secondorder.pooling.matrix_function import MatrixFunction, MatrixLogarithm, MatrixPower, MatrixSquareRoot
+from secondorder.pooling.covariance import Covariance
+from secondorder.pooling.head import PoolingHead
+from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, MatrixSquareRoot
 from secondorder.pooling.upper_triangle import UpperTriangle
 
 
@@ -60,61 +64,82 @@ POOLINGS: dict[str, Callable[..., list[nn.Module]]] = {
 """Name -> leaf modules of the head for a number of channels and options."""
 
 
-class PoolingHead(nn.Module):
-    """Optional 1x1 reduction of the channels, then pooling: `[N, in_channels, H, W] -> [N, out_features]`.
-
-    `forward` fuses covariance, matrix function and triangle into one step. `chain` is the same head, with the same
-    parameters, as leaf modules one after the other, for tools that work module by module (BackPACK).
-    """
-
-    def __init__(self, in_channels: int, reduction: nn.Sequential, layers: nn.Sequential, out_features: int) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.out_features = out_features
-        self.reduction = reduction
-        self.layers = layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The pooled features. Raises InputError for another shape."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
-            raise InputError(f"pooling head needs features [N, {self.in_channels}, H, W], got shape {list(x.shape)}")
-        x = self.reduction(x)
-        function = self.layers[-2]
-        return function.of_features(positions(x)) if isinstance(function, MatrixFunction) else self.layers(x)
-
-    def chain(self) -> nn.Sequential:
-        """The same head as leaf modules that share its parameters."""
-        return nn.Sequential(*self.reduction, *self.layers)
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"in_channels={self.in_channels}, out_features={self.out_features}"
-
-
 def pooling_head(
     name: str,
     in_channels: int,
     reduced_channels: int | None = None,
     *,
+    layout: str = "NCHW",
     activation: Callable[[], nn.Module] = nn.ReLU,
     **options: Any,
 ) -> PoolingHead:
     """The head called `name`, a key of POOLINGS, after a 1x1 reduction to `reduced_channels` unless that is None.
 
-    The reduction is convolution + batch normalisation + `activation` (ReLU6 for MobileNetV2 and ShuffleNetV2). `options` are
-    those of the pooling, e.g. `num_iter` for "gcp". Raises InputError for an unknown name, option or size.
+    layout: key of `layout.LAYOUTS`, e.g. "NLC" for tokens `[N, L, C]`, "NCL" for sequences, "NCTHW" for video.
+    activation: the end of the reduction, convolution + batch normalisation + `activation` (ReLU6 for MobileNetV2).
+    options: those of the pooling, e.g. `num_iter` for "gcp".
+
+    Raises InputError for an unknown name, option, layout or size.
     """
-    if name not in POOLINGS:
-        raise unknown("pooling", name, POOLINGS)
-    _check_options(name, options)
+    check_pooling_name(name)
+    check_options("pooling_head", name, options, inspect.signature(pooling_head).parameters)
     _check_channels("in_channels", in_channels)
     channels, reduction = in_channels, nn.Sequential()
     if reduced_channels is not None:
         _check_channels("reduced_channels", reduced_channels)
         channels, reduction = reduced_channels, _reduction(in_channels, reduced_channels, activation)
     layers = nn.Sequential(*POOLINGS[name](channels, **options))
-    matrix = any(isinstance(layer, UpperTriangle) for layer in layers)
-    return PoolingHead(in_channels, reduction, layers, channels * (channels + 1) // 2 if matrix else channels)
+    return PoolingHead(in_channels, reduction, layers, _out_features(name, layers, channels), layout)
+
+
+def check_pooling_name(name: object) -> None:
+    """Raises InputError unless this is a key of POOLINGS."""
+    if not isinstance(name, str) or name not in POOLINGS:
+        raise unknown("pooling", name[:40] if isinstance(name, str) else type(name).__name__, POOLINGS)
+
+
+def check_options(function: str, pooling: str, options: Mapping[str, Any], parameters: Iterable[str]) -> None:
+    """Raises InputError for an option that the pooling lacks; `parameters` of the function that got it may be what was meant."""
+    allowed = [name for name in inspect.signature(POOLINGS[pooling]).parameters if name != "channels"]
+    wrong = next((option for option in options if option not in allowed), None)
+    if wrong is not None:
+        near = difflib.get_close_matches(wrong, [*allowed, *parameters], n=1)
+        raise InputError(
+            f"unknown option {wrong[:40]!r} of pooling {pooling!r}; allowed: {', '.join(allowed) or 'none'}; {function} has no "
+            "option of this name either" + (f", did you mean {near[0]}?" if near else "")
+        )
+
+
+def output_size(module: nn.Module, features: torch.Tensor) -> int:
+    """The F of a module that makes `[N, F]` of features, found by a run in eval mode. Raises InputError for other results."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        with torch.no_grad():
+            shape = list(module.eval()(features).shape)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(
+            f"{type(module).__name__} as pooling fails for features {list(features.shape)} ({reason})"
+        ) from error
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    if len(shape) != 2 or shape[0] != features.shape[0]:
+        raise InputError(
+            f"{type(module).__name__} as pooling makes {shape} of features {list(features.shape)}, not [N, F]; end in Flatten"
+        )
+    return shape[1]
+
+
+def _out_features(name: str, layers: nn.Sequential, channels: int) -> int:
+    """The size of the pooled vector: known for layers that end in a triangle and for the mean, else found by a run."""
+    if len(layers) == 0:
+        raise InputError(f"pooling {name!r} has no layers: a row of POOLINGS gives at least one")
+    if type(layers[-1]) is UpperTriangle:
+        return channels * (channels + 1) // 2
+    if [type(layer) for layer in layers] == [nn.AdaptiveAvgPool2d, nn.Flatten]:
+        return channels
+    return output_size(layers, torch.ones(2, channels, 4, 4))
 
 
 def _reduction(in_channels: int, channels: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -124,12 +149,11 @@ def _reduction(in_channels: int, channels: int, activation: Callable[[], nn.Modu
     return nn.Sequential(convolution, nn.BatchNorm2d(channels), activation())
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    allowed = [parameter for parameter in inspect.signature(POOLINGS[name]).parameters if parameter != "channels"]
-    if wrong := [option for option in options if option not in allowed]:
-        raise InputError(f"unknown option {wrong[0]!r} of pooling {name!r}; allowed: {', '.join(allowed) or 'none'}")
-
-
 def _check_channels(name: str, channels: int) -> None:
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {channels!r}")
+        raise InputError(f"{name} must be a whole number of at least 1, got {_short(channels)}")
+
+
+def _short(value: object) -> str:
+    """The value for a message, cut to some 30 characters."""
+    return reprlib.repr(value)

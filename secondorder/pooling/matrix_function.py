@@ -1,11 +1,13 @@
 """Layers that replace a covariance matrix S `[..., C, C]` by a function of it, the normalisation of covariance pooling.
 
 Each also has `of_features`: the upper triangle of the same function of the covariance of features `[N, C, M]`, in one fused
-step. Values are not checked, so that no layer waits for the device; `secondorder.matrix_power` has functions that do.
+step. Values are not checked, so that no layer waits for the device; `secondorder.matrix_power` has functions that do. A sample
+that is not finite gets NaN, and the others what they get without it.
 """
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from secondorder.matrix_power import (
@@ -17,6 +19,8 @@ from secondorder.matrix_power import (
     matrix_power,
     matrix_sqrt,
 )
+from secondorder.matrix_power.transforms import known_shape
+from secondorder.pooling.layout import check_numbers
 
 
 class MatrixFunction(nn.Module, ABC):
@@ -46,7 +50,7 @@ class MatrixSquareRoot(MatrixFunction):
 
     def forward(self, S: Tensor) -> Tensor:
         """The root of S."""
-        return matrix_sqrt(S, self.method, self.num_iter, validate=False)
+        return root_of(S, self.method, self.num_iter)
 
     def of_features(self, x: Tensor) -> Tensor:
         """Upper triangle of the root of the covariance of x."""
@@ -67,7 +71,7 @@ class MatrixPower(MatrixFunction):
 
     def forward(self, S: Tensor) -> Tensor:
         """The power of S."""
-        return matrix_power(S, self.exponent, validate=False)
+        return power_of(S, self.exponent)
 
     def of_features(self, x: Tensor) -> Tensor:
         """Upper triangle of the power of the covariance of x."""
@@ -82,8 +86,9 @@ class MatrixLogarithm(MatrixFunction):
     """log(S + eps I) - log(eps) I for eps > 0; log(S) on the range of S, and zero outside it, for eps = 0.
 
     The log-Euclidean map of DeepO2P (Ionescu et al. 2015), less a constant, which a classifier's bias absorbs: in this
-    form null directions give zero and the layer is smooth there. With eps = 0 an eigenvalue that reaches the rounding level
-    makes the value jump. Raises InputError for a negative or non-finite eps.
+    form null directions give zero and the layer is smooth there. With eps = 0, or an eps below the rounding level
+    C eps l_max of the number format, an eigenvalue that reaches that level makes the value jump. Raises InputError for a
+    negative or non-finite eps.
     """
 
     def __init__(self, eps: float = 1e-3) -> None:
@@ -93,7 +98,7 @@ class MatrixLogarithm(MatrixFunction):
 
     def forward(self, S: Tensor) -> Tensor:
         """The logarithm of S."""
-        return matrix_log(S, self.eps, validate=False)
+        return logarithm_of(S, self.eps)
 
     def of_features(self, x: Tensor) -> Tensor:
         """Upper triangle of the logarithm of the covariance of x."""
@@ -102,3 +107,32 @@ class MatrixLogarithm(MatrixFunction):
     def extra_repr(self) -> str:
         """The shift of the eigenvalues."""
         return f"eps={self.eps}"
+
+
+# What the layers compute, as functions of tensors and numbers: each is one node of a graph that torch.fx traces.
+
+
+def root_of(S: Tensor, method: str, num_iter: int) -> Tensor:
+    """The square root of S."""
+    return S.clone() if nothing(S) else matrix_sqrt(S, method, num_iter, validate=False)
+
+
+def power_of(S: Tensor, exponent: float) -> Tensor:
+    """The power of S."""
+    return S.clone() if nothing(S) else matrix_power(S, exponent, validate=False)
+
+
+def logarithm_of(S: Tensor, eps: float) -> Tensor:
+    """The logarithm of S."""
+    return S.clone() if nothing(S) else matrix_log(S, eps, validate=False)
+
+
+def nothing(S: Tensor) -> bool:
+    """Whether S `[N, C, C]` is of an empty batch, which functions leave as it is. Raises InputError for other numbers."""
+    check_numbers(S, "a matrix function")
+    shape = known_shape(S)
+    return len(shape) == 3 and shape[0] == 0 and shape[-1] == shape[-2] > 0
+
+
+for _function in ("root_of", "power_of", "logarithm_of"):
+    torch.fx.wrap(_function)

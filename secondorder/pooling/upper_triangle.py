@@ -1,9 +1,11 @@
 """The upper triangle of a symmetric matrix as a vector."""
 
+import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
 from secondorder.matrix_power import upper_triangle
+from secondorder.matrix_power.transforms import known_shape
 
 
 class UpperTriangle(nn.Module):
@@ -15,10 +17,19 @@ class UpperTriangle(nn.Module):
 
     def forward(self, S: Tensor) -> Tensor:
         """The entries S_ij with i <= j. Raises InputError when S is not square."""
-        if S.ndim < 2 or S.shape[-1] != S.shape[-2]:
-            raise InputError(f"UpperTriangle needs square matrices [..., C, C], got shape {list(S.shape)}")
-        return upper_triangle(S)
+        return triangle_of(S)
 
     def extra_repr(self) -> str:
         """The frozen order."""
         return "order=row-major"
+
+
+def triangle_of(S: Tensor) -> Tensor:
+    """The upper triangle, after a check of the shape."""
+    shape = known_shape(S)
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise InputError(f"UpperTriangle needs square matrices [..., C, C], got shape {list(shape)}")
+    return upper_triangle(S)
+
+
+torch.fx.wrap("triangle_of")

@@ -15,7 +15,8 @@ values of the small matrix
 
 and the pairs i < j keep theirs. The closed form is exact with one singular value decomposition of rank x rank an image.
 
-Null directions, l <= C eps l_max, count as l = 0 with f[l, 0] = f(l) / l and sigma = 0 for pairs of them.
+Null directions, l <= C eps l_max, count as l = 0 with f[l, 0] = f(l) / l and sigma = 0 for pairs of them. The logarithm with
+eps = 0 has no such limit: its Jacobian is that of features of full rank only.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.kfac.options import check_flag
 from secondorder.matrix_power import upper_triangle
+from secondorder.matrix_power.scalar_functions import Logarithm
 from secondorder.matrix_power.spectral import null_directions
-from secondorder.matrix_power.spectrum import MatrixFunction
+from secondorder.matrix_power.spectrum import MatrixFunction, Spectral
 from secondorder.preconditioning.features import centred, check_features
 from secondorder.preconditioning.head_functions import head_and_function
 from secondorder.preconditioning.head_jacobian import jacobian_singular_values
@@ -63,7 +66,7 @@ class HeadSpectrum:
 
     @property
     def condition(self) -> Tensor:
-        """Largest / smallest singular value on the range `[N]`; inf if f is flat somewhere (a power of 0, a zero of the log)."""
+        """Largest / smallest singular value on the range `[N]`; inf if f is flat somewhere (a power of 0)."""
         return torch.where(self.smallest > 0, self.largest / self.smallest, torch.inf)
 
     @property
@@ -89,9 +92,11 @@ def head_spectrum(
     most 2 for the exact root), with `exact` only. `options` are those of the pooling, e.g. `num_iter` of "gcp".
 
     Raises InputError for unknown names and options, another shape, fewer than 2 positions, features that are not finite
-    or the same at all positions of an image, and a dense Jacobian that does not fit in memory.
+    or the same at all positions of an image, rank-deficient features (always: with no more positions than channels) for the
+    logarithm with eps = 0, and a dense Jacobian that does not fit in memory.
     """
     check_features(features)
+    check_float64(features.device, "head_spectrum")
     check_known("coordinates", coordinates, COORDINATES)
     check_flag("exact", exact)
     check_flag("trace_term", trace_term)
@@ -108,6 +113,12 @@ def head_spectrum(
     null = null_directions(a, C)
     a = torch.where(null, 0, a)
     rank = (~null).sum(-1)
+    if isinstance(function, Spectral) and function.function == Logarithm(0.0) and (rank < C).any():
+        image = int((rank < C).nonzero()[0])
+        raise InputError(
+            f"features of image {image} have rank {int(rank[image])} for {C} channels, where the logarithm with eps=0 is not "
+            "differentiable; use eps > 0"
+        )
     if exact:
         values = jacobian_singular_values(x, head, coordinates == "svec")
     elif function is None:

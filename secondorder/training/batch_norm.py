@@ -32,7 +32,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the statistics of all processes in training mode, by ``all_reduce`` (for the CPU).
+    """``nn.BatchNorm2d`` with the statistics of all processes in training mode, by ``all_reduce``, on any device.
 
     Parameters, buffers and their names are those of ``nn.BatchNorm2d``: a layer changes its class back and forth.
     Every process must hold the same number of images.
@@ -73,6 +73,7 @@ class CudaSynchronisedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
 
 
 SYNCHRONISED: dict[str, type[nn.BatchNorm2d]] = {"cpu": SynchronisedBatchNorm, "cuda": CudaSynchronisedBatchNorm}
+"""By the type of the device; others have the first."""
 
 
 def synchronise(model: nn.Module, device: torch.device) -> None:
@@ -83,7 +84,7 @@ def synchronise(model: nn.Module, device: torch.device) -> None:
     """
     for name, layer in model.named_modules():
         if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = SYNCHRONISED[device.type]
+            layer.__class__ = SYNCHRONISED.get(device.type, SynchronisedBatchNorm)
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise InputError(
                 f"layer {name!r} is a {type(layer).__name__}, which several processes cannot synchronise; use "

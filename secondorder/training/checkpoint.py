@@ -7,15 +7,20 @@ folder holds one complete checkpoint, whenever the process is killed or the disk
 
 import contextlib
 import io
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secondorder.atomic import check_writable, exclusive, write_atomically
+from secondorder.data.files import expanded, open_regular, reason, shown
 from secondorder.errors import InputError
+from secondorder.training.run import Run
+from secondorder.training.schedules import SCHEDULES
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -42,7 +47,7 @@ def _named(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot save a checkpoint in {str(folder)!r}: {error.strerror or error}; make room there or choose a "
+            f"cannot save a checkpoint in {shown(folder, 100)!r}: {error.strerror or error}; make room there or choose a "
             "folder that can be written (an earlier checkpoint there is intact)"
         ) from error
 
@@ -60,24 +65,28 @@ def save(state: dict[str, Any], folder: Path) -> None:
         write_atomically(folder / CHECKPOINT, content.getbuffer())
 
 
-def read(folder: Path) -> bytes | None:
-    """The bytes of the folder's checkpoint, None when there is none; raises InputError when it cannot be read."""
-    path = folder / CHECKPOINT
+def file_of(path: Path) -> Path:
+    """The checkpoint of a folder, or the file itself where ``path`` is one."""
+    return path if os.path.isfile(path) else path / CHECKPOINT  # noqa: PTH113  never raises, unlike Path.is_file
+
+
+def read(path: Path) -> bytes | None:
+    """The bytes of a checkpoint file, None when there is none; raises InputError when it cannot be read."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read the checkpoint {str(path)!r}: {error.strerror or error}") from error
+        if not os.path.lexists(path):
+            return None
+        with open_regular(path) as stream:
+            return stream.read()
+    except (OSError, InputError) as error:
+        raise InputError(f"cannot read the checkpoint: {error}") from error
 
 
-def parse(content: bytes, folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint's bytes, on the CPU; every checksum in the file is verified.
+def parse(content: bytes, path: Path) -> dict[str, Any]:
+    """The state in the bytes of a checkpoint file, on the CPU; every checksum in the file is verified.
 
     Raises:
         InputError: naming the file, when it is truncated, damaged or not a checkpoint of this package.
     """
-    path = folder / CHECKPOINT
     try:
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
         if damaged is not None:
@@ -88,25 +97,69 @@ def parse(content: bytes, folder: Path) -> dict[str, Any]:
         if missing := [part for part in PARTS if part not in state]:
             raise ValueError(f"without {', '.join(missing)}")
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        if plain_weights(content) is not None:
+            raise InputError(
+                f"the checkpoint {shown(path)!r} holds weights alone (a state_dict), no training to continue; move it elsewhere "
+                "and begin from it with train(..., initial=that file)"
+            ) from error
         raise InputError(
-            f"the checkpoint {str(path)!r} is damaged ({reason}); delete it or run without --resume to start afresh"
+            f"the checkpoint {shown(path, 140)!r} is damaged ({reason(error, 50)}); delete it or run without --resume to start "
+            "afresh"
         ) from error
     return dict(state)
+
+
+def plain_weights(content: bytes) -> dict[str, Any] | None:
+    """The state_dict in the bytes of a file, None when they hold anything else."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # as above
+        return None
+    named = isinstance(state, dict) and bool(state) and all(isinstance(name, str) for name in state)
+    return dict(state) if named and all(isinstance(value, Tensor) for value in state.values()) else None
 
 
 def check_same(state: dict[str, Any], expected: dict[str, dict[str, Any]], folder: Path) -> None:
     """Raise InputError, naming the first difference, unless the parts of ``expected`` are those of the checkpoint."""
     for part, mine in expected.items():
-        for name in mine | state[part]:
-            if mine.get(name) != state[part].get(name):
+        theirs = state.get(part, {})
+        for name in mine | theirs:
+            if mine.get(name) != theirs.get(name):
                 raise InputError(
-                    f"the checkpoint in {str(folder)!r} has {part} {name} = {state[part].get(name)!r}, not "
-                    f"{mine.get(name)!r}; choose another folder or run without --resume to start afresh"
+                    f"the checkpoint in {shown(folder)!r} has {part} {name} = {shown(repr(theirs.get(name)), 50)}, not "
+                    f"{shown(repr(mine.get(name)), 50)}; choose another folder or run without --resume to start afresh"
                 )
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The state in the folder's checkpoint, None when there is none; raises InputError when it is damaged."""
-    content = read(folder)
-    return None if content is None else parse(content, folder)
+def take_epochs(state: dict[str, Any], run: Run, steps_per_epoch: int, folder: Path) -> None:
+    """Give the checkpoint the run's number of epochs where its steps have the same learning rates under both.
+
+    Then they are the first steps of the longer (or shorter) run too, and continuing gives that run bit for bit. Raises
+    InputError else.
+    """
+    theirs, done = int(state["run"]["epochs"]), int(state["progress"]["step"])
+    if theirs == run.epochs:
+        return
+    schedule = SCHEDULES[run.schedule]
+
+    def rate(step: int, epochs: int) -> float:
+        return schedule.factor_at(step, steps_per_epoch, epochs)
+
+    steps = range(0, done, 1 if schedule.per_step else steps_per_epoch)
+    if done > steps_per_epoch * run.epochs or any(rate(step, theirs) != rate(step, run.epochs) for step in steps):
+        raise InputError(
+            f"the checkpoint in {shown(folder)!r} has run epochs = {theirs}, not {run.epochs}: the {done} steps done would be "
+            f"others under {run.schedule!r}; use another folder, and initial= to begin with its weights"
+        )
+    state["run"]["epochs"] = run.epochs
+
+
+def load(path: str | Path) -> dict[str, Any] | None:
+    """The state in a checkpoint, given its folder or the file itself; None when there is none.
+
+    Raises:
+        InputError: when it cannot be read or is damaged.
+    """
+    file = file_of(expanded(path, "checkpoint"))
+    content = read(file)
+    return None if content is None else parse(content, file)

@@ -1,12 +1,16 @@
 """Test loss and accuracy of a network."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from secondorder.data.own import OwnSplit, checked_batch
+from secondorder.errors import InputError
 from secondorder.training import processes
 from secondorder.training.device import autocast
 
@@ -20,10 +24,33 @@ class Evaluation:
     top5: float
 
 
-def correct(logits: Tensor, labels: Tensor, k: int) -> int:
-    """How many of the labels [N] are among the k largest logits [N, classes] (all classes when there are fewer)."""
+def correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many of the labels [N] are among the k largest logits [N, classes] (all classes when there are fewer), a number."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((best == labels[:, None]).sum())
+    return (best == labels[:, None]).sum()
+
+
+def checked_logits(logits: Any, labels: Tensor) -> Tensor:
+    """The logits [B, classes] in float32 at least; no waiting for the device.
+
+    Raises:
+        InputError: for anything else that a network returns.
+    """
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the network returns {type(logits).__name__}; it must return logits [B, classes], a tensor")
+    if logits.ndim != 2 or len(logits) != len(labels) or not logits.is_floating_point():
+        shape = f"{logits.dtype} of shape {list(logits.shape)}"
+        raise InputError(f"the network returns {shape} for {len(labels)} images; it must return logits [B, classes]")
+    return logits.float()
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise InputError for labels [B] outside the classes, when they are on the CPU, where looking costs no waiting."""
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise InputError(
+            f"labels from {low} to {high} for a network of {classes} classes; they must be 0 to {classes - 1}"
+        )
 
 
 @torch.no_grad()
@@ -32,32 +59,62 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in eval mode on a whole data set; every layer's train or eval mode is as before afterwards.
 
-    Several processes share the images; all get the same result. ``dataset.batch(indices)`` gives images
-    [B, C, H, W] and labels [B].
+    Several processes share the images; all get the same result.
+
+    Args:
+        model: gives logits [B, classes].
+        dataset: a split of this package; a map-style data set of (image, label); or a `DataLoader`, which is read as it is (by
+            every process).
+        batch_size: images at a time; a loader has its own.
+        amp: automatic mixed precision: off, float16 or bfloat16.
+        channels_last: memory format of the images, that of the model.
+
+    Raises:
+        InputError: for a data set without images or of other samples, labels outside the classes, and a network that does not
+            return logits.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
     modes = {layer: layer.training for layer in model.modules()}
-    device = next(model.parameters()).device
-    indices = processes.share(torch.arange(len(dataset)))
-    loss, top1, top5 = 0.0, 0, 0
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    measured: list[Tensor] = []  # on the device until the end, so that the CPU waits for it once
+    seen = 0
     model.eval()
     try:
-        for start in range(0, len(indices), batch_size):
-            images, labels = dataset.batch(indices[start : start + batch_size])
-            images, labels = to_device(images, device, channels_last), labels.to(device)
+        for images, labels in _batches(dataset, batch_size):
+            images = to_device(images, device, channels_last)
             with autocast(device, amp):
                 logits = model(images)
-            logits = logits.float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            top1 += correct(logits, labels, 1)
-            top5 += correct(logits, labels, 5)
+            logits = checked_logits(logits, labels)
+            check_labels(labels, logits.shape[1])
+            seen += len(labels)
+            labels = labels.to(device)
+            right1, right5 = correct(logits, labels, 1), correct(logits, labels, 5)
+            measured += [F.cross_entropy(logits, labels, reduction="sum"), right1.float(), right5.float()]
     finally:
         for layer, training in modes.items():
             layer.training = training
-    loss, right1, right5, count = processes.summed(loss, top1, top5, len(indices))
-    return Evaluation(loss / count, right1 / count, right5 / count)
+    numbers = torch.stack(measured).tolist() if measured else []
+    loss, first, five, count = processes.summed(*(sum(numbers[i::3], 0.0) for i in range(3)), seen)
+    if not count:
+        raise InputError(f"the data set {type(dataset).__name__} has no images; at least 1 is needed")
+    return Evaluation(loss / count, first / count, five / count)
+
+
+def _batches(dataset: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of a loader as it is, or this process's share of a data set."""
+    if isinstance(dataset, DataLoader):
+        for batch in dataset:
+            yield checked_batch(batch, type(dataset.dataset).__name__)
+        return
+    split = dataset if hasattr(dataset, "batch") else OwnSplit(dataset)
+    indices = processes.share(torch.arange(len(split)))
+    for start in range(0, len(indices), batch_size):
+        yield split.batch(indices[start : start + batch_size])
 
 
 def to_device(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
     """The images [B, C, H, W] on the device, in the memory format of the model."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last and images.ndim == 4 else torch.contiguous_format
     return images.to(device, non_blocking=True).contiguous(memory_format=memory_format)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError
 from secondorder.training.device import resolve_device
+from secondorder.training.launch import check_environment, launch_number
 
 T = TypeVar("T")
 
@@ -36,30 +37,46 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this process prints and writes files; under torchrun known before the process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else rank() == 0
+    return launch_number("RANK", 0) == 0 if launch_number("WORLD_SIZE", 1, 1) > 1 else rank() == 0
 
 
 @contextlib.contextmanager
 def distributed(device: torch.device | str = "cpu") -> Iterator[None]:
-    """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA); does nothing for a single process.
+    """The process group of a ``torchrun`` launch (gloo on CPU, NCCL on CUDA, XCCL on XPU); does nothing for a single process.
 
     Enter it once around everything that trains; entered again inside, it does nothing. Raises InputError when the
-    environment announces several processes without saying where they meet.
+    environment announces several processes that cannot be, that do not say where they meet or cannot meet there, and for a
+    device that cannot talk to others.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    check_environment()
+    if launch_number("WORLD_SIZE", 1, 1) == 1 or dist.is_initialized():
         yield
         return
     if "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but MASTER_ADDR is not set; start with torchrun")
     device = resolve_device(device) if isinstance(device, str) else device
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group(_backends(device), timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:150]
+        raise InputError(
+            f"the processes cannot meet at {os.environ['MASTER_ADDR']}: {reason}; start with torchrun"
+        ) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _backends(device: torch.device) -> str:
+    """What carries messages between processes: objects and counts always on the CPU, tensors of a device by its own."""
+    if device.type == "cpu":
+        return "gloo"
+    own = dist.get_default_backend_for_device(device)
+    if own == "gloo":  # torch's answer for a device without a backend of its own; gloo reads the CPU's memory only
+        raise InputError(f"several processes cannot train together on {device.type}; start one, or choose cpu")
+    torch.accelerator.set_device_index(device.index)
+    return f"cpu:gloo,{device.type}:{own}"
 
 
 def on_main(function: Callable[[], T]) -> T:

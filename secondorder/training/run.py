@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from secondorder.data import DATASETS
+from secondorder.data.files import shown
+from secondorder.data.images import MAX_IMAGE_SIZE
+from secondorder.data.own import is_own
 from secondorder.errors import InputError, unknown
 from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS
@@ -18,11 +21,14 @@ from secondorder.training.schedules import SCHEDULES
 
 Option = bool | int | float | str | None
 
-# The smallest value allowed for each whole number, and the interval [low, high) for each real one.
-WHOLE = {"epochs": 1, "batch_size": 1, "seed": 0}
-WHOLE |= {"threads": 1, "reduced_channels": 0, "last_stride": 1, "image_size": 1, "train_limit": 1, "test_limit": 1}
+# The smallest and largest value allowed for each whole number, and the interval [low, high) for each real one.
+WHOLE = {"epochs": (1, 10**9), "batch_size": (1, 10**9), "seed": (0, 2**63 - 1), "threads": (1, 4096)}
+WHOLE |= {"reduced_channels": (0, 10**6), "last_stride": (1, 10**6), "image_size": (1, MAX_IMAGE_SIZE)}
+WHOLE |= {"train_limit": (1, 10**12), "test_limit": (1, 10**12)}
 FLOAT32 = 3.4e38  # larger steps cannot be taken in single precision
 REAL = {"learning_rate": (0.0, FLOAT32), "momentum": (0.0, 1.0), "weight_decay": (0.0, FLOAT32), "dropout": (0.0, 1)}
+LATER = {"initial": "", "frozen": (), "learning_rates": ()}  # left out of a run's description where they are so
+OWN_FIELDS = ("backbone", "pooling", "dataset")
 OPTIONAL = {"threads", "reduced_channels", "last_stride", "dropout", "image_size", "train_limit", "test_limit"}
 
 
@@ -35,11 +41,11 @@ class Run:
     """
 
     backbone: str
-    """A key of NETWORKS."""
+    """A key of NETWORKS, or own or own-NAME for a network of the user's, which `train` is given."""
     pooling: str
-    """A key of POOLINGS."""
+    """A key of POOLINGS; own or own-NAME with a network of the user's, which has a pooling already."""
     dataset: str
-    """A key of DATASETS."""
+    """A key of DATASETS, or own or own-NAME for data of the user's."""
     epochs: int
     """Number of passes over the training set; the schedule is stretched to it."""
     batch_size: int
@@ -59,9 +65,9 @@ class Run:
     seed: int = 0
     """Determines initial weights, data order, augmentation and dropout masks."""
     device: str = "cpu"
-    """cpu, cuda, cuda:N, or auto (cuda where there is one)."""
+    """auto (the accelerator where there is one), cpu, cuda, mps or xpu; one of several as cuda:N."""
     amp: Literal["off", "float16", "bfloat16"] = "off"
-    """Automatic mixed precision; float16 (with loss scaling) on CUDA only."""
+    """Automatic mixed precision; float16 (with loss scaling) on accelerators only."""
     threads: int | None = None
     """CPU threads of this training; None leaves torch's setting. The order of sums, so the last bits, depends on it."""
     reduced_channels: int | None = None
@@ -80,44 +86,88 @@ class Run:
     """Memory format NHWC for model and images: faster convolutions on CPU and under AMP."""
     pooling_options: tuple[tuple[str, Option], ...] = ()
     """Options of the pooling head, as sorted (name, value) pairs; a mapping is accepted too."""
+    initial: str = ""
+    """A name for the initial weights that `train` is given; empty: they are drawn from the seed."""
+    frozen: tuple[str, ...] = ()
+    """Modules or parameters of the network (``features``, ``stem.0``) that stay bit for bit as they are: no gradient, and
+    in eval mode throughout, so that batch norm keeps its statistics and dropout does nothing there."""
+    learning_rates: tuple[tuple[str, float], ...] = ()
+    """Factors of the learning rate, as sorted (module or parameter, factor) pairs; a mapping is accepted too. The longest
+    name that fits a parameter counts; all others have factor 1."""
 
     def __post_init__(self) -> None:
         tables: dict[str, Iterable[str]] = {"backbone": NETWORKS, "pooling": POOLINGS, "dataset": DATASETS}
         tables |= {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "amp": ("off", "float16", "bfloat16")}
         for field, table in tables.items():
-            if getattr(self, field) not in tuple(table):
-                raise unknown(field, getattr(self, field), table)
-        for field, low in WHOLE.items():
-            self._check_whole(field, low)
+            if getattr(self, field) not in tuple(table) and not (field in OWN_FIELDS and is_own(getattr(self, field))):
+                raise unknown(field, named(getattr(self, field)), table)
+        for field, (least, most) in WHOLE.items():
+            self._check_whole(field, least, most)
         for field, (bottom, top) in REAL.items():
             self._check_real(field, bottom, top)
         if not isinstance(self.channels_last, bool):
-            raise InputError(f"channels_last is {self.channels_last!r}; it must be True or False")
+            raise InputError(f"channels_last is {shown(repr(self.channels_last))}; it must be True or False")
         check_device(self.device, self.amp)
         for field in ("pooling_options", "optimizer_options"):
             object.__setattr__(self, field, _pairs(field, getattr(self, field)))
+        self._check_own_network()
+        self._check_parts()
 
-    def _check_whole(self, field: str, low: int) -> None:
+    def _check_own_network(self) -> None:
+        """InputError for settings that only a network of the tables follows."""
+        if is_own(self.backbone) != is_own(self.pooling):
+            raise InputError(
+                f"backbone {self.backbone!r} with pooling {self.pooling!r}: a network of your own comes with its pooling; "
+                "call both own or own-NAME"
+            )
+        defaults = {"reduced_channels": None, "last_stride": None, "dropout": None, "pooling_options": ()}
+        for field, default in defaults.items() if is_own(self.backbone) else ():
+            if getattr(self, field) != default:
+                raise InputError(
+                    f"{field} is {getattr(self, field)!r}: a network of your own is used as it is; leave it out"
+                )
+
+    def _check_parts(self) -> None:
+        """InputError for names and factors of parts of the network that cannot be."""
+        if not isinstance(self.initial, str) or not self.initial.isprintable() or len(self.initial) > 80:
+            raise InputError(f"initial is {shown(repr(self.initial))}; it must be a name, of at most 80 letters")
+        frozen = (self.frozen,) if isinstance(self.frozen, str) else self.frozen
+        if not isinstance(frozen, Iterable) or not all(isinstance(name, str) and name for name in frozen):
+            raise InputError(f"frozen is {shown(repr(self.frozen))}; it must be names of modules or parameters")
+        object.__setattr__(self, "frozen", tuple(sorted(set(frozen))))
+        factors = _pairs("learning_rates", self.learning_rates)
+        for name, factor in factors:
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1e6 or not name:
+                raise InputError(f"learning_rates: {shown(name)!r} has {factor!r}; use a name and a factor in [0, 1e6)")
+        object.__setattr__(self, "learning_rates", tuple((name, float(factor)) for name, factor in factors))  # type: ignore[arg-type]
+
+    def _check_whole(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)
         if value is None and field in OPTIONAL:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{field} is {value!r}; it must be a whole number, at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InputError(f"{field} is {shown(repr(value))}; it must be a whole number from {low} to {high}")
 
     def _check_real(self, field: str, low: float, high: float) -> None:
         value = getattr(self, field)
         if value is None and field in OPTIONAL:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-            raise InputError(f"{field} is {value!r}; it must be a number in [{low:g}, {high:g})")
+            raise InputError(f"{field} is {shown(repr(value))}; it must be a number in [{low:g}, {high:g})")
         object.__setattr__(self, field, float(value))  # 1 and 1.0 are the same run
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON and ``torch.load(weights_only=True)`` can hold."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+        settings = {field.name: getattr(self, field.name) for field in fields(self)} | {
             "pooling_options": dict(self.pooling_options),
             "optimizer_options": dict(self.optimizer_options),
+            "frozen": list(self.frozen),
+            "learning_rates": dict(self.learning_rates),
         }
+        for name, default in LATER.items():  # so that runs from before these fields keep their names
+            if getattr(self, name) == default:
+                del settings[name]
+        return settings
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Run:
@@ -125,7 +175,7 @@ class Run:
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
-                raise unknown("setting of a run", name, known)
+                raise InputError(f"unknown setting of a run {shown(repr(name))}; its settings are the fields of Run")
         try:
             return cls(**settings)
         except TypeError as error:
@@ -142,13 +192,20 @@ class Run:
         return f"{self.dataset}-{self.backbone}-{self.pooling}-{self.schedule}-e{self.epochs}-s{self.seed}-{digest}"
 
 
+def named(value: object) -> object:
+    """A value for a message: a long word shortened, anything else as the beginning of what Python prints for it."""
+    return shown(value) if isinstance(value, str) else shown(repr(value))
+
+
 def _pairs(field: str, options: object) -> tuple[tuple[str, Option], ...]:
     """Options as sorted pairs of a name and a plain value."""
     try:
         pairs = sorted(options.items() if isinstance(options, Mapping) else ((k, v) for k, v in options))  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise InputError(f"{field} is {options!r}; it must map names to values") from error
+        raise InputError(f"{field} is {shown(repr(options))}; it must map names to values") from error
     for name, value in pairs:
         if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, type(None))):
-            raise InputError(f"{field}: {name!r} is {value!r}; it must be a number, a word, True, False or None")
+            raise InputError(
+                f"{field}: {shown(repr(name))} is {shown(repr(value))}; it must be a number, a word, True, False or None"
+            )
     return tuple(pairs)

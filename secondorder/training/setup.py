@@ -1,28 +1,70 @@
 """What a training needs before its first step: data that fit the run, and the network with its initial weights."""
 
-import torch
+from typing import Any
 
-from secondorder.data import DATASETS, ImageDataset
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from secondorder.data import DATASETS, ImageDataset, own_dataset
+from secondorder.data.own import is_own
 from secondorder.errors import InputError
 from secondorder.networks import Network, network
 from secondorder.training.device import check_device, resolve_device
+from secondorder.training.parts import freeze
 from secondorder.training.processes import world_size
 from secondorder.training.run import Run
+from secondorder.training.weights import Initial, OwnNetwork, description, digest, load_initial, own_network
+
+Data = ImageDataset | tuple[Dataset[Any] | DataLoader[Any], Dataset[Any] | DataLoader[Any]]
+
+
+def dataset_of(run: Run, data: Data) -> ImageDataset:
+    """The data of a run, a pair (train, test) of the user's among them; raises InputError for anything else."""
+    if isinstance(data, ImageDataset):
+        return data
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise InputError(
+            f"data is {type(data).__name__}; use load_dataset(...), own_dataset(...) or a pair (train, test)"
+        )
+    if not is_own(run.dataset):
+        raise InputError(f"the run is on {run.dataset!r}, the data is a pair of your own; use Run(dataset='own-NAME')")
+    return own_dataset(run.dataset, *data)
+
+
+def check_given(run: Run, network: object, initial: object) -> None:
+    """Raise InputError unless network and initial weights are given where, and only where, the run speaks of them."""
+    if is_own(run.backbone) and network is None:
+        raise InputError(f"the run is of the network {run.backbone!r}, which is yours: give it with network=")
+    if network is not None and not is_own(run.backbone):
+        raise InputError(
+            f"the run is of the network {run.backbone!r}; use Run(backbone='own-NAME', pooling='own') for yours"
+        )
+    if run.initial and initial is None:
+        raise InputError(f"the run begins with the weights {run.initial!r}: give them with initial=")
+    if initial is not None and not run.initial:
+        raise InputError("initial weights are given, which the run does not name; use Run(initial=NAME)")
 
 
 def check_fit(run: Run, data: ImageDataset) -> None:
     """Raise InputError unless the data and the number of processes are those of the run."""
-    if data.name not in (run.dataset, DATASETS[run.dataset].substitute):
+    row = DATASETS.get(run.dataset)
+    if data.name not in (run.dataset, row and row.substitute):
         raise InputError(f"the run is on {run.dataset!r}, the data is {data.name!r}; load the run's data set")
     for name, split, limit in (("train", data.train, run.train_limit), ("test", data.test, run.test_limit)):
         if limit is not None and len(split) != limit:
             raise InputError(f"{name}_limit is {limit} but the data has {len(split)} images; load it with that limit")
+        if len(split) == 0:
+            raise InputError(f"the {name} data of {run.dataset!r} has no images; at least 1 is needed")
     if run.image_size not in (None, data.image_size):
         raise InputError(f"image_size is {run.image_size} but the data has {data.image_size}; load it with that size")
     if len(data.train) < run.batch_size:
         raise InputError(f"batch_size is {run.batch_size} but there are {len(data.train)} training images; lower it")
     if run.batch_size % world_size():
         raise InputError(f"batch_size is {run.batch_size}; it must be divisible by {world_size()}, one part a process")
+    cut = getattr(data.train, "batch_size", None)
+    if cut not in (None, run.batch_size):
+        raise InputError(f"batch_size is {run.batch_size} but the training loader has {cut}; make them the same")
 
 
 def check_run(run: Run, data: ImageDataset) -> None:
@@ -34,6 +76,10 @@ def check_run(run: Run, data: ImageDataset) -> None:
 
 def initial_network(run: Run, data: ImageDataset) -> Network:
     """The run's network on the CPU; its weights depend on the seed alone, and the caller's generator is left alone."""
+    if is_own(run.backbone):
+        raise InputError(f"the run is of the network {run.backbone!r}, which is yours: give it with network=")
+    if data.num_classes < 1:
+        raise InputError(f"the data {data.name!r} have no number of classes; use own_dataset(..., num_classes=...)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         return network(
@@ -46,3 +92,17 @@ def initial_network(run: Run, data: ImageDataset) -> Network:
             dropout=run.dropout,
             **dict(run.pooling_options),
         )
+
+
+def first_model(
+    run: Run, data: ImageDataset, own: OwnNetwork | None, initial: Initial | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network before the first step, on the CPU, and what a checkpoint notes of networks and weights from outside."""
+    model: nn.Module = initial_network(run, data) if own is None else own_network(run, own)
+    origin = {} if initial is None else load_initial(model, initial)
+    freeze(model, run.frozen)
+    if own is not None:
+        origin |= description(model)
+    elif initial is not None:
+        origin |= {"initial_weights": digest(model)}
+    return model, origin

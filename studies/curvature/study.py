@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import check_float64
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.training import Moment, Run, Trained, check_run, is_main_process, on_main, train
@@ -93,7 +94,9 @@ class CurvatureObserver:
     def rows(self, model: nn.Module, seed: int, hessian: bool = True) -> list[Row]:
         """What is measured of a model."""
         limits, precision = self.settings.limits, self.scale.precision
-        return measure(model, self.images, self.labels, limits, precision=precision, seed=seed, hessian=hessian)
+        device = next(model.parameters()).device
+        images, labels = self.images.to(device), self.labels.to(device)
+        return measure(model, images, labels, limits, precision=precision, seed=seed, hessian=hessian)
 
 
 def observer(run: Run, settings: Settings, data: ImageDataset) -> CurvatureObserver:
@@ -112,6 +115,7 @@ def some_images(data: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
 
 def check(common: Common, settings: Settings) -> dict[str, ImageDataset]:
     """Find bad names, sizes and data before any training; returns the loaded data of each backbone."""
+    check_float64(common.torch_device, "the curvature study")
     todo = runs(common, settings)
     loaded: dict[Scale, ImageDataset] = {}
     data: dict[str, ImageDataset] = {}
@@ -179,9 +183,8 @@ def _after_training(
     yield from kept(folder / "trained.json", lambda: labelled("trained", one.pooling, trained.model))
     if one.pooling not in settings.scale(one.backbone).share:
         return
-    backbone = cache(
-        lambda: SharedBackbone(frozen_at(trained.model, own.images, torch.float32), data, one.weight_decay)
-    )
+    images = own.images.to(next(trained.model.parameters()).device)
+    backbone = cache(lambda: SharedBackbone(frozen_at(trained.model, images, torch.float32), data, one.weight_decay))
     for pooling in settings.poolings:
 
         def under_head(pooling: str = pooling) -> list[Row]:

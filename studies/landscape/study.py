@@ -93,6 +93,7 @@ class Settings:
         check_names("poolings", self.poolings)
         for name in ("measure_every", "processes"):
             check_count(name, getattr(self, name))
+        check_count("eta_points", self.eta_points, most=10_000)
         equally_spaced(self.eta_low, self.eta_high, self.eta_points)
         equally_spaced(self.step_low, self.step_high, self.eta_points)
 
@@ -179,7 +180,7 @@ class Measured:
 
 def runs(common: Common, settings: Settings) -> list[Run]:
     """The training runs of the study, all heads of one seed before the next seed; InputError for a bad name or value."""
-    amp: Precision = settings.amp if settings.amp != "float16" or common.torch_device.type == "cuda" else "off"
+    amp: Precision = settings.amp if settings.amp != "float16" or common.torch_device.type != "cpu" else "off"
     return [
         Run(
             backbone=settings.backbone,

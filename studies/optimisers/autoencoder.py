@@ -196,7 +196,6 @@ def tune_and_fit(work: Work, images: Tensor, arm: str) -> Trainings:
 
 def _kept_fit(work: Work, images: Tensor, arm: str, tuning: Tuning, seed: int) -> dict[str, Any]:
     name = "-".join([arm, *(f"{value:g}" for value in tuning.values()), f"s{seed}"])
-    (work.folder / PROBLEM).mkdir(parents=True, exist_ok=True)
     return kept(
         work.folder / PROBLEM / f"{name}.json", lambda: fit(images, work.settings.autoencoder, arm, tuning, seed)
     )

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import wait_for
 from studies.timing import interleaved, peak_bytes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -46,8 +47,7 @@ class Stepper:
 
     @staticmethod
     def _now(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter()
 
     def parts(self) -> dict[str, float]:

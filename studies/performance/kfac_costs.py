@@ -124,11 +124,11 @@ def _milliseconds(stepper: Stepper) -> dict[str, float]:
     return {part: mean * stepper.steps for part, mean in stepper.parts().items()}
 
 
-def _bytes(stepper: Stepper, device: torch.device) -> tuple[int, int]:
+def _bytes(stepper: Stepper, device: torch.device) -> tuple[float, int]:
     """Peak memory of a step beyond what is held between steps, and the optimiser's state, which is held."""
     return peak_bytes(stepper, device), state_bytes(stepper.optimizer.state_dict())
 
 
-def _mib(own: tuple[int, int], of_sgd: tuple[int, int]) -> Row:
+def _mib(own: tuple[float, int], of_sgd: tuple[float, int]) -> Row:
     names = ("peak_mib", "state_mib", "sgd_peak_mib", "sgd_state_mib")
     return {name: count / 2**20 for name, count in zip(names, own + of_sgd, strict=True)}

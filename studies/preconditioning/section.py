@@ -42,7 +42,7 @@ def section(folder: Path) -> Section:
             "the pooling head, for the gradients of the layers below, for the conditioning of their curvature, and in training?"
         ),
         method=(
-            f"{origin.data['label']}, `{config['backbone']}`. A to D measure one backbone, untrained, in training and trained "
+            f"{origin.data['label']}, {config['backbone']}. A to D measure one backbone, untrained, in training and trained "
             f"under GAP and under GCP ({len(origin.seeds)} seeds), with every head put on the same backbone weights and its "
             "classifier fitted anew; batch norm has constant statistics in A and B, and is in training mode in C and D. E trains "
             "every pooling with every optimiser, each cell tuned by as many trials "

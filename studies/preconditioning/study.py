@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from secondorder.accelerator import check_float64
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.training import Moment, Run, check_run, train
@@ -106,6 +107,7 @@ def check(common: Common, settings: Settings) -> ImageDataset:
     """Find bad names, sizes and data before any training; returns the loaded data."""
     if world_size() > 1:
         raise InputError("the preconditioning study is started without torchrun; --processes trains several at once")
+    check_float64(common.torch_device, "the preconditioning study")
     runs = [backbone_run(common, settings, pooling, 0) for pooling in (*settings.trained, *HEADS)]
     data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.train_limit)
     for run in runs:

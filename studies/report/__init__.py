@@ -1,64 +1,60 @@
 """The report: sections of all studies found in a folder, as Markdown and as one self-contained HTML page."""
 
 import base64
+import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import jinja2
-import pandas as pd
-from markdown_it import MarkdownIt
-
 from secondorder.errors import InputError
+from studies.messages import one_line
+from studies.report.markdown import HERE, markdown_table, page, page_body, template
 from studies.report.section import Section
 from studies.report.style import save
 from studies.results import write_file
 
-HERE = Path(__file__).parent
+__all__ = ["markdown_table", "write_report"]
 
 
-def write_report(folder: Path, sections: Mapping[str, Callable[[Path], Section]], preset: str) -> tuple[Path, Path]:
-    """Write figures, tables, ``report.md`` and ``index.html`` for every study with results in `folder`; return both paths."""
+def write_report(
+    folder: Path, sections: Mapping[str, Callable[[Path], Section]], preset: str, must: Collection[str] = ()
+) -> tuple[Path, Path]:
+    """Write figures, tables, ``report.md`` and ``index.html`` for every study with results in `folder`; return both paths.
+
+    A study whose results cannot be used (left by another version, or damaged) has a line in the report instead of its section,
+    and on stderr. InputError with that line, once everything else is written, when it is one of those in `must`.
+    """
     found: dict[str, Section] = {}
     failed: dict[str, str] = {}
-    for name, section in sections.items():
-        if (folder / f"{name}.csv").exists():
-            try:
-                found[name] = section(folder)
-            except InputError as error:  # of one study, left there by another version: the others are still reported
-                failed[name] = str(error)
-    for part in found.values():
-        for picture in part.pictures:
-            save(picture.figure, folder, picture.name)
-        for table in part.tables:
-            write_file(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the Markdown is made of our own words and numbers; the HTML is made from it by markdown-it
-    )
-    environment.filters["markdown_table"] = markdown_table
-    markdown = environment.get_template("report.md.jinja").render(sections=found, failed=failed, preset=preset)
-    body = _with_inline_figures(MarkdownIt("commonmark").enable("table").render(markdown), folder)
+    for name in (name for name in sections if os.path.lexists(folder / f"{name}.csv")):
+        try:
+            found[name] = _drawn(folder, name, sections[name](folder), preset)
+        except InputError as error:
+            failed[name] = str(error)
+        except Exception as error:  # a wrong type or value in a table can fail anywhere in the code that reads it
+            reason = f"{type(error).__name__}: {error}"
+            failed[name] = f"the tables of {folder / name} cannot be used ({reason}); run the study again"
+    markdown = template("report.md.jinja").render(sections=found, failed=failed, preset=preset)
     style = (HERE / "page.css").read_text(encoding="utf-8")
-    page = environment.get_template("page.html.jinja").render(body=body, style=style, preset=preset)
     write_file(folder / "report.md", markdown)
-    write_file(folder / "index.html", page)
+    write_file(folder / "index.html", page(_with_inline_figures(page_body(markdown), folder), style, preset))
+    lines = {name: f"the results of {name} could not be reported: {words}" for name, words in failed.items()}
+    for name in (name for name in lines if name not in must):
+        print(one_line(f"warning: {lines[name]}"), file=sys.stderr, flush=True)
+    for name in (name for name in lines if name in must):
+        raise InputError(lines[name])
     return folder / "report.md", folder / "index.html"
 
 
-def markdown_table(table: pd.DataFrame) -> str:
-    """A data frame as a Markdown table, numbers with 4 digits; `|` in cells is escaped."""
-
-    def row(cells: list[object]) -> str:
-        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-    return "\n".join(
-        [row(list(table.columns)), row(["---"] * table.shape[1]), *(row(list(v)) for v in table.to_numpy())]
-    )
+def _drawn(folder: Path, name: str, section: Section, preset: str) -> Section:
+    """The section, whose figures and tables are written, and which the template can print."""
+    for picture in section.pictures:
+        save(picture.figure, folder, picture.name)
+    for table in section.tables:
+        write_file(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
+    template("report.md.jinja").render(sections={name: section}, failed={}, preset=preset)
+    return section
 
 
 def _with_inline_figures(html: str, folder: Path) -> str:

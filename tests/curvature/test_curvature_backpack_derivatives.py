@@ -62,7 +62,9 @@ def by_lyapunov(S: Tensor) -> Tensor:
 
 CASES = {
     "covariance": Case(Covariance(), lambda: features(3, 2, 3)),
-    "covariance of sequences": Case(Covariance(), lambda: features(3, 5)),
+    "covariance of sequences": Case(Covariance("NCL"), lambda: features(3, 5)),
+    "covariance of tokens": Case(Covariance("NLC"), lambda: features(5, 3)),
+    "covariance of channels-last maps": Case(Covariance("NHWC"), lambda: features(2, 3, 3)),
     "upper triangle": Case(UpperTriangle(), lambda: covariances(3)),
     "newton_schulz": Case(MatrixSquareRoot("newton_schulz", 5), covariances, newton_schulz_sqrt),
     "auto": Case(MatrixSquareRoot("auto", 8), covariances, lambda S: newton_schulz_sqrt(S, 8)),

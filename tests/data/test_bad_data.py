@@ -1,6 +1,5 @@
 """Missing, damaged and forbidden data sets: one clear line before any training."""
 
-import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -88,7 +87,7 @@ BAD_SETS = {
     "one archive": ("cifar10", ARCHIVES, remove("test.tar.xz"), "test.tar.xz is not beside it"),
     "missing image": ("cifar10", FOLDERS, remove("train/cat/0003.jpg"), "train has 29 images, expected 30"),
     "empty class": ("cifar10", FOLDERS, remove("test/dog"), "test holds no images of class dog"),
-    "other class": ("cifar10", FOLDERS, overwrite("train/pig/0.jpg", b""), "holds the class folder 'pig'"),
+    "other class": ("cifar10", FOLDERS, overwrite("train/pig/0.jpg", b"x"), "holds the class folder 'pig'"),
     "cut image": ("cifar10", FOLDERS, truncate("train/cat/0003.jpg"), "cat/0003.jpg in .*train does not decode"),
     "no image": ("cifar10", FOLDERS, overwrite("test/cat/0003.jpg", b"x"), "cat/0003.jpg in .*test does not decode"),
     "other size": ("cifar10", FOLDERS, overwrite("test/cat/0003.jpg", png(31, 32)), "cat/0003.jpg .* has 31x32 pixels"),
@@ -126,6 +125,7 @@ def test_damaged_set_is_one_clear_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError, match=pattern) as caught:
         load_dataset(name, root)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 def test_image_that_fails_during_training_is_named(tmp_path: Path) -> None:
@@ -137,6 +137,8 @@ def test_image_that_fails_during_training_is_named(tmp_path: Path) -> None:
 
 BAD_OPTIONS = {
     "data set": (("cifar11", None), {}, "unknown data set 'cifar11'; choose one of: digits, "),
+    "no name": ((["digits"], None), {}, "unknown data set .*digits"),
+    "long name": (("x" * 900, None), {}, "unknown data set 'xxx"),
     "no root": (("cifar10", None), {}, "cifar10 needs the folder .* pass --data-root or set SECONDORDER_DATA"),
     "absent root": (("cifar100", "absent"), {}, "data root absent is no folder; .* --download"),
     "limit 0": (("digits", None), {"limit": 0}, "limit is 0; .* from 1 to 1437"),
@@ -153,6 +155,7 @@ def test_bad_option_is_one_clear_line(case: str) -> None:
     with pytest.raises(InputError, match=pattern) as caught:
         load_dataset(*arguments, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 300
 
 
 def test_limit_above_an_image_folder(tmp_path: Path) -> None:
@@ -182,20 +185,3 @@ def test_download_happens_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(InputError, match=f"^{row.label} could not be downloaded to .*") as caught:
                 load_dataset(name, tmp_path, download=True)
             assert "\n" not in str(caught.value)
-
-
-def test_forbidden_file_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: None) -> None:
-    """A superuser may read everything, so the refusal is put in by hand."""
-
-    def refuse(self: Path, *args: object, **options: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
-
-    write_jpeg_archives(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
-        with pytest.raises(InputError, match=r"train.tar.xz cannot be read .*Permission denied"):
-            load_dataset("cifar10", tmp_path)
-    WRITERS["cifar10"](tmp_path)  # type: ignore[misc]
-    monkeypatch.setattr(pickle, "load", refuse)
-    with pytest.raises(InputError, match=r"CIFAR-10 .* may not be read .*Permission denied"):
-        load_dataset("cifar10", tmp_path)

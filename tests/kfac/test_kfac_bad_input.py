@@ -43,12 +43,12 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "lr beyond floats": (kfac(lr=10**400), "lr 1000000"),
     "lr of two": (kfac(lr=torch.ones(2)), "lr tensor([1., 1.]): must be a number"),
     "damping zero": (kfac(damping=0), "damping 0: must be above 0; 1e-8 is as good as none"),
-    "damping negative": (kfac(damping=-1.0), "damping -1.0: must be a number in [0, inf)"),
-    "damping nan": (lambda: Damping(NAN), "damping nan: must be a number in [0, inf)"),
+    "damping negative": (kfac(damping=-1.0), "damping -1.0: must be a number in [0, 3.4e+38)"),
+    "damping nan": (lambda: Damping(NAN), "damping nan: must be a number in [0, 3.4e+38)"),
     "relative": (lambda: Damping(relative="no"), "relative 'no': must be True or False"),  # type: ignore[arg-type]
     "adapt": (lambda: Damping(adapt=5), "adapt 5: must be LevenbergMarquardt(...), or None (a fixed damping)"),  # type: ignore[arg-type]
     "inverse of no hash": (lambda: Damping(inverse=[]), "unknown inverse []; choose one of: eigen, cholesky"),  # type: ignore[arg-type]
-    "damping text": (kfac(damping="much"), "damping 'much': must be a number in [0, inf)"),
+    "damping text": (kfac(damping="much"), "damping 'much': must be a number in [0, 3.4e+38)"),
     "inverse": (lambda: Damping(inverse="qr"), "unknown inverse 'qr'; choose one of: eigen, cholesky"),
     "ema_decay 1": (kfac(ema_decay=1.0), "ema_decay 1.0: must be a number in [0, 1)"),
     "factor_interval 0": (kfac(factor_interval=0), "factor_interval 0: must be a whole number, at least 1"),
@@ -82,7 +82,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "nothing left": (kfac(approximation="fallback"), "approximation leaves every layer to the fallback; use 'kfac' or"),
     "sharing": (kfac(sharing="mean"), "unknown sharing 'mean'; choose one of: expand, reduce"),
     "clip zero": (kfac(clip=0), "clip 0: must be above 0"),
-    "clip negative": (kfac(clip=-1.0), "clip -1.0: must be a number in [0, inf)"),
+    "clip negative": (kfac(clip=-1.0), "clip -1.0: must be a number in [0, 3.4e+38)"),
     "options": (kfac(options={"fallback": "adam"}), "options {'fallback': 'adam'}: must be Options(...)"),
     "fallback": (lambda: Options(fallback="rprop"), "unknown fallback 'rprop'; choose one of: sgd, adam"),
     "fallback_lr": (lambda: Options(fallback_lr=-1.0), "fallback_lr -1.0: must be a number in [0, 3.4e+38)"),
@@ -106,7 +106,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "factor": (lambda: LevenbergMarquardt(factor=1.0), "factor 1.0: must be a number in [0, 1)"),
     "factor text": (lambda: LevenbergMarquardt(factor="x"), "factor 'x': must be a number in [0, 1)"),  # type: ignore[arg-type]
     "factor zero": (lambda: LevenbergMarquardt(factor=0.0), "factor 0.0: must lie in (0, 1)"),
-    "least text": (lambda: LevenbergMarquardt(least="x"), "least 'x': must be a number in [0, inf)"),  # type: ignore[arg-type]
+    "least text": (lambda: LevenbergMarquardt(least="x"), "least 'x': must be a number in [0, 3.4e+38)"),  # type: ignore[arg-type]
     "least and most": (lambda: LevenbergMarquardt(least=1.0, most=0.1), "least 1.0, most 0.1: must be positive and in"),
     "parameters": (
         lambda: KFAC(convnet().parameters(), 0.1),

@@ -243,6 +243,6 @@ def test_bad_input_is_refused():
             made(layer, "eigen", damping)
     with pytest.raises(InputError, match="unknown kind of inverse 'svd'"):
         restored({"kind": "svd"})
-    with pytest.raises(InputError, match="state of an inverse 'identity' without 'scale': it is of another version"):
+    with pytest.raises(InputError, match="inverse lacks 'scale': the state is damaged or of another version"):
         restored({"kind": "identity"})
     assert invert([], "eigen", [], True, {}, Counter()) == {}

@@ -243,7 +243,7 @@ def test_state(wide: int, tmp_path: object) -> None:
             add(statistics, 2 * x, 3 * g)
             statistics.commit(0.9, 1.0)
     state = one.state_dict()
-    with pytest.raises(InputError, match=r"state of layer : (A|rows) has shape \[1, .*, 10\], not \[1, .*, 8\]"):
+    with pytest.raises(InputError, match=r"statistics\..*\.(A|rows) has shape \[1, .*, 10\], not \[1, .*, 8\]"):
         statistics_of(nn.Linear(7, 3), wide=wide).load_state_dict(state)
     with pytest.raises(InputError, match=r"B has shape \[1, 3, 3\], not \[1, 2, 2\]"):
         statistics_of(nn.Linear(9, 2), wide=wide).load_state_dict(state)

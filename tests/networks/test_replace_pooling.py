@@ -65,6 +65,17 @@ def test_replace_pooling_options_and_state() -> None:
     assert squeezenet(torch.randn(1, 3, 64, 64)).shape == (1, 4)
 
 
+def test_channels_last_maps_that_the_model_permutes() -> None:
+    """torchvision's Swin: the permutation stands before its pooling, so the head gets maps."""
+    model = torchvision.models.SwinTransformer([4, 4], 12, [1, 1], [1, 1], [4, 4], num_classes=3)
+    net = replace_pooling(model.eval(), "gcp", image_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        net.features(net.stem(x)).mean((2, 3)), model.avgpool(model.permute(model.norm(model.features(x)))).flatten(1)
+    )
+    assert net(x).shape == (2, 3)
+
+
 class Twice(torchvision.models.ResNet):
     """Has every attribute of a ResNet, but its forward is another one."""
 
@@ -76,8 +87,8 @@ class Twice(torchvision.models.ResNet):
     ("model", "message"),
     [
         (lambda: torchvision.models.resnet.BasicBlock(4, 4), "cannot split BasicBlock with children conv1"),
-        (lambda: nn.Linear(2, 2), "children none: expected .* `avgpool`, then `fc` or `classifier`.*by hand"),
-        (lambda: torchvision.models.swin_t(num_classes=2), "cannot split SwinTransformer"),
+        (lambda: nn.Linear(2, 2), "children none: expected .* `avgpool` .*then `fc`, `classifier` or `head`.*by hand"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), "cannot split Sequential with children 0, 1: expected"),
         (lambda: Twice(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]), "Twice: its modules .*by hand"),
         (lambda: torchvision.models.inception_v3(num_classes=2, init_weights=False), "cannot run Inception3"),
         (lambda: torchvision.models.squeezenet1_1(), "SqueezeNet has no linear layer.*pass num_classes"),

@@ -24,7 +24,7 @@ from torchvision.ops import Conv2dNormActivation
 from secondorder.curvature.backpack.branches import Branches, ChannelShuffle, ChannelSlice, Concatenate, Sum
 from secondorder.networks import Network
 from secondorder.networks.small import ResidualBlock
-from secondorder.pooling import PoolingHead
+from secondorder.pooling import AsMaps, PoolingHead
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
 
 Part = Callable[[str], nn.Module]
@@ -94,6 +94,12 @@ def shuffle_block(block: shufflenetv2.InvertedResidual, part: Part) -> nn.Module
     return nn.Sequential(Branches([first, second], Concatenate()), ChannelShuffle(2))
 
 
+def pooling_head(head: PoolingHead, part: Part) -> nn.Module:
+    """Its reduction and layers, after what makes maps of another layout."""
+    first = [] if head.layout == "NCHW" else [AsMaps(head.layout)]
+    return nn.Sequential(*first, part("reduction"), part("layers"))
+
+
 def torchvision_resnet(model: resnet.ResNet, part: Part) -> nn.Module:
     """torchvision's ResNet with its functional flattening."""
     names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
@@ -118,7 +124,7 @@ TWINS: dict[type[nn.Module], Callable[[Any, Part], nn.Module]] = {
     nn.DataParallel: chain("module"),
     nn.parallel.DistributedDataParallel: chain("module"),
     Network: chain("stem", "features", "head", "classifier"),
-    PoolingHead: chain("reduction", "layers"),
+    PoolingHead: pooling_head,
     ResidualBlock: small_block,
     resnet.BasicBlock: basic_block,
     resnet.Bottleneck: bottleneck,

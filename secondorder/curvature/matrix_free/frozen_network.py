@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
@@ -124,7 +125,8 @@ class RandomState:
 
     def __init__(self) -> None:
         self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.devices = with_random_numbers()
+        self.of_devices = random_states(self.devices)
         self.drawn = False
         """Whether anything has been drawn."""
 
@@ -135,25 +137,23 @@ class RandomState:
             random.setstate(self.python)
             np.random.set_state(self.numpy)  # noqa: NPY002
             torch.set_rng_state(self.torch)
-            if self.cuda:
-                torch.cuda.set_rng_state_all(self.cuda)
+            set_random_states(self.devices, self.of_devices)
             if part > 0:
                 seed = (int(torch.randint(2**31, ())) + part) % 2**31
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
                 torch.manual_seed(seed)
-            before = _torch_states(self.cuda)
+            before = self._torch_states()
             yield
             numpy_same = all(np.array_equal(a, b) for a, b in zip(self.numpy, np.random.get_state(), strict=True))  # noqa: NPY002
             self.drawn |= part == 0 and not (
                 random.getstate() == self.python
                 and numpy_same
-                and all(torch.equal(a, b) for a, b in zip(before, _torch_states(self.cuda), strict=True))
+                and all(torch.equal(a, b) for a, b in zip(before, self._torch_states(), strict=True))
             )
 
-
-def _torch_states(cuda: list[Tensor]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]
+    def _torch_states(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *random_states(self.devices)]
 
 
 def unwrapped(network: nn.Module) -> tuple[nn.Module, str]:

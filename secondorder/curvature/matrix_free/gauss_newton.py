@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened, shaped
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
@@ -144,6 +145,6 @@ class GaussNewtonOperator(SymmetricOperator):
 def _transposed(v: Tensor, JMJv: Tensor, Jv: Tensor, MJv: Tensor) -> bool:
     """Whether v . J^T M J v and J v . M J v are equal but for rounding, as they are when J^T is the transpose of J."""
     eps = torch.finfo(Jv.dtype).eps
-    v, JMJv, Jv, MJv = (t.double().flatten() for t in (v, JMJv, Jv, MJv))
+    v, JMJv, Jv, MJv = (t.to(widest(t.device)).flatten() for t in (v, JMJv, Jv, MJv))
     outer, inner = float(v @ JMJv), float(Jv @ MJv)
     return abs(outer - inner) <= eps**0.5 * abs(inner) + 10 * eps * float(v.norm() * JMJv.norm())

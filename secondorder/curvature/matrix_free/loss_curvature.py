@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+<<<<<<< HEAD
 from secondorder.errors import InputError, failures_of
+=======
+from secondorder.accelerator import widest
+from secondorder.errors import InputError
+>>>>>>> main
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -93,12 +98,13 @@ class CrossEntropy(SeparableLoss):
     def noise(self, samples: int, seed: int) -> Tensor:
         """Uniform numbers `[N, S]`."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(len(self.q), samples, generator=generator, dtype=torch.float64).to(self.q.device)
+        drawn = torch.rand(len(self.q), samples, generator=generator, dtype=torch.float64)
+        return drawn.to(widest(self.q.device)).to(self.q.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
         p = z.softmax(-1)
-        y = torch.searchsorted(p.double().cumsum(-1), noise, right=True).clamp_max(z.shape[-1] - 1)
+        y = torch.searchsorted(p.to(noise.dtype).cumsum(-1), noise, right=True).clamp_max(z.shape[-1] - 1)
         columns = p[..., None] - F.one_hot(y, z.shape[-1]).mT.to(z.dtype)
         return columns * (self._scale / noise.shape[-1]).sqrt()[..., None]
 

@@ -18,10 +18,17 @@ GIB = 2**30
 
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device: the GPU's, or the machine's within the limit of its control group."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(_machine_memory(), _group_memory())
+    machine = min(_machine_memory(), _group_memory())
+    if device.type == "cpu":
+        return machine
+    if device.type == "mps":  # has the machine's memory, and a share of it that it may use
+        return min(machine, max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()))
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+        held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    except (RuntimeError, NotImplementedError):  # a backend that does not count
+        return machine
+    return free + held
 
 
 def budget(memory: int | None, device: torch.device) -> int:

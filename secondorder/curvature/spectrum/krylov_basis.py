@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.products import gaussian, norm, product
 
@@ -36,6 +37,7 @@ class KrylovBasis:
         self.capacity = capacity
         self.block = block
         self.source = source
+        check_float64(operator.device, "a spectral estimate")
         self.Q = torch.zeros(capacity, self.size, dtype=torch.float64, device=operator.device)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
         self.count = 0

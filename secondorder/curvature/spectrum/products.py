@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import DenseOperator, SymmetricOperator
 from secondorder.errors import InputError, NonFiniteError, check_known
 
@@ -27,6 +28,7 @@ def product(operator: SymmetricOperator, V: Tensor) -> Tensor:
 
 def finite(what: str, operator: SymmetricOperator, values: Tensor) -> Tensor:
     """The values in float64. Raises NonFiniteError, which names the operator, unless all are finite."""
+    check_float64(values.device, "a spectral estimate")
     values = values.double()
     if not values.isfinite().all():
         raise NonFiniteError(
@@ -57,6 +59,7 @@ def generator(seed: int) -> torch.Generator:
 
 def gaussian(operator: SymmetricOperator, count: int, source: torch.Generator) -> Tensor:
     """Standard normal vectors `[P, count]` for products with the operator."""
+    check_float64(operator.device, "a spectral estimate")
     return torch.randn(operator.size, count, generator=source, dtype=torch.float64).to(operator.device)
 
 

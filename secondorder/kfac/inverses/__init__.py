@@ -3,7 +3,7 @@
 `invert` makes them from `Factors`, `Inverse.solve` applies one to a gradient, `restored` rebuilds one from its state.
 """
 
-from secondorder.kfac.inverses.build import CLASSES, KINDS, NO_CURVATURE, invert, restored
+from secondorder.kfac.inverses.build import CLASSES, KINDS, NO_CURVATURE, check_state, invert, restored
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, squared_gradients
 from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, State
 from secondorder.kfac.inverses.numerics import EVENTS
@@ -18,6 +18,7 @@ __all__ = [
     "Identity",
     "Inverse",
     "State",
+    "check_state",
     "invert",
     "restored",
     "squared_gradients",

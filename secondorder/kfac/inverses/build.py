@@ -14,6 +14,7 @@ from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
 from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse
 from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
+from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 from secondorder.matrix_power.transforms import full_precision, widened
 
 CLASSES: dict[str, type[Inverse]] = {
@@ -68,15 +69,29 @@ def invert(
 
 
 def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
-    """The inverse with the state of `Inverse.tensors`, bit for bit. Raises InputError for an unknown kind."""
+    """The inverse with the state of `Inverse.tensors`, bit for bit. Raises InputError for an unknown kind and a missing field."""
     kind = state.get("kind")
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise unknown("kind of inverse", kind, CLASSES)
-    made = CLASSES[str(kind)]
-    missing = [field.name for field in fields(made) if field.name not in state]
-    if missing:
-        raise InputError(f"state of an inverse {kind!r} without {missing[0]!r}: it is of another version")
-    return made.from_tensors(state)
+    check_entries("inverse", state, ("kind", *(field.name for field in fields(CLASSES[kind]))))
+    return CLASSES[kind].from_tensors(state)
+
+
+def check_state(entry: str, state: object, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """InputError, which names `entry`, unless a state is that of an inverse with these sizes (of G, O, D) and number format."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("kind"), str):
+        raise refused(entry, "is no state of an inverse")
+    if state["kind"] not in CLASSES:
+        raise unknown("kind of inverse", state["kind"], CLASSES)
+    made, lengths = CLASSES[state["kind"]], {"1": 1, **sizes}
+    check_entries(entry, state, ("kind", *(field.name for field in fields(made))))
+    for field in fields(made):
+        value = state[field.name]
+        if field.name not in made.shapes:
+            check_float(f"{entry}.{field.name}", value, most=1.0)
+            continue
+        check_tensor(f"{entry}.{field.name}", value, [lengths.get(letter) for letter in made.shapes[field.name]], dtype)
+        lengths |= dict(zip(made.shapes[field.name], value.shape, strict=True))  # R is the same in all
 
 
 def _made(

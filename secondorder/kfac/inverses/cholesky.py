@@ -9,6 +9,7 @@ pi is 1 where one of them is zero.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Cholesky(Inverse):
     """
 
     kind = "cholesky"
+    shapes = MappingProxyType({"B_inverse": "GOO", "A_inverse": "GDD", "added": "G11"})
     B_inverse: Tensor
     A_inverse: Tensor
     added: Tensor

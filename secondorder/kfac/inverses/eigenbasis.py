@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class Eigenbasis(Rotated):
     """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, D]`, Q_A `[G, D, D]`, and the scale `[G, 1, 1]` of the block."""
 
     kind = "eigen"
+    shapes = MappingProxyType({"beta": "GO", "Q_B": "GOO", "alpha": "GD", "Q_A": "GDD", "scale": "G11"})
     beta: Tensor
     Q_B: Tensor
     alpha: Tensor

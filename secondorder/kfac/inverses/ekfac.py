@@ -13,6 +13,7 @@ Index letters: N samples, T positions, G groups, D inputs and O outputs of a gro
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class CorrectedEigenbasis(Rotated):
     far, 0 to 1."""
 
     kind = "ekfac"
+    shapes = MappingProxyType({"Q_B": "GOO", "Q_A": "GDD", "S": "GOD", "scale": "G11"})
     Q_B: Tensor
     Q_A: Tensor
     S: Tensor

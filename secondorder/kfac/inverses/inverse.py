@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Self
 
 from torch import Tensor
@@ -62,6 +63,8 @@ class Inverse(ABC):
     """P of one layer; its fields, tensors and numbers, are its complete state."""
 
     kind: ClassVar[str]
+    shapes: ClassVar[Mapping[str, str]]
+    """Of the fields that are tensors, in the index letters: a length that is a letter is the layer's, R is any."""
 
     @abstractmethod
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
@@ -91,6 +94,7 @@ class Identity(Inverse):
     """W / lambda, when there is nothing better; scale `[G, 1, 1]`."""
 
     kind = "identity"
+    shapes = MappingProxyType({"scale": "G11"})
     scale: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:

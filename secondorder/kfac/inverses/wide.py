@@ -12,10 +12,12 @@ it in M - C U would be larger than the first term. So it is projected out once m
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import check_float64
 from secondorder.curvature.kronecker.scale import usable
 from secondorder.kfac.inverses.cholesky import shifts_of
 from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
@@ -30,6 +32,7 @@ class WideEigenbasis(Inverse):
     """beta `[G, O]`, Q_B `[G, O, O]`, alpha `[G, R]`, U `[G, R, D]`, zero where alpha is, and the scale `[G, 1, 1]`."""
 
     kind = "wide_eigen"
+    shapes = MappingProxyType({"beta": "GO", "Q_B": "GOO", "alpha": "GR", "U": "GRD", "scale": "G11"})
     beta: Tensor
     Q_B: Tensor
     alpha: Tensor
@@ -56,6 +59,7 @@ class WideCholesky(Inverse):
     """
 
     kind = "wide_cholesky"
+    shapes = MappingProxyType({"B_inverse": "GOO", "alpha": "GR", "U": "GRD", "rho": "G11", "added": "G11"})
     B_inverse: Tensor
     alpha: Tensor
     U: Tensor
@@ -104,6 +108,7 @@ def wide_cholesky(
 
 def input_range(rows: Tensor, report: Counter[str]) -> tuple[Tensor, Tensor] | None:
     """alpha `[G, R]` and U `[G, R, D]`, both zero where alpha is that of rounding, so that no shape depends on the rank."""
+    check_float64(rows.device, "a layer kept as rows (Options.wide_inputs)")
     blocks = rows.split(BLOCK, -1)
     gram = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=torch.float64)
     for block in blocks:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from secondorder.curvature.backpack.derivatives.base import Derivatives, SignedFactors, inputs
 from secondorder.pooling.covariance import positions
+from secondorder.pooling.layout import LAYOUTS
 
 
 class CovarianceDerivatives(Derivatives):
@@ -17,17 +18,17 @@ class CovarianceDerivatives(Derivatives):
 
     def jacobian(self, module: nn.Module, V: Tensor) -> Tensor:
         """V Y^T + Y V^T."""
-        product = V.flatten(3) @ _scaled(positions(inputs(module))).mT
+        product = _columns(module, V) @ _scaled(positions(inputs(module), _layout(module))).mT
         return product + product.mT
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
         """(G + G^T) Y."""
         x = inputs(module, samples)
-        return ((G + G.mT) @ _scaled(positions(x))).view(len(G), *x.shape)
+        return _as_inputs(module, (G + G.mT) @ _scaled(positions(x, _layout(module))), x)
 
     def residual(self, module: nn.Module, g: Tensor, V: Tensor) -> Tensor:
         """(g + g^T) V P / M: centring commutes with the product from the left."""
-        return ((g + g.mT) @ _scaled(V.flatten(3))).view(V.shape)
+        return _as_inputs(module, (g + g.mT) @ _scaled(_columns(module, V)), V[0])
 
     def signed_factors(self, module: nn.Module, g: Tensor) -> SignedFactors:
         """From g + g^T = U diag(s) U^T: the columns sqrt(|s_k| / M) u_k kron P_m of each sign, as P is its own root.
@@ -35,7 +36,7 @@ class CovarianceDerivatives(Derivatives):
         s is ascending, so that the k of one sign are an end of the spectrum: about C M columns for both signs together.
         """
         x = inputs(module)
-        M = x[0, 0].numel()
+        M = positions(x, _layout(module)).shape[-1]
         s, U = torch.linalg.eigh(g + g.mT)
         P = torch.eye(M, dtype=x.dtype, device=x.device) - 1 / M
         factors = []
@@ -44,10 +45,24 @@ class CovarianceDerivatives(Derivatives):
             used = (part > 0).any(0)  # the directions that have this sign in some sample
             roots = (U * (part / M).sqrt()[:, None, :])[..., used]
             columns = torch.einsum("nck,mp->kmncp", roots, P)
-            factors.append((columns.reshape(-1, *x.shape), sign))
+            factors.append((_as_inputs(module, columns.flatten(0, 1), x), sign))
         return factors
 
 
 def _scaled(x: Tensor) -> Tensor:
     """Y = X P / M of features or columns of features `[..., C, M]`."""
     return (x - x.mean(-1, keepdim=True)) / x.shape[-1]
+
+
+def _layout(module: nn.Module) -> str:
+    return str(module.layout)
+
+
+def _columns(module: nn.Module, V: Tensor) -> Tensor:
+    """Columns `[V, N, *in]` in the module's layout as `[V, N, C, M]`."""
+    return V.flatten(2, -2).mT if LAYOUTS[_layout(module)].channels_last else V.flatten(3)
+
+
+def _as_inputs(module: nn.Module, Y: Tensor, x: Tensor) -> Tensor:
+    """Columns `[V, N, C, M]` in the shape of the inputs x `[N, *in]`: `[V, N, *in]`."""
+    return (Y.mT if LAYOUTS[_layout(module)].channels_last else Y).reshape(len(Y), *x.shape)

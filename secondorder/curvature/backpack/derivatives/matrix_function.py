@@ -49,10 +49,10 @@ class MatrixFunctionDerivatives(Derivatives):
 
     def jacobian(self, module: nn.Module, V: Tensor) -> Tensor:
         """U (g_ij V~_ij) U^T / t + tr(V) U diag(b) U^T / t."""
-        inverse, U, first, b = _spectrum(module, inputs(module))
+        factor, U, first, b = _spectrum(module, inputs(module))
         inner = first * (U.mT @ symmetric(V) @ U)
         inner = inner + torch.diag_embed(V.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * b)
-        return inverse * (U @ inner @ U.mT)
+        return factor * (factor * (U @ inner @ U.mT))
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
         """The pull-back of the fused head, with one eigen-decomposition for all columns."""
@@ -75,7 +75,7 @@ def _strategy(module: nn.Module) -> OnMatrix:
 
 
 def _spectrum(module: nn.Module, S: Tensor) -> tuple[Tensor, ...]:
-    """1 / t `[N, 1, 1]`, U and g `[N, C, C]`, b `[N, C]`."""
+    """The root of 1 / t, the unit being t (`strategies`), `[N, 1, 1]`, U and g `[N, C, C]`, b `[N, C]`."""
     return _strategy(module).forward(S)[1]
 
 

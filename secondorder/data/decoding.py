@@ -1,0 +1,106 @@
+"""Encoded images to 8-bit RGB: every kind of pixel with an honest meaning, nothing of absurd size, and upright.
+
+8-bit pixels stay as they are, whatever their mode; grey is repeated in three channels, palettes are looked up, CMYK is
+(255 - C)(255 - K)/255 and so on. Grey of b > 8 bits becomes round(255 v / (2^b - 1)), that is v / 257 of 16 bits; of 16 bits
+in colour (or grey with alpha) Pillow gives the high byte alone, at most one level less. Transparency is left out, as
+torchvision has it: the stored colour counts. Floating-point and 32-bit pixels have no white and are refused.
+"""
+
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from secondorder.data.files import open_regular, reason, shown
+from secondorder.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""Formats of Pillow that are tried, by the file's contents; others (EPS, say) run other programs."""
+
+MAX_PIXELS = 89_478_485
+"""The largest image that is decoded, 256 MiB of RGB: where Pillow begins to warn."""
+
+_ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(file: str) -> Image.Image:
+    """RGB image of a file.
+
+    Raises:
+        InputError: naming the file when it is no regular file, cannot be read, does not decode, is too large, or its
+            pixels have no meaning as 8-bit RGB.
+    """
+    with open_regular(file) as stream:
+        return decode_stream(stream, shown(file))
+
+
+def decode_stream(stream: BinaryIO, name: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """RGB image of an open file, ``name`` in messages; ``size`` (width, height) is the only one that is accepted.
+
+    Size and kind of pixels are looked at before any pixel is decoded. Raises `InputError` as `decode`.
+    """
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            _check_size(image, name, size)
+            rgb = _rgb(image, name)
+            orientation = _orientation(image)  # after decoding: a PNG has it at its end, and Pillow itself turns a TIFF
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise InputError(f"{name} does not decode (none of {known}); replace or remove it") from error
+    except Exception as error:  # a damaged file can fail anywhere in its decoder
+        raise InputError(f"{name} does not decode ({reason(error)}); replace or remove it") from error
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _check_size(image: Image.Image, name: str, size: tuple[int, int] | None) -> None:
+    """Raise `InputError` for an image of another size than ``size``, or of more than MAX_PIXELS."""
+    if size is not None and image.size != size:
+        raise InputError(f"{name} has {image.width}x{image.height} pixels, not {size[0]}x{size[1]}; copy it again")
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are decoded; make it smaller"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a decoded image, 1 where there is none."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF can fail anywhere, and the picture is none the worse
+        return 1
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """The decoded image in RGB."""
+    deep_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not deep_grey:
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise InputError(
+            f"{name} has {kind} pixels (mode {image.mode}), which have no white; save it with 8 or 16 bits"
+        )
+    image.load()
+    if deep_grey:
+        return _deep_grey(image)
+    image.info.pop("transparency", None)  # Pillow would warn that the colours alone are taken
+    return image.convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits; a TIFF says how many, and whether white is 0."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    white = 2 ** int(tags.get(258, (16,))[0]) - 1
+    grey = np.asarray(image).astype(np.uint32)
+    if tags.get(262) == 0:
+        grey = white - grey
+    return Image.fromarray(((grey * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
