@@ -20,12 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-<<<<<<< HEAD
-from secondorder.errors import InputError, failures_of
-=======
 from secondorder.accelerator import widest
-from secondorder.errors import InputError
->>>>>>> main
+from secondorder.errors import InputError, failures_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
