@@ -250,9 +250,8 @@ def _message(layer: KroneckerLayer, ratio: float, error: float, called: bool) ->
             f"compiled, checkpointed with use_reentrant=True, or used as a function? {out}"
         )
     return (
-        f"layer {layer.name}: the gradient of its weight is {ratio:.4g} times what its inputs and output gradients give, "
-        f"with an error of {error:.1%}: a penalty on the weight in the loss (use weight_decay), or a use of the weight "
-        f"outside the layer? {out}"
+        f"layer {layer.name}: the gradient of its weight is {ratio:.4g} times what its inputs and output gradients give "
+        f"(error {error:.1%}): a penalty in the loss (use weight_decay), or a use of the weight outside the layer? {out}"
     )
 
 

@@ -56,9 +56,10 @@ def frobenius_products(
 
     Raises InputError for operators that do not fit, bad arguments, and "exact" where neither way is open.
     """
+    if isinstance(A, SymmetricOperator) and isinstance(B, SymmetricOperator):
+        check_same_space(A, B)
     check_operator(A)
     check_operator(B)
-    check_same_space(A, B)
     check_name("method", method, METHODS)
     check_count("probes", probes)
     if method != "stochastic" or A.size <= 4 * probes:
