@@ -214,10 +214,12 @@ def _pairs(field: str, options: object) -> tuple[tuple[str, Option], ...]:
     plain: dict[str, Option] = {}
     for name, value in pairs:
         kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-        if not isinstance(name, str) or (kind is None and value is not None) or value != value:
+        if not isinstance(name, str) or (kind is None and value is not None):
             raise InputError(
                 f"{field}: {shown(repr(name))} is {shown(repr(value))}; it must be a number, a word, True, False or None"
             )
+        if value != value:  # not the same run as its copy
+            raise InputError(f"{field}: {shown(repr(name))} has nan; use a number")
         if name in plain:
             raise InputError(f"{field} has {shown(repr(name))} twice; give each option once")
         plain[str(name)] = value if kind is None else kind(value)  # numpy's kinds of numbers and words as Python's

@@ -27,7 +27,9 @@ def dataset_of(run: Run, data: Data) -> ImageDataset:
     if isinstance(data, ImageDataset):
         return data
     if not isinstance(data, tuple | list) or len(data) != 2:
-        raise InputError(f"data is {data!r:.100}; use load_dataset(...), own_dataset(...) or a pair (train, test)")
+        raise InputError(
+            f"data is {type(data).__name__}; use load_dataset(...), own_dataset(...) or a pair (train, test)"
+        )
     if not is_own(run.dataset):
         raise InputError(f"the run is on {run.dataset!r}, the data is a pair of your own; use Run(dataset='own-NAME')")
     return own_dataset(run.dataset, *data)
