@@ -55,7 +55,12 @@ def forward(random: Random) -> Call:
     side = random.choice((1, 2, 3, 5, 16))
     small = normal(random, random.choice((1, 2)), settings["in_channels"], side, side, dtype=torch.float32)
     x = random.choice((bad_tensor(random, good), small, good))
-    nan = isinstance(x, Tensor) and x.is_floating_point() and not x.is_meta and not bool(x.to_dense().isfinite().all())
+    nan = (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and not x.is_meta
+        and not bool(x.to_dense().float().isfinite().all())
+    )
 
     def check(z: Tensor) -> str | None:
         if z.shape != (len(x), settings["num_classes"]):
