@@ -49,6 +49,7 @@ class Network(nn.Module):
         self.in_channels = None if first is None else first.in_channels
         self.num_classes = None if last is None else last.out_features
         self.min_positions = 2 if any(isinstance(part, Covariance) for part in head.modules()) else 1
+        self._size_that_fits: tuple[object, ...] | None = None  # of the last batch that was trained on
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of the input `[N, in_channels, H, W]`, or of its `layout`."""
@@ -73,7 +74,7 @@ class Network(nn.Module):
         They are kept for the first batch of each size only: nothing fails because of its size where another of it did not.
         """
         size = (len(x) > 1, *x.shape[1:])
-        if size == self.__dict__.get("_size_that_fits"):
+        if size == self._size_that_fits:
             return self._logits(x)
         kept = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
