@@ -65,6 +65,8 @@ class BatchCurvature:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(args[0]):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"update_curvature: logits are {got}; they must be a tensor [N, K], a row for each image")
+        if logits.device != args[0].device:
+            raise InputError(f"update_curvature: logits are on {logits.device}, the images on {args[0].device}")
         frozen = FrozenNetwork(self.module)
         frozen.random = random
         self._present = frozen, args[0].detach(), logits.detach()

@@ -65,7 +65,7 @@ def bad_tensor(random: Random, like: Tensor) -> Tensor | Any:
     if kind == "empty":
         return like[:0] if random.random() < 0.5 else like[..., :0]
     if kind == "nan":
-        broken = like.clone()
+        broken = like.clone() if like.is_floating_point() else like.double()
         broken.view(-1)[random.randrange(like.numel())] = random.choice((math.nan, math.inf, -math.inf))
         return broken
     if kind == "meta":
