@@ -217,6 +217,8 @@ def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple
     """Images and labels on the network's device. InputError unless they are as many, at least one, and finite."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise InputError("a batch is a pair (images, labels) of tensors")
+    if any(t.is_meta for t in batch):
+        raise InputError("images or labels are on the device 'meta', which holds no numbers")
     images, labels = (t.detach().to(network.device) for t in batch)
     if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise InputError(

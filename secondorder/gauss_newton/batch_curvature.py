@@ -73,6 +73,8 @@ class BatchCurvature:
                 f"update_curvature: logits are {logits.dtype} on {logits.device}; they must be the floating-point numbers that "
                 "the model has computed"
             )
+        if logits.device != args[0].device:
+            raise InputError(f"update_curvature: logits are on {logits.device}, the images on {args[0].device}")
         frozen = FrozenNetwork(self.module)
         frozen.random = random
         self._present = frozen, args[0].detach(), logits.detach()

@@ -12,7 +12,7 @@ from secondorder.matrix_power.transforms import widened
 
 def check_features(features: Tensor) -> None:
     """InputError unless features are finite real numbers `[N, C, H, W]` with at least 2 positions H W."""
-    if not isinstance(features, Tensor) or not features.is_floating_point():
+    if not isinstance(features, Tensor) or not features.is_floating_point() or features.dtype.itemsize < 2:
         kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise InputError(
             f"needs features [N, C, H, W] of real floating-point numbers, got {kind}; convert with .float()"

@@ -13,6 +13,7 @@ from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC, D
 from secondorder.curvature.backpack.hessian_factors import merged, tagged
 from secondorder.curvature.backpack.registration import register
 from secondorder.errors import InputError
+from secondorder.pooling import pooling_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
@@ -63,6 +64,16 @@ def test_residuals_inside_branches(block: str, head: str):
     assert relative(diagonal(model, extensions.DiagHessian(), loss, data), truth) <= 1e-12
     summed = diagonal(model, extensions.BatchDiagHessian(), loss, data, 1).sum(0)
     assert relative(summed, truth) <= 1e-12
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_a_residual_of_one_sign(label: int):
+    """The gradient at the covariance of one channel is one number: the residual has no factor of the other sign."""
+    loss, head = nn.CrossEntropyLoss(), pooling_head("covariance", 1).chain()
+    model = nn.Sequential(nn.Conv2d(2, 1, 3), nn.Tanh(), *head, nn.Linear(1, 3)).double()
+    data = batch(loss, 1)[0], torch.tensor([label])
+    truth = true_hessian(model, loss, data).diagonal()
+    assert relative(diagonal(model, extensions.DiagHessian(), loss, data), truth) <= 1e-12
 
 
 def test_merging_by_hand():

@@ -57,6 +57,18 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "params of numbers": ({"params": [[]]}, r"unknown parameter \[\]"),
     "network": ({"network": "resnet18"}, "network str: must be a torch.nn.Module"),
     "meta": ({"network": chain().to("meta")}, "parameter 0.weight is on the device 'meta'"),
+    "lazy": (
+        {"network": nn.Sequential(nn.Flatten(), nn.LazyLinear(3))},
+        "parameter 1.weight is not initialised yet; run the",
+    ),
+    "no outputs": (
+        {"network": Returns(lambda z: z[:, :0])},
+        r"the network returns shape \[2, 0\] for 2 images: no outputs",
+    ),
+    "images on meta": (
+        {"batch": (torch.zeros(3, 2, 6, 6, dtype=torch.float64, device="meta"), torch.zeros(3).long())},
+        "images or labels are on the device 'meta'",
+    ),
     "complex outputs": ({"network": Returns(lambda z: z.to(torch.complex128))}, "the network returns torch.complex128"),
     "detached loss": ({"loss": lambda z, y: z.detach().sum()}, "does not depend on the outputs"),
     "four weights": ({"loss": nn.CrossEntropyLoss(torch.ones(4))}, "must be 3 finite numbers of at least 0"),

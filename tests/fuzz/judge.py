@@ -22,7 +22,8 @@ from .state import fingerprint, process_state, random_state
 LONGEST = 300
 """Characters of an error."""
 PYTHONS_OWN = re.compile(
-    r"unexpected keyword argument|missing \d+ required|takes (from )?\d+.* positional arguments?|multiple values for"
+    r"unexpected keyword argument|missing \d+ required|takes (from )?\d+.* positional arguments?|takes exactly|"
+    r"multiple values for"
 )
 """What Python says of a wrong keyword or number of arguments, which no package need say again."""
 EXTRA_BYTES = 6 * 2**30

@@ -21,6 +21,7 @@ from secondorder.preconditioning import (
     loss_gradient,
     natural_gradient_direction,
     partial_correlation,
+    whitened_features,
 )
 
 MAPS = torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -36,6 +37,10 @@ def given(function: Callable[..., Any], **changes: Any) -> Callable[[], Any]:
 
 
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "features of 8 bits": (
+        lambda: whitened_features(MAPS.to(torch.float8_e4m3fn)),
+        "real floating-point numbers, got torch.float8_e4m3fn",
+    ),
     "pooling": (lambda: head_spectrum(MAPS, []), r"unknown pooling with a closed form \[\]"),  # type: ignore[arg-type]
     "coordinates": (lambda: head_spectrum(MAPS, "gap", coordinates=np.zeros(2)), "unknown coordinates array"),  # type: ignore[arg-type]
     "exact": (lambda: head_spectrum(MAPS, "gap", "no"), "exact 'no': must be True or False"),  # type: ignore[arg-type]

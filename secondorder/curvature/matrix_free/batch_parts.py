@@ -52,6 +52,8 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
         raise InputError(f"the network fails for images {list(images.shape)}: {_first_line(error)}") from error
     if not z.is_floating_point():
         raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
+    if z.numel() == 0:
+        raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
     network.check_finite(z, x)
     coupling = network.couples_samples() or _interaction(network, z, x)
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}

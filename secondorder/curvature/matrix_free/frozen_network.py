@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter
 
 from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
@@ -41,6 +42,8 @@ class FrozenNetwork:
         self.module, self.prefix = unwrapped(network)
         named = {self.prefix + name: p for name, p in self.module.named_parameters()}
         for name, p in named.items():
+            if isinstance(p, UninitializedParameter):
+                raise InputError(f"parameter {name} is not initialised yet; run the network once before")
             if p.is_meta:
                 raise InputError(f"parameter {name} is on the device 'meta', which holds no numbers")
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:

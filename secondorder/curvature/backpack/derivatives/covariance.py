@@ -45,7 +45,8 @@ class CovarianceDerivatives(Derivatives):
             used = (part > 0).any(0)  # the directions that have this sign in some sample
             roots = (U * (part / M).sqrt()[:, None, :])[..., used]
             columns = torch.einsum("nck,mp->kmncp", roots, P)
-            factors.append((_as_inputs(module, columns.flatten(0, 1), x), sign))
+            if len(columns):  # a factor without columns comes out of BackPACK's convolutions as NaN
+                factors.append((_as_inputs(module, columns.flatten(0, 1), x), sign))
         return factors
 
 
