@@ -64,13 +64,8 @@ def bad_tensor(random: Random, like: Tensor) -> Tensor | Any:
         return random.choice((like.flatten(), like[None], like[..., 0], like[0], like.sum(), like[..., None, None]))
     if kind == "empty":
         return like[:0] if random.random() < 0.5 else like[..., :0]
-<<<<<<< HEAD
     if kind == "nan" and like.is_floating_point():
         broken = like.clone()
-=======
-    if kind == "nan":
-        broken = like.clone() if like.is_floating_point() else like.double()
->>>>>>> w-fuzz
         broken.view(-1)[random.randrange(like.numel())] = random.choice((math.nan, math.inf, -math.inf))
         return broken
     if kind == "meta":
