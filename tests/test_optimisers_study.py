@@ -26,6 +26,7 @@ from studies.optimisers import study as optimisers
 from studies.optimisers.costs import Stepper, slowed, state_bytes
 from studies.optimisers.measures import Clock, reached, steps_ratio
 from studies.optimisers.settings import ARMS, PRESETS, TUNING_SEED, Tuned, unit_points
+from studies.sealed import write_sealed
 from studies.settings import Common
 
 SMOKE = ["optimisers", "--preset", "smoke", "--no-progress", "--threads", "1"]
@@ -448,6 +449,6 @@ def test_timed_steps_have_a_small_learning_rate_and_all_else_as_tuned() -> None:
 
 def test_the_provenance_names_the_code_that_trained(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    next(tmp_path.glob("runs/optimisers/*/commit")).write_text("0123456789abcdef")
+    write_sealed(next(tmp_path.glob("runs/optimisers/*/commit")), "0123456789abcdef")
     assert main([*SMOKE, "--out", str(tmp_path), "--resume"]) == 0
     assert "0123456789abcdef" in json.loads((tmp_path / "optimisers.json").read_text())["git_commit"].split()

@@ -42,13 +42,13 @@ def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
         for suffix in ("svg", "png"):
             (folder / f"{name}.{suffix}").touch()
 
-    def report(folder: Path, sections: dict, preset: str) -> tuple[Path, Path]:
+    def report(folder: Path, sections: dict, preset: str, must: object = ()) -> tuple[Path, Path]:
         return write_report(folder, {"performance": sections["performance"]}, preset)
 
     monkeypatch.setattr("studies.preconditioning.blocks.measure.LANCZOS", 1)
     monkeypatch.setattr("studies.preconditioning.blocks.measure.PROBES", 1)
     monkeypatch.setattr("studies.report.save", empty)
-    monkeypatch.setattr("studies.__main__.write_report", report)
+    monkeypatch.setattr("studies.program.write_report", report)
 
 
 @pytest.mark.usefixtures("_little_work")

@@ -20,8 +20,9 @@ from secondorder.training import (
     checkpoint,
     evaluate,
     load_checkpoint,
-    loop,
+    losses,
     resolve_device,
+    setup,
     train,
 )
 from secondorder.untouched import same_randomness
@@ -106,7 +107,7 @@ def test_divergence_names_its_step(
     pooling: str, read_every: int, run: Run, data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of the CPU, wherever the losses are read; no checkpoint has taken it."""
-    monkeypatch.setattr(loop, "READ_EVERY", read_every)
+    monkeypatch.setattr(losses, "READ_EVERY", read_every)
     run = dataclasses.replace(run, learning_rate=1e25, pooling=pooling, schedule="constant", dropout=0.0)
     words = {}
     for name in (run.device, "cpu"):
@@ -133,7 +134,7 @@ def test_waits_of_training(
     run = dataclasses.replace(run, epochs=1, batch_size=8)
     counts = []
     for name, images, read_every in (("2", 16, 100), ("8", 64, 100), ("8 read", 64, 3)):
-        monkeypatch.setattr(loop, "READ_EVERY", read_every)
+        monkeypatch.setattr(losses, "READ_EVERY", read_every)
         data = load_dataset("digits", limit=images, test_limit=30)
         with waits() as found:
             train(run, data, tmp_path / name, progress=False, checkpoint_every=1e9)
@@ -144,7 +145,7 @@ def test_waits_of_training(
 
 def test_waits_of_an_evaluation(device: str, data: ImageDataset, waits: Callable[[], AbstractContextManager]) -> None:
     """One, however many batches it takes."""
-    model = moved(loop.initial_network(RUN, data), device)
+    model = moved(setup.initial_network(RUN, data), device)
     with waits() as found:
         evaluate(model, data.test, batch_size=8)
     assert len(found) == 1, found
