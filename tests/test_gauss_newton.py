@@ -369,7 +369,7 @@ def test_calls_in_another_order_are_explained() -> None:
     optimizer.zero_grad()
     with pytest.raises(InputError, match=r"logits are \[36\]"):
         optimizer.update_curvature(model(x).flatten())
-    with pytest.raises(InputError, match="logits are torch.float64 on meta"):
+    with pytest.raises(InputError, match=r"logits are torch\.float64 on meta"):
         optimizer.update_curvature(model(x).to("meta"))
     optimizer.update_curvature(2 * model(x))
     F.cross_entropy(model(x), y).backward()
