@@ -211,11 +211,12 @@ def test_float32_is_as_accurate_at_any_scale(name: str, scale: float, shape: tup
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(3, 4, 9), (3, 9, 4), (2, 60, 70), (2, 70, 60), (2, 4, 1)])
-def test_zero_sample_and_single_position_poison_nothing(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("constant", [7.0, 0.0])
+def test_zero_sample_and_single_position_poison_nothing(name: str, shape: tuple[int, ...], constant: float) -> None:
     function = FUNCTIONS[name][1]
     x = features(*shape)
     alone = function(x[:1])
-    x[1] = 7.0  # constant: the covariance is zero
+    x[1] = constant  # the covariance is zero
     x.requires_grad_()
     Z = function(x)
     gradient = torch.autograd.grad((Z**2).sum(), x, create_graph=True)[0]

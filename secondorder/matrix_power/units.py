@@ -13,11 +13,13 @@ _EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int
 
 
 def unit(x: Tensor) -> Tensor:
-    """c `[..., 1, 1]`, the power of two next below the largest |entry| of x `[..., C, M]`; NaN unless x is finite.
+    """c `[..., 1, 1]`, the power of two next below the largest |entry| of x `[..., C, M]`; NaN unless x is finite, 1 for zeros.
 
-    A power of two makes x / c exact. It is at least the smallest normal number, because x / c of a smaller c would overflow.
+    A power of two makes x / c exact. It is at least the smallest normal number, because x / c of a smaller c would overflow;
+    zeros have no scale, and a small one would make their second derivatives 0 times infinity.
     """
     largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+    largest = largest.masked_fill(largest == 0, 1)
     whole, exponent = _EXPONENT[x.dtype]
     c = (largest.clamp_min(torch.finfo(x.dtype).tiny).view(whole) & exponent).view(x.dtype)
     return c + 0 * largest  # NaN for NaN and infinity

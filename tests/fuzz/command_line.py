@@ -5,7 +5,7 @@ import io
 import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from random import Random
+from random import Random, getstate, setstate
 from typing import Any
 
 from studies.command_line import Command, parse
@@ -52,7 +52,8 @@ def line(random: Random, name: str | None, preset: str) -> tuple[list[str], str]
 
 
 def parsed(arguments: list[str]) -> Command | None:
-    """The command; None where the line asks for help."""
+    """The command; None where the line asks for help. Python's random state stays: tyro's cache draws from it."""
+    state = getstate()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return parse(arguments)
@@ -60,6 +61,8 @@ def parsed(arguments: list[str]) -> Command | None:
         if stop.code:
             raise
         return None
+    finally:
+        setstate(state)
 
 
 def flags(random: Random) -> Call:

@@ -131,7 +131,7 @@ class KroneckerFactors:
             return [FactoredOperator(r) for r in (rows if rows.ndim == 3 else rows[None])]
         assert self.A is not None
         A = self.A / self.counted
-        return [DenseOperator(symmetric(a)) for a in (A if A.ndim == 3 else A[None])]
+        return [DenseOperator(a) for a in (A if A.ndim == 3 else A[None])]
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
