@@ -4,8 +4,6 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 LONGEST = 300
 """Characters of an error's message."""
 MOST = 2**31 - 1
@@ -81,6 +79,8 @@ def failures_of(what: str) -> Iterator[None]:
     Mistakes of the user's own code (TypeError, AttributeError, ...), too little memory and failed decompositions go through as
     they are.
     """
+    import torch  # here, because processes of a pool import this file before anything else
+
     try:
         yield
     except (InputError, torch.OutOfMemoryError, torch.linalg.LinAlgError):

@@ -37,6 +37,11 @@ LONG = 100.0
 """Seconds after which a wait has failed, whatever else the machine does."""
 
 
+def test_what_every_process_imports_is_light() -> None:
+    """torch takes seconds, also in those processes that are only begun again."""
+    subprocess.run([sys.executable, "-c", "import sys, studies.jobs; assert 'torch' not in sys.modules"], check=True)
+
+
 def test_results_come_in_order_from_other_processes_that_share_the_threads() -> None:
     results = list(map_jobs(product, [(1, 2), (3, 4), (5, 6)], processes=2))
     assert [value for value, _, _ in results] == [2, 12, 30]
