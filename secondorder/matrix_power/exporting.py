@@ -32,9 +32,13 @@ def recorded(S: Tensor, function: ScalarFunction) -> Tensor:
     return torch.ops.secondorder.spectral(S, name, PARAMETER[name](function))
 
 
-@torch.compiler.assume_constant_result  # torch.export's strict mode takes the question itself for False
 def _for_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+# torch.compiler.assume_constant_result without the two seconds that torch._dynamo takes to import: torch.export's strict mode
+# takes the question itself for False.
+_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 PARAMETER: dict[str, Any] = {

@@ -12,6 +12,7 @@ from studies.preconditioning import study
 from studies.preconditioning.section import section
 from studies.preconditioning.study import ENDS, OFTEN
 from studies.report import write_report
+from studies.report.section import Section
 from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from studies.study import STUDIES
 
@@ -25,6 +26,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with undrawn_figures():
         assert main([*SMOKE, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def reported(finished: Path) -> Section:
+    """What the report says of it."""
+    return section(finished)
 
 
 def test_every_part_is_measured_at_its_moments(finished: Path) -> None:
@@ -43,22 +50,21 @@ def test_every_part_is_measured_at_its_moments(finished: Path) -> None:
     assert epochs.groupby(["backbone", "seed"]).size().to_dict() == {(b, s): 1 for b in ("gap", "gcp") for s in (0, 1)}
 
 
-def test_every_claim_has_its_row(finished: Path) -> None:
+def test_every_claim_has_its_row(finished: Path, reported: Section) -> None:
     verdicts = pd.read_csv(finished / "preconditioning_verdicts.csv")
-    found = section(finished)
-    assert list(verdicts.prediction) == [claim.statement for claim in found.claims]
-    assert list(verdicts.verdict) == [claim.verdict for claim in found.claims]
+    assert list(verdicts.prediction) == [claim.statement for claim in reported.claims]
+    assert list(verdicts.verdict) == [claim.verdict for claim in reported.claims]
     assert set(verdicts.verdict) <= {SUPPORTED, NOT_SUPPORTED, UNDECIDED}
     assert [part[:2] for part in dict.fromkeys(verdicts.part)] == ["A:", "B:", "C:", "D:", "E:"]
     assert verdicts.meaning.notna().all()
     assert not verdicts.duplicated(["prediction", "measured"]).any()
 
 
-def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, tmp_path: Path) -> None:
+def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, reported: Section) -> None:
     text = (finished / "report.md").read_text()
     beginning = text[: text.index("| study |")]
     assert "## In short" in beginning
-    claims = section(finished).claims
+    claims = reported.claims
     assert [part[:2] for part in dict.fromkeys(c.group for c in claims if c.headline)] == ["A:", "B:", "C:", "D:", "E:"]
     for claim in claims:
         assert (f"{claim.verdict}: {claim.quantity}: {claim.interval}" in beginning) == claim.headline
@@ -67,7 +73,7 @@ def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, tmp_path:
 
 @undrawn_figures()
 def test_a_killed_study_resumes_to_the_same_tables(finished: Path, tmp_path: Path, killed: Callable[..., None]) -> None:
-    flags = [*SMOKE, "--processes", "2", "--out", str(tmp_path)]  # the finished one was trained by one process
+    flags = [*SMOKE, "--out", str(tmp_path)]
     killed(lambda: bool(list(tmp_path.glob("runs/preconditioning/*/rows.json"))), flags)
     assert not (tmp_path / "preconditioning.csv").exists()
     assert main([*flags, "--resume"]) == 0

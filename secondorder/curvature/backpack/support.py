@@ -113,7 +113,13 @@ def support_matrix() -> pd.DataFrame:
     "passed on": right for the other layers; this layer's own parameters get none. "refused": with an error that says why.
     "wrong" does not occur; a test sees to it. The frame is computed once in a process; do not write into it.
     """
-    return pd.DataFrame({quantity: {layer: entry(layer, quantity) for layer in LAYERS} for quantity in QUANTITIES})
+    return pd.DataFrame({quantity: support_of_layers(quantity) for quantity in QUANTITIES})
+
+
+@cache
+def support_of_layers(quantity: str) -> dict[str, str]:
+    """One column of the support matrix, computed once in a process; do not write into it."""
+    return {layer: entry(layer, quantity) for layer in LAYERS}
 
 
 def entry(layer: str, quantity: str) -> str:
