@@ -4,8 +4,9 @@ A device of Python is registered for the whole process, and before its first bac
 find an accelerator there (``auto``, ``nn.DataParallel``, ...).
 """
 
-import subprocess
+import os
 import sys
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from torch.utils import backend_registration
 
 FOLDER = Path(__file__).parent / "any_device"
 PARTS = {
-    "networks and curvature": ["device_networks.py", "device_curvature.py"],
-    "optimisers and training": ["device_optimisers.py", "device_training.py"],
+    "networks": ["device_networks.py"],
+    "optimisers": ["device_optimisers.py"],
+    "curvature": ["device_curvature.py"],
+    "training": ["device_training.py"],
     "studies": ["device_studies.py", "-k", "not [preconditioning]"],
     "preconditioning study": ["device_studies.py", "-k", "[preconditioning]"],
 }
-"""What takes some twenty seconds each, eight of them to import the libraries."""
+"""What takes some ten seconds each."""
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -27,13 +30,23 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_every_file_has_its_part() -> None:
-    assert {argument for arguments in PARTS.values() for argument in arguments if argument.endswith(".py")} == {
-        path.name for path in FOLDER.glob("device_*.py")
-    }
+    assert {arguments[0] for arguments in PARTS.values()} == {path.name for path in FOLDER.glob("device_*.py")}
+
+
+def tested(arguments: list[str], output: Path) -> None:
+    """pytest in this process, whose output goes into a file."""
+    with output.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(FOLDER)
+    sys.exit(pytest.main(["-n", "0", "-p", "no:cacheprovider", *arguments]))
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_on_the_pretend_device(part: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *PARTS[part]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=FOLDER)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_on_the_pretend_device(part: str, forkserver: ForkServerContext, tmp_path: Path) -> None:
+    process = forkserver.Process(target=tested, args=(PARTS[part], tmp_path / "output"))
+    process.start()
+    process.join(280)
+    process.kill()
+    process.join(10)
+    assert process.exitcode == 0, (tmp_path / "output").read_text()[-6000:]

@@ -37,7 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_processes_side_by_side_find_what_one_finds(tmp_path: Path) -> None:
-    """Those of the landscape study: see `test_a_killed_study_resumes_to_the_same_table`."""
     few = ["--seeds", "1", "--arms", "sgd", "kfac", "--dampings", "1", "--trials", "1", "--autoencoder.updates", "5"]
     tables = ["optimisers", "optimisers_trials", "optimisers_curves", "optimisers_sensitivity"]
     found = {}
@@ -288,7 +287,7 @@ def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path, killed: Callab
         lambda: len(list((tmp_path / "killed").glob("runs/landscape/*/checkpoint.pt"))) >= 2,
         [*flags, "--out", str(tmp_path / "killed")],
     )
-    assert main([*flags, "--out", str(tmp_path / "killed"), "--processes", "2", "--resume"]) == 0
+    assert main([*flags, "--out", str(tmp_path / "killed"), "--resume"]) == 0
     for name in ("landscape.csv", "landscape_summary.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

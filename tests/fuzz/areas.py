@@ -30,21 +30,21 @@ class Area:
 
 
 AREAS: dict[str, Area] = {
-    "pooling": Area(pooling, 20, 500),
-    "matrix_functions": Area(matrix_functions, 20, 500),
-    "networks": Area(networks, 6, 100),
-    "runs": Area(runs, 10, 300),
+    "pooling": Area(pooling, 20, 250),
+    "matrix_functions": Area(matrix_functions, 20, 200),
+    "networks": Area(networks, 6, 60),
+    "runs": Area(runs, 10, 200),
     "training": Area(training, 3, 40),
     "data": Area(data, 4, 60),
-    "kfac": Area(kfac, 8, 150),
-    "gauss_newton": Area(gauss_newton, 4, 80),
-    "curvature": Area(curvature, 8, 150),
-    "spectra": Area(spectra, 8, 200),
-    "backpack": Area(backpack, 4, 60),
-    "preconditioning": Area(preconditioning, 10, 200),
+    "kfac": Area(kfac, 8, 80),
+    "gauss_newton": Area(gauss_newton, 4, 50),
+    "curvature": Area(curvature, 8, 80),
+    "spectra": Area(spectra, 8, 100),
+    "backpack": Area(backpack, 4, 40),
+    "preconditioning": Area(preconditioning, 10, 120),
     "landscape": Area(landscape, 4, 80),
-    "statistics": Area(statistics, 10, 300),
+    "statistics": Area(statistics, 10, 150),
     "command_line": Area(command_line, 4, 50),
-    "kept_files": Area(kept_files, 4, 80),
+    "kept_files": Area(kept_files, 4, 40),
 }
 """Name -> how its calls are made."""

@@ -4,10 +4,9 @@ import copy
 import io
 import math
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +173,7 @@ def process_of_its_own(path: Path, die: int) -> None:
         logits = model(x)
         optimizer.update_curvature(logits)
         if step == die:
-            print("half way", flush=True)
+            path.with_suffix(".half").touch()
             time.sleep(600)
         train(model, optimizer, [(x, y)])
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
@@ -182,24 +181,20 @@ def process_of_its_own(path: Path, die: int) -> None:
         path.with_suffix(".new").replace(path)
 
 
-def started(path: Path, die: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, __file__, str(path), str(die)],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_killed_and_resumed_in_another_process(tmp_path: Path) -> None:
-    with started(tmp_path / "checkpoint.pt", die=8) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "half way\n"
-        process.kill()
-        assert process.wait(60) == -signal.SIGKILL
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 8
-    with started(tmp_path / "checkpoint.pt", die=-1) as process:
-        assert process.wait(120) == 0
+def test_killed_and_resumed_in_another_process(tmp_path: Path, forkserver: ForkServerContext) -> None:
+    path, deadline = tmp_path / "checkpoint.pt", time.monotonic() + 120
+    process = forkserver.Process(target=process_of_its_own, args=(path, 8))
+    process.start()
+    while not path.with_suffix(".half").exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True)["step"] == 8
+    process = forkserver.Process(target=process_of_its_own, args=(path, -1))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     process_of_its_own(tmp_path / "whole.pt", die=-1)
     resumed, whole = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "whole"))
     assert same(resumed, whole)
@@ -427,7 +422,3 @@ def test_state_of_another_optimiser() -> None:
         KFAC(model, 0.1).load_state_dict({"kfac": KFACPreconditioner(model).state_dict()} | sgd.state_dict())
     with pytest.raises(InputError, match="not a state of K-FAC"):
         KFACPreconditioner(model).load_state_dict(sgd.state_dict())
-
-
-if __name__ == "__main__":
-    process_of_its_own(Path(sys.argv[1]), int(sys.argv[2]))

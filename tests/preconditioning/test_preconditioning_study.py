@@ -17,6 +17,8 @@ from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from studies.study import STUDIES
 
 SMOKE = ["preconditioning", "--preset", "smoke", "--no-progress", "--threads", "1"]
+FEWER = [*SMOKE, "--no-natural-gradient"]
+"""A third of the time less; test_directions_part has the natural gradient."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished study, to be read or copied."""
     folder = tmp_path_factory.mktemp("finished")
     with undrawn_figures():
-        assert main([*SMOKE, "--out", str(folder)]) == 0
+        assert main([*FEWER, "--out", str(folder)]) == 0
     return folder
 
 
@@ -73,7 +75,7 @@ def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, reported:
 
 @undrawn_figures()
 def test_a_killed_study_resumes_to_the_same_tables(finished: Path, tmp_path: Path, killed: Callable[..., None]) -> None:
-    flags = [*SMOKE, "--out", str(tmp_path)]
+    flags = [*FEWER, "--out", str(tmp_path)]
     killed(lambda: bool(list(tmp_path.glob("runs/preconditioning/*/rows.json"))), flags)
     assert not (tmp_path / "preconditioning.csv").exists()
     assert main([*flags, "--resume"]) == 0
