@@ -33,7 +33,7 @@ def test_every_file_has_its_part() -> None:
     assert {arguments[0] for arguments in PARTS.values()} == {path.name for path in FOLDER.glob("device_*.py")}
 
 
-def tested(arguments: list[str], output: Path) -> None:
+def run_pytest(arguments: list[str], output: Path) -> None:
     """pytest in this process, whose output goes into a file."""
     with output.open("w") as file:
         for stream in (1, 2):
@@ -44,7 +44,7 @@ def tested(arguments: list[str], output: Path) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_on_the_pretend_device(part: str, forkserver: ForkServerContext, tmp_path: Path) -> None:
-    process = forkserver.Process(target=tested, args=(PARTS[part], tmp_path / "output"))
+    process = forkserver.Process(target=run_pytest, args=(PARTS[part], tmp_path / "output"))
     process.start()
     process.join(280)
     process.kill()
