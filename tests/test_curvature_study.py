@@ -21,7 +21,7 @@ from studies.frozen_statistics import frozen_at
 from studies.settings import Common
 
 SMOKE = ["curvature", "--preset", "smoke", "--no-progress", "--threads", "1"]
-SMALLEST = [*SMOKE, "--seeds", "1", "--small.images", "4"]
+SMALLEST = [*SMOKE, "--seeds", "1", "--small.images", "4", "--limits.whole", "0"]
 
 
 @pytest.fixture(scope="module")
