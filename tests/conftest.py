@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ import torch
 def deterministic() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.default_generator.manual_seed(
-        0
-    )  # torch.manual_seed writes down the whole stack for devices that do not exist
+    # torch.manual_seed writes down the whole stack for every kind of device that does not exist
+    torch.default_generator.manual_seed(0)
     if torch.accelerator.is_available():
         torch.manual_seed(0)
     yield
@@ -45,16 +45,16 @@ def forkserver() -> ForkServerContext:
 
 @pytest.fixture
 def killed(forkserver: ForkServerContext) -> Callable[..., None]:
-    """Start the studies with some arguments and kill them as soon as a condition holds."""
+    """Start the studies, or another function, with some arguments and kill the process as soon as a condition holds."""
     from studies.__main__ import main  # of the tests of studies only: it takes a second
 
-    def kill_when(condition: Callable[[], bool], arguments: list[str], seconds: float = 240.0) -> None:
-        process = forkserver.Process(target=main, args=(arguments,))
+    def kill_when(condition: Callable[[], bool], *arguments: Any, target: Any = main, seconds: float = 240.0) -> None:
+        process = forkserver.Process(target=target, args=arguments)
         process.start()
         deadline = time.monotonic() + seconds
         try:
             while not condition():
-                assert process.exitcode is None, "the study ended before it could be killed"
+                assert process.exitcode is None, "the process ended before it could be killed"
                 assert time.monotonic() < deadline, f"nothing to be killed after {seconds} s"
                 time.sleep(0.01)
         finally:

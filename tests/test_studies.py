@@ -281,8 +281,12 @@ def test_the_baseline_is_five_textbook_steps() -> None:
 
 @undrawn_figures()
 def test_a_killed_study_resumes_to_the_same_table(tmp_path: Path, killed: Callable[..., None]) -> None:
-    flags = ["landscape", *SMOKE, "--seeds", "1", "--epochs", "3", "--poolings", "gap", "gcp"]
+    flags = ["landscape", *SMOKE, "--seeds", "2", "--epochs", "3", "--poolings", "gap", "gcp"]
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    lines = pd.read_csv(tmp_path / "whole" / "landscape.csv")
+    assert set(lines.seed) == {0, 1}
+    same_start = lines[(lines.step == 0) & (lines.space == "weight")].groupby("seed").loss_at_origin.nunique()
+    assert (same_start == 2).all()  # each head its own loss, from the same backbone weights
     killed(
         lambda: len(list((tmp_path / "killed").glob("runs/landscape/*/checkpoint.pt"))) >= 2,
         [*flags, "--out", str(tmp_path / "killed")],

@@ -1,10 +1,11 @@
 """Every study, from its trainings to its report, on any device: the smallest preset, made smaller still."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
+from undrawn_figures import undrawn_figures
 
 from studies.__main__ import main
 from studies.report import write_report
@@ -32,23 +33,20 @@ FLAGS = {
 
 
 @pytest.fixture
-def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No report but that of the performance study: what is read from tables knows no device, unless it was not measured.
 
     And few of the products with Hessians whose number is no flag.
     """
-
-    def empty(figure: Figure, folder: Path, name: str) -> None:
-        for suffix in ("svg", "png"):
-            (folder / f"{name}.{suffix}").touch()
 
     def report(folder: Path, sections: dict, preset: str, must: object = ()) -> tuple[Path, Path]:
         return write_report(folder, {"performance": sections["performance"]}, preset)
 
     monkeypatch.setattr("studies.preconditioning.blocks.measure.LANCZOS", 1)
     monkeypatch.setattr("studies.preconditioning.blocks.measure.PROBES", 1)
-    monkeypatch.setattr("studies.report.save", empty)
     monkeypatch.setattr("studies.program.write_report", report)
+    with undrawn_figures():
+        yield
 
 
 @pytest.mark.usefixtures("_little_work")

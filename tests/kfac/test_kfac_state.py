@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
@@ -181,15 +180,11 @@ def process_of_its_own(path: Path, die: int) -> None:
         path.with_suffix(".new").replace(path)
 
 
-def test_killed_and_resumed_in_another_process(tmp_path: Path, forkserver: ForkServerContext) -> None:
-    path, deadline = tmp_path / "checkpoint.pt", time.monotonic() + 120
-    process = forkserver.Process(target=process_of_its_own, args=(path, 8))
-    process.start()
-    while not path.with_suffix(".half").exists() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+def test_killed_and_resumed_in_another_process(
+    tmp_path: Path, forkserver: ForkServerContext, killed: Callable[..., None]
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    killed(path.with_suffix(".half").exists, path, 8, target=process_of_its_own)
     assert torch.load(path, weights_only=True)["step"] == 8
     process = forkserver.Process(target=process_of_its_own, args=(path, -1))
     process.start()
