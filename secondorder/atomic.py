@@ -73,21 +73,19 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Hold the folder's lock, which the system gives back when the process ends, however it ends.
 
-    Raises InputError when another process holds it, and when the file ``.lock`` in it cannot be used.
+    Raises InputError when another process holds it, and when the lock's file in it, called `name`, cannot be used.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"another process writes to {str(folder)!r}; wait for it or choose another folder") from None
     except (OSError, NotImplementedError) as error:  # a folder or a link to nowhere; a file system without locks
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"cannot lock {str(folder / '.lock')!r}: {reason}; delete it or choose another folder"
-        ) from None
+        raise InputError(f"cannot lock {str(folder / name)!r}: {reason}; delete it or choose another folder") from None
     try:
         yield
     finally:

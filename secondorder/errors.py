@@ -1,5 +1,6 @@
 """Errors that a user can act on."""
 
+import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,9 @@ from contextlib import contextmanager
 LONGEST = 300
 """Characters of an error's message."""
 MOST = 2**31 - 1
-"""The largest whole number of an argument: no array can have a larger size."""
+"""The largest whole number of an argument that is a size: no array can have a larger one."""
+SEEDS = 2**63
+"""As many as a generator of torch takes."""
 
 
 class InputError(ValueError):
@@ -49,15 +52,56 @@ def check_known(kind: str, value: object, allowed: Iterable[str]) -> None:
 def check_flag(name: str, value: object) -> None:
     """InputError unless the value is True or False: "no" would count as True."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} {short(value)}: must be True or False")
+        raise InputError(f"{name} must be True or False, got {short(value)}")
 
 
-def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:
-    """InputError unless the value is an int, and no bool, from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {short(value)}")
-    if value > most:
-        raise InputError(f"{name} must be a whole number of at most {most}, got {short(value)}")
+def check_whole(name: str, value: object, least: int = 1, most: float = math.inf, hint: str = "") -> None:
+    """InputError unless the value is an int, and no bool, in [least, most].
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        least: the smallest number allowed.
+        most: the largest number allowed; none by default.
+        hint: follows the message, such as what None would mean.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        too_large = isinstance(value, int) and value > most
+        highest = "2^63 - 1" if most == SEEDS - 1 else most
+        interval = f"from {least} to {highest}" if too_large or most not in (MOST, math.inf) else f"of at least {least}"
+        raise InputError(f"{name} must be a whole number {interval}, got {short(value)}{hint}")
+
+
+def check_seed(value: object, name: str = "seed", hint: str = "") -> None:
+    """InputError unless the value is a whole number that torch's generators take."""
+    check_whole(name, value, 0, SEEDS - 1, hint)
+
+
+def check_number(name: str, value: object, low: float, high: float, ends: str = "[)", hint: str = "") -> None:
+    """InputError unless the value is an int or float, no bool and not nan, in the interval from `low` to `high`.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        low: the lower end of the interval.
+        high: the upper end of the interval.
+        ends: whether they belong to it, as brackets: "[)", "()", "[]" or "(]".
+        hint: follows the message, such as what None would mean.
+    """
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond floats
+            number = math.inf if value > 0 else -math.inf
+    above = low <= number if ends[0] == "[" else low < number
+    below = number <= high if ends[1] == "]" else number < high
+    if not (above and below):
+        kind, interval = "number", f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        if high == math.inf:
+            kind = "number" if ends[1] == "]" else "finite number"
+            interval = f"of at least {low:g}" if ends[0] == "[" else f"above {low:g}"
+        raise InputError(f"{name} must be a {kind} {interval}, got {short(value)}{hint}")
 
 
 def short(value: object) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError, check_known, failures_of
+from secondorder.errors import InputError, check_known, check_whole, failures_of
 from secondorder.untouched import same_randomness, untouched
 
 DIRECTIONS = {"ascent": 1.0, "descent": -1.0}
@@ -81,8 +81,7 @@ def equally_spaced(low: float, high: float, points: int = 50) -> Tensor:
     numbers = all(isinstance(end, Real) and not isinstance(end, bool) for end in (low, high))
     if not (numbers and 0.0 < low <= high < LARGEST):
         raise InputError(f"the eta range [{low}, {high}] is empty or not positive; use numbers with 0 < low <= high")
-    if isinstance(points, bool) or not isinstance(points, int) or not 1 <= points <= MOST:
-        raise InputError(f"points {points!r}: a landscape line needs a whole number of values of eta, 1 to {MOST}")
+    check_whole("points", points, 1, MOST)
     return torch.linspace(low, high, points, dtype=torch.float64)
 
 

@@ -25,7 +25,7 @@ def _end(arguments: Sequence[str] | None, interruption: Interruption) -> int:
     except Interrupted as signalled:
         return 128 + signalled.number
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         interruption.orderly = False

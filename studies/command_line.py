@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from secondorder.errors import InputError, unknown
 from studies.checks import MOST
-from studies.settings import PRESETS, SEEDS, Common
+from studies.engine.store_command import StoreCommand
+from studies.settings import PRESETS, Common
 from studies.study import STUDIES
 
 PROGRAM = "python -m studies"
@@ -38,7 +39,7 @@ def parse(arguments: Sequence[str]) -> Command:
             raise InputError(f"{unknown('study', name, STUDIES)}" + "".join(f"; the nearest is {n}" for n in nearest))
         names = [name]
     preset = _preset(arguments)
-    common = Common(preset=preset, seeds=SEEDS[preset])  # type: ignore[arg-type]
+    common = Common(preset=preset)  # type: ignore[arg-type]
     defaults = {name: STUDIES[name].presets[preset] for name in names}
     # One study: its flags carry no prefix. All studies: --landscape.epochs, --performance.repeats, ...
     prefixed = len(names) > 1
@@ -61,15 +62,27 @@ def parse(arguments: Sequence[str]) -> Command:
     return Command(parsed.common, {name: getattr(parsed, name) for name in names})
 
 
+def parse_store(arguments: Sequence[str]) -> StoreCommand:
+    """Parse what follows ``store``; raises InputError for bad flags."""
+    with _errors_in_one_line():
+        return tyro.cli(StoreCommand, args=list(arguments), prog=f"{PROGRAM} store")
+
+
 def _check_counts(settings: Any, prefix: str) -> None:
     """InputError for a whole number that no array can have as a size; libraries would fail on it anywhere."""
     for entry in fields(settings):
         value, name = getattr(settings, entry.name), prefix + entry.name.replace("_", "-")
         if is_dataclass(value):
-            _check_counts(value, f"{name}.")
+            _check_counts(value, prefix if _is_flat(settings, entry.name) else f"{name}.")
         for count in value if isinstance(value, tuple | list) else (value,):
             if isinstance(count, int) and abs(count) > MOST:
                 raise InputError(f"--{name} {count}: at most {MOST}")
+
+
+def _is_flat(settings: Any, field_name: str) -> bool:
+    """Whether the fields of a field are flags without its name: it is annotated with an empty one."""
+    hint = get_type_hints(type(settings), include_extras=True)[field_name]
+    return any(getattr(extra, "name", None) == "" for extra in getattr(hint, "__metadata__", ()))
 
 
 @contextmanager

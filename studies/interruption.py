@@ -62,6 +62,6 @@ class Interruption:
     def _say(self, name: str) -> None:
         """One line from the main process; the terminal may be gone."""
         if os.environ.get("RANK", "0") == "0":
-            rest = "the same command with --resume continues" if self.orderly else "nothing has been computed yet"
+            rest = "the same command continues" if self.orderly else "nothing has been computed yet"
             with contextlib.suppress(OSError):
                 os.write(2, f"interrupted by {name}; {rest}\n".encode())

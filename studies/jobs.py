@@ -59,7 +59,7 @@ def map_jobs(
     Args:
         function: what a job computes; with more than one process it and all values are pickled (by cloudpickle).
         arguments: one tuple for each job; what several of them share is written once, and read once by each process.
-        processes: how many jobs run at a time, with one in this process. The threads of this process are divided among them.
+        processes: how many jobs run at a time, with one in this process; each has as many threads as this process has now.
         attempts: how often a job is begun whose process dies (for lack of memory, say). The jobs that were under way when one
             died are begun again one at a time, so that the next to die is known, and has the memory to itself.
 
@@ -71,16 +71,11 @@ def map_jobs(
     if processes == 1 or len(arguments) < 2:
         yield from (function(*a) for a in arguments)
         return
-    names = [_name(function, a) for a in arguments]
+    names = [job_name(function, a) for a in arguments]
     with tempfile.TemporaryDirectory(prefix="secondorder-jobs-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "jobs").write_bytes(cloudpickle.dumps((function, list(arguments))))
         with _Pool(Path(folder), names, min(processes, len(names)), attempts) as pool:
             yield from pool.results()
-
-
-def threads_each(threads: int, processes: int) -> int:
-    """Threads of one of several processes that share `threads`."""
-    return max(1, threads // processes)
 
 
 class _Pool:
@@ -93,7 +88,7 @@ class _Pool:
         self.names = names
         self.processes = processes
         self.attempts = attempts
-        self.threads = threads_each(torch.get_num_threads(), processes)
+        self.threads = torch.get_num_threads()
         self.waiting = deque(range(len(names)))
         self.suspects: deque[int] = deque()
         """Jobs that were under way when a process died; while there are any, one job runs at a time."""
@@ -155,7 +150,7 @@ class _Pool:
                 codes = re.search(r"\{(.*)\}", str(error))
                 raise LostJobError(
                     f"{self.names[number]}: its process died {self.losses[number]} times ({codes[1] if codes else 'killed'}), "
-                    "for lack of memory perhaps; use fewer --processes, --resume continues"
+                    "for lack of memory perhaps; use fewer --processes, the same command continues"
                 ) from None
         self.suspects.extend(sorted(lost))
 
@@ -201,7 +196,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+def job_name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
     """A job in words: its function with those arguments that are short to say, and the names of runs and functions."""
     words = [getattr(a, "__name__", None) if callable(a) else _word(a) for a in arguments]
     return f"{getattr(function, '__name__', 'job')}({', '.join(word for word in words if word is not None)})"
@@ -210,7 +205,7 @@ def _name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
 def _word(argument: Any) -> str | None:
     """An argument in a job's name; None for one that is left out."""
     name = getattr(argument, "name", None)
-    if hasattr(argument, "backbone") and isinstance(name, str):
+    if isinstance(name, str) and not isinstance(argument, Path):
         return name
     if isinstance(argument, dict) and all(isinstance(v, str | int | float) for v in argument.values()):
         return " ".join(f"{key}={value}" for key, value in argument.items())
@@ -259,7 +254,7 @@ def _do(number: int) -> int:
 
 
 def _share_threads(threads: int) -> None:
-    """Keep every library to its share; those that are not loaded yet read it from the environment."""
+    """Keep every library to so many threads; those that are not loaded yet read it from the environment."""
     if "torch" in sys.modules:
         import torch
 

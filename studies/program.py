@@ -13,9 +13,11 @@ from threadpoolctl import threadpool_limits
 from secondorder.errors import InputError
 from secondorder.training import NonFiniteLossError, distributed, is_main_process, on_main
 from secondorder.training.launch import check_environment
-from studies.command_line import Command, parse
+from studies.command_line import Command, parse, parse_store
+from studies.engine.command import measure, write_pages
+from studies.engine.dry_run import dry_run
+from studies.engine.store_command import store_command
 from studies.messages import one_line
-from studies.report import write_report
 from studies.results import git_commit
 from studies.settings import own_folder
 from studies.study import STUDIES
@@ -34,7 +36,10 @@ def program(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _checked_output():
-            run(parse(arguments))
+            if [*arguments[:1]] == ["store"]:
+                print("\n".join(store_command(parse_store(arguments[1:]))), flush=True)
+            else:
+                run(parse(arguments))
     except Exception as error:
         known = failure(error)
         if known is None:
@@ -47,23 +52,22 @@ def program(arguments: Sequence[str]) -> int:
 
 
 def run(command: Command) -> None:
-    """Check everything, run every study asked for, and write the report of all results in the folder."""
+    """Check everything, do what every study asked for wants, and write the page of all results in the folder."""
     common = command.common
     check_environment()
     torch.set_num_threads(common.threads)
     git_commit()  # of the code that is loaded now
+    chosen = {name: (STUDIES[name], settings) for name, settings in command.studies.items()}
     if common.dry_run:
-        for name, settings in command.studies.items():
-            print("\n".join(f"{name}: {line}" for line in STUDIES[name].dry_run(common, settings)), flush=True)
+        for name, (study, settings) in chosen.items():
+            for line in dry_run(study, study.context(common, settings)):
+                print(f"{name}: {line}", flush=True)
         return
     with distributed(common.device), threadpool_limits(common.threads), ExitStack() as held:
         on_main(lambda: held.enter_context(own_folder(common.folder)))
-        ready = {name: STUDIES[name].check(common, settings) for name, settings in command.studies.items()}
-        for name, settings in command.studies.items():
-            STUDIES[name].run(common, settings, ready[name])
+        measure(common, chosen)
         if is_main_process():
-            sections = {name: study.section for name, study in STUDIES.items()}
-            markdown, page = write_report(common.folder, sections, common.preset, must=command.studies)
+            markdown, page = write_pages(common.folder, common.preset, STUDIES, must=[*chosen])
             print(f"report: {markdown}\n        {page}", flush=True)
 
 
@@ -75,11 +79,14 @@ def failure(error: Exception) -> tuple[int, str] | None:
         return 2, str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         reason = str(error).partition("\n")[0] or type(error).__name__
-        return 2, f"out of memory ({reason}); use smaller batches, images or fewer --processes, --resume continues"
+        return (
+            2,
+            f"out of memory ({reason}); use smaller batches, images or fewer --processes, the same command continues",
+        )
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         place = "" if error.filename is None else f"{error.filename}: "
-        return 2, f"{place}{reason}; everything is kept, --resume continues once this is mended"
+        return 2, f"{place}{reason}; everything is kept, the same command continues once this is mended"
     return None
 
 
@@ -113,7 +120,7 @@ class _Output:
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
         return InputError(
-            f"cannot write to the standard output: {error.strerror or error}; everything is kept, --resume continues"
+            f"cannot write to the standard output: {error.strerror or error}; everything is kept, the same command continues"
         )
 
 

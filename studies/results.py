@@ -1,4 +1,4 @@
-"""Result tables: tidy CSV files, each with its provenance in a JSON file of the same name."""
+"""Result tables: tidy CSV files (long ones compressed), each with its provenance in a JSON file of the same name."""
 
 import gzip
 import importlib.metadata
@@ -22,6 +22,11 @@ from secondorder.atomic import read_regular, write_atomically
 from secondorder.errors import InputError
 
 PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
+
+LONG = 200_000
+"""Characters of a table above which its file is compressed."""
+TABLE_ENDS = (".csv.gz", ".csv")
+"""Endings of a table's file, compressed and plain; the first that is there counts."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,6 @@ def provenance(
 
     `commits` are those of the code that computed the parts, when not all were computed by the code that runs.
     """
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    versions["torch"] = torch.__version__  # names the build too, e.g. +cu132
     return Provenance(
         study=study,
         config=dict(config),
@@ -67,10 +70,17 @@ def provenance(
         threads=torch.get_num_threads(),
         seconds=round(seconds, 2),
         git_commit=" ".join(sorted({*commits} or {git_commit()})),
-        versions=versions,
+        versions=versions(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
+
+
+@lru_cache(maxsize=1)  # of every measurement, and reading them takes longer than many of these
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that compute."""
+    installed = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return installed | {"torch": torch.__version__}  # which names the build too, e.g. +cu132
 
 
 def device_name(device: torch.device) -> str:
@@ -118,14 +128,31 @@ def write_file(path: Path, content: str | bytes) -> None:
 def write_table(
     folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None, *, compressed: bool = False
 ) -> None:
-    """``<name>.csv`` (for a long table compressed, ``<name>.csv.gz``), with ``<name>.json`` beside it when `origin` is given."""
+    """``<name>.csv`` with ``<name>.json`` beside it when `origin` is given.
+
+    ``<name>.csv.gz`` instead if `compressed`, and for more than LONG characters; a file of the other kind is removed.
+    """
     text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    if compressed:
-        write_file(folder / f"{name}.csv.gz", gzip.compress(text.encode(), mtime=0))
+    plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
+    if compressed or len(text) > LONG:
+        write_file(packed, gzip.compress(text.encode(), mtime=0))
+        plain.unlink(missing_ok=True)
     else:
-        write_file(folder / f"{name}.csv", text)
+        write_file(plain, text)
+        packed.unlink(missing_ok=True)
     if origin is not None:
         write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
+
+
+def remove_table(folder: Path, name: str) -> None:
+    """Remove the file of a table, of either kind, if there is one."""
+    for end in TABLE_ENDS:
+        (folder / f"{name}{end}").unlink(missing_ok=True)
+
+
+def table_file(folder: Path, name: str) -> Path | None:
+    """The file that `write_table` wrote, whatever may be in its place by now; None if there is nothing."""
+    return next((path for end in TABLE_ENDS if os.path.lexists(path := folder / f"{name}{end}")), None)
 
 
 def read_table(folder: Path, name: str, columns: Iterable[str] = (), *, mixed: Collection[str] = ()) -> pd.DataFrame:
@@ -134,8 +161,7 @@ def read_table(folder: Path, name: str, columns: Iterable[str] = (), *, mixed: C
     InputError if it is missing, no table, empty or without one of `columns`, and when one of these holds numbers as well as words
     and is not among `mixed`, those that may.
     """
-    compressed = folder / f"{name}.csv.gz"
-    path = compressed if compressed.exists() else folder / f"{name}.csv"
+    path = table_file(folder, name) or folder / f"{name}.csv"
     try:
         content = read_regular(path)
         table = pd.read_csv(io.BytesIO(gzip.decompress(content) if path.suffix == ".gz" else content))

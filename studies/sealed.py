@@ -13,7 +13,7 @@ from secondorder.atomic import read_regular
 from secondorder.errors import InputError
 from studies.results import write_file
 
-RECOMPUTE = "delete it and continue with --resume, which computes it again"
+RECOMPUTE = "delete it, and the same command computes it again"
 """What to do with a file that cannot be used."""
 
 

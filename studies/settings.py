@@ -22,7 +22,6 @@ PRESETS: dict[str, str] = {
     "paper": "the published ImageNet settings; days on GPUs",
 }
 MOST_SEEDS = 1000
-SEEDS = {"smoke": 2, "quick": 3, "cifar10": 3, "paper": 3}
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,19 @@ class Common:
     """Let torchvision download a missing data set into the data root."""
     device: str = "cpu"
     """Where to compute: auto (the accelerator if there is one), cpu, cuda, mps or xpu; one of several as cuda:<index>."""
-    seeds: int = 3
-    """Number of seeds, 0 to seeds - 1; confidence intervals need at least 2."""
-    threads: int = 2
-    """CPU threads that torch uses inside an operation; several processes share them."""
-    resume: bool = False
-    """Continue an interrupted run from its checkpoints instead of starting afresh."""
+    seeds: int | None = None
+    """Number of seeds, 0 to seeds - 1; intervals need at least 2. Each study has its own for the preset when not given."""
+    processes: int = 2
+    """Jobs side by side: trainings with their measurements, each of `threads` threads."""
+    threads: int = 1
+    """CPU threads that torch uses inside an operation; the last bits of a result depend on it."""
+    executor: str = "local"
+    """Who does the jobs: local (processes of this machine) or slurm (a cluster that sees the store; needs submitit)."""
+    store: Path | None = None
+    """Folder of trained networks, shared by all studies and presets; the folder store in `out` when that is given, else
+    reports/store."""
+    fresh: bool = False
+    """Train and measure everything again, whatever the tables and the store have."""
     dry_run: bool = False
     """Only build everything, take one training step and one measurement on fake data of the right shape, and state what
     the study would cost on this device."""
@@ -54,16 +60,22 @@ class Common:
 
     def __post_init__(self) -> None:
         check_device(self.device, "off")
-        if not 1 <= self.seeds <= MOST_SEEDS:
+        if self.seeds is not None and not 1 <= self.seeds <= MOST_SEEDS:
             raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed, and at most {MOST_SEEDS}")
         most = max(64, os.cpu_count() or 1)
-        if not 1 <= self.threads <= most:
-            raise InputError(f"--threads {self.threads}: use 1 to {most}")
+        for name, count in (("threads", self.threads), ("processes", self.processes)):
+            if not 1 <= count <= most:
+                raise InputError(f"--{name} {count}: use 1 to {most}")
 
     @property
     def folder(self) -> Path:
         """The folder of results, figures and report."""
         return self.out if self.out is not None else Path("reports") / self.preset
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of trained networks."""
+        return self.store or (Path("reports") if self.out is None else self.out) / "store"
 
     @property
     def torch_device(self) -> torch.device:

@@ -82,14 +82,18 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a script or ``-m module`` with arguments in two processes under torchrun, on the loopback interface only."""
+    """Run a script or ``-m module`` with arguments in two processes under torchrun, on the loopback interface only.
+
+    They find the modules that the tests find, also the studies, which are not installed.
+    """
 
     def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         # torchrun binds a port that is free when it binds it, and tells the processes which
         rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous, *arguments],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -238,7 +238,7 @@ def test_damaged_checkpoint(finished: tuple[Trained, Path], data: ImageDataset, 
         assert "\n" not in message, name
         assert shown(path, 140) in message, name
         assert len(message) <= 300, name
-        assert "delete it or run without --resume" in message, name
+        assert "delete it to start afresh" in message, name
         assert path.read_bytes() == content, name
 
 

@@ -46,9 +46,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.mkdir() or (path / ".lock").symlink_to("nowhere/nowhere"),
         "cannot lock",
     ),
-    "with a file for runs": (
-        lambda path: path.mkdir() or (path / "runs").write_text(""),
-        "cannot use the folder of runs",
+    "with a file for the store": (
+        lambda path: path.mkdir() or (path / "store").write_text(""),
+        "in the store: Not a directory; choose another with --store",
     ),
 }
 
@@ -112,14 +112,14 @@ def test_processes_that_cannot_meet(
         (["landscape", "--device", "foo"], "device"),
         (["landscape", "--device", "foo" * 1000], "device"),
         (["landscape", "--device", "\udcff"], "device"),
-        (["landscape", "--poolings", "g" * 5000], "unknown pooling 'ggg"),
-        (["landscape", "--poolings", *(f"p{i}" for i in range(500))], "unknown pooling 'p0'"),
-        (["landscape", "--weight-decay", "1e300"], "weight_decay is 1e+300"),
-        (["landscape", "--train-limit", "0"], "train_limit is 0"),
+        (["landscape", "--heads", "g" * 5000], "unknown pooling 'ggg"),
+        (["landscape", "--heads", *(f"p{i}" for i in range(500))], "unknown pooling 'p0'"),
+        (["landscape", "--weight-decay", "1e300"], "weight_decay must be a number in [0, 3.4e+38), got 1e+300"),
+        (["landscape", "--train-limit", "0"], "train_limit must be a whole number from 1 to 1000000000000, got 0"),
         (["landscape", "--eta-points", "99999999999"], "--eta-points 99999999999: at most 10000"),
         (["landscape", "--image-size", "99999999999999999999"], "--image-size 99999999999999999999: at most 2147483647"),
         (["optimisers", "--autoencoder.widths", "3", "1" + "0" * 25], "--autoencoder.widths 1000"),
-        (["--curvature.small.image-size", "1" + "0" * 25], "--curvature.small.image-size 1000"),
+        (["--curvature.limits.images", "1" + "0" * 25], "--limits.images 1000"),
         (["landscape", *(f"--no-such-flag-{i}" for i in range(300))], "--no-such-flag-0"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
@@ -196,7 +196,7 @@ def test_the_help_into_a_full_disk(tmp_path: Path, forkserver: ForkServerContext
     process.join(120)
     assert process.exitcode == 2
     assert (tmp_path / "err").read_text() == (
-        "error: cannot write to the standard output: No space left on device; everything is kept, --resume continues\n"
+        "error: cannot write to the standard output: No space left on device; everything is kept, the same command continues\n"
     )
 
 

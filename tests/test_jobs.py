@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,7 @@ from jobs_to_map import (
 )
 from terminal import signals_of_a_terminal
 
-from studies import parallel
-from studies.jobs import LostJobError, _name, map_jobs, threads_each
-from studies.parallel import shared
-from studies.settings import Common
+from studies.jobs import LostJobError, job_name, map_jobs
 
 ROOT = Path(__file__).parent.parent
 LONG = 100.0
@@ -42,16 +39,16 @@ def test_what_every_process_imports_is_light() -> None:
     subprocess.run([sys.executable, "-c", "import sys, studies.jobs; assert 'torch' not in sys.modules"], check=True)
 
 
-def test_results_come_in_order_from_other_processes_that_share_the_threads() -> None:
+def test_results_come_in_order_from_other_processes_with_as_many_threads() -> None:
     results = list(map_jobs(product, [(1, 2), (3, 4), (5, 6)], processes=2))
     assert [value for value, _, _ in results] == [2, 12, 30]
     assert os.getpid() not in {process for _, process, _ in results}
-    assert {threads for _, _, threads in results} == {threads_each(torch.get_num_threads(), 2)}
+    assert {threads for _, _, threads in results} == {torch.get_num_threads()}
 
 
 def test_no_library_takes_more_threads() -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(4)
+    torch.set_num_threads(2)
     try:
         found = list(map_jobs(most_threads, [(0,), (1,)], processes=2))
     finally:
@@ -59,15 +56,6 @@ def test_no_library_takes_more_threads() -> None:
     for most, libraries in found:
         assert libraries >= 2
         assert most == 2
-
-
-def test_no_more_processes_than_tasks_and_one_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    common = Common(threads=6)
-    assert shared(common, 3, 10) == (replace(common, threads=2), 3)
-    assert shared(common, 3, 2) == (replace(common, threads=3), 2)
-    assert shared(common, 3, 1) == (common, 1)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    assert shared(common, 3, 10) == (common, 1)
 
 
 def test_one_process_is_this_one() -> None:
@@ -125,7 +113,7 @@ def test_the_job_whose_process_dies_every_time_is_named(how: signal.Signals) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_processes_hold_no_semaphore_with_a_name() -> None:
+def test_processes_hold_no_semaphore_with_ajob_name() -> None:
     """One that a process holds when it is killed is reported on standard error, from nowhere."""
     for lock, start in map_jobs(has_a_bar, [(1,), (2,)], 2):
         assert lock == "_thread"
@@ -145,13 +133,13 @@ class Named:
     [
         ((Named(), object(), 3), "product(digits-gap-s0, 3)"),
         ((Named(name=None), Path("/x"), "gap"), "product(gap)"),
-        ((large, Common(), "gap", "kfac"), "product(large, gap, kfac)"),
+        ((large, object(), "gap", "kfac"), "product(large, gap, kfac)"),
         (("gap", {"learning_rate": 0.5, "momentum": 0.9}, 1000), "product(gap, learning_rate=0.5 momentum=0.9, 1000)"),
         (({"a": [1] * 1000}, torch.zeros(3)), "product()"),
     ],
 )
 def test_the_name_of_a_job(arguments: tuple[Any, ...], name: str) -> None:
-    assert _name(product, arguments) == name
+    assert job_name(product, arguments) == name
 
 
 def killed_at_random(folder: Path, kills: int, stop: threading.Event, done: list[int]) -> None:
@@ -179,11 +167,6 @@ def test_processes_killed_at_random_moments_change_nothing(tmp_path: Path, kills
         killer.join(timeout=LONG)
     assert results == list(range(count))
     assert done
-
-
-@pytest.mark.parametrize(("threads", "processes", "each"), [(2, 2, 1), (1, 2, 1), (8, 3, 2), (2, 1, 2)])
-def test_threads_are_divided(threads: int, processes: int, each: int) -> None:
-    assert threads_each(threads, processes) == each
 
 
 PARENT = """

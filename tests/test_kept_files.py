@@ -1,10 +1,9 @@
-"""What is kept for --resume: files that are refused in one line when anything in them has changed."""
+"""What is kept to go on with: files that are refused in one line when anything in them has changed."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from secondorder.atomic import read_regular, write_atomically
 from secondorder.data import files
 from secondorder.errors import InputError
-from studies.run_folders import commit_of, commits_below, kept, open_runs, sign
+from studies.engine.store import kept
 from studies.sealed import read_sealed
 
 CONTENT = {"rows": [{"step": 3, "loss": 0.125, "name": "gap"}, {"step": 5, "loss": float("inf")}], "diverged": ""}
@@ -101,7 +100,7 @@ def test_damage_is_one_line_with_the_way_out(file: Path, kind: str) -> None:
     message = str(caught.value)
     assert words in message
     assert str(file) in message
-    assert message.endswith("delete it and continue with --resume, which computes it again")
+    assert message.endswith("delete it, and the same command computes it again")
     assert "\n" not in message
     if file.is_dir():
         file.rmdir()
@@ -110,64 +109,10 @@ def test_damage_is_one_line_with_the_way_out(file: Path, kind: str) -> None:
     assert kept(file, lambda: CONTENT) == CONTENT  # the way out
 
 
-@dataclass(frozen=True)
-class Settings:
-    epochs: int = 3
-    poolings: tuple[str, ...] = ("gap",)
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_settings_lose_no_run(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / "digits-gap-s0"
-    open_runs(folder, Settings(), resume=False)
-    run = folder / "run" / "result.json"
-    assert kept(run, lambda: CONTENT) == CONTENT
-    file = folder / "settings.json"
-    file.write_text(file.read_text().replace("3", "0.125"))  # of the same length of name, for the damages above
-    DAMAGE[kind][0](file)
-    with pytest.raises(
-        InputError, match="delete it and continue with --resume and the flags of the interrupted command"
-    ):
-        open_runs(folder, Settings(), resume=True)
-    assert read_sealed(run) == CONTENT
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_commit_is_found_before_the_run(tmp_path: Path, kind: str) -> None:
-    sign(tmp_path / "run")
-    assert [commit_of(tmp_path / "run")] == commits_below(tmp_path)
-    file = tmp_path / "run" / "commit"
-    file.write_text(file.read_text().replace('"content": "', '"content": "0.125'))
-    DAMAGE[kind][0](file)
-    with pytest.raises(InputError, match="delete it and continue with --resume"):
-        sign(tmp_path / "run")
-
-
-def test_a_fresh_start_keeps_nothing_of_the_runs_before(tmp_path: Path) -> None:
-    """Also when the folder is a link, which cannot be removed as a tree, or a file."""
-    real, folder = tmp_path / "real", tmp_path / "runs"
-    real.mkdir()
-    folder.symlink_to(real)
-    kept(folder / "run" / "result.json", lambda: 1)
-    (folder / "link").symlink_to(tmp_path / "nowhere")
-    open_runs(folder, Settings(), resume=False)
-    assert sorted(path.name for path in real.iterdir()) == ["settings.json"]
-    shutil.rmtree(real)
-    open_runs_again = tmp_path / "file"
-    open_runs_again.write_text("x")
-    open_runs(open_runs_again, Settings(), resume=False)
-    assert read_sealed(open_runs_again / "settings.json")["epochs"] == 3
-
-
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for begin in (
-        lambda: open_runs(tmp_path / "file" / "runs", Settings(), resume=True),
-        lambda: open_runs(tmp_path / "file" / "runs", Settings(), resume=False),
-        lambda: sign(tmp_path / "file" / "run"),
-    ):
-        with pytest.raises(InputError, match=r"cannot use the folder of runs .*Not a directory"):
-            begin()
+    with pytest.raises(InputError, match=r"cannot make .*Not a directory; choose another with --store"):
+        kept(tmp_path / "file" / "run" / "result.json", lambda: CONTENT)
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

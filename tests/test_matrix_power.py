@@ -270,7 +270,7 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "not finite": (lambda: matrix_log(EYE / 0), "9 non-finite|finite"),
     "nan": (lambda: matrix_sqrt(torch.full((2, 2), torch.nan), "eigh"), "4 non-finite"),
     "negative": (lambda: matrix_power(torch.diag(torch.tensor([1.0, -0.5])), 0.5), "eigenvalue of -0.5"),
-    "no steps": (lambda: matrix_sqrt(EYE, num_iter=0), "at least 1, got 0"),
+    "no steps": (lambda: matrix_sqrt(EYE, num_iter=0), "from 1 to 1000, got 0"),
     "negative steps": (lambda: covariance_sqrt(EYE, num_iter=-1), "got -1"),
     "half a step": (lambda: matrix_sqrt(EYE, num_iter=2.5), "got 2.5"),  # type: ignore[arg-type]
     "method": (lambda: matrix_sqrt(EYE, "newton"), "unknown method 'newton'.*auto, newton_schulz, eigh"),
@@ -280,13 +280,13 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "eps": (lambda: matrix_log(EYE, -1.0), "got -1.0"),
     "features": (lambda: covariance(torch.ones(4)), r"\[4\]"),
     "float8": (lambda: covariance_power(EYE.to(torch.float8_e4m3fn), 2), "float8_e4m3fn"),
-    "too many steps": (lambda: matrix_sqrt(EYE, num_iter=10**9), "num_iter must be .* at most 1000, got 1000000000"),
+    "too many steps": (lambda: matrix_sqrt(EYE, num_iter=10**9), "num_iter must be .* to 1000, got 1000000000"),
     "exponent beyond float": (lambda: matrix_power(EYE, 10**400), "got 1000"),
-    "exponent beyond float32": (lambda: covariance_power(EYE, 1e300), "at most 1000 in size"),
+    "exponent beyond float32": (lambda: covariance_power(EYE, 1e300), "exponent must be .* 1000\\], got"),
     "flag": (lambda: covariance_sqrt(EYE, triangle=torch.zeros(0)), "triangle must be True or False"),  # type: ignore[arg-type]
     "flag of checks": (lambda: matrix_sqrt(EYE, validate="no"), "validate must be True or False, got 'no'"),  # type: ignore[arg-type]
     "printed iteration, no number": (lambda: newton_schulz_sqrt(EYE, ""), "num_iter must be .* got ''"),  # type: ignore[arg-type]
-    "printed iteration, many steps": (lambda: newton_schulz_sqrt(EYE, 2**63), "num_iter must be .* at most 1000"),
+    "printed iteration, many steps": (lambda: newton_schulz_sqrt(EYE, 2**63), "num_iter must be .* to 1000"),
     "printed iteration, oblong": (lambda: newton_schulz_sqrt(torch.ones(2, 2, 3)), r"square .*\[2, 2, 3\]"),
     "printed iteration, complex": (lambda: newton_schulz_sqrt(EYE.cfloat()), "complex64"),
     "oblong triangle": (lambda: upper_triangle(torch.ones(2, 2, 3)), r"square .*\[2, 2, 3\]"),

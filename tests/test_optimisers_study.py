@@ -1,9 +1,7 @@
-"""The optimiser study: every optimiser in the training loop, tuning with equal budgets, and verdicts from known tables."""
+"""The optimiser study: every optimiser in the training loop, tuning, steps to a target, and claims on known records."""
 
 import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,20 @@ from secondorder.networks.autoencoder import INCOMING, autoencoder
 from secondorder.training import OPTIMIZERS, Run, Trained, initial_network, loop, train
 from secondorder.training.optimizer_state import plain, with_objects
 from studies.__main__ import main
+from studies.engine.history import SMOOTHED, smoothed
+from studies.engine.records import COLUMNS, Origins, frame, read_records
+from studies.engine.study import Results
+from studies.judge import judge
 from studies.optimisers import autoencoder as deep
-from studies.optimisers import runs as optimisers_runs
-from studies.optimisers import section
-from studies.optimisers import study as optimisers
-from studies.optimisers.costs import Stepper, slowed, state_bytes
-from studies.optimisers.measures import Clock, reached, steps_ratio
-from studies.optimisers.settings import ARMS, PRESETS, TUNING_SEED, Tuned, unit_points
-from studies.sealed import write_sealed
-from studies.settings import Common
+from studies.optimisers.claims import CLAIMS, TARGET, final, steps_to, to_targets, updates
+from studies.optimisers.costs import OF_SGD, Stepper, slowed, state_bytes
+from studies.optimisers.folds import folds, interactions, summary, tuning_table
+from studies.optimisers.settings import PRESETS, TUNING_SEED
+from studies.optimisers.study import tuning_rows
+from studies.optimisers.tuning import LATTICES, Lattice, Range, Search
+from studies.results import Provenance
 
-SMOKE = ["optimisers", "--preset", "smoke", "--no-progress", "--threads", "1"]
+SMOKE = ["optimisers", "--preset", "smoke", "--no-progress", "--threads", "1", "--processes", "1"]
 RUN = Run("digits_tiny", "gcp", "digits", epochs=4, batch_size=16, learning_rate=1e-3, schedule="cosine", threads=1)
 STEPS = 16
 
@@ -159,8 +160,9 @@ def test_pixels_are_those_of_the_image(data: ImageDataset) -> None:
     images = deep.pixels(data, settings)
     expected = data.train.images[:, 0, 1:7, 1:7].flatten(1) / 16  # type: ignore[attr-defined]
     assert torch.allclose(images, expected, atol=1e-6)
-    with pytest.raises(InputError, match="only 8 pixels"):
-        deep.pixels(data, dataclasses.replace(settings, image_size=9))
+    for change, words in (({"image_size": 9}, "only 8 pixels"), ({"batch_size": 500}, "only 70 images")):
+        with pytest.raises(InputError, match=words):
+            deep.pixels(data, dataclasses.replace(settings, **change))
 
 
 def test_autoencoder_loss_is_the_sum_over_pixels() -> None:
@@ -172,111 +174,235 @@ def test_autoencoder_loss_is_the_sum_over_pixels() -> None:
     assert deep.reconstruction_loss(model(images), images).item() * 7 == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("arm", deep.ARMS)
+def test_an_autoencoder_is_fitted_in_its_share_of_updates(arm: str) -> None:
+    settings = dataclasses.replace(PRESETS["smoke"].autoencoder, updates=40)
+    images = torch.rand(128, 16)
+    values = deep.ARMS[arm].lattice.values((0, 0))
+    assert values is not None
+    rows = deep.fit(images, settings, arm, values, seed=0)
+    assert [rows[0]["step"], rows[-1]["step"]] == [0, round(40 * deep.ARMS[arm].share)]
+    assert rows[-1]["value"] < rows[0]["value"]
+    assert rows == deep.fit(images, settings, arm, values, seed=0)
+    if arm == "sgd":
+        lost = deep.fit(images, settings, arm, {"learning_rate": math.inf, "momentum": 0.9}, seed=0)
+        assert [row["quantity"] for row in lost] == ["diverged"]
+
+
 # ------------------------------------------------------------------------------------------------------------- tuning
 
 
-def test_trials_fill_their_ranges_alike() -> None:
-    points = np.array(unit_points(16))
-    assert points.shape == (16, 2)
-    for column in points.T:  # at least one point in each quarter of the range
-        assert set((4 * column).astype(int)) == set(range(4))
-    assert unit_points(4) == unit_points(16)[:4]
-    assert Tuned("learning_rate", 0.01, 1.0).at(0.5) == pytest.approx(0.1)
-    assert Tuned("momentum", 0.9, 0.99).at(0.5) == pytest.approx(1 - 0.1 * 10**-0.5, abs=1e-4)
-    for arm in ARMS.values():
-        assert arm.optimizer in OPTIMIZERS
-        low, high = (arm.settings((u, u)) for u in (0.0, 1.0))
-        assert low["learning_rate"] == arm.learning_rate.low
-        assert high["learning_rate"] == pytest.approx(arm.learning_rate.high)
+def walked(loss: Callable[[float, float], float], start: str = "square", stages: int = 20) -> tuple[Search, int]:
+    """A search on a function of the logarithms of effective learning rate and 1 - momentum; stages after the first."""
+    search = Search(LATTICES["sgd"], start)
+    for stage in range(stages):
+        if not search.untried:
+            return search, stage - 1
+        for place in search.untried:
+            values = search.lattice.values(place)
+            assert values is not None
+            rest = 1 - values["momentum"]
+            search.losses[place] = loss(math.log2(values["learning_rate"] / rest), math.log2(rest))
+    return search, stages
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finished")
-    assert main([*SMOKE, "--out", str(folder)]) == 0
-    return folder
+@pytest.mark.parametrize("start", ["cross", "square"])
+@pytest.mark.parametrize(("rate", "rest"), [(2.0, -2.3), (-3.0, -3.3), (7.0, -5.2)])
+def test_a_search_ends_at_the_minimum_wherever_it_lies(start: str, rate: float, rest: float) -> None:
+    search, stages = walked(lambda r, m: (r - rate) ** 2 + (m - rest) ** 2, start)
+    values = search.chosen("sgd", extensions=20)
+    assert math.log2(values["learning_rate"] / (1 - values["momentum"])) == pytest.approx(rate, abs=0.01)
+    assert math.log2(1 - values["momentum"]) == pytest.approx(rest, abs=0.5)
+    assert set(search.lattice.neighbours(search.best)) <= set(search.losses)
+    assert (stages == 0) == (rate == 2.0)
 
 
-def test_equal_budgets_and_every_trial_recorded(finished: Path) -> None:
-    trials = pd.read_csv(finished / "optimisers_trials.csv")
-    for problem, count in (("gap", 2), ("autoencoder", 1)):
-        own = trials[trials.problem == problem]
-        assert set(own.groupby("arm").size()) == {count}
-        assert set(own[own.chosen].groupby("arm").size()) == {1}
-        best = own.groupby("arm").train_loss.min()
-        assert own[own.chosen].set_index("arm").train_loss.to_dict() == best.to_dict()
-    epochs = pd.read_csv(finished / "optimisers.csv")
-    assert set(epochs.seed) == {0, 1}
-    assert TUNING_SEED not in set(epochs.seed)
-    assert set(epochs.arm) == {"sgd", "adamw", "kfac"}
-    first = pd.read_csv(finished / "optimisers_curves.csv")
-    first = first[(first.problem == "gap") & (first.step == 1)]
-    assert (first.groupby("seed").loss.nunique() == 1).all()  # the same weights and batch
+def test_a_winner_at_an_edge_is_refused() -> None:
+    search, _ = walked(lambda r, m: -r, stages=3)
+    with pytest.raises(InputError, match=r"the best of \d+ trials, learning rate .* still lies at the edge"):
+        search.chosen("sgd, gap", extensions=2)
+    assert search.chosen("sgd, gap", extensions=0)  # as it is
 
 
-def test_costs_and_breakdown_are_whole(finished: Path) -> None:
-    costs = pd.read_csv(finished / "optimisers_costs.csv")
-    assert set(costs.groupby(["problem", "arm"]).size()) == {4}
-    assert (costs.peak_mib > 0).all()
-    parts = pd.read_csv(finished / "optimisers_breakdown.csv")
-    assert (parts.milliseconds >= 0).all()
-    for (problem, arm), some in parts.groupby(["problem", "arm"]):
-        timed = costs[(costs.problem == problem) & (costs.arm == arm)].milliseconds.mean()
-        # the parts are clocked inside of what is timed; a busy machine may stop the process in between
-        assert 0.6 * timed < some.milliseconds.sum() <= timed
-    kfac = set(parts[(parts.problem == "gap") & (parts.arm == "kfac")].part)
-    assert {"forward and backward", "curvature", "inverses", "preconditioning"} <= kfac
+def test_divergence_sends_a_search_to_smaller_rates_and_is_never_chosen() -> None:
+    search, _ = walked(lambda r, m: math.inf if r > -2 else -r + m**2)
+    assert math.log2(search.chosen("sgd", 20)["learning_rate"]) < -2
+    assert math.isinf(max(search.losses.values()))
+    lost, _ = walked(lambda r, m: math.inf, stages=2)
+    with pytest.raises(InputError, match=r"sgd, gap: all \d+ trials diverged"):
+        lost.chosen("sgd, gap", 2)
 
 
-def test_what_is_finished_is_not_trained_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("optimisers", "optimisers_trials", "optimisers_curves", "optimisers_sensitivity")
-    before = {name: (finished / f"{name}.csv").read_bytes() for name in names}
-    removed = next((finished / "runs" / "optimisers").glob("digits-*/result.json"))
-    removed.unlink()
-    calls: list[Run] = []
-
-    def counting(run: Run, *arguments: Any, **options: Any) -> Trained:
-        calls.append(run)
-        return train(run, *arguments, **options)
-
-    def never(*arguments: Any) -> dict[str, Any]:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(optimisers_runs, "train", counting)
-    monkeypatch.setattr(deep, "fit", never)
-    assert main([*SMOKE, "--out", str(finished), "--resume"]) == 0
-    assert [run.name for run in calls] == [removed.parent.name]
-    for name in names[1:]:
-        assert (finished / f"{name}.csv").read_bytes() == before[name]
-    one, two = (pd.read_csv(finished / "optimisers.csv"), before["optimisers"])
-    assert list(one.train_loss) == [float(line.split(",")[5]) for line in two.decode().splitlines()[1:]]
+def test_a_search_stays_where_settings_are_defined() -> None:
+    assert set(LATTICES) == set(OPTIMIZERS)
+    search, _ = walked(lambda r, m: (r - 2) ** 2 - m)  # no momentum would be best
+    assert search.chosen("sgd", 20)["momentum"] == pytest.approx(0.2)
+    assert Lattice(Range("learning_rate", 1.0), Range("beta2", 0.9, high=0.95)).values((0, 2)) is None
 
 
-def test_a_trial_that_diverges_counts_and_is_not_chosen(
-    data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = dataclasses.replace(PRESETS["smoke"], train_limit=70, batch_size=16, trials=4)
-    work = optimisers_runs.Work(Common(preset="smoke", threads=1, progress=False), settings, data, tmp_path)
-    hot = dataclasses.replace(ARMS["sgd"], learning_rate=Tuned("learning_rate", 1e-14, 1e36))
-    monkeypatch.setitem(ARMS, "sgd", hot)
-    limited = load_dataset("digits", limit=70)
-    tuning, trials = optimisers_runs.tune(dataclasses.replace(work, data=limited), "gap", "sgd")
-    assert len(trials) == 4
-    assert trials.diverged.any()
-    assert math.isinf(trials[trials.diverged].train_loss.iloc[0])
-    assert not trials[trials.diverged].chosen.any()
-    assert tuning["learning_rate"] == trials[trials.chosen].first_value.iloc[0]
-    monkeypatch.setitem(ARMS, "sgd", dataclasses.replace(hot, learning_rate=Tuned("learning_rate", 1e35, 1e36)))
-    with pytest.raises(InputError, match="all 4 trials of sgd on gap diverged"):
-        optimisers_runs.tune(dataclasses.replace(work, data=limited), "gap", "sgd")
+# ---------------------------------------------------------------------------------------------------- steps to a target
 
 
-def test_curve_is_the_mean_of_the_last_half_epoch() -> None:
-    losses = [float(n) for n in range(40)]
-    points = optimisers_runs.curve(losses, 8)
-    assert points[-1] == {"step": 40, "loss": pytest.approx(np.mean(losses[36:40]))}
-    assert points[0] == {"step": 4, "loss": pytest.approx(np.mean(losses[:4]))}
+def test_the_loss_curve_is_the_mean_of_the_last_half_epoch() -> None:
+    training = {"step_losses": [float(n) for n in range(40)], "history": [{"step": 8}, {"step": 16}]}
+    rows = {row["step"]: row["value"] for row in smoothed(training, 100)}
+    assert list(rows) == list(range(1, 41))
+    for step, value in rows.items():
+        assert value == pytest.approx(np.mean(training["step_losses"][max(0, step - 4) : step]))
+    assert [row["step"] for row in smoothed(training, 4)] == [1, 14, 27, 40]
+
+
+def test_steps_to_a_level_are_interpolated_and_first() -> None:
+    steps = np.arange(1.0, 101.0)
+    levels = [2.0, 0.5, 0.2, 1e-3]
+    found = steps_to(steps, np.exp(-steps / 50), levels)
+    assert math.isnan(found[0])
+    assert found[1:3] == pytest.approx([-50 * math.log(level) for level in levels[1:3]])
+    assert math.isinf(found[3])
+    losses = np.array([1.0, 0.5, *np.linspace(0.9, 0.55, 97), 0.25])
+    last, first = steps_to(steps, losses, [0.3, 0.65])
+    assert 99.0 < last < 100.0
+    assert 1.0 < first < 2.0  # the first time, whatever comes later
+
+
+HEADS = {"gap": 1.0, "covariance": 1.5, "gcp": 2.0}
+SPEEDS = {"sgd": 1.0, "kfac": 2.0, "gauss_newton": 4.0}
+TARGETS = (0.5, 0.3)
+
+
+def made(noise: float = 0.02, seeds: int = 5, **special: float) -> pd.DataFrame:
+    """Records of losses exp(-speed step / 50), the speed that of head times optimiser but for cells `head_optimizer`."""
+    random = np.random.default_rng(0)
+    parts = []
+    for head, of_head in HEADS.items():
+        for optimizer, of_optimizer in SPEEDS.items():
+            labels = {"network": "net", "head": head, "dataset": "digits", "optimizer": optimizer}
+            for seed in range(seeds):
+                speed = special.get(f"{head}_{optimizer}", of_head * of_optimizer) * (
+                    1 + noise * random.standard_normal()
+                )
+                losses = [(step, math.exp(-speed * step / 50)) for step in range(1, 101)]
+                rows = [{"step": step, "quantity": SMOOTHED, "value": loss} for step, loss in losses]
+                for epoch in (1, 2):
+                    step, loss = losses[50 * epoch - 1]
+                    ends = {"train_loss": loss, "test_top1": 0.5 + 0.1 * epoch}
+                    rows += [{"step": step, "index": epoch, "quantity": q, "value": v} for q, v in ends.items()]
+                parts.append(frame("optimisers", rows, labels | {"seed": seed, "schedule": "cosine"}, "k"))
+            tuned = {
+                "names": ["learning_rate", "momentum"],
+                "trials": [[0.1, 0.9, 0.5], [1.0, 0.9, math.inf]],
+                "edge": False,
+            }
+            costs = [{"quantity": q, "index": 0, "value": of_optimizer} for q in (OF_SGD, "milliseconds of a step")]
+            costs += [{"quantity": q, "value": 1.0} for q in ("peak memory of a step [MiB]", "state [MiB]")]
+            parts.append(frame("optimisers", [*tuning_rows(tuned), *costs], labels | {"seed": TUNING_SEED}, "t"))
+    aims = [{"quantity": TARGET, "index": i, "value": value} for i, value in enumerate(TARGETS)]
+    parts.append(frame("optimisers", aims, {"network": "net", "dataset": "digits", "seed": TUNING_SEED}, "a"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def without(records: pd.DataFrame, head: str, optimizer: str, seed: int) -> pd.DataFrame:
+    """The records when this run has diverged."""
+    lost = (records["head"] == head) & (records.optimizer == optimizer) & (records.seed == seed)
+    row = records[lost].iloc[:1].assign(quantity="diverged", value=1.0)
+    return pd.concat([records[~lost], row], ignore_index=True)
+
+
+def test_steps_to_the_targets_are_their_geometric_mean() -> None:
+    steps = to_targets(made(noise=0.0)).set_index(["head", "optimizer", "seed"])
+    expected = [-50 * math.log(target) / 4.0 for target in TARGETS]
+    assert steps.loc["gcp", "kfac", 0].value == pytest.approx(math.sqrt(math.prod(expected)))
+    assert not steps.censored.any()
+
+
+def test_a_run_that_diverges_or_never_gets_there_is_a_bound() -> None:
+    steps = (
+        to_targets(without(made(gcp_kfac=0.5), "gap", "sgd", 2)).set_index(["head", "optimizer", "seed"]).sort_index()
+    )
+    assert steps.loc["gap", "sgd", 2].to_dict() == {"network": "net", "value": pytest.approx(101.0), "censored": True}
+    assert steps.censored.loc[("gcp", "kfac")].all()
+    losses = final(without(made(), "gap", "sgd", 2), "train_loss").set_index(["head", "optimizer", "seed"]).value
+    assert math.isinf(losses["gap", "sgd", 2])
+    assert losses["gap", "sgd", 1] == pytest.approx(math.exp(-2), rel=0.2)
+
+
+def test_updates_of_the_autoencoder_are_those_to_sgds_final_loss() -> None:
+    parts = []
+    for arm, rate in (("sgd", 1.0), ("kfac", 20.0), ("kfac_quadratic", 2.0)):
+        total = 100 if arm == "sgd" else 10
+        rows = [
+            {"step": s, "quantity": "train_loss", "value": math.exp(-rate * s / 50)} for s in range(0, total + 1, 5)
+        ]
+        parts.append(frame("optimisers", rows, {"network": "autoencoder", "dataset": "digits", "optimizer": arm}, "k"))
+    found = updates(pd.concat(parts)).set_index("optimizer")
+    assert found.value.to_dict() == pytest.approx({"sgd": 100.0, "kfac": 5.0, "kfac_quadratic": 11.0})
+    assert found.censored.to_dict() == {"sgd": False, "kfac": False, "kfac_quadratic": True}
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+@pytest.mark.parametrize(
+    ("speed", "outcome", "words"),
+    [
+        (2.4, "supported", "K-FAC speeds up GCP less than GAP"),
+        (8.0, "contradicted", "K-FAC speeds up GCP more than GAP"),
+        (4.0, "no effect", "K-FAC speeds up GCP as much as GAP"),
+        (0.5, "undecided", "Censored seeds: 5"),
+    ],
+)
+def test_the_claim_has_the_outcome_that_was_built_in(speed: float, outcome: str, words: str) -> None:
+    judged = {case.claim.name: case for case in judge(CLAIMS, made(gcp_kfac=speed))}
+    claim = judged["second order superfluous"]
+    assert claim.outcome == outcome
+    assert words in claim.sentence
+    assert claim.estimate is not None
+    if outcome != "undecided":
+        assert claim.estimate.value == pytest.approx(math.log(speed / 4), abs=0.05)
+    exact = judged["gauss_newton: steps to the targets, gcp - gap"].estimate
+    assert exact is not None
+    assert exact.value == pytest.approx(0.0, abs=0.05)
+
+
+def results(records: pd.DataFrame) -> Results:
+    settings = dataclasses.asdict(PRESETS["quick"]) | {"optimizers": list(SPEEDS), "others": []}
+    origins = Origins("optimisers", settings, {"label": "made up"})
+    provenance = Provenance("optimisers", settings, [0], {}, "cpu", 1, 1.0, "c", {}, "m")
+    return Results(records, origins, judge(CLAIMS, records), provenance)
+
+
+def test_the_interaction_is_drawn_where_all_runs_get() -> None:
+    table = interactions(made(noise=0.0, gcp_kfac=2.0))
+    assert set(table["head"]) == {"covariance", "gcp"}
+    assert table[table["head"] == "gcp"].value.to_numpy() == pytest.approx(math.log(0.5), abs=1e-3)
+    assert table.level.min() == pytest.approx(1.001 * math.exp(-2))
+    assert interactions(made(gap_sgd=0.001)).empty
+
+
+@pytest.mark.parametrize("change", [{"gcp_kfac": 2.4}, {"seeds": 1}])
+def test_folds_say_what_was_measured(change: dict[str, Any]) -> None:
+    shown = folds(results(made(**change)))
+    assert [fold.page for fold in shown] == ["index", "index", "performance"]
+    claim = shown[0]
+    assert claim.pictures[0].name == "optimisers_interaction"
+    assert bool(claim.shown_controls) == (change == {"gcp_kfac": 2.4})
+    assert claim.sentences == ["Tuned with 2 to 2 trials each; no chosen setting lies at an edge of what was tried."]
+    assert "Gauss-Newton" in shown[2].sentences[0]
+    assert "4 times SGD's" in shown[2].sentences[0]
+
+
+def test_tables_mark_bounds_and_divergence() -> None:
+    records = without(made(noise=0.0, gcp_kfac=0.5), "gap", "gauss_newton", 0)
+    table = summary(records).set_index(["head", "optimiser"])
+    assert table.loc[("GAP", "K-FAC"), "steps to the targets"] == "0.50"
+    assert table.loc[("GAP", "K-FAC"), "seconds to the targets"] == "1.00"
+    assert "≥ " in str(table.loc[("GCP (5-step root)", "K-FAC"), "steps to the targets"])
+    assert table.loc[("GAP", "Gauss-Newton"), "training loss"] == "diverged"
+    tuned = tuning_table(records).iloc[0]
+    assert (tuned.tuned, tuned["values"], tuned.trials) == ("learning rate, momentum", "0.1, 0.9", 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- costs
 
 
 def test_stepper_takes_the_optimisers_steps() -> None:
@@ -294,161 +420,79 @@ def test_stepper_takes_the_optimisers_steps() -> None:
     assert torch.equal(one.weight, two.weight)
     assert state_bytes(optimizer.state_dict()) == 4 * (2 * 8 + 2)  # two moments of 8 numbers, two step counts
     assert set(stepper.parts()) == {"forward and backward", "optimiser's step"}
+    assert slowed({"learning_rate": 0.5, "momentum": 0.9}) == {"learning_rate": 0.0005, "momentum": 0.9}
 
 
-# ------------------------------------------------------------------------------------------------- targets and verdicts
+# -------------------------------------------------------------------------------------------------------------- a whole run
 
 
-def curves_of(steps_of_kfac: dict[int, int | None]) -> pd.DataFrame:
-    """SGD's loss falls from 1 to 0.1 in 100 steps; K-FAC's is 0.1 from the given step of each seed on, or never."""
-    rows = []
-    for seed, there in steps_of_kfac.items():
-        for step in range(10, 101, 10):
-            low = there is not None and step >= there
-            rows.append({"problem": "gap", "arm": "sgd", "seed": seed, "step": step, "loss": 1.1 - step / 100})
-            rows.append({"problem": "gap", "arm": "kfac", "seed": seed, "step": step, "loss": 0.1 if low else 1.0})
-    table = pd.DataFrame(rows)
-    table.loc[table.step == 100, "loss"] = table[table.step == 100].loss.round(3)
-    return table
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([*SMOKE, "--out", str(folder)]) == 0
+    return folder
 
 
-def costs_of(ratio: float) -> pd.DataFrame:
-    """Steps of K-FAC take `ratio` times as long as SGD's, the first two twice that."""
-    rows = []
-    for step in range(8):
-        early = 2.0 if step < 2 else 1.0
-        rows.append({"problem": "gap", "arm": "sgd", "step": step, "milliseconds": 10.0})
-        rows.append({"problem": "gap", "arm": "kfac", "step": step, "milliseconds": 10.0 * ratio * early})
-    return pd.DataFrame(rows)
+def test_a_small_run_has_all_cells_and_equal_budgets(finished: Path) -> None:
+    records, _ = read_records(finished, "optimisers")
+    assert tuple(records.columns) == COLUMNS
+    trials = records[records.layer == "trial"]
+    losses = trials[trials.quantity == "loss"].groupby(["head", "optimizer"]).value
+    cells = {*((h, o) for h in ("gap", "gcp") for o in ("sgd", "kfac", "adamw")), ("", "sgd"), ("", "kfac")}
+    assert losses.size().to_dict() == dict.fromkeys(cells, 5)
+    curves = records[records.quantity == SMOOTHED]
+    assert set(curves.seed) == {0, 1}
+    first = curves[curves.step == 1].groupby(["head", "seed"]).value
+    assert (first.nunique() == 1).all()  # the same weights and batch
+    assert set(curves.groupby(["head", "optimizer"]).groups) == {cell for cell in cells if cell[0]}
+    assert (records[records.quantity == OF_SGD].groupby(["head", "optimizer"]).size() == 2).all()
+    best = trials[(trials["index"] == 0) & (trials.quantity == "loss")].set_index(["head", "optimizer"]).value
+    assert best.to_dict() == losses.min().to_dict()
+    page = (finished / "report.md").read_text()
+    for words in ("second order superfluous", "The deep autoencoder", "optimisers_all"):
+        assert words in page
 
 
-def test_steps_and_seconds_to_the_target() -> None:
-    targets, clock = reached(curves_of({0: 50, 1: 50, 2: 50})), Clock(costs_of(1.5))
-    ratio = steps_ratio(targets, "gap", "kfac", "final")
-    assert (ratio.interval.estimate, ratio.interval.low, ratio.censored) == (pytest.approx(0.5), pytest.approx(0.5), 0)
-    assert clock.seconds("gap", "kfac", 50) == pytest.approx(0.015 * 52)
-    assert clock.seconds("gap", "kfac", 1) == pytest.approx(0.030)
-    assert clock.step_ratio("gap", "kfac") == pytest.approx(1.5)
-    assert steps_ratio(targets, "gap", "kfac", "final", clock).interval.estimate == pytest.approx(0.015 * 52 / 1.0)
-    early = targets[(targets.target == "early") & (targets.arm == "sgd")]
-    assert set(early.steps) == {50}
-
-
-def test_seconds_have_the_scatter_of_the_timing_in_their_interval() -> None:
-    costs = costs_of(1.5)
-    sgd = costs.arm == "sgd"
-    costs.loc[sgd, "milliseconds"] *= [math.exp(0.1 * (-1) ** step) for step in costs[sgd].step]
-    clock = Clock(costs)
-    error = clock.log_error("gap")
-    assert error == pytest.approx(0.1 * math.sqrt(4 / 3) * math.sqrt(2 / 4))  # four later steps, 0.1 above and below
-    targets = reached(curves_of({0: 50, 1: 50, 2: 50}))
-    found = steps_ratio(targets, "gap", "kfac", "final", clock).interval
-    assert math.log(found.high / found.estimate) == pytest.approx(1.959964 * error, rel=1e-5)
-
-
-def test_a_censored_run_is_a_lower_bound() -> None:
-    ratio = steps_ratio(reached(curves_of({0: 50, 1: None, 2: 50})), "gap", "kfac", "final")
-    assert ratio.censored == 1
-    assert math.isinf(ratio.interval.high)
-    assert ratio.interval.estimate == pytest.approx((0.5 * 0.5 * 1.01) ** (1 / 3))
-
-
-def tables(folder: Path, factor: float, accuracy: float) -> None:
-    """A finished smoke study whose K-FAC has `factor` times SGD's loss, steps and updates, and `accuracy` points more."""
-    epochs = pd.read_csv(folder / "optimisers.csv")
-    epochs = epochs[epochs.arm != "adamw"]
-    spread = 1 + 0.01 * epochs.seed
-    epochs["train_loss"] = np.where(epochs.arm == "kfac", factor * spread, 1.0)
-    epochs["test_top1"] = np.where(epochs.arm == "kfac", 0.9 + accuracy / 100 + 1e-4 * epochs.seed, 0.9)
-    epochs.to_csv(folder / "optimisers.csv", index=False)
-    rows = [
-        {"problem": problem, "arm": arm, "seed": seed, "step": step, "loss": 0.1 if step >= there else 1.0}
-        for problem in ("gap", "autoencoder")
-        for seed in (0, 1)
-        for arm, there in (("sgd", 1000), ("kfac", int(1000 * factor) + seed))
-        for step in range(1, max(1000, there) + 1)
-    ]
-    pd.DataFrame(rows).to_csv(folder / "optimisers_curves.csv", index=False)
-    costs = [
-        {"problem": p, "arm": a, "step": s, "milliseconds": 10.0, "peak_mib": 1.0, "state_mib": 1.0}
-        for p in ("gap", "autoencoder")
-        for a in ("sgd", "kfac")
-        for s in range(4)
-    ]
-    pd.DataFrame(costs).to_csv(folder / "optimisers_costs.csv", index=False)
-
-
-@pytest.mark.parametrize(
-    ("factor", "accuracy", "word"), [(0.05, 5.0, "supported"), (2.0, -5.0, "not supported"), (None, 0.0, "undecided")]
-)
-def test_verdicts_follow_the_numbers(
-    finished: Path, tmp_path: Path, factor: float | None, accuracy: float, word: str
+def test_what_is_finished_is_neither_trained_again_nor_chosen_anew(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in finished.glob("optimisers*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tables(tmp_path, factor or 0.995, accuracy)
-    found = section.section(tmp_path).claims
-    assert len(found) == 6
-    assert {claim.group for claim in found} == {"bar"}
-    if factor is not None:
-        assert {claim.verdict for claim in found} == {word}
-    else:  # level: neither ahead nor behind, and far from a tenth of the updates
-        verdicts = [claim.verdict for claim in found]
-        assert verdicts[0] == "undecided"
-        assert verdicts[3] == "supported"  # accuracy within the point
-        assert verdicts[4:] == ["not supported"] * 2
+    before = {file: file.read_bytes() for file in finished.glob("optimisers.csv*")}
+
+    def none(do: Any, todo: list[Any], processes: int) -> list[Any]:
+        assert todo == []
+        return []
+
+    monkeypatch.setattr("studies.engine.run.map_jobs", none)
+    monkeypatch.setattr("studies.program.write_pages", lambda *arguments, **options: ("", ""))
+    assert main([*SMOKE, "--out", str(finished)]) == 0
+    assert {file: file.read_bytes() for file in finished.glob("optimisers.csv*")} == before
 
 
-def test_the_report_says_what_limits_the_tuning(finished: Path) -> None:
-    words = " ".join(section.section(finished).remarks)
-    assert "largest or the smallest of those tried" in words
-    assert json.loads((finished / "optimisers.json").read_text())["config"]["tuning_seed"] == TUNING_SEED
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
+def test_the_dry_run_counts_trials_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMOKE, "--heads", "gap", "gcp", "--others", "--dry-run", "--out", str(tmp_path / "none")]) == 0
+    printed = capsys.readouterr().out
+    assert "7 times digits_tiny + gap, kfac" in printed  # 5 trials, 2 seeds
+    assert "2 seeds of 4 networks" in printed
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arms", "sgd", "adam"], "unknown arm 'adam'; choose one of: sgd, adamw"),
-        (["--arms", "adamw"], "sgd must be among them"),
-        (["--arms", "sgd", "sgd"], "name at least one, each once"),
-        (["--poolings", "gpc"], "unknown pooling 'gpc'"),
-        (["--schedule", "fast"], "unknown schedule 'fast'"),
-        (["--trials", "0"], "--trials 0: at least 1"),
-        (["--processes", "0"], "--processes 0: at least 1"),
-        (["--dampings", "0.1", "0"], "--dampings: every value must be above 0"),
+        (["--others", "adam"], "unknown optimizer of --others 'adam'; choose one of: sgd"),
+        (["--optimizers", "sgd"], "--optimizers sgd: kfac must be among them"),
+        (["--optimizers", "sgd", "kfac", "sgd"], "name at least one, each once"),
+        (["--others", "kfac"], "kfac is there already"),
+        (["--heads", "gap"], "--heads gap: gcp must be among them"),
+        (["--heads", "gap", "gcp", "gpc"], "unknown pooling 'gpc'"),
+        (["--targets", "1", "0"], "--targets 0: a training loss is above 0"),
+        (["--tuning-seeds", "0"], "--tuning-seeds 0: at least 1"),
         (["--autoencoder.activation", "relu"], "unknown activation 'relu'"),
+        (["--autoencoder.arms", "kfac"], "sgd must be among them"),
         (["--autoencoder.image-size", "28"], "the images have only 8 pixels"),
-        (["--autoencoder.batch-size", "500"], "there are only 128 images"),
         (["--batch-size", "4096"], "4096"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str, refused: Callable[..., None]) -> None:
     refused(words, *SMOKE, *arguments)
-
-
-def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
-    printed = capsys.readouterr().out
-    assert "K-FAC: digits_tiny + gap" in printed
-    assert "2 trials and 2 seeds of 3 arms and heads" in printed
-    assert not (tmp_path / "none").exists()
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimisers, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="in one process"):
-        optimisers.check(Common(preset="smoke"), PRESETS["smoke"])
-
-
-def test_timed_steps_have_a_small_learning_rate_and_all_else_as_tuned() -> None:
-    assert slowed({"learning_rate": 0.5, "momentum": 0.9}) == {"learning_rate": 0.0005, "momentum": 0.9}
-
-
-def test_the_provenance_names_the_code_that_trained(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    write_sealed(next(tmp_path.glob("runs/optimisers/*/commit")), "0123456789abcdef")
-    assert main([*SMOKE, "--out", str(tmp_path), "--resume"]) == 0
-    assert "0123456789abcdef" in json.loads((tmp_path / "optimisers.json").read_text())["git_commit"].split()

@@ -19,6 +19,7 @@ from secondorder.pooling import (
     MatrixPower,
     MatrixSquareRoot,
     PoolingHead,
+    RandomLift,
     UpperTriangle,
     pooling_head,
 )
@@ -32,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gcp_power": {"exponent": 0.7},
     "gcp_log": {"eps": 0.1},
     "dropcov": {"kernel_size": 1},
+    "gap_lifted": {"seed": 5},
 }
 CASES = [(name, {}) for name in POOLINGS] + list(OPTIONS.items())
 
@@ -76,6 +78,7 @@ def test_gap_is_the_mean() -> None:
     (MatrixLogarithm(), "MatrixLogarithm(eps=0.001)"),
     (Covariance(), "Covariance(divisor=H*W)"),
     (UpperTriangle(), "UpperTriangle(order=row-major)"),
+    (RandomLift(4), "RandomLift(channels=4, out_features=10, seed=0)"),
 ])  # fmt: skip
 def test_layers_say_what_they_do(layer: nn.Module, text: str) -> None:
     assert repr(layer) == text
@@ -280,6 +283,67 @@ def test_dropout_learns_its_importance_and_survives_zero_samples() -> None:
     assert head(torch.zeros_like(x)).abs().sum() == 0
 
 
+# ----------------------------------------------------------------------------------------------------------- random lift
+
+
+def test_the_lift_is_the_mean_and_products_of_its_projections() -> None:
+    x = maps(2, 5, 3, 4)
+    z, y = x.mean((2, 3)), pooling_head("gap_lifted", 5)(x)
+    u = [z @ direction.double() for direction in RandomLift(5).rotation]
+    products = [u[i] * u[j] for i in range(5) for j in range(i + 1, 5)]
+    scale = (4 * torch.pi * (torch.pi - 2) / 5) ** 0.5
+    torch.testing.assert_close(y, torch.cat([z, scale * torch.stack(products, 1)], 1))
+
+
+def test_directions_depend_on_channels_and_seed_alone() -> None:
+    torch.manual_seed(1)
+    state, Q = torch.get_rng_state(), RandomLift(8, 2).rotation
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    torch.set_default_dtype(F64)
+    try:
+        other = RandomLift(8, 2).rotation
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.dtype == F64
+    assert other.equal(Q.double())
+    torch.testing.assert_close(Q @ Q.T, torch.eye(8), atol=1e-6, rtol=0)
+    assert not torch.allclose(RandomLift(8, 3).rotation, Q, atol=0.1)
+    # of PyTorch's generator, whose numbers trained classifiers depend on
+    drawn = torch.tensor(
+        [[0.911135, 0.075130, 0.405202], [0.336093, -0.704463, -0.625119], [0.238484, 0.705753, -0.667112]]
+    )
+    torch.testing.assert_close(RandomLift(3).rotation, drawn, atol=1e-5, rtol=0)
+
+
+def test_the_lift_is_no_parameter_and_is_kept_with_the_weights() -> None:
+    head, other = pooling_head("gap_lifted", 8), pooling_head("gap_lifted", 8, seed=1)
+    assert not list(head.parameters())
+    assert list(head.state_dict()) == ["layers.2.rotation"]
+    other.load_state_dict(head.state_dict())
+    x = maps(2, 8, 3, 3)
+    assert other(x).equal(head(x))
+
+
+@pytest.mark.parametrize("channels", [32, 64, 256])
+def test_the_lift_is_as_large_as_gcp_for_rectified_normal_features(channels: int) -> None:
+    """Less than the root's Frobenius norm, of which a triangle has the entries off the diagonal once, not twice."""
+    x = maps(8, channels, 32, 32, dtype=torch.float32).relu()
+    lifted, root = (pooling_head(name, channels)(x).norm(dim=1).mean() for name in ("gap_lifted", "gcp_exact"))
+    assert float(lifted / root) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_lift_in_16_bits_is_computed_in_32(dtype: torch.dtype) -> None:
+    z = maps(4, 16, dtype=dtype)
+    lift = RandomLift(16)
+    y = lift(z)
+    assert y.dtype == dtype
+    assert y.equal(lift(z.float()).to(dtype))
+    with torch.autocast("cpu", dtype):
+        assert lift(z).equal(lift(z.float()))
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 X = torch.ones(2, 4, 3, 3)
@@ -292,6 +356,12 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "method": (lambda: pooling_head("gcp", 4, method="svd"), "unknown method 'svd'"),
     "exponent": (lambda: pooling_head("gcp_power", 4, exponent=float("nan")), "got nan"),
     "eps": (lambda: pooling_head("gcp_log", 4, eps=-1), "got -1"),
+    "seed": (lambda: pooling_head("gap_lifted", 4, seed=-1), "seed must be a whole number from 0 to .*, got -1"),
+    "seed of 10^30": (lambda: pooling_head("gap_lifted", 4, seed=10**30), "seed must be a whole number from 0 to "),
+    "lift of 10^6 channels": (lambda: pooling_head("gap_lifted", 10**6), "channels must be .* to 2048, got 1000000"),
+    "lift of other channels": (lambda: RandomLift(4)(X[:, :3, 0, 0]), r"vectors \[N, 4\], got shape \[2, 3\]"),
+    "lift of maps": (lambda: RandomLift(4)(X), r"vectors \[N, 4\], got shape \[2, 4, 3, 3\]"),
+    "lift of integers": (lambda: RandomLift(4)(X[..., 0, 0].long()), r"random lift needs real numbers .*got torch\.int64"),
     "kernel size": (lambda: pooling_head("dropcov", 4, kernel_size=2), "odd whole number .* got 2"),
     "in_channels": (lambda: pooling_head("gcp", 0), "in_channels must be .* got 0"),
     "reduced_channels": (lambda: pooling_head("gcp", 4, 0), "reduced_channels must be .* got 0"),
@@ -314,14 +384,14 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "pooling of 400 letters": (lambda: pooling_head("g" * 400, 4), "unknown pooling 'ggg"),
     "a number for a pooling": (lambda: pooling_head(0.5, 4), "unknown pooling 0.5; choose one of"),
     "a tensor for a pooling": (lambda: pooling_head(torch.tensor([1.0]), 4), r"unknown pooling tensor\(\[1.\]\)"),
-    "too many steps": (lambda: pooling_head("gcp", 4, num_iter=2**63), "num_iter must be .* at most 1000, got 9223372"),
+    "too many steps": (lambda: pooling_head("gcp", 4, num_iter=2**63), "num_iter must be .* to 1000, got 9223372"),
     "exponent beyond float": (lambda: pooling_head("gcp_power", 4, exponent=10**400), "exponent must be .* got 1000"),
-    "exponent beyond float32": (lambda: pooling_head("gcp_power", 4, exponent=1e300), "at most 1000 in size, got 1e"),
-    "eps beyond float": (lambda: pooling_head("gcp_log", 4, eps=10**400), "eps must be finite .* got 1000"),
-    "kernel of 10^30": (lambda: pooling_head("dropcov", 4, kernel_size=10**30), "kernel_size must be .* at most"),
+    "exponent beyond float32": (lambda: pooling_head("gcp_power", 4, exponent=1e300), "exponent must be .* 1000\\], got 1e"),
+    "eps beyond float": (lambda: pooling_head("gcp_log", 4, eps=10**400), "eps must be a finite number .* got 1000"),
+    "kernel of 10^30": (lambda: pooling_head("dropcov", 4, kernel_size=10**30), "kernel_size must be .* to 1048577, got"),
     "dropout of no channels": (lambda: AdaptiveChannelDropout("x"), "channels must be .* got 'x'"),
-    "in_channels of 10^30": (lambda: pooling_head("gap", 10**30), "in_channels must be .* at most"),
-    "reduced_channels of 2^62": (lambda: pooling_head("gap", 4, 2**62), "reduced_channels must be .* at most"),
+    "in_channels of 10^30": (lambda: pooling_head("gap", 10**30), "in_channels must be .* to 1048576, got"),
+    "reduced_channels of 2^62": (lambda: pooling_head("gap", 4, 2**62), "reduced_channels must be .* to 1048576, got"),
     "activation": (lambda: pooling_head("gap", 4, 2, activation=3), "activation 3: must make an nn.Module"),
     "integers of bool": (lambda: pooling_head("gcp", True), "got True"),
     "in_channels of 400 digits": (lambda: pooling_head("gcp", -(10**400)), r"got -1000\S*\.\.\."),

@@ -1,88 +1,207 @@
-"""The Python of the README runs as it stands, block after block, and gives what the text says."""
+"""The Python of every README runs as it stands, block after block, and gives what the text says; what it links to is there."""
 
 import re
+import subprocess
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from undrawn_figures import undrawn_figures
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+from studies.engine.command import measure, write_pages
+from studies.engine.records import read_records
+from studies.page.readme import BEGIN, END, results_table
+from studies.settings import Common
+from studies.training import Training
+
+ROOT = Path(__file__).parents[1]
+CODE = ("README.md", *(f"secondorder/{part}/README.md" for part in (
+    "curvature", "kfac", "pooling", "preconditioning", "training")), "CONTRIBUTING.md")  # fmt: skip
+"""With Python in them; all blocks of a file run in one namespace."""
+TEXTS = (*CODE, "studies/README.md", "reports/quick/report.md", "reports/cifar10/report.md")
 
 
-@pytest.fixture(scope="module")
-def names() -> list[dict[str, Any]]:
-    """What is defined after each block; all run in one namespace."""
+def blocks(file: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@cache
+def names(file: str) -> dict[str, Any]:
+    """What is defined when all blocks of a file have run."""
     namespace: dict[str, Any] = {}
-    after = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for block in BLOCKS:
+        for block in blocks(file):
+            exec(compile(block, file, "exec"), namespace)
+    return namespace
+
+
+def of(part: str) -> dict[str, Any]:
+    return names(f"secondorder/{part}/README.md")
+
+
+def test_every_file_with_python_is_here() -> None:
+    files = (path.relative_to(ROOT).as_posix() for folder in ("secondorder", "studies") for path in
+             (ROOT / folder).rglob("*.md"))  # fmt: skip
+    assert {file for file in [*files, "README.md", "CONTRIBUTING.md"] if blocks(file)} == set(CODE)
+
+
+@pytest.mark.parametrize("file", TEXTS)
+def test_links_lead_to_files_in_git(file: str) -> None:
+    text, folder = (ROOT / file).read_text(), (ROOT / file).parent
+    links = {link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert [link for link in links if not (folder / link).exists()] == []
+    ignored = subprocess.run(["git", "check-ignore", *links], cwd=folder, capture_output=True, text=True)
+    assert ignored.stdout == ""
+    paths = re.findall(r"`((?:tests|secondorder|studies)/[\w./]+)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_first_page_is_short_and_has_a_place_for_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 130
+    assert text.index("<!-- results -->\n") < text.index("\n<!-- end of results -->")
+    assert len(re.findall(r"^pip install .* && pytest", text, re.MULTILINE)) == 1  # as .ci/run reads it
+
+
+def test_the_first_page() -> None:
+    page = names("README.md")
+    assert page["vectors"].shape == (2, 64 * 65 // 2)
+    stem = page["model"].stem[0].weight
+    assert torch.equal(stem, names_before_training()["trained"].stem[0].weight)
+    assert page["condition"].error == 0
+    assert page["condition"].value > 1
+    assert page["optimizer"].report().steps == 1
+    assert not torch.equal(page["trained"].stem[0].weight, stem)
+    assert float(page["root"].max()) <= 2**0.5 + 1e-9
+    assert (page["plain"] > page["root"]).all()
+
+
+@cache
+def names_before_training() -> dict[str, Any]:
+    """What the first two blocks of the first page define."""
+    namespace: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks("README.md")[:2]:
             exec(compile(block, "README.md", "exec"), namespace)
-            after.append(dict(namespace))
-    return after
+    return namespace
 
 
-def test_networks_and_heads(names: list[dict[str, Any]]) -> None:
-    own = names[0]
-    count = sum(p.numel() for p in own["model"].parameters())
-    assert f"# {count / 1e6:.2f} M parameters" in BLOCKS[0]
-    assert own["logits"].shape == (2, 1000)
-    assert own["logits"].isfinite().all()
-    assert own["vector"].shape == (2, 64 * 65 // 2)
-    head, layers, maps = own["head"].eval(), own["layers"].eval(), torch.randn(2, 512, 7, 7)
-    assert torch.allclose(layers(maps), head(maps), rtol=1e-5, atol=1e-5)
+def test_pooling() -> None:
+    pytest.importorskip("onnxscript")
+    page = of("pooling")
+    count = sum(p.numel() for p in page["published"].parameters())
+    assert f"# {count / 1e6:.2f} M parameters" in blocks("secondorder/pooling/README.md")[0]
+    assert page["logits"].shape == (2, 1000)
+    assert page["logits"].isfinite().all()
+    assert page["mine"].classifier.in_features == 128 * 129 // 2
+    assert page["mine"].eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    head, tokens, layers = page["head"], page["tokens"], page["layers"]
+    assert torch.allclose(layers(tokens), head(tokens), rtol=1e-5, atol=1e-5)
     assert {id(p) for p in layers.parameters()} == {id(p) for p in head.parameters()}
-    assert own["mine"].classifier.in_features == 128 * 129 // 2
-    assert own["mine"].eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    assert page["pooled"].shape == (2, 16 * 17 // 2)
+    assert page["nothing"].shape == (0, 136)
+    torch.testing.assert_close(page["pooled"][1:], head(tokens[1:, :30]), rtol=1e-4, atol=1e-5)
 
 
-def test_curvature(names: list[dict[str, Any]]) -> None:
-    own = names[1]
-    roots = torch.linalg.svdvals(own["ggn"].rows().double())
+def test_deployment() -> None:
+    pytest.importorskip("onnxscript")
+    page = of("pooling")
+    more = page["more"].detach().clone().requires_grad_()
+    page["gcp"](more).sum().backward()
+    torch.testing.assert_close(page["more"].grad, more.grad, rtol=1e-4, atol=1e-5)
+    assert len(page["onnx_program"].model.graph.inputs) == 1
+    exact, maps = page["exact"], page["maps"]
+    torch.testing.assert_close(page["predictor"].module()(maps), exact(maps), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(page["trainable"](maps), exact(maps), rtol=1e-3, atol=1e-4)
+    assert page["covariance"].shape == (2, 64, 64)
+
+
+def test_curvature() -> None:
+    page = of("curvature")
+    roots = torch.linalg.svdvals(page["ggn"].rows().double())
     rank = 8 * 9  # of 8 images and 10 classes, whose softmax leaves out one direction
-    condition = own["spectral_summary"](own["ggn"]).condition
+    condition = page["spectral_summary"](page["ggn"]).condition
     assert condition.value == pytest.approx(float(roots[0] / roots[rank - 1]) ** 2, rel=1e-3)
     assert condition.error == 0
-    G, K = own["ggn"].dense().double(), own["kfac"].dense().double()
-    cosine = own["fidelity"](own["kfac"], own["ggn"].factored()).cosine
+    G, K = page["ggn"].dense().double(), page["kfac"].dense().double()
+    cosine = page["fidelity"](page["kfac"], page["ggn"].factored()).cosine
     assert cosine.value == pytest.approx(float((K * G).sum() / K.norm() / G.norm()), rel=1e-4)
     v = torch.randn(len(G))
-    assert torch.allclose(own["ggn"] @ v, G.float() @ v, rtol=0, atol=1e-4 * float((own["ggn"] @ v).abs().max()))
-    assert float((own["hessian"] @ v - own["ggn"] @ v).norm() / (own["hessian"] @ v).norm()) > 0.1
+    product = page["ggn"] @ v
+    assert torch.allclose(product, G.float() @ v, rtol=0, atol=1e-4 * float(product.abs().max()))
+    assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
 
 
-def test_backpack(names: list[dict[str, Any]]) -> None:
-    own = names[2]
-    expected = own["ggn"].diagonal()
-    assert own["diagonal"].shape == own["model"].get_parameter(own["name"]).shape
-    assert (own["diagonal"].flatten() - expected).abs().max() <= 1e-5 * expected.abs().max()
+def test_backpack() -> None:
+    page = of("curvature")
+    expected = page["ggn"].diagonal()
+    assert page["diagonal"].shape == page["model"].get_parameter(page["name"]).shape
+    assert (page["diagonal"].flatten() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_kfac(names: list[dict[str, Any]]) -> None:
-    own = names[3]
-    report = own["optimizer"].report()
+def test_kfac() -> None:
+    page = of("kfac")
+    report = page["optimizer"].report()
     assert report.steps == 2
     assert report.events == {}
-    assert [row.parameter for row in report.parameters] == [name for name, _ in own["learner"].named_parameters()]
-    assert own["logits"].isfinite().all()
+    assert [row.parameter for row in report.parameters] == [name for name, _ in page["learner"].named_parameters()]
+    assert page["logits"].isfinite().all()
 
 
-def test_preconditioning(names: list[dict[str, Any]]) -> None:
-    own = names[4]
-    maps, spectrum = own["maps"], own["head_spectrum"]
+def test_preconditioning() -> None:
+    from secondorder.pooling import pooling_head
+
+    page = of("preconditioning")
+    maps, spectrum = page["maps"], page["head_spectrum"]
     root, none = spectrum(maps, "gcp_exact").condition, spectrum(maps, "covariance").condition
     assert float(root.max()) <= 2**0.5 + 1e-9
     assert (none > root).all()
     x = maps.clone().requires_grad_()
-    head = own["pooling_head"]("gcp_exact", 16)
-    (head(x) * own["incoming"]).sum().backward()
-    assert torch.allclose(own["exact"], x.grad, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(own["printed"], x.grad, rtol=0.1)
-    gradient = torch.autograd.grad(
-        own["loss"](own["model"](own["batch"][0]), own["batch"][1]), own["model"].get_parameter(own["name"])
-    )[0]
-    cosine = torch.cosine_similarity(own["direction"][own["name"]].flatten(), gradient.flatten(), dim=0)
-    assert own["alignment"](own["direction"], {own["name"]: gradient}).whole == pytest.approx(float(cosine), rel=1e-4)
+    (pooling_head("gcp_exact", 16)(x) * page["incoming"]).sum().backward()
+    assert torch.allclose(page["exact"], x.grad, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(page["printed"], x.grad, rtol=0.1)
+    images, labels = page["batch"]
+    model, name = page["model"], page["name"]
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    gradient = torch.autograd.grad(loss, model.get_parameter(name))[0]
+    cosine = torch.cosine_similarity(page["direction"][name].flatten(), gradient.flatten(), dim=0)
+    assert page["alignment"](page["direction"], {name: gradient}).whole == pytest.approx(float(cosine), rel=1e-4)
     assert 0.01 < float(cosine) < 0.99
+
+
+def test_training() -> None:
+    page = of("training")
+    first, again = page["trained"], page["again"]
+    assert [row["epoch"] for row in first.history] == [1, 2]
+    assert again.history == first.history
+    state = again.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in first.model.state_dict().items())
+    assert not first.model.training
+
+
+def test_the_first_page_has_the_results_of_the_reports() -> None:
+    """To bring it up to date: python -m studies.page.readme, between the two markers."""
+    text = (ROOT / "README.md").read_text()
+    assert text.split(BEGIN)[1].split(END)[0].strip() == results_table(ROOT / "reports").strip()
+
+
+@undrawn_figures()
+def test_the_example_of_a_study_trains_measures_judges_and_has_a_page(tmp_path: Path) -> None:
+    study = names("CONTRIBUTING.md")["STUDY"]
+    assert len(blocks("CONTRIBUTING.md")[0].splitlines()) <= 62
+    common = Common(preset="smoke", out=tmp_path, seeds=2, processes=1, progress=False)
+    settings = replace(
+        study.presets["smoke"], training=Training("digits_tiny", train_limit=96, epochs=1, batch_size=32)
+    )
+    measure(common, {study.name: (study, settings)})
+    write_pages(tmp_path, "smoke", {study.name: study}, [study.name])
+    records = read_records(tmp_path, "weights")[0]
+    assert set(records[records.quantity == "length"].step) == {0, 1, 2, 3}
+    page = (tmp_path / "report.md").read_text()
+    assert "shorter weights" in page
+    assert "Length of the weights." in page

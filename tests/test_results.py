@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from secondorder.errors import InputError
-from studies.results import git_commit, provenance, read_provenance, read_table, write_file, write_table
+from studies.results import (
+    LONG,
+    git_commit,
+    provenance,
+    read_provenance,
+    read_table,
+    remove_table,
+    table_file,
+    write_file,
+    write_table,
+)
 from studies.settings import own_folder
 
 
@@ -45,6 +55,19 @@ def test_table_and_provenance_come_back(tmp_path: Path) -> None:
     assert origin.versions["torch"] == torch.__version__
     assert origin.device.startswith("cpu: ")
     assert json.loads((tmp_path / "landscape.json").read_text())["config"] == {"epochs": 3}
+
+
+def test_long_tables_are_compressed_and_only_the_last_is_kept(tmp_path: Path) -> None:
+    for rows in (10, LONG // 8, 5):
+        table = pd.DataFrame({"value": range(10**7, 10**7 + rows)})  # 9 characters a row
+        write_table(tmp_path, "a", table)
+        file = tmp_path / ("a.csv.gz" if rows * 9 > LONG else "a.csv")
+        assert list(tmp_path.iterdir()) == [file] == [table_file(tmp_path, "a")]
+        pd.testing.assert_frame_equal(read_table(tmp_path, "a"), table)
+    write_table(tmp_path, "b", table, compressed=True)
+    for name in ("a", "b"):
+        remove_table(tmp_path, name)
+        assert table_file(tmp_path, name) is None
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:

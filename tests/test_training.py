@@ -159,7 +159,7 @@ def test_observers_see_each_due_step_and_change_nothing(data: ImageDataset, tmp_
 def test_observer_with_a_bad_interval(data: ImageDataset, tmp_path: Path) -> None:
     observer = Meddler()
     observer.every = 0
-    with pytest.raises(InputError, match="'meddler': every is 0"):
+    with pytest.raises(InputError, match="'meddler': every must be a whole number of at least 1, got 0"):
         fit(RUN, data, tmp_path, observers={"meddler": observer})
 
 

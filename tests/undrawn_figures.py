@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from studies.report.style import save
+from studies.draw.saving import save
 
 
 @contextmanager
@@ -22,5 +22,5 @@ def undrawn_figures(but: Container[str] = ()) -> Iterator[None]:
             (folder / f"{name}.{suffix}").touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("studies.report.save", empty)
+        patch.setattr("studies.page.writing.save", empty)
         yield

@@ -1,5 +1,6 @@
 """The table of data sets and the one way to load them."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from secondorder.data.jpeg import read_jpeg_classes
 from secondorder.data.readers import read_digits, read_fake, read_image_folder, torchvision_arrays
 from secondorder.data.row import Row, Source, Split
 from secondorder.data.sampling import stratified_subset
-from secondorder.errors import InputError, check_flag, unknown
+from secondorder.errors import InputError, check_flag, check_whole, unknown
 
 VARIABLE = "SECONDORDER_DATA"
 
@@ -222,11 +223,9 @@ def _check_limits(row: Row, limit: int | None, test_limit: int | None) -> None:
     """Raise `InputError` for a limit that cannot be met, before anything is read."""
     options = (("limit", limit), ("test_limit", test_limit))
     for (option, value), size in zip(options, row.expected or (None, None), strict=True):
-        if value is None:
-            continue
-        upper = f"to {size}, the number of images of {row.label}" if size else "upwards"
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (size is not None and value > size):
-            raise InputError(f"{option} is {shown(repr(value))}; it must be a whole number from 1 {upper}")
+        if value is not None:
+            hint = "" if size is None else f"; {row.label} has {size} images"
+            check_whole(option, value, most=math.inf if size is None else size, hint=hint)
 
 
 def _check_counts(row: Row, source: Source) -> None:

@@ -6,13 +6,18 @@ in colour (or grey with alpha) Pillow gives the high byte alone, at most one lev
 torchvision has it: the stored colour counts. Floating-point and 32-bit pixels have no white and are refused.
 """
 
-from typing import Any, BinaryIO
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from secondorder.data.files import open_regular, reason, shown
 from secondorder.errors import InputError
+from secondorder.optional import needed_by
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Formats of Pillow that are tried, by the file's contents; others (EPS, say) run other programs."""
@@ -22,13 +27,13 @@ MAX_PIXELS = 89_478_485
 
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
 
 
@@ -48,6 +53,8 @@ def decode_stream(stream: BinaryIO, name: str, size: tuple[int, int] | None = No
 
     Size and kind of pixels are looked at before any pixel is decoded. Raises `InputError` as `decode`.
     """
+    with needed_by("an image file"):
+        from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(stream, formats=FORMATS) as image:
             _check_size(image, name, size)
@@ -60,7 +67,7 @@ def decode_stream(stream: BinaryIO, name: str, size: tuple[int, int] | None = No
         raise InputError(f"{name} does not decode (none of {known}); replace or remove it") from error
     except Exception as error:  # a damaged file can fail anywhere in its decoder
         raise InputError(f"{name} does not decode ({reason(error)}); replace or remove it") from error
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    return rgb.transpose(Image.Transpose[_UPRIGHT[orientation]]) if orientation in _UPRIGHT else rgb
 
 
 def _check_size(image: Image.Image, name: str, size: tuple[int, int] | None) -> None:
@@ -103,4 +110,6 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     grey = np.asarray(image).astype(np.uint32)
     if tags.get(262) == 0:
         grey = white - grey
+    from PIL import Image
+
     return Image.fromarray(((grey * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as image_transforms
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,7 +21,8 @@ from secondorder.data.augmentation import PaddedCrop, ResizedCrop
 from secondorder.data.decoding import MAX_PIXELS, decode
 from secondorder.data.files import shown
 from secondorder.data.sampling import Indices, check_seed_and_epoch, checked_indices, epoch_order, uniforms
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
+from secondorder.optional import needed_by
 
 # How far the short side of a test image exceeds the central crop: 256 pixels for 224, as is usual for ImageNet.
 TEST_RESIZE = 256 / 224
@@ -33,10 +33,7 @@ MAX_IMAGE_SIZE = 4096
 
 def check_image_size(image_size: object) -> None:
     """Raise `InputError` unless ``image_size`` is a whole number of pixels from 1 to MAX_IMAGE_SIZE."""
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= MAX_IMAGE_SIZE:
-        raise InputError(
-            f"image_size is {shown(repr(image_size))}; it must be a whole number of pixels from 1 to {MAX_IMAGE_SIZE}"
-        )
+    check_whole("image_size", image_size, 1, MAX_IMAGE_SIZE, hint="; in pixels")
 
 
 @dataclass(frozen=True)
@@ -163,6 +160,8 @@ class ImageFiles(ImageSplit):
 
     def _pixels(self, file: str, u: NDArray[np.float64]) -> Tensor:
         """Decoded, cropped and resized image ``[C, H, W]`` uint8."""
+        with needed_by("a data set of image files"):
+            import torchvision.transforms.v2.functional as image_transforms
         image, size = decode(file), self.image_size
         if self.augmentation is None:
             short = round(size * TEST_RESIZE)

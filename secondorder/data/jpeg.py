@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
-from PIL import features
 from tqdm import tqdm
 
 from secondorder.data.cache import Arrays, cached
@@ -21,6 +19,7 @@ from secondorder.data.decoding import decode_stream
 from secondorder.data.files import exists, folders_in, images_in, open_regular, reason, shown
 from secondorder.data.row import Row, Source, Split
 from secondorder.errors import InputError
+from secondorder.optional import needed_by
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -35,6 +34,9 @@ MAX_ARCHIVE = 2**29
 
 def decoder() -> str:
     """Versions of what turns JPEG files into pixels."""
+    with needed_by("a data set of JPEG files"):
+        import PIL
+        from PIL import features
     libjpeg = features.version("libjpeg_turbo") or features.version("jpg")
     return f"Pillow {PIL.__version__}, libjpeg {libjpeg}"
 

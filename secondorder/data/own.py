@@ -20,7 +20,7 @@ from secondorder.data.datasets import ImageDataset
 from secondorder.data.files import reason, shown
 from secondorder.data.images import ImageSplit
 from secondorder.data.sampling import Indices, checked_indices, epoch_order, uniforms
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
 
 OWN = re.compile(r"own(-[A-Za-z0-9_.]+)*")
 """Names that a user gives to own data and networks in a `Run`: own, own-flowers, own-vit-small."""
@@ -210,8 +210,8 @@ def own_dataset(
             raise InputError(f"the {part} data set {type(split.dataset).__name__} has no samples")
     classes = _classes(splits["train"].dataset)
     count = num_classes if num_classes is not None else len(classes)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0 or (num_classes is not None and count < 1):
-        raise InputError(f"num_classes is {shown(repr(num_classes))}; it must be a whole number of at least 1")
+    if num_classes is not None:
+        check_whole("num_classes", num_classes)
     images, _ = splits["train"].plain([0])
     shape = tuple(images.shape[1:])
     channels = shape[0] if shape else 1

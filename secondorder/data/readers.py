@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from secondorder.data.decoding import decode
@@ -18,10 +17,14 @@ from secondorder.data.files import check_regular, entries, exists, folders_in, i
 from secondorder.data.row import Row, Source, Split
 from secondorder.data.sampling import uniforms
 from secondorder.errors import InputError
+from secondorder.optional import needed_by
 
 DIGITS_TEST_SIZE = 360
 
 FAKE_IMAGES = (256, 64)  # train, test
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings of the files of an image folder, those that torchvision's `ImageFolder` takes."""
 
 MAX_FILE = 2**30
 """The largest file that is handed to torchvision, in bytes; the largest of its sets here has 155 MB."""
@@ -33,9 +36,10 @@ def read_digits(row: Row, root: Path, download: bool) -> Source:
     scikit-learn gives no split; here 360 test images are drawn by `train_test_split(stratify=labels, random_state=0)`.
     The writers are not recorded, so one writer's digits may lie on both sides.
     """
-    import sklearn  # imported here: it takes a second, and only this data set needs it
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed_by("the data set digits"):
+        import sklearn
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     train, test = train_test_split(
@@ -68,6 +72,8 @@ def torchvision_arrays(dataset: str) -> Callable[[Row, Path, bool], Source]:
     """Reader of a data set that ``torchvision.datasets.<dataset>`` loads into memory (and downloads when asked)."""
 
     def read(row: Row, root: Path, download: bool) -> Source:
+        with needed_by(f"the data set {row.label}"):
+            import torchvision
         train, test = (_torchvision_split(dataset, row, root, train, download) for train in (True, False))
         return Source(
             (_pixels(train.data), torch.as_tensor(train.targets, dtype=torch.int64)),
@@ -81,6 +87,8 @@ def torchvision_arrays(dataset: str) -> Callable[[Row, Path, bool], Source]:
 
 def _torchvision_split(dataset: str, row: Row, root: Path, train: bool, download: bool) -> Any:
     """torchvision's own object for one split; it reads whole files, so that none may be of absurd size."""
+    import torchvision
+
     for marker in row.markers if exists(root) else ():
         for entry in entries(root / marker) if is_folder(root / marker) else ():
             check_regular(entry.path, MAX_FILE)
@@ -129,7 +137,7 @@ def read_image_folder(row: Row, root: Path, download: bool) -> Source:
 
 def _folder_split(folder: Path, classes: list[str], allow_empty: bool) -> tuple[list[str], Tensor]:
     """Paths of the images ``folder/<class>/...`` and their labels ``[N]``."""
-    images = [list(images_in(folder / name, torchvision.datasets.folder.IMG_EXTENSIONS)) for name in classes]
+    images = [list(images_in(folder / name, SUFFIXES)) for name in classes]
     empty = [shown(name, 25) for name, files in zip(classes, images, strict=True) if not files]
     if not classes or len(empty) == len(classes):
         raise InputError(f"{shown(folder)} is no folder of class folders with images")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secondorder.data.files import reason, shown
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_seed, check_whole
 
 Indices = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
@@ -38,9 +38,8 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def check_seed_and_epoch(seed: int, epoch: int) -> None:
     """Raise `InputError` unless both are whole numbers in [0, 2^63)."""
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise InputError(f"{name} is {value!r}; it must be a whole number of at least 0 and below 2^63")
+    check_seed(seed)
+    check_seed(epoch, "epoch")
 
 
 def checked_indices(indices: Indices, size: int) -> NDArray[np.int64]:
@@ -95,8 +94,7 @@ def stratified_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
     Each class gives its share of the samples, to within one. Raises `InputError` unless 1 <= size <= N.
     """
     n = len(labels)
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= n:
-        raise InputError(f"limit is {size!r}; it must be a whole number from 1 to {n}, the number of images")
+    check_whole("limit", size, 1, n, hint=f"; there are {n} images")
     keys = uniforms("subset", seed, 0, np.arange(n), 1)[:, 0]
     quantile = np.empty(n)
     for label in np.unique(labels.numpy()):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from secondorder.curvature.matrix_free.jacobian import flattened
 from secondorder.curvature.operators import SymmetricOperator
-from secondorder.errors import InputError, check_flag, check_known
+from secondorder.curvature.relative_damping import norm_over_trace
+from secondorder.errors import InputError, check_flag, check_known, check_whole
 from secondorder.gauss_newton.batch_curvature import LIKELIHOODS, BatchCurvature
 from secondorder.kfac.optimizer import CLIP
 from secondorder.kfac.options import (
@@ -20,7 +21,6 @@ from secondorder.kfac.options import (
     SETTINGS,
     check_closure,
     check_group,
-    check_interval,
     check_positive,
     checked_settings,
 )
@@ -118,7 +118,7 @@ class GaussNewton(torch.optim.Optimizer):
         check_positive("tolerance", tolerance)
         if not tolerance < 1:
             raise InputError(f"tolerance {tolerance!r}: must be below 1, a part of the gradient's length")
-        check_interval("iterations", iterations)
+        check_whole("iterations", iterations)
         if clip is not None:
             check_positive("clip", clip)
         check_known("likelihood", likelihood, LIKELIHOODS)
@@ -256,7 +256,7 @@ class GaussNewton(torch.optim.Optimizer):
     @property
     def _scale(self) -> float:
         """|G|_F^2 / tr G: the mean eigenvalue, each weighted by itself. Both means begin at zero, which the quotient undoes."""
-        return self.squared_norm / self.trace if self.trace > 0 else 0.0
+        return norm_over_trace(self.squared_norm, self.trace)
 
     def _update(self, parameters: list[nn.Parameter], d: Tensor) -> None:
         """Trust region, momentum, weight decay."""

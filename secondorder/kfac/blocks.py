@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.scale import usable
+from secondorder.curvature.relative_damping import safe_scale, tikhonov
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, check_state, invert, restored
-from secondorder.kfac.inverses.inverse import shift
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
 from secondorder.kfac.state_check import check_entries, check_float, refused
@@ -113,7 +112,7 @@ class Blocks:
             return self.inverses[name].tikhonov(damping, relative)
         if not relative or self.statistics[name].B is None:
             return damping
-        return shift(usable(self.factors(name).scale), damping, relative)
+        return tikhonov(safe_scale(self.factors(name).scale), damping, relative)
 
     def factors(self, name: str) -> Factors:
         """A or its rows, and B, of a layer that has been used."""

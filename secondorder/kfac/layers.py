@@ -13,15 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from secondorder.curvature.kronecker.factors import SHARINGS
-from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
 from secondorder.errors import InputError, check_known
+from secondorder.kfac.modules import Place, modules_by_parameter, reason_without_factors, unsupported_modules
 from secondorder.kfac.options import WIDE_INPUT
 from secondorder.kfac.vectors import Geometry, factor_dtype, geometry
 
-KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 APPROXIMATIONS = ("kfac", "ekfac", "fallback")
 
 
@@ -95,41 +93,6 @@ class Treatment:
     layer: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A module that holds a parameter, under the name `attribute`; path: without what wrappers add."""
-
-    path: str
-    module: nn.Module
-    attribute: str
-
-    @property
-    def name(self) -> str:
-        """Of the parameter."""
-        return f"{self.path}.{self.attribute}".lstrip(".")
-
-
-def clean_paths(model: nn.Module) -> dict[str, str]:
-    """The dotted path of every module without what wrappers add to it, by its path in `model.named_modules()`.
-
-    DataParallel and DistributedDataParallel add `module`, torch.compile `_orig_mod`; an attribute `module` of any other
-    module is the user's own and stays.
-    """
-    modules = dict(model.named_modules())
-    paths = {"": ""}
-    for path in modules:
-        parent, _, attribute = path.rpartition(".")
-        if path:
-            above = paths[parent]
-            paths[path] = above if _wraps(modules[parent], attribute) else f"{above}.{attribute}".lstrip(".")
-    return paths
-
-
-def _wraps(module: nn.Module, attribute: str) -> bool:
-    kinds = (kind.__name__ for kind in type(module).__mro__)
-    return attribute == "_orig_mod" or any(WRAPPERS.get(kind) == attribute for kind in kinds)
-
-
 def find_layers(
     model: nn.Module,
     approximation: str | Mapping[str, str] = "kfac",
@@ -144,15 +107,15 @@ def find_layers(
     """
     policy = _policy(approximation)
     check_known("sharing", sharing, SHARINGS)
-    places = _places(model)
+    places = modules_by_parameter(model)
     _check_parameters(places)
-    unsupported = _unsupported(model)
+    unsupported = unsupported_modules(model)
     layers: list[KroneckerLayer] = []
     treatments: dict[nn.Parameter, tuple[str, str, str | None]] = {}
     candidates = 0
     matched: set[str] = set()
     for weight, holders in places.items():
-        why = _reason(weight, holders, unsupported)
+        why = reason_without_factors(weight, holders, unsupported)
         if holders[0].attribute != "weight" or why or not weight.requires_grad:
             continue
         candidates += 1
@@ -226,67 +189,6 @@ def _nothing(candidates: int) -> str:
     return "the model has no layer that K-FAC can treat: no Linear, Conv1d or Conv2d of its own with a trainable weight"
 
 
-def _places(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
-    """Every module that holds a parameter; parameters in the order of `model.named_parameters()`."""
-    paths = clean_paths(model)
-    places: dict[nn.Parameter, list[Place]] = {}
-    for path, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(parameter, []).append(Place(paths[path], module, attribute))
-    return places
-
-
-def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose own kind, or that of a module around them, excludes them, with the reason."""
-    found: dict[nn.Module, str] = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            reason = "MultiheadAttention uses its weights without calling its layers"
-            found |= dict.fromkeys(module.modules(), reason)
-    for module in model.modules():
-        if isinstance(module, ParametrizationList):
-            found[module] = "parametrised"
-        elif module not in found and not _plain(module):
-            found[module] = type(module).__name__ + _what_differs(module)
-    return found
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether a module computes what its type, one of KINDS, does."""
-    kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
-    if kind is None or "forward" in vars(module) or type(module).forward is not kind.forward:
-        return False
-    if "weight" not in module._parameters:  # reparametrised by hooks or properties
-        return False
-    return getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
-
-
-def _what_differs(module: nn.Module) -> str:
-    if not isinstance(module, KINDS):
-        return ""
-    return ", its weight is parametrised" if "weight" not in module._parameters else ", with a forward of its own"
-
-
-def _reason(parameter: nn.Parameter, holders: Sequence[Place], unsupported: Mapping[nn.Module, str]) -> str:
-    """Why a weight has no Kronecker factors, empty if it has."""
-    if len(holders) > 1 and any(not _alike(holders[0], other) for other in holders[1:]):
-        users = " and ".join(f"{type(h.module).__name__} {h.path}".rstrip() for h in holders[:3])
-        return f"shared by unlike modules: {users}"
-    return next((unsupported[h.module] for h in holders if h.module in unsupported), "")
-
-
-def _alike(a: Place, b: Place) -> bool:
-    """Whether two modules are the same function of their input, up to nothing but its size."""
-    return a.attribute == b.attribute and type(a.module) is type(b.module) and _options(a.module) == _options(b.module)
-
-
-def _options(module: nn.Module) -> list[object]:
-    """Everything that decides on the output beside the weight."""
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return [getattr(module, name, None) for name in names] + [id(module._parameters.get("bias"))]
-
-
 def _bias(holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]]) -> nn.Parameter | None:
     """The trainable bias that these modules, and no others, add."""
     bias = holders[0].module._parameters.get("bias")
@@ -303,7 +205,7 @@ def _other(
     holders = places[parameter]
     if not parameter.requires_grad:
         return "frozen", "requires_grad is False", None
-    reason = _reason(parameter, holders, unsupported)
+    reason = reason_without_factors(parameter, holders, unsupported)
     if reason:
         return "fallback", reason, None
     if holders[0].attribute == "bias":
@@ -320,4 +222,4 @@ def _without_weight(
         return "shared by modules with different weights"
     if not weight.requires_grad:
         return "the weight beside it is frozen"
-    return f"the weight beside it is {_reason(weight, places[weight], unsupported)}"
+    return f"the weight beside it is {reason_without_factors(weight, places[weight], unsupported)}"

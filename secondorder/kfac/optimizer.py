@@ -25,7 +25,7 @@ from secondorder.kfac.options import (
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
-from secondorder.kfac.step_size import Trial, loss_value, quadratic_step
+from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
 
 BUFFERS = ("momentum_buffer", "square", "squares", "update")
@@ -169,6 +169,10 @@ class KFAC(torch.optim.Optimizer):
         For full batches, or large ones: lr and momentum of the groups are not used, weight decay is part of the loss. The
         forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
         """
+        check_batch(loss_function, inputs, targets)
+        self.check_groups()
+        self.zero_grad()
+        self.set_dampings()
         return quadratic_step(self, loss_function, inputs, targets)
 
     def check_groups(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from secondorder.curvature.kronecker.factors import SHARINGS
-from secondorder.errors import InputError, check_flag, check_known
+from secondorder.errors import InputError, check_flag, check_known, check_seed, check_whole
 from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
 INVERSES = ("eigen", "cholesky")
@@ -19,8 +19,6 @@ DAMPING = 0.01
 """Default damping, relative to the scale of a block: see `Damping`."""
 LARGEST = 3.4e38
 """Learning rates, weight decays and the like from here on are no numbers of single precision."""
-SEEDS = 2**63
-"""As many as a generator of torch takes."""
 WIDE_INPUT = 1024
 """Inputs from which the factor A is not built: decomposing 2,081 inputs takes a second, 128 rows of them ten milliseconds."""
 
@@ -38,7 +36,7 @@ class LevenbergMarquardt:
     most: float = 1e8
 
     def __post_init__(self) -> None:
-        check_interval("every", self.every)
+        check_whole("every", self.every)
         check_number("factor", self.factor, 0.0, 1.0)
         if self.factor == 0:
             raise InputError(f"factor {self.factor!r}: must lie in (0, 1)")
@@ -104,9 +102,8 @@ class Fisher:
     def __post_init__(self) -> None:
         for name, allowed in (("kind", FISHERS), ("likelihood", LIKELIHOODS), ("reduction", REDUCTIONS)):
             check_known("fisher" if name == "kind" else name, getattr(self, name), allowed)
-        check_interval("samples", self.samples)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
-            raise InputError(f"seed {self.seed!r}: must be a whole number from 0 to 2^63 - 1")
+        check_whole("samples", self.samples)
+        check_seed(self.seed)
         if self.grad_scaler is not None and not hasattr(self.grad_scaler, "get_scale"):
             raise InputError(f"grad_scaler {self.grad_scaler!r}: must be a torch.amp.GradScaler")
 
@@ -154,15 +151,9 @@ class Options:
             )
         check_number("fallback_lr", self.fallback_lr, 0.0, LARGEST)
         object.__setattr__(self, "fallback_lr", float(self.fallback_lr))
-        check_interval("wide_inputs", self.wide_inputs)
+        check_whole("wide_inputs", self.wide_inputs)
         for name in ("decoupled", "warm_up", "stagger", "check", "synchronise", "timing"):
             check_flag(name, getattr(self, name))
-
-
-def check_interval(name: str, value: object) -> None:
-    """InputError unless the value is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} {value!r}: must be a whole number, at least 1")
 
 
 def check_number(name: str, value: object, least: float, below: float = LARGEST) -> None:

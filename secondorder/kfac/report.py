@@ -1,12 +1,14 @@
 """What K-FAC does to every parameter, and what it costs."""
 
+from __future__ import annotations
+
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from secondorder.accelerator import wait_for
@@ -14,6 +16,10 @@ from secondorder.kfac.inverses import Inverse
 from secondorder.kfac.inverses.numerics import EVENTS
 from secondorder.kfac.layers import KroneckerLayer, Treatment
 from secondorder.kfac.statistics import LayerStatistics
+from secondorder.optional import needed_by
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,29 @@ class Report:
 
     def table(self) -> pd.DataFrame:
         """One row for each parameter."""
+        with needed_by("the table of a report"):
+            import pandas as pd
         return pd.DataFrame([asdict(row) for row in self.parameters])
 
     def __str__(self) -> str:
         lines = [
-            self.table().to_string(index=False),
+            *_aligned([tuple(field.name for field in fields(ParameterRow)), *map(_cells, self.parameters)]),
             f"{self.steps} steps, {self.bytes / 2**20:.1f} MiB of factors and inverses",
         ]
         for phase, seconds in self.seconds.items():
             lines.append(f"{phase}: {seconds:.3f} s in {self.calls[phase]} calls")
         lines.extend(f"{count} x {EVENTS.get(event, event)}" for event, count in self.events.items())
         return "\n".join(lines)
+
+
+def _cells(row: ParameterRow) -> tuple[str, ...]:
+    return tuple(str(value) for value in vars(row).values())
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line of text for each row, columns right-aligned and two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from secondorder.kfac.options import check_interval
+from secondorder.errors import check_whole
 from secondorder.kfac.state_check import check_count, check_entries
 
 
@@ -16,8 +16,8 @@ class Intervals:
     def __init__(
         self, factor_interval: int, inverse_interval: int, warm_up: bool, stagger: bool, costs: Mapping[str, float]
     ) -> None:
-        check_interval("factor_interval", factor_interval)
-        check_interval("inverse_interval", inverse_interval)
+        check_whole("factor_interval", factor_interval)
+        check_whole("inverse_interval", inverse_interval)
         self.factor_interval, self.inverse_interval, self.warm_up = factor_interval, inverse_interval, warm_up
         self.turns = spread(costs, inverse_interval) if stagger else dict.fromkeys(costs, 0)
         self.step = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,26 @@ from torch.func import jvp
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
 from secondorder.errors import InputError, failures_of
+from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.untouched import untouched
-
-if TYPE_CHECKING:
-    from secondorder.kfac.optimizer import KFAC
 
 Vector = Mapping[nn.Parameter, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
+class PreconditionedOptimizer(Protocol):
+    """What the quadratic model needs of `secondorder.kfac.KFAC`: its network, factors, parameter groups and state."""
+
+    model: nn.Module
+    preconditioner: KFACPreconditioner
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+
 class Trial:
     """A step whose change of the loss, as K-FAC's own model predicts it, is compared with the actual one."""
 
-    def __init__(self, optimizer: KFAC, loss: Any, random: RandomState) -> None:
+    def __init__(self, optimizer: PreconditionedOptimizer, loss: Any, random: RandomState) -> None:
         self.optimizer, self.loss, self.random = optimizer, loss_value(loss), random
         self.before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
@@ -51,23 +58,26 @@ class Trial:
         adapt_damping(optimizer, scale * _over_processes(optimizer, after - self.loss), scale * linear + square / 2)
 
 
-def quadratic_step(optimizer: KFAC, loss_function: LossFunction, inputs: Tensor, targets: Tensor) -> Tensor:
-    """See `KFAC.quadratic_step`."""
+def check_batch(loss_function: object, inputs: object, targets: object) -> None:
+    """InputError unless the arguments of `KFAC.quadratic_step` are a function and two tensors."""
     if not callable(loss_function):
         raise InputError(f"quadratic_step: loss_function {loss_function!r}: must be a function of outputs and targets")
     for name, tensor in (("inputs", inputs), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise InputError(f"quadratic_step: {name} {type(tensor).__name__}: must be a tensor")
-    optimizer.check_groups()
+
+
+def quadratic_step(
+    optimizer: PreconditionedOptimizer, loss_function: LossFunction, inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """`KFAC.quadratic_step` once gradients are cleared and the layers have the dampings of their groups; returns the loss."""
     preconditioner = optimizer.preconditioner
     decay = {p: float(group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     network = FrozenNetwork(optimizer.model)  # before the forward pass: it draws the same dropout masks
-    optimizer.zero_grad()
-    optimizer.set_dampings()
     with torch.enable_grad():
         with failures_of(f"quadratic_step: the model on inputs {list(inputs.shape)}"):
             outputs = optimizer.model(inputs)
-        optimizer.update_curvature(outputs)
+        preconditioner.update_curvature(outputs)
         with failures_of(
             f"quadratic_step: the loss of outputs {list(outputs.shape)} and targets {list(targets.shape)}"
         ):
@@ -100,7 +110,7 @@ def quadratic_step(optimizer: KFAC, loss_function: LossFunction, inputs: Tensor,
     return loss
 
 
-def adapt_damping(optimizer: KFAC, actual: float, predicted: float) -> None:
+def adapt_damping(optimizer: PreconditionedOptimizer, actual: float, predicted: float) -> None:
     """The damping of every group by Levenberg-Marquardt's rule for actual / predicted; a predicted rise counts as failure."""
     rule = optimizer.preconditioner.damping.adapt
     assert rule is not None
@@ -110,7 +120,7 @@ def adapt_damping(optimizer: KFAC, actual: float, predicted: float) -> None:
 
 
 def _curvature(
-    optimizer: KFAC,
+    optimizer: PreconditionedOptimizer,
     network: FrozenNetwork,
     loss_function: LossFunction,
     inputs: Tensor,
@@ -171,7 +181,7 @@ def loss_value(loss: Any) -> float:
         ) from error
 
 
-def _over_processes(optimizer: KFAC, value: float) -> float:
+def _over_processes(optimizer: PreconditionedOptimizer, value: float) -> float:
     """The mean over the processes."""
     processes = optimizer.preconditioner.processes
     device = optimizer.preconditioner.device
@@ -180,7 +190,7 @@ def _over_processes(optimizer: KFAC, value: float) -> float:
     return float(total) / processes.world
 
 
-def _penalty(optimizer: KFAC, a: Vector, b: Vector, decay: Mapping[nn.Parameter, float]) -> float:
+def _penalty(optimizer: PreconditionedOptimizer, a: Vector, b: Vector, decay: Mapping[nn.Parameter, float]) -> float:
     """a . (lambda I + weight_decay I) b."""
     total = sum(factor * float((a[p] * b[p]).sum()) for p, factor in decay.items() if factor and p in a)
     return total + float(optimizer.preconditioner.blocks.penalty(a, b))
@@ -191,7 +201,7 @@ def _slope(vector: Vector, decay: Mapping[nn.Parameter, float], scale: float) ->
     return sum(float(((scale * p.grad + decay[p] * p) * v).sum()) for p, v in vector.items() if p.grad is not None)
 
 
-def _take(optimizer: KFAC, basis: Sequence[Vector], coefficients: Sequence[float]) -> None:
+def _take(optimizer: PreconditionedOptimizer, basis: Sequence[Vector], coefficients: Sequence[float]) -> None:
     """Add the combination of the basis to the weights, and keep it for the next step."""
     for p in basis[0]:
         update = coefficients[0] * basis[0][p]
@@ -201,7 +211,7 @@ def _take(optimizer: KFAC, basis: Sequence[Vector], coefficients: Sequence[float
         p.add_(update)
 
 
-def _change_of_decay(optimizer: KFAC, moved: Vector, decay: Mapping[nn.Parameter, float]) -> float:
+def _change_of_decay(optimizer: PreconditionedOptimizer, moved: Vector, decay: Mapping[nn.Parameter, float]) -> float:
     """Change of weight_decay |w|^2 / 2 by the last update."""
     total = 0.0
     for p in moved:

@@ -6,7 +6,6 @@ definitions), `scalar_functions` and `spectrum` (functions of eigenvalues and th
 `precision` (any scale, full precision).
 """
 
-from secondorder.matrix_power import exporting  # noqa: F401  # its operators exist from here on
 from secondorder.matrix_power.functions import (
     covariance,
     covariance_log,

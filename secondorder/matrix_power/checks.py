@@ -1,11 +1,11 @@
 """Refusals of the matrix functions: one line that names the value and what is allowed."""
 
-import sys
+import math
 
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError, check_known, check_whole, short
+from secondorder.errors import InputError, NonFiniteError, check_known, check_number, check_whole
 from secondorder.matrix_power.transforms import inside_transform, known_shape
 from secondorder.matrix_power.units import unit
 
@@ -76,27 +76,12 @@ def check_iterations(num_iter: int) -> None:
 
 def check_exponent(exponent: float) -> None:
     """Raises InputError unless the exponent is a real number of at most MOST_EXPONENT in size."""
-    if not _is_finite(exponent) or abs(exponent) > MOST_EXPONENT:
-        raise InputError(
-            f"exponent must be a finite real number of at most {MOST_EXPONENT} in size, got {short(exponent)}"
-        )
+    check_number("exponent", exponent, -MOST_EXPONENT, MOST_EXPONENT, "[]")
 
 
 def check_eps(eps: float) -> None:
     """Raises InputError unless eps is finite and not negative."""
-    if not _is_finite(eps) or eps < 0:
-        raise InputError(f"eps must be finite and at least 0, got {short(eps)}")
-
-
-def check_flag(name: str, value: bool) -> None:
-    """Raises InputError unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {short(value)}")
-
-
-def _is_finite(value: object) -> bool:
-    """Whether the value is an int or float within the range of floats; a bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    check_number("eps", eps, 0, math.inf)
 
 
 def _check_tensor(x: Tensor, what: str) -> None:

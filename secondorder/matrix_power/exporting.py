@@ -17,7 +17,13 @@ from torch import Tensor
 from secondorder.errors import InputError
 from secondorder.matrix_power.newton_schulz import NewtonSchulzPolynomial
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, ScalarFunction, SquareRoot
-from secondorder.matrix_power.spectral import first_derivative, value
+from secondorder.matrix_power.spectral import first_derivative, spectral, value
+from secondorder.matrix_power.transforms import exporting
+
+
+def spectral_or_recorded(S: Tensor, function: ScalarFunction) -> Tensor:
+    """f(S) of symmetric `[..., C, C]` by `spectral`, or by `recorded` while a program is being recorded."""
+    return recorded(S, function) if exporting() else spectral(S, function)
 
 
 def recorded(S: Tensor, function: ScalarFunction) -> Tensor:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from secondorder.errors import check_flag
 from secondorder.matrix_power import checks
 from secondorder.matrix_power.crossover import eigenvalues_are_faster, gram_is_faster
 from secondorder.matrix_power.kernels import Eigen, Kernel, Products
@@ -40,7 +41,7 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
     checks.check_matrices(S)
     checks.check_method(method)
     checks.check_iterations(num_iter)
-    checks.check_flag("validate", validate)
+    check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     return _of_matrix(S, Spectral(SquareRoot()) if method == "eigh" else NewtonSchulz(num_iter))
@@ -53,7 +54,7 @@ def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor
     """
     checks.check_matrices(S)
     checks.check_exponent(exponent)
-    checks.check_flag("validate", validate)
+    check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     if exponent == 1:
@@ -70,7 +71,7 @@ def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
     """
     checks.check_matrices(S)
     checks.check_eps(eps)
-    checks.check_flag("validate", validate)
+    check_flag("validate", validate)
     if validate:
         checks.check_values(S)
     return _of_matrix(S, Spectral(Logarithm(float(eps))))
@@ -95,7 +96,7 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
     checks.check_features(x)
     checks.check_method(method)
     checks.check_iterations(num_iter)
-    checks.check_flag("triangle", triangle)
+    check_flag("triangle", triangle)
     if method == "eigh":
         return _of_features(x, Eigen(Spectral(SquareRoot())), triangle)
     return _of_features(x, _newton_schulz(method, num_iter, x), triangle)
@@ -105,7 +106,7 @@ def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> T
     """`matrix_power(covariance(x), exponent)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_exponent(exponent)
-    checks.check_flag("triangle", triangle)
+    check_flag("triangle", triangle)
     if exponent == 1:
         S = covariance(x)
         return upper_triangle(S) if triangle else S
@@ -116,7 +117,7 @@ def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Te
     """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
     checks.check_features(x)
     checks.check_eps(eps)
-    checks.check_flag("triangle", triangle)
+    check_flag("triangle", triangle)
     return _of_features(x, Eigen(Spectral(Logarithm(float(eps)))), triangle)
 
 

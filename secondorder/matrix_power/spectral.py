@@ -23,15 +23,11 @@ from torch.autograd import Function
 
 from secondorder.matrix_power.precision import full_precision
 from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
-from secondorder.matrix_power.transforms import exporting, mapped_first, primals, symmetric
+from secondorder.matrix_power.transforms import mapped_first, primals, symmetric
 
 
 def spectral(S: Tensor, function: ScalarFunction) -> Tensor:
     """f(S) for symmetric S `[..., C, C]` of moderate scale (`units`); gradients are symmetric, a third derivative raises."""
-    if exporting():
-        from secondorder.matrix_power.exporting import recorded  # here, as it imports this module
-
-        return recorded(S, function)
     unit = function.unit if isinstance(function, Logarithm) else None
     plain = function if unit is None else replace(function, unit=None)  # type: ignore[type-var]
     return _Value.apply(S, unit, plain)[0]

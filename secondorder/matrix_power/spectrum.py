@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power.covariance import covariance_matrix
+from secondorder.matrix_power.exporting import spectral_or_recorded
 from secondorder.matrix_power.newton_schulz import (
     CONVERGED_STEPS,
     STABLE_STEPS,
@@ -27,7 +28,7 @@ from secondorder.matrix_power.newton_schulz import (
     polynomial,
 )
 from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
-from secondorder.matrix_power.spectral import divided_differences, left_out, null_directions, spectral
+from secondorder.matrix_power.spectral import divided_differences, left_out, null_directions
 from secondorder.matrix_power.transforms import exporting
 from secondorder.matrix_power.units import power, unit
 
@@ -149,7 +150,7 @@ class NewtonSchulz(MatrixFunction):
         trace = S.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         live = trace > 0
         trace = torch.where(live, trace, 1)
-        Y = spectral(S / trace, NewtonSchulzPolynomial(self._steps(S.dtype)))
+        Y = spectral_or_recorded(S / trace, NewtonSchulzPolynomial(self._steps(S.dtype)))
         return torch.where(live, trace.sqrt() * Y, 0)
 
     def _steps(self, dtype: torch.dtype) -> int:
@@ -189,11 +190,11 @@ class Spectral(MatrixFunction):
 
     def of_unit_matrix(self, S: Tensor) -> Tensor:
         """The closed form of `spectral`."""
-        return spectral(S, self.function)
+        return spectral_or_recorded(S, self.function)
 
     def of_unit_covariance(self, x: Tensor) -> Tensor:
         """The closed form on the covariance matrix."""
-        return spectral(covariance_matrix(x), self.function)
+        return spectral_or_recorded(covariance_matrix(x), self.function)
 
 
 def _negative_part(S: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torchvision
 from torch import nn
 
-from secondorder.networks.small import cifar_resnet, digits_net, digits_tiny
+from secondorder.networks.small import cifar_resnet, digits_net, digits_slim, digits_small, digits_tiny
 from secondorder.networks.split import first_convolution, split, without_inplace
+from secondorder.optional import needed_by
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ def from_torchvision(name: str, in_channels: int, fan_out: bool = True) -> tuple
     """Stem and features of torchvision's network of this name, for images of `in_channels` channels.
 
     For other than 3 channels the first convolution is made anew, with torchvision's initialisation of that network
-    (N(0, 2 / fan_out), or PyTorch's default where `fan_out` is false).
+    (N(0, 2 / fan_out), or PyTorch's default where `fan_out` is false). Raises MissingLibraryError without torchvision.
     """
+    with needed_by(f"the network {name}"):
+        import torchvision
     parts = split(getattr(torchvision.models, name)(weights=None, num_classes=1))
     without_inplace(parts.stem)
     without_inplace(parts.features)
@@ -83,5 +85,7 @@ NETWORKS: dict[str, Backbone] = {
     "cifar_resnet20": small_resnet(20),
     "cifar_resnet32": small_resnet(32),
     "digits_net": Backbone(digits_net, 32),
+    "digits_slim": Backbone(digits_slim, 16),
+    "digits_small": Backbone(digits_small, 16),
     "digits_tiny": Backbone(digits_tiny, 6),
 }

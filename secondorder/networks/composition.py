@@ -6,11 +6,11 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from secondorder.errors import MOST, InputError, check_known, short
+from secondorder.errors import MOST, InputError, check_known, check_whole, short
 from secondorder.matrix_power.checks import FLOATS
 from secondorder.matrix_power.transforms import inside_transform, known_shape
 from secondorder.networks.backbones import NETWORKS, Backbone
-from secondorder.networks.heads import Pooling, check_pooling, check_positive, make_head
+from secondorder.networks.heads import Pooling, check_pooling, make_head
 from secondorder.networks.split import check_stride, first_convolution, last_linear, set_last_stride
 from secondorder.pooling import LAYOUTS, Covariance
 from secondorder.pooling.layout import channels_first, check_layout
@@ -120,7 +120,7 @@ class Network(nn.Module):
         if len(size) != axes:
             raise InputError(f"image_size {short(image_size)}: must be one whole number, or {axes} of them")
         for side in size:
-            check_positive("image_size", side, most=MOST_SIDE)
+            check_whole("image_size", side, most=MOST_SIDE)
         trunk = nn.Sequential(self.stem, self.features)
         state = {name: tensor.to("meta") for name, tensor in (*trunk.named_parameters(), *trunk.named_buffers())}
         dtype = next((p.dtype for p in trunk.parameters()), torch.get_default_dtype())
@@ -219,8 +219,8 @@ def network(
     check_known("backbone", backbone, NETWORKS)
     row = NETWORKS[backbone]
     check_pooling("network", network, pooling, reduced_channels, dropout, pooling_options)
-    check_positive("num_classes", num_classes, most=MOST_CLASSES)
-    check_positive("in_channels", in_channels, most=MOST_INPUT_CHANNELS)
+    check_whole("num_classes", num_classes, most=MOST_CLASSES)
+    check_whole("in_channels", in_channels, most=MOST_INPUT_CHANNELS)
     stride = choose_stride(backbone, row, pooling, last_stride)
 
     with undrawn_if_refused():

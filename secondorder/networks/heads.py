@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from secondorder.errors import MOST, InputError, short
+from secondorder.errors import InputError, check_number, check_whole, short
 from secondorder.pooling import LAYOUTS, POOLINGS, pooling_head
 from secondorder.pooling.heads import MOST_CHANNELS, check_options, check_pooling_name, output_size
 
@@ -83,14 +83,7 @@ def check_pooling(
         known = {option: value for option, value in options.items() if option not in ("activation", "layout")}
         check_options(name, str(pooling), known, inspect.signature(function).parameters)
     if reduced_channels is not None and not (type(reduced_channels) is int and reduced_channels == 0):
-        check_positive("reduced_channels", reduced_channels, " or 0 (no reduction) or None (automatic)", MOST_CHANNELS)
-    if dropout is not None and not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
-        raise InputError(f"dropout {short(dropout)}: must be in [0, 1), or None (as published)")
-
-
-def check_positive(name: str, value: int, otherwise: str = "", most: int = MOST) -> None:
-    """InputError unless the value is a whole number from 1 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} {short(value)}: must be a whole number >= 1{otherwise}")
-    if value > most:
-        raise InputError(f"{name} {short(value)}: must be at most {most}")
+        hint = "; or 0 (no reduction), or None (automatic)"
+        check_whole("reduced_channels", reduced_channels, most=MOST_CHANNELS, hint=hint)
+    if dropout is not None:
+        check_number("dropout", dropout, 0, 1, hint="; or None (as published)")

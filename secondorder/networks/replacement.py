@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import shufflenetv2
 
-from secondorder.errors import InputError, short
+from secondorder.errors import InputError, check_whole, short
 from secondorder.networks.composition import MOST_CLASSES, Network, linear
-from secondorder.networks.heads import Pooling, check_pooling, check_positive, make_head
+from secondorder.networks.heads import Pooling, check_pooling, make_head
 from secondorder.networks.split import (
     WAY_OUT,
     ForwardFeatures,
@@ -25,6 +24,7 @@ from secondorder.networks.split import (
     split_timm,
     without_inplace,
 )
+from secondorder.optional import is_instance
 from secondorder.pooling.layout import channels_first
 from secondorder.untouched import undrawn_if_refused
 
@@ -67,10 +67,10 @@ def replace_pooling(
     if not isinstance(model, nn.Module):
         raise InputError(f"model {short(model)}: must be an nn.Module; use `network` to build a backbone by its name")
     size = default_image_size(model) if image_size is None else image_size
-    check_positive("image_size", size, most=MOST_IMAGE_SIZE)
+    check_whole("image_size", size, most=MOST_IMAGE_SIZE)
     check_pooling("replace_pooling", replace_pooling, pooling, reduced_channels, dropout, pooling_options)
     if num_classes is not None:
-        check_positive("num_classes", num_classes, most=MOST_CLASSES)
+        check_whole("num_classes", num_classes, most=MOST_CLASSES)
     parts = checked_parts(model, size)
     stem, features, old = parts.split.stem, parts.split.features, parts.split.classifier
     without_inplace(stem)
@@ -255,8 +255,10 @@ def random_images(channels: int, image_size: int, model: nn.Module) -> Tensor:
 
 def activation_after_reduction(features: nn.Module) -> type[nn.Module]:
     """ReLU6 for MobileNetV2 (its features use it) and ShuffleNetV2, as in NETWORKS, else ReLU."""
-    relu6 = any(isinstance(part, nn.ReLU6 | shufflenetv2.InvertedResidual) for part in features.modules())
-    return nn.ReLU6 if relu6 else nn.ReLU
+    for part in features.modules():
+        if isinstance(part, nn.ReLU6) or is_instance(part, "torchvision.models.shufflenetv2", "InvertedResidual"):
+            return nn.ReLU6
+    return nn.ReLU
 
 
 def last_dropout(classifier: nn.Module) -> float:

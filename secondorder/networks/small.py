@@ -64,6 +64,16 @@ def digits_net(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
     return plain_net(in_channels, 16, (32, 32, 32))
 
 
+def digits_slim(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The same depth, half as wide, `[N, in_channels, H, W] -> [N, 16, H, W]`: 5,944 parameters."""
+    return plain_net(in_channels, 8, (16, 16, 16))
+
+
+def digits_small(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Half as wide, a convolution less deep, `[N, in_channels, H, W] -> [N, 16, H, W]`: 3,608 parameters."""
+    return plain_net(in_channels, 8, (16, 16))
+
+
 def digits_tiny(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
     """The same, so small that its whole Hessian is a dense matrix, `[N, in_channels, H, W] -> [N, 6, H, W]`: 608 parameters."""
     return plain_net(in_channels, 4, (6, 6))

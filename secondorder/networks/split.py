@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import DenseNet
 
 from secondorder.errors import InputError, short
+from secondorder.optional import is_instance
 
 POOLING_NAMES = ("avgpool", "global_pool")
 CLASSIFIER_NAMES = ("fc", "classifier", "head")
@@ -102,7 +102,7 @@ def split(model: nn.Module) -> Split:
         trunk.append((name, child))
     if len(trunk) == 1 and isinstance(trunk[0][1], nn.Sequential):  # VGG, MobileNet: everything in `features`
         trunk = list(trunk[0][1].named_children())
-    if isinstance(model, DenseNet):
+    if is_instance(model, "torchvision.models", "DenseNet"):
         trunk.append(("relu", nn.ReLU()))  # the last activation is a function call in DenseNet's forward
     if classifier is None or len(trunk) < 2:
         raise InputError(

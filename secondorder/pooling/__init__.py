@@ -6,6 +6,7 @@ from secondorder.pooling.head import PoolingHead
 from secondorder.pooling.heads import POOLINGS, pooling_head
 from secondorder.pooling.layout import LAYOUTS, AsMaps
 from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, MatrixSquareRoot
+from secondorder.pooling.random_lift import RandomLift
 from secondorder.pooling.upper_triangle import UpperTriangle
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MatrixPower",
     "MatrixSquareRoot",
     "PoolingHead",
+    "RandomLift",
     "UpperTriangle",
     "pooling_head",
 ]

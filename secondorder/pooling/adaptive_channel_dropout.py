@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.errors import InputError, check_whole
+from secondorder.errors import MOST, InputError, check_whole
 from secondorder.matrix_power.transforms import full_precision, widened
 from secondorder.pooling.layout import check_features
 from secondorder.pooling.weights import counted, normalised, position_weights
@@ -38,7 +38,7 @@ class AdaptiveChannelDropout(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        check_whole("channels", channels)
+        check_whole("channels", channels, most=MOST)
         check_whole("kernel_size", kernel_size, most=MOST_KERNEL)
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be an odd whole number of at least 1, got {kernel_size}")

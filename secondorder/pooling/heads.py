@@ -14,6 +14,7 @@ from secondorder.pooling.covariance import Covariance
 from secondorder.pooling.head import PoolingHead
 from secondorder.pooling.layout import check_layout
 from secondorder.pooling.matrix_function import MatrixLogarithm, MatrixPower, MatrixSquareRoot
+from secondorder.pooling.random_lift import RandomLift
 from secondorder.pooling.upper_triangle import UpperTriangle
 from secondorder.untouched import undrawn_if_refused
 
@@ -53,6 +54,11 @@ def dropped_covariance(channels: int, kernel_size: int = 3) -> list[nn.Module]:
     return [AdaptiveChannelDropout(channels, kernel_size), Covariance(), UpperTriangle()]
 
 
+def lifted_average(channels: int, seed: int = 0) -> list[nn.Module]:
+    """GAP with as many outputs as GCP, the dimension control: products of fixed random projections of the mean."""
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), RandomLift(channels, seed)]
+
+
 POOLINGS: dict[str, Callable[..., list[nn.Module]]] = {
     "gap": global_average,
     "covariance": plain_covariance,
@@ -61,6 +67,7 @@ POOLINGS: dict[str, Callable[..., list[nn.Module]]] = {
     "gcp_power": power,
     "gcp_log": logarithm,
     "dropcov": dropped_covariance,
+    "gap_lifted": lifted_average,
 }
 """Name -> leaf modules of the head for a number of channels and options."""
 
@@ -138,11 +145,13 @@ def output_size(module: nn.Module, features: torch.Tensor) -> int:
 
 
 def _out_features(name: str, layers: nn.Sequential, channels: int) -> int:
-    """The size of the pooled vector: known for layers that end in a triangle and for the mean, else found by a run."""
+    """The size of the pooled vector: known for layers that end in a triangle or a lift and for the mean, else found by a run."""
     if len(layers) == 0:
         raise InputError(f"pooling {name!r} has no layers: a row of POOLINGS gives at least one")
     if type(layers[-1]) is UpperTriangle:
         return channels * (channels + 1) // 2
+    if type(layers[-1]) is RandomLift:
+        return layers[-1].out_features
     if [type(layer) for layer in layers] == [nn.AdaptiveAvgPool2d, nn.Flatten]:
         return channels
     return output_size(layers, torch.ones(2, channels, 4, 4))

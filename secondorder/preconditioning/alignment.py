@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError, NonFiniteError, check_number, check_whole
 
 MOST_RESAMPLES = 10**7
 ROUNDING = 64
@@ -97,12 +97,9 @@ def _check_bootstrap(statistic: object, confidence: float, resamples: int, seed:
         raise InputError(
             f"statistic {statistic!r}: must be a function of values with an axis, for example numpy.median"
         )
-    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 < confidence < 1:
-        raise InputError(f"confidence {confidence!r}: must be between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or not 100 <= resamples <= MOST_RESAMPLES:
-        raise InputError(f"resamples {resamples!r}: must be a whole number, 100 to {MOST_RESAMPLES}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed {seed!r}: must be a whole number, at least 0")
+    check_number("confidence", confidence, 0, 1, "()")
+    check_whole("resamples", resamples, 100, MOST_RESAMPLES)
+    check_whole("seed", seed, 0)
 
 
 def _by_layer(measure: Callable[..., float], *directions: Mapping[str, Tensor]) -> Alignment:

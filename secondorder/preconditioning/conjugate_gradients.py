@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError, failures_of
+from secondorder.errors import InputError, NonFiniteError, check_whole, failures_of
 from secondorder.kfac.options import check_number
 
 
@@ -139,8 +139,7 @@ def _check(b: Tensor, damping: float, tolerance: float, iterations: int, start: 
     check_number("tolerance", tolerance, 0.0, 1.0)
     if not tolerance > 0:
         raise InputError(f"tolerance {tolerance}: must be between 0 and 1, a part of |b|")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise InputError(f"iterations {iterations!r}: must be a whole number, at least 1")
+    check_whole("iterations", iterations)
     for name, tensor in (("b", b), *([] if start is None else [("start", start)])):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is {type(tensor).__name__}: must be a tensor")

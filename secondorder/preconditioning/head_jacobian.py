@@ -14,15 +14,15 @@ COPIES = 3
 def jacobian_singular_values(features: Tensor, head: PoolingHead, svec: bool) -> Tensor:
     """All singular values of d head(X) / dX of each image `[N, C, H, W]`, descending: `[N, D]`, D outputs of the head.
 
-    One dense matrix D x C M an image. Outputs of a covariance head are taken in svec coordinates, or (`svec` False) as the
-    upper triangle that the head gives. Raises InputError when a matrix does not fit in memory.
+    One dense matrix D x C M an image. With `svec` the outputs are an upper triangle that is taken in svec coordinates, else they
+    are as the head gives them. Raises InputError when a matrix does not fit in memory.
     """
     _, C, H, W = features.shape
     outputs, inputs = head.out_features, C * H * W
     needed = COPIES * outputs * inputs * features.dtype.itemsize
     what = f"the Jacobian of {outputs} outputs with respect to {inputs} features ({needed} bytes)"
     check_memory(needed, available_memory(features.device), what, "use exact=False, or fewer channels")
-    scale = svec_scale(C, features) if svec and outputs != C else features.new_ones(outputs)
+    scale = svec_scale(C, features) if svec else features.new_ones(outputs)
     rows = max(1, BLOCK_BYTES // (4 * C * max(C, H * W) * features.dtype.itemsize))
     derivative = torch.func.jacrev(lambda x: scale * head(x[None])[0], chunk_size=rows)
     values = torch.stack([torch.linalg.svdvals(derivative(x).reshape(outputs, inputs)) for x in features])

@@ -17,6 +17,8 @@ and the pairs i < j keep theirs. The closed form is exact with one singular valu
 
 Null directions, l <= C eps l_max, count as l = 0 with f[l, 0] = f(l) / l and sigma = 0 for pairs of them. The logarithm with
 eps = 0 has no such limit: its Jacobian is that of features of full rank only.
+
+Heads of the mean of the positions, `gap` and `gap_lifted`, have C singular values, see `head_functions.MeanFunction`.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from secondorder.matrix_power.scalar_functions import Logarithm
 from secondorder.matrix_power.spectral import null_directions
 from secondorder.matrix_power.spectrum import MatrixFunction, Spectral
 from secondorder.preconditioning.features import centred, check_features
-from secondorder.preconditioning.head_functions import head_and_function
+from secondorder.preconditioning.head_functions import MeanFunction, head_and_function
 from secondorder.preconditioning.head_jacobian import jacobian_singular_values
 
 COORDINATES = ("svec", "triangle")
@@ -45,13 +47,13 @@ class HeadSpectrum:
     """Singular values of a head's Jacobian, one row an image, in float64."""
 
     singular_values: Tensor
-    """`[N, D]` descending, D = C (C + 1) / 2 outputs (GAP: C); zero outside the range (exact=True: rounding errors)."""
+    """`[N, D]` descending, D = C (C + 1) / 2 outputs (gap: C); zero outside the range (exact=True: rounding errors)."""
     eigenvalues: Tensor
     """`[N, C]` of the covariance S, descending, zero in null directions."""
     rank: Tensor
     """`[N]`, the number of eigenvalues that are not null."""
     support: Tensor
-    """`[N]`, how many singular values lie on the range: r (r + 1) / 2 + r (C - r) for rank r (GAP: C)."""
+    """`[N]`, how many singular values lie on the range: r (r + 1) / 2 + r (C - r) for rank r (of the mean: C)."""
 
     @property
     def largest(self) -> Tensor:
@@ -119,18 +121,23 @@ def head_spectrum(
             "differentiable; use eps > 0"
         )
     if exact:
-        values = jacobian_singular_values(x, head, coordinates == "svec")
-    elif function is None:
-        values = torch.full_like(a, M**-0.5)
+        svec = coordinates == "svec" and not isinstance(function, MeanFunction)
+        values = jacobian_singular_values(x, head, svec)
     else:
         images = max(1, BLOCK_BYTES // (8 * C**2 * x.dtype.itemsize))
-        parts = zip(a.split(images), t.split(images), strict=True)
-        values = torch.cat([_closed_form(a, t, M, function, trace_term) for a, t in parts])
+        if isinstance(function, MeanFunction):
+            means = x.mean((2, 3)).split(images)
+            values = torch.cat([function.singular_values(z, M) for z in means])
+            values = pad(values, (0, head.out_features - C))
+        else:
+            parts = zip(a.split(images), t.split(images), strict=True)
+            values = torch.cat([_closed_form(a, t, M, function, trace_term) for a, t in parts])
     if not values.isfinite().all():
         raise NonFiniteError(
             f"the Jacobian of {pooling!r} is beyond float64 for features up to {x.abs().max():.3g}; rescale them"
         )
-    support = torch.full_like(rank, C) if function is None else rank * (rank + 1) // 2 + rank * (C - rank)
+    of_mean = isinstance(function, MeanFunction)
+    support = torch.full_like(rank, C) if of_mean else rank * (rank + 1) // 2 + rank * (C - rank)
     return HeadSpectrum(values, (a * t).flip(-1), rank, support)
 
 

@@ -15,6 +15,7 @@ from secondorder.curvature import curvature_blocks
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.loss_curvature import Loss
 from secondorder.curvature.operators import FactoredOperator, SymmetricOperator
+from secondorder.curvature.relative_damping import norm_over_trace
 from secondorder.errors import NonFiniteError
 from secondorder.kfac.options import check_number
 from secondorder.preconditioning.conjugate_gradients import CGSolution, conjugate_gradients
@@ -101,7 +102,7 @@ def weighted_eigenvalue(G: SymmetricOperator) -> float:
         squares, trace = float(GV.double().square().sum()), float((V * GV).double().sum())
     if not squares + trace < float("inf"):
         raise NonFiniteError("the Gauss-Newton matrix contains NaN or infinity; check the network's weights")
-    return squares / trace if squares > 0 and trace > 0 else 1.0
+    return norm_over_trace(squares, trace) or 1.0
 
 
 def _held(G: GaussNewtonOperator, products: int) -> SymmetricOperator:

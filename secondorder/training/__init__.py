@@ -11,6 +11,7 @@ from secondorder.training.processes import distributed, is_main_process, on_main
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES, Schedule
 from secondorder.training.setup import check_run, initial_network
+from secondorder.training.snapshot import Snapshot, snapshot
 from secondorder.training.state import Trained
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Observer",
     "Run",
     "Schedule",
+    "Snapshot",
     "Trained",
     "check_run",
     "distributed",
@@ -31,5 +33,6 @@ __all__ = [
     "load_checkpoint",
     "on_main",
     "resolve_device",
+    "snapshot",
     "train",
 ]

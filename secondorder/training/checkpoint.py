@@ -56,8 +56,13 @@ def _named(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def save(state: dict[str, Any], folder: Path) -> None:
-    """Write ``state`` as the folder's checkpoint, atomically.
+def snapshot_name(step: int) -> str:
+    """The file of the state after so many steps, in the folder of a training."""
+    return f"step-{step}.pt"
+
+
+def save(state: dict[str, Any], folder: Path, name: str = CHECKPOINT) -> None:
+    """Write ``state`` as the folder's checkpoint, or as a file of another name, atomically.
 
     Raises:
         InputError: naming the folder, when it cannot be written (full or read-only disk); the previous checkpoint is
@@ -66,7 +71,7 @@ def save(state: dict[str, Any], folder: Path) -> None:
     content = io.BytesIO()
     torch.save({"format": FORMAT} | state, content)
     with _named(folder):
-        write_atomically(folder / CHECKPOINT, content.getbuffer())
+        write_atomically(folder / name, content.getbuffer())
 
 
 def file_of(path: Path) -> Path:
@@ -104,8 +109,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
                 "and begin from it with train(..., initial=that file)"
             ) from error
         raise InputError(
-            f"the checkpoint {shown(path, 140)!r} is damaged ({reason(error, 50)}); delete it or run without --resume to start "
-            "afresh"
+            f"the checkpoint {shown(path, 140)!r} is damaged ({reason(error, 50)}); delete it to start afresh"
         ) from error
     return dict(state)
 
@@ -152,7 +156,7 @@ def check_same(state: dict[str, Any], expected: dict[str, dict[str, Any]], folde
             if mine.get(name) != theirs.get(name):
                 raise InputError(
                     f"the checkpoint in {shown(folder)!r} has {part} {name} = {shown(repr(theirs.get(name)), 50)}, not "
-                    f"{shown(repr(mine.get(name)), 50)}; choose another folder or run without --resume to start afresh"
+                    f"{shown(repr(mine.get(name)), 50)}; choose another folder, or begin afresh without resume"
                 )
 
 
@@ -194,8 +198,36 @@ def restore(state: dict[str, Any], parts: dict[str, Any], folder: Path) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"the checkpoint in {shown(folder)!r} does not fit the network ({shown(reason, 60)}); choose another folder "
-            "or run without --resume to start afresh"
+            "or begin afresh without resume"
         ) from error
+
+
+def resumed(
+    content: bytes,
+    folder: Path,
+    run: Run,
+    steps_per_epoch: int,
+    expected: dict[str, dict[str, Any]],
+    parts: dict[str, Any],
+) -> Progress:
+    """The progress in the bytes of a folder's checkpoint, whose states are given to the parts of a training.
+
+    Args:
+        content: see `read`.
+        folder: of the checkpoint, named by errors.
+        run: of the training; its number of epochs may be another (`take_epochs`).
+        steps_per_epoch: of the training.
+        expected: the `identity` of the training.
+        parts: network, optimiser and scaler of the training, by the names of their states.
+
+    Raises:
+        InputError: when the checkpoint is damaged, or of another training.
+    """
+    state = parse(content, folder / CHECKPOINT)
+    take_epochs(state, run, steps_per_epoch, folder)
+    check_same(state, expected, folder)
+    restore(state, parts, folder)
+    return Progress(**state["progress"])
 
 
 def load(path: str | Path) -> dict[str, Any] | None:

@@ -83,4 +83,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
     So no generator's state has to be saved: a resumed step draws what the uninterrupted one drew, on every device.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    if accelerator_type() is None:  # without one torch.manual_seed takes as long as a small forward pass
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from secondorder.data.own import OwnSplit, check_map_style, checked_batch
-from secondorder.errors import InputError, check_flag, check_known
+from secondorder.errors import InputError, check_flag, check_known, check_whole
 from secondorder.training import processes
 from secondorder.training.device import DTYPES, autocast
 
@@ -73,8 +73,7 @@ def evaluate(
         InputError: for a data set without images or of other samples, labels outside the classes, and a network that does not
             return logits.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; it must be a whole number, at least 1")
+    check_whole("batch_size", batch_size)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {model!r:.100}; it must be a torch.nn.Module")
     if not isinstance(dataset, DataLoader) and not hasattr(dataset, "batch"):

@@ -7,14 +7,13 @@ The state after step s is a function of the state before it and of (run, s) alon
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from secondorder.accelerator import wait_for
@@ -23,18 +22,17 @@ from secondorder.data.files import expanded, shown
 from secondorder.data.own import is_own
 from secondorder.errors import InputError, NonFiniteError, first_line
 from secondorder.training import checkpoint, processes
-from secondorder.training.batch_norm import desynchronise, synchronise, without_synchronisation
+from secondorder.training.batch_norm import desynchronise, without_synchronisation
 from secondorder.training.batches import batches
 from secondorder.training.device import autocast, check_device, isolated, resolve_device, seed_step
-from secondorder.training.divergence import NonFiniteLossError, all_finite
+from secondorder.training.divergence import NonFiniteLossError, all_finite, divergence, left_range
 from secondorder.training.evaluation import evaluate, to_device
 from secondorder.training.losses import UnreadLosses, step_loss
 from secondorder.training.observers import Moment, Observer, Row, intervals, observe
-from secondorder.training.optimizers import OPTIMIZERS
-from secondorder.training.parts import divide_groups, train_mode
+from secondorder.training.parts import set_learning_rate, train_mode
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
-from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of, first_model
+from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of, first_state
 from secondorder.training.state import Progress, Trained
 from secondorder.training.weights import Initial, OwnNetwork
 
@@ -47,6 +45,8 @@ def train(
     network: OwnNetwork | None = None,
     initial: Initial | None = None,
     observers: Mapping[str, Observer] = MappingProxyType({}),
+    snapshots: Collection[int] = (),
+    until: int | None = None,
     resume: bool = False,
     checkpoint_every: float = 30.0,
     progress: bool = True,
@@ -70,6 +70,9 @@ def train(
         initial: with a name in ``run.initial``: weights to begin with, a state_dict of the whole network, a file with one, or
             the checkpoint (folder or file) of another training. Optimiser and schedule begin afresh.
         observers: measurements during training, by name.
+        snapshots: numbers of steps done (0: before the first) at which the whole state is kept for ever, each as
+            ``step-<number>.pt``: a checkpoint, with which `snapshot` gives training as it was there.
+        until: stop when so many steps are done, with a checkpoint; resuming continues. None: at the end of the run.
         resume: continue the checkpoint in the folder: a finished run is returned at once, a folder without a checkpoint
             starts from the beginning. Without it a checkpoint there is replaced at the first saving. The run must be the
             checkpoint's in everything but the number of epochs, which may differ where the steps done so far have the same
@@ -98,6 +101,7 @@ def train(
             processes.on_main(lambda: held.enter_context(checkpoint.own_folder(training.folder)))
             if resume:
                 training.resume()
+            training.keep(snapshots, until)
             training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
         return training.trained()
 
@@ -120,14 +124,11 @@ class _Training:
         self.own_data = is_own(data.name)
         self.schedule = SCHEDULES[run.schedule]
         self.steps_per_epoch = len(data.train) // run.batch_size
-        self.total = self.steps_per_epoch * run.epochs
-        self.memory_format = torch.channels_last if run.channels_last else torch.preserve_format
-        model, origin = first_model(run, data, network, initial)
+        self.total = self.end = self.steps_per_epoch * run.epochs
+        self.snapshots: frozenset[int] = frozenset()
+        self.model, self.optimizer, origin = first_state(run, data, device, network, initial)
         self.identity = checkpoint.identity(run, data, self.intervals, origin)
-        self.model = model.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.learning_rate = run.learning_rate
-        self.optimizer = OPTIMIZERS[run.optimizer](self.model, run)
-        divide_groups(self.optimizer, self.model, run)
         self.update_curvature = getattr(self.optimizer, "update_curvature", None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "float16")
         self.progress = Progress(records={name: [] for name in observers})
@@ -136,12 +137,12 @@ class _Training:
     def continue_to_the_end(self, checkpoint_every: float, show: bool, workers: int) -> None:
         """All steps that are left, with a checkpoint every so many seconds and after the last step."""
         state, train = self.progress, self.data.train
-        model = self._distributed_model()
+        model = processes.parallel(self.model, self.device)
         started, saved = time.perf_counter() - state.seconds, time.perf_counter()
         with tqdm(
             desc=self.run.name, total=self.total, initial=state.step, unit="step", leave=False, disable=not show
         ) as bar:
-            while state.step < self.total:
+            while state.step < self.end:
                 epoch, first = divmod(state.step, self.steps_per_epoch)
                 train_mode(self.model, self.run.frozen)
                 train.set_epoch(self.run.seed, epoch)
@@ -149,6 +150,8 @@ class _Training:
                 fetching = time.perf_counter()
                 for indices, images, labels in batches(train, order, self.run.batch_size, first, workers):
                     state.training_seconds += time.perf_counter() - fetching
+                    if state.step in self.snapshots:
+                        self._save(checkpoint.snapshot_name(state.step))
                     self._step(model, indices, images, labels)
                     bar.update()
                     if state.step % self.steps_per_epoch == 0:
@@ -158,71 +161,81 @@ class _Training:
                         self._save()
                         saved = time.perf_counter()
                     fetching = time.perf_counter()
+                    if state.step == self.end:
+                        break
+        if state.step in self.snapshots:
+            self._save(checkpoint.snapshot_name(state.step))
         desynchronise(self.model)
+
+    def keep(self, snapshots: Collection[int], until: int | None) -> None:
+        """Set which states are kept and where to stop; InputError for steps that are over and were not kept, or no steps."""
+        done = self.progress.step
+        for step in (*snapshots, *(() if until is None else (until,))):
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.total:
+                raise InputError(
+                    f"step {step!r:.40} of snapshots or until: it must be a whole number from 0 to {self.total}, the "
+                    "steps of the run"
+                )
+        kept = self.folder
+        lost = processes.on_main(
+            lambda: [step for step in snapshots if step < done and not (kept / checkpoint.snapshot_name(step)).exists()]
+        )
+        if lost:
+            raise InputError(
+                f"snapshot at step {lost[0]}: {done} steps are done and it was not kept; resume from an earlier one, copied "
+                f"into a folder of its own as {checkpoint.CHECKPOINT}"
+            )
+        self.snapshots, self.end = frozenset(snapshots), self.total if until is None else until
 
     def _due(self, time_of_next: float) -> bool:
         """Whether to save a checkpoint now; the clock of the main process counts."""
-        return self.progress.step == self.total or processes.on_main(lambda: time.perf_counter() >= time_of_next)
-
-    def _distributed_model(self) -> nn.Module:
-        """The network as the training step uses it: wrapped when several processes train together."""
-        if not processes.is_distributed():
-            return self.model
-        synchronise(self.model, self.device)
-        return DistributedDataParallel(
-            self.model, device_ids=[self.device.index] if self.device.type != "cpu" else None
-        )
+        return self.progress.step == self.end or processes.on_main(lambda: time.perf_counter() >= time_of_next)
 
     def _step(self, model: nn.Module, indices: Tensor, images: Tensor, labels: Tensor) -> None:
         """Observe, then one step of the optimiser on this process's images and labels of the batch ``indices``."""
         state = self.progress
-        learning_rate = self.run.learning_rate * self.schedule.factor_at(
-            state.step, self.steps_per_epoch, self.run.epochs
-        )
-        self.learning_rate = learning_rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        factor = self.schedule.factor_at(state.step, self.steps_per_epoch, self.run.epochs)
+        self.learning_rate = self.run.learning_rate * factor
+        set_learning_rate(self.optimizer, self.learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         seed_step(self.run.seed, state.step, processes.rank())  # an observer draws what the step will draw
-        self._observe(indices, learning_rate)
+        self._observe(indices)
         started = time.perf_counter()
         images, targets = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
         seed_step(self.run.seed, state.step, processes.rank())
-        loss, right, logits = self._loss(model, images, targets, labels, learning_rate)
-        self.unread.add(state.step, learning_rate, loss, right)
+        loss, right, logits = self._loss(model, images, targets, labels)
+        self.unread.add(state.step, self.learning_rate, loss, right)
         if self.unread.due():
             self._read_losses()
         if self.update_curvature is not None:
             self.update_curvature(logits)
         self.scaler.scale(loss).backward()
-        self._move(learning_rate)
+        self._apply_update()
         self.scaler.update()
         state.step += 1
         state.training_seconds += time.perf_counter() - started
 
-    def _loss(
-        self, model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, learning_rate: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`step_loss` in the run's precision."""
         try:
             with autocast(self.device, self.run.amp):
                 return step_loss(model, images, targets, labels, self.own_data)
         except (NonFiniteError, torch.linalg.LinAlgError) as error:
             self._read_losses()  # an earlier step may be the first to blame
-            raise self._diverged("the features before the pooling head are not finite", learning_rate) from error
+            raise self._diverged("the features before the pooling head are not finite", under_way=True) from error
 
-    def _move(self, learning_rate: float) -> None:
+    def _apply_update(self) -> None:
         """The optimiser's step; one that has left the range of its numbers is divergence."""
         try:
             self.scaler.step(self.optimizer)
         except InputError:
             raise
         except RuntimeError as error:
-            if not isinstance(error, torch.linalg.LinAlgError) and "without overflow" not in str(error):
+            if not left_range(error):
                 raise
             self._read_losses()
             reason = f"{self.run.optimizer}: {shown(first_line(error), 60)}"
-            raise self._diverged(f"the step cannot be taken ({reason})", learning_rate) from error
+            raise self._diverged(f"the step cannot be taken ({reason})", under_way=True) from error
 
     def _read_losses(self) -> None:
         """Losses and right predictions of the steps since the last time, all at once; an accelerator is waited for.
@@ -233,8 +246,8 @@ class _Training:
         """
         for step, learning_rate, loss, right in self.unread.read():
             if not math.isfinite(loss):
-                self.progress.step = step
-                raise self._diverged(f"the training loss is {loss}", learning_rate)
+                self.progress.step, self.learning_rate = step, learning_rate
+                raise self._diverged(f"the training loss is {loss}", under_way=True)
             self.progress.step_losses.append(loss)
             self.progress.epoch_correct += right
 
@@ -245,7 +258,7 @@ class _Training:
         wait_for(self.device)
         self.progress.training_seconds += time.perf_counter() - started
 
-    def _observe(self, indices: Tensor, learning_rate: float) -> None:
+    def _observe(self, indices: Tensor) -> None:
         """Let the main process call the observers that are due, with the whole batch."""
         step = self.progress.step
         if not any(step % every == 0 for every in self.intervals.values()):
@@ -256,7 +269,7 @@ class _Training:
             images, labels = self.data.train.batch(indices)
             images, labels = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
             epoch = step // self.steps_per_epoch + 1
-            moment = Moment(self.model, self.optimizer, images, labels, step, epoch, learning_rate, self.run)
+            moment = Moment(self.model, self.optimizer, images, labels, step, epoch, self.learning_rate, self.run)
             with without_synchronisation(self.model):
                 return observe(self.observers, moment)
 
@@ -278,43 +291,33 @@ class _Training:
         row = state.finish_epoch(self.steps_per_epoch, run.batch_size, self.learning_rate, test)
         return f"epoch {row['epoch']}/{run.epochs}, loss {row['train_loss']:.3f}, top-1 {test.top1:.1%}"
 
-    def _diverged(self, what: str, learning_rate: float | None = None) -> NonFiniteLossError:
-        state = self.progress
-        rate = self.learning_rate if learning_rate is None else learning_rate
-        at = state.step if learning_rate is not None else state.step - 1  # a step under way, else the last one done
-        epoch = at // self.steps_per_epoch + 1
-        return NonFiniteLossError(
-            f"run {self.run.name}: {what} at epoch {epoch}, after {state.step} of {self.total} steps, learning rate "
-            f"{rate:g}; lower learning_rate ({self.run.learning_rate:g}); the last good checkpoint, if one was due, "
-            f"stays in {shown(self.folder)!r}"
-        )
+    def _diverged(self, what: str, under_way: bool = False) -> NonFiniteLossError:
+        """The error for the step under way, or for the last one done."""
+        done, learning_rate = self.progress.step, self.learning_rate
+        return divergence(what, self.run, self.folder, done, self.steps_per_epoch, learning_rate, under_way)
 
     def _parts(self) -> dict[str, Any]:
         """What a checkpoint holds the state of."""
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
 
-    def _save(self) -> None:
+    def _save(self, name: str = checkpoint.CHECKPOINT) -> None:
         self._catch_up()
 
         def save() -> None:
             state = {name: part.state_dict() for name, part in self._parts().items()}
             if not all_finite(state):
                 raise self._diverged("a weight, statistic or momentum is not finite")
-            checkpoint.save(self.identity | state | {"progress": dict(vars(self.progress))}, self.folder)
+            checkpoint.save(self.identity | state | {"progress": dict(vars(self.progress))}, self.folder, name)
 
         processes.on_main(save)
 
     def resume(self) -> None:
         """Continue from the folder's checkpoint, if there is one; raises InputError when it does not fit."""
-        file = self.folder / checkpoint.CHECKPOINT
-        content = processes.on_main(lambda: checkpoint.read(file))
-        if content is None:
-            return
-        state = checkpoint.parse(content, file)
-        checkpoint.take_epochs(state, self.run, self.steps_per_epoch, self.folder)
-        checkpoint.check_same(state, self.identity, self.folder)
-        checkpoint.restore(state, self._parts(), self.folder)
-        self.progress = Progress(**state["progress"])
+        content = processes.on_main(lambda: checkpoint.read(self.folder / checkpoint.CHECKPOINT))
+        if content is not None:
+            self.progress = checkpoint.resumed(
+                content, self.folder, self.run, self.steps_per_epoch, self.identity, self._parts()
+            )
 
     def trained(self) -> Trained:
         state = self.progress

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
 from secondorder.training.run import Run
 
 Row = dict[str, float | int | str]
@@ -55,8 +55,7 @@ def intervals(observers: Mapping[str, Observer]) -> dict[str, int]:
     for name, observer in observers.items():
         if not isinstance(name, str) or not callable(observer) or not hasattr(observer, "every"):
             raise InputError(f"observers: {name!r:.80} is {observer!r:.80}, no function with an attribute every")
-        if isinstance(observer.every, bool) or not isinstance(observer.every, int) or observer.every < 1:
-            raise InputError(f"observer {name!r}: every is {observer.every!r}; it must be a whole number, at least 1")
+        check_whole(f"observer {name!r:.80}: every", observer.every)
     return {name: observer.every for name, observer in observers.items()}
 
 

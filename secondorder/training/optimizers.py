@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,19 +18,46 @@ from torch import nn
 from secondorder.errors import InputError
 from secondorder.gauss_newton import GaussNewton
 from secondorder.kfac import KFAC
+from secondorder.optional import needed_by
 from secondorder.training.optimizer_state import Together, plain, with_objects
 
-if TYPE_CHECKING:
-    from secondorder.training.run import Run
 
-Builder = Callable[[nn.Module, "Run"], torch.optim.Optimizer]
+class OptimizerSettings(Protocol):
+    """What an optimiser is made of: these fields of a `secondorder.training.Run`, which says what they mean."""
+
+    @property
+    def optimizer(self) -> str:
+        """A key of OPTIMIZERS."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of all parameter groups, until the training loop sets theirs."""
+
+    @property
+    def momentum(self) -> float:
+        """Heavy-ball momentum, or the decay of the first moment."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Coefficient of the L2 penalty, or of decoupled decay."""
+
+    @property
+    def optimizer_options(self) -> tuple[tuple[str, Any], ...]:
+        """(name, value) of the optimiser's own arguments."""
+
+    @property
+    def amp(self) -> str:
+        """Mixed precision: off, float16 or bfloat16."""
+
+
+Builder = Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]
 
 
 def named_errors(build: Builder) -> Builder:
     """InputError that names the optimiser for an option that it does not have, or a value that it refuses."""
 
     @wraps(build)
-    def checked(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    def checked(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
         try:
             return build(model, run)
         except InputError:
@@ -52,13 +79,13 @@ def check_options(kind: type, options: dict[str, Any]) -> None:
             raise TypeError(f"it has no option {name!r}")
 
 
-def sgd(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """SGD with heavy-ball momentum: v <- momentum v + g + weight_decay w, w <- w - learning_rate v."""
     settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
-    return torch.optim.SGD(model.parameters(), lr=run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+    return torch.optim.SGD(model.parameters(), lr=run.learning_rate, **settings, **dict(run.optimizer_options))
 
 
-def adamw(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), beta1 = momentum, decoupled weight decay."""
     options: dict[str, Any] = dict(run.optimizer_options)
     betas = (run.momentum, options.pop("beta2", 0.999))
@@ -67,29 +94,30 @@ def adamw(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     )
 
 
-def kfac(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def kfac(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """K-FAC with this package's defaults where the options say nothing: `secondorder.kfac.KFAC`."""
     settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
-    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))
 
 
-def ekfac(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def ekfac(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """EKFAC: K-FAC with second moments corrected in its eigenbasis."""
     settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay, "approximation": "ekfac"}
-    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))
 
 
-def gauss_newton(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def gauss_newton(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """The exact counterpart of K-FAC, for small networks: `secondorder.gauss_newton.GaussNewton`."""
     if run.amp != "off":
         raise InputError(f"optimizer 'gauss_newton' cannot be used with amp {run.amp}; choose off")
     settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
-    return GaussNewton(model, run.learning_rate, **settings, **dict(run.optimizer_options))  # type: ignore[arg-type]
+    return GaussNewton(model, run.learning_rate, **settings, **dict(run.optimizer_options))
 
 
-def soap(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def soap(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """SOAP (Vyas et al. 2024): AdamW in Shampoo's eigenbasis, beta1 = momentum; of pytorch_optimizer."""
-    from pytorch_optimizer.optimizer.soap import SOAP  # imported when used: the package takes a second
+    with needed_by("optimizer 'soap'"):
+        from pytorch_optimizer.optimizer.soap import SOAP
 
     options: dict[str, Any] = dict(run.optimizer_options)
     betas = (run.momentum, options.pop("beta2", 0.95))
@@ -97,13 +125,14 @@ def soap(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     return SOAP(model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=run.weight_decay, **options)
 
 
-def shampoo(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def shampoo(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """Shampoo with SGD's step length by layer (Anil et al. 2020), beta1 = momentum; of pytorch_optimizer.
 
     The preconditioner is computed every 10 steps and used from step 10 on, unless the options say otherwise: the package's own
     1,000 and 25 are for long trainings.
     """
-    from pytorch_optimizer import ScalableShampoo
+    with needed_by("optimizer 'shampoo'"):
+        from pytorch_optimizer import ScalableShampoo
 
     class Shampoo(ScalableShampoo):
         """With a state_dict of plain values."""
@@ -121,12 +150,13 @@ def shampoo(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     return Shampoo(model.parameters(), lr=run.learning_rate, betas=betas, weight_decay=run.weight_decay, **options)
 
 
-def muon(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def muon(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024): orthogonalised momentum for convolutions, AdamW for all else; of pytorch_optimizer.
 
     Updates are scaled by shape as by Liu et al. (2025), so that one learning rate serves both kinds of parameters.
     """
-    from pytorch_optimizer import Muon
+    with needed_by("optimizer 'muon'"):
+        from pytorch_optimizer import Muon
 
     check_options(Muon, dict(run.optimizer_options))
     convolutions = [p for p in model.parameters() if p.ndim > 2]
@@ -136,15 +166,16 @@ def muon(model: nn.Module, run: Run) -> torch.optim.Optimizer:
         {"params": convolutions, "use_muon": True, "use_adjusted_lr": True, "momentum": run.momentum, **rate},
         {"params": others, "use_muon": False, **rate},
     ]
-    return Muon([group for group in groups if group["params"]], **dict(run.optimizer_options))  # type: ignore[arg-type]
+    return Muon([group for group in groups if group["params"]], **dict(run.optimizer_options))
 
 
-def singd(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def singd(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """Inverse-free K-FAC of the empirical Fisher (Lin et al. 2024), and SGD for what it leaves out (batch norm); of singd.
 
     The step of its preconditioner is normalised unless the options say otherwise, which its authors advise for early training.
     """
-    from singd.optim.optimizer import SINGD
+    with needed_by("optimizer 'singd'"):
+        from singd.optim.optimizer import SINGD
 
     if run.amp == "float16":
         raise InputError("optimizer 'singd' cannot be used with amp float16 here; choose off or bfloat16")

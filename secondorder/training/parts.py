@@ -57,6 +57,12 @@ def train_mode(model: nn.Module, frozen: tuple[str, ...]) -> None:
                 module.train(False)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group the learning rate times its ``lr_factor``, 1 where it has none."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+
+
 def divide_groups(optimizer: torch.optim.Optimizer, model: nn.Module, run: Run) -> None:
     """Divide each parameter group by the factors of the run's learning rates, kept in the groups as ``lr_factor``.
 

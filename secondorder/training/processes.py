@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from secondorder.errors import InputError
+from secondorder.training.batch_norm import synchronise
 from secondorder.training.device import resolve_device
 from secondorder.training.launch import check_environment, launch_number
 
@@ -77,6 +79,17 @@ def _backends(device: torch.device) -> str:
         raise InputError(f"several processes cannot train together on {device.type}; start one, or choose cpu")
     torch.accelerator.set_device_index(device.index)
     return f"cpu:gloo,{device.type}:{own}"
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network as a training step calls it: where several processes train together, gradients and batch norm are of all.
+
+    Batch-norm layers change their class in place (`synchronise`); a single process gets the network itself.
+    """
+    if not is_distributed():
+        return model
+    synchronise(model, device)
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type != "cpu" else None)
 
 
 def on_main(function: Callable[[], T]) -> T:

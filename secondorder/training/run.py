@@ -12,7 +12,7 @@ from secondorder.data import DATASETS
 from secondorder.data.files import shown
 from secondorder.data.images import MAX_IMAGE_SIZE
 from secondorder.data.own import is_own
-from secondorder.errors import InputError, check_flag, unknown
+from secondorder.errors import InputError, check_flag, check_number, check_whole, unknown
 from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS
 from secondorder.training.device import check_device
@@ -143,23 +143,22 @@ class Run:
         object.__setattr__(self, "frozen", tuple(sorted(set(frozen))))
         factors = _pairs("learning_rates", self.learning_rates)
         for name, factor in factors:
-            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1e6 or not name:
-                raise InputError(f"learning_rates: {shown(name)!r} has {factor!r}; use a name and a factor in [0, 1e6)")
+            if not name:
+                raise InputError(f"learning_rates: a factor of {factor!r} is without a name; use names of modules")
+            check_number(f"learning_rates: the factor of {shown(name)!r}", factor, 0, 1e6)
         object.__setattr__(self, "learning_rates", tuple((name, float(factor)) for name, factor in factors))  # type: ignore[arg-type]
 
     def _check_whole(self, field: str, low: int, high: int) -> None:
         value = getattr(self, field)
         if value is None and field in OPTIONAL:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InputError(f"{field} is {shown(repr(value))}; it must be a whole number from {low} to {high}")
+        check_whole(field, value, low, high)
 
     def _check_real(self, field: str, low: float, high: float) -> None:
         value = getattr(self, field)
         if value is None and field in OPTIONAL:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-            raise InputError(f"{field} is {shown(repr(value))}; it must be a number in [{low:g}, {high:g})")
+        check_number(field, value, low, high)
         object.__setattr__(self, field, float(value))  # 1 and 1.0 are the same run
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a training needs before its first step: data that fit the run, and the network with its initial weights."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from secondorder.data import DATASETS, ImageDataset, own_dataset
 from secondorder.data.own import is_own
-from secondorder.errors import InputError, check_flag
+from secondorder.errors import InputError, check_flag, check_number, check_whole
 from secondorder.networks import Network, network
 from secondorder.training.device import check_device, resolve_device
-from secondorder.training.parts import freeze
+from secondorder.training.optimizers import OPTIMIZERS
+from secondorder.training.parts import divide_groups, freeze
 from secondorder.training.processes import world_size
 from secondorder.training.run import Run
 from secondorder.training.weights import Initial, OwnNetwork, description, digest, load_initial, own_network
@@ -46,11 +48,8 @@ def check_settings(run: Run, resume: bool, checkpoint_every: float, progress: bo
     check_is_run(run)
     check_flag("resume", resume)
     check_flag("progress", progress)
-    number = isinstance(checkpoint_every, int | float) and not isinstance(checkpoint_every, bool)
-    if not number or not checkpoint_every >= 0:
-        raise InputError(f"checkpoint_every is {checkpoint_every!r:.100}; it must be a number of seconds, at least 0")
-    if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers <= MOST_WORKERS:
-        raise InputError(f"workers is {workers!r:.100}; it must be a whole number from 0 to {MOST_WORKERS}")
+    check_number("checkpoint_every", checkpoint_every, 0, math.inf, "[]", hint="; in seconds")
+    check_whole("workers", workers, 0, MOST_WORKERS)
 
 
 def check_given(run: Run, network: object, initial: object) -> None:
@@ -132,3 +131,15 @@ def first_model(
     elif initial is not None:
         origin |= {"initial_weights": digest(model)}
     return model, origin
+
+
+def first_state(
+    run: Run, data: ImageDataset, device: torch.device, own: OwnNetwork | None, initial: Initial | None
+) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    """The network before the first step on its device, its optimiser, and what a checkpoint notes of their origin."""
+    model, origin = first_model(run, data, own, initial)
+    memory_format = torch.channels_last if run.channels_last else torch.preserve_format
+    model = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    optimizer = OPTIMIZERS[run.optimizer](model, run)
+    divide_groups(optimizer, model, run)
+    return model, optimizer, origin

@@ -1,179 +1,174 @@
-"""What the curvature study measures of one network: spectra of blocks, Hessian against GGN, K-FAC against GGN.
+"""What the curvature study measures of a network: GGN blocks and their conditioning, K-FAC and the Hessian against them.
 
-Blocks are the weights of the first, the middle and the last convolution and of the classifier, and all parameters together
-where there are few enough. The last convolution is the one before the pooling: the 1x1 reduction where there is one.
+Blocks are the weights of the first, the middle and the last convolution; the last is the one before the pooling, the 1x1
+reduction if there is one. The loss is the mean cross-entropy of N training images with K classes, drawn by the seed, the same for
+every head and not augmented. The network is in training mode: batch norm takes the statistics of these images and is
+differentiated through them. With statistics as constants the loss would have curvature along the scale and the mean of every
+channel, in which the loss that is trained is flat.
 
-The GGN of N samples and K classes has rank at most r = min(P, N (K - 1)) for P parameters, the same under every head. Two
-measures of conditioning compare heads at this rank and have no threshold:
+A block G = sum_n J_n^T H_n J_n of P weights, J_n [K, P] of the logits and H_n that of the softmax, has rank at most
+r = min(P, N (K - 1)) under every head. Without a threshold, and at the same rank for every head, its conditioning is
 
-    half_rank_condition    lambda_1 / lambda_k at k = r / 2 (rounded up)
-    largest_to_mean        lambda_1 r / tr
+    condition           lambda_1 / lambda_k at k = r / 2, rounded up
+    largest / mean      lambda_1 r / tr G
+
+H_n is as badly conditioned as the confidence of the classifier differs between images. Without it, G = sum_n J_n^T J_n of the
+squared error has rank at most min(P, N K), and "condition, squared error".
 """
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature import (
-    CurvatureBlocks,
-    curvature_blocks,
-    fidelity,
-    relative_difference,
-    spectral_summary,
-    top_eigenvalues,
-)
-from secondorder.curvature.operators import DenseOperator, FactoredOperator, SymmetricOperator
-from secondorder.curvature.spectrum import trace_estimate
+from secondorder.curvature import curvature_blocks, fidelity, relative_difference
+from secondorder.curvature.matrix_free.loss_curvature import loss_curvature
+from secondorder.curvature.operators import FactoredOperator, SymmetricOperator
 from secondorder.errors import InputError
+from secondorder.networks import Network
+from secondorder.pooling import PoolingHead
+from secondorder.preconditioning import head_spectrum
+from secondorder.training import Snapshot
+from secondorder.untouched import untouched
 from studies.checks import check_count
 from studies.frozen_statistics import frozen_at
+from studies.shared_backbone import SharedBackbone
 
-Row = dict[str, Any]
-WHOLE = "whole"
-SUMMARISED = ("last", WHOLE)
-"""Blocks with a list of eigenvalues, and with ends of the Hessian's spectrum even where they can only be estimated."""
-SPECTRAL = (
-    "largest",
-    "smallest",
-    "trace",
-    "frobenius_norm",
-    "rank",
-    "condition",
-    "median_condition",
-    "effective_rank",
-    "stable_rank",
-    "negative_share",
-)
-APPROXIMATIONS = {
-    "kfac_expand": "K-FAC (expand)",
-    "kfac_reduce": "K-FAC (reduce)",
-    "ekfac": "EKFAC",
-    "diagonal": "diagonal",
-}
-RANKS = 80
-"""Eigenvalues kept of a spectrum in descending order: of a GGN at geometrically, of a Hessian at evenly spaced ranks."""
+Row = Mapping[str, Any]
+CONVOLUTIONS = ("first", "middle", "last")
+CONDITION, SPREAD, SQUARED = "condition", "largest / mean", "condition, squared error"
+PUT_ON = "condition, head put on"
+"""Of a head on a backbone that was trained under another, or the same, its classifier fitted anew."""
+KFAC, HESSIAN, EIGENVALUE = "K-FAC cosine", "|H - G| / |H|", "eigenvalue"
+HEAD, ROOTS = "head's condition", ("gcp", "gcp_exact")
+"""The median over images of the condition number of a head's Jacobian, and the heads that it is measured of."""
+RANKS = 20
+"""Eigenvalues kept of a spectrum, at geometrically spaced ranks down to k."""
+RESOLVED = 1e-12
+"""Eigenvalues below this share of the largest are rounding errors of rows in float32."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Up to which size the study is exact, and how far it estimates beyond."""
+    """How much is measured of a network."""
 
-    threshold: float = 1e-5
-    """Eigenvalues below this share of the largest magnitude are outside the range, for rank and condition number."""
-    dense: int = 2000
-    """Parameters of a network up to which its Hessian is a dense matrix with all eigenvalues."""
+    images: int = 16
+    """Training images whose mean loss is measured (all if there are fewer). The time grows with their square."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Number format of the network; spectra are in float64 always."""
     block: int = 300_000
     """Parameters up to which a convolution is measured; larger ones are passed over for the next smaller."""
-    whole: int = 100_000
-    """Parameters of a network up to which all together are measured too."""
-    probes: int = 4
-    """Random vectors for the Hessian of larger blocks."""
-    steps: int = 30
-    """Lanczos steps at most for each end of the Hessian's spectrum of larger blocks."""
+    probes: int = 8
+    """Random vectors for the distance of Hessian and GGN."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold < 1.0:
-            raise InputError(f"threshold {self.threshold}: a share of the largest eigenvalue, in [0, 1)")
-        for name, least in (("dense", 0), ("block", 1), ("whole", 0), ("probes", 2), ("steps", 2)):
-            check_count(name, getattr(self, name), least)
-
-
-def measure(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    limits: Limits,
-    *,
-    precision: str = "float64",
-    seed: int = 0,
-    hessian: bool = True,
-) -> list[Row]:
-    """Rows (block, matrix, measure, value, error, rank) of the mean cross-entropy over the images; the model is copied.
-
-    Batch-norm statistics are those of the images, as constants (`frozen_at`). Matrices: "GGN", "Hessian", "GGN to Hessian"
-    (measure "relative_difference": |H - G| / |H|), and the APPROXIMATIONS (measures "cosine", "relative_error" to the GGN).
-    `rank` is 0 but for the measure "eigenvalue". The Hessian costs most of the time and may be left out.
-    """
-    dtype = getattr(torch, precision)
-    frozen = frozen_at(model, images, dtype)
-    problem = _Problem(frozen, (images.to(dtype), labels), block_names(frozen, limits.block), limits)
-    ggn = problem.ggn()
-    rows: list[Row] = []
-    samples_rank = len(labels) * (problem.classes - 1)
-    for role, block in ggn.items():
-        exact = FactoredOperator(block.rows.double())  # a Gram matrix in float32 would drown the small eigenvalues
-        rows += _spectrum(role, "GGN", exact, limits, seed)
-        rows += _conditioning(role, exact, min(exact.size, samples_rank), limits.threshold)
-    for role, second in problem.hessian().items() if hessian else ():
-        method = "auto" if isinstance(second, DenseOperator) else "stochastic"
-        difference = relative_difference(ggn[role], second, method, probes=limits.probes, seed=seed)
-        rows.append(_row(role, "GGN to Hessian", "relative_difference", *difference))
-        if isinstance(second, DenseOperator) or role in SUMMARISED:
-            rows += _spectrum(role, "Hessian", second, limits, seed)
-    for quantity, name in APPROXIMATIONS.items():
-        for role, approximation in problem.approximate(quantity).items():
-            found = fidelity(approximation, ggn[role], seed=seed)
-            rows.append(_row(role, name, "cosine", *found.cosine))
-            rows.append(_row(role, name, "relative_error", *found.relative_error))
-    return rows
+        for name, least in (("images", 2), ("block", 1), ("probes", 2)):
+            check_count(f"limits.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The blocks of one network, by role; those of a small network are cut out of the matrix of all parameters."""
+class PutOn:
+    """Heads that are put on a trained backbone."""
+
+    heads: tuple[str, ...]
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network in training mode, the images and labels of its loss, and the names of the weights that are looked at, by role."""
 
     network: nn.Module
     batch: tuple[Tensor, Tensor]
-    names: dict[str, str]
-    limits: Limits
+    names: Mapping[str, str]
 
-    @property
-    def size(self) -> int:
-        """Parameters of the network."""
-        return sum(p.numel() for p in self.network.parameters())
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        limits: Limits,
+        roles: Collection[str] = CONVOLUTIONS,
+    ) -> "Problem":
+        """A copy of the network in the precision of the limits, with the weights of some roles."""
+        dtype = getattr(torch, limits.precision)
+        own = copy.deepcopy(network).to(dtype).train()
+        names = block_names(own, limits.block)
+        return cls(own, (batch[0].to(dtype), batch[1]), {role: names[role] for role in roles})
 
-    @property
-    def classes(self) -> int:
-        """Outputs of the network, K."""
-        return [part for part in self.network.modules() if isinstance(part, nn.Linear)][-1].out_features
+    def jacobians(self) -> tuple[dict[str, Tensor], Tensor]:
+        """J = dz/dw `[N, K, P]` of each weight, by role, and the logits z `[N, K]`, in float64.
 
-    def ggn(self) -> dict[str, FactoredOperator]:
-        """Exact blocks by their factors."""
-        if self.size > self.limits.whole:
-            blocks = self._blocks("ggn", self.names.values())
-            return {role: blocks[name].factored() for role, name in self.names.items()}  # type: ignore[attr-defined]
-        whole = self._blocks("ggn").whole.factored()  # type: ignore[attr-defined]
-        cut = {role: FactoredOperator(whole.rows[:, place]) for role, place in self._places().items()}
-        return cut | {WHOLE: whole}
+        The rows of the Gauss-Newton matrix of |z - y|^2 are sqrt(2) J.
+        """
+        images = self.batch[0]
+        with torch.no_grad(), untouched(self.network):
+            z = self.network(images)
+        loss, targets = nn.MSELoss(reduction="sum"), torch.zeros_like(z)
+        blocks = curvature_blocks(self.network, loss, (images, targets), "ggn", set(self.names.values()))
+        rows = blocks.whole.factored().rows.unflatten(0, z.shape)  # type: ignore[attr-defined]
+        parts = dict(zip(blocks, rows.split([block.size for block in blocks.values()], 2), strict=True))
+        return {role: parts[name].double() / 2**0.5 for role, name in self.names.items()}, z.double()
 
-    def hessian(self) -> dict[str, SymmetricOperator]:
-        """Dense blocks of a small network, else products."""
-        if self.size <= min(self.limits.dense, self.limits.whole):
-            matrix = self._blocks("hessian").whole.dense()
-            places = self._places() | {WHOLE: slice(None)}
-            return {role: DenseOperator(matrix[place, place]) for role, place in places.items()}
-        blocks = self._blocks("hessian", self.names.values())
-        found = {role: blocks[name] for role, name in self.names.items()}
-        return found | ({WHOLE: self._blocks("hessian").whole} if self.size <= self.limits.whole else {})
+    def ggn(self) -> tuple[dict[str, FactoredOperator], dict[str, Tensor]]:
+        """The GGN of each weight by role, in float64, and its J."""
+        J, z = self.jacobians()
+        F = loss_curvature(nn.CrossEntropyLoss(), z.shape, self.batch[1], z.dtype).root(z)  # type: ignore[attr-defined]
+        return {role: FactoredOperator((F.mT @ rows).flatten(0, 1)) for role, rows in J.items()}, J  # F F^T = H
 
-    def approximate(self, quantity: str) -> dict[str, SymmetricOperator]:
-        """K-FAC and the like."""
-        blocks = self._blocks(quantity, self.names.values())
+    def curvature(self, quantity: str) -> dict[str, SymmetricOperator]:
+        """Other matrices of each weight by role, as `curvature_blocks` has them."""
+        names = set(self.names.values())
+        blocks = curvature_blocks(self.network, nn.CrossEntropyLoss(), self.batch, quantity, names)
         return {role: blocks[name] for role, name in self.names.items()}
 
-    def _blocks(self, quantity: str, names: Iterable[str] | None = None) -> CurvatureBlocks:
-        return curvature_blocks(self.network, nn.CrossEntropyLoss(), self.batch, quantity, names)
 
-    def _places(self) -> dict[str, slice]:
-        """Where each block lies among all parameters."""
-        places, start = {}, 0
-        for name, parameter in self.network.named_parameters():
-            places[name] = slice(start, start + parameter.numel())
-            start += parameter.numel()
-        return {role: places[name] for role, name in self.names.items()}
+def measure_blocks(at: Snapshot, limits: Limits) -> Iterator[Row]:
+    """Conditioning and K-FAC's fidelity, some eigenvalues of the last convolution and, of a root, the head's own condition."""
+    problem = Problem.of(at.model, drawn(at, limits.images), limits)
+    (blocks, J), kfac = problem.ggn(), problem.curvature("kfac_expand")
+    for role, block in blocks.items():
+        values = descending(block)
+        yield from conditioning(role, values, possible := rank_of(J[role], outputs=-1))
+        squared = descending(FactoredOperator(J[role].flatten(0, 1)))
+        yield row(role, SQUARED, condition(squared, rank_of(J[role])))
+        exact = FactoredOperator(block.rows.to(kfac[role].dtype))
+        yield row(role, KFAC, fidelity(kfac[role], exact).cosine.value)
+        if role == "last":
+            ranks = torch.logspace(0, torch.tensor(float(half(possible))).log10(), RANKS).round().long().unique()
+            yield from (row(role, EIGENVALUE, values[rank - 1], index=rank) for rank in ranks.tolist())
+    if at.run.pooling in ROOTS and isinstance(at.model, Network):
+        yield row("", HEAD, head_condition(problem.network, problem.batch[0], at.run.pooling))
+
+
+def measure_hessian(at: Snapshot, limits: Limits) -> Iterator[Row]:
+    """|H - G| / |H| of the last convolution in the Frobenius norm, from random vectors."""
+    problem = Problem.of(at.model, drawn(at, limits.images), limits, ["last"])
+    H = problem.curvature("hessian")["last"]
+    G = FactoredOperator(problem.ggn()[0]["last"].rows.to(H.dtype))
+    difference = relative_difference(G, H, "stochastic", probes=limits.probes, seed=at.run.seed)
+    yield row("last", HESSIAN, difference.value, error=difference.error)
+
+
+def measure_put_on(at: Snapshot, settings: PutOn) -> Iterator[Row]:
+    """Conditioning of the trained backbone under each head, with a classifier that is fitted to its features."""
+    batch = drawn(at, settings.limits.images)
+    backbone = SharedBackbone(frozen_at(at.model, batch[0], torch.float32), at.data, at.run.weight_decay)
+    for head in settings.heads:
+        blocks, J = Problem.of(backbone.with_head(head), batch, settings.limits).ggn()
+        for role, block in blocks.items():
+            yield {**row(role, PUT_ON, condition(descending(block), rank_of(J[role], outputs=-1))), "head": head}
+
+
+def drawn(at: Snapshot, count: int) -> tuple[Tensor, Tensor]:
+    """Training images that the seed chooses, not augmented, and their labels, on the network's device."""
+    data, generator = at.data.train, torch.Generator().manual_seed(at.run.seed)
+    images, labels = data.plain(torch.randperm(len(data), generator=generator)[:count])
+    device = next(at.model.parameters()).device
+    return images.to(device), labels.to(device)
 
 
 def block_names(model: nn.Module, largest: int) -> dict[str, str]:
@@ -199,43 +194,44 @@ def block_names(model: nn.Module, largest: int) -> dict[str, str]:
     return {"first": nearest(0), "middle": nearest(count // 2), "last": nearest(count - 1), "classifier": linear[-1]}
 
 
-def _conditioning(role: str, block: FactoredOperator, rank: int, threshold: float) -> Iterator[Row]:
-    """The measures of conditioning at a given possible rank, and eigenvalues at the same ranks for every head."""
-    values = block.eigenvalues().flip(0).cpu()
-    half = values[-(-rank // 2) - 1]
-    yield _row(role, "GGN", "half_rank_condition", values[0] / half if half > 0 else torch.inf, 0.0)
-    yield _row(role, "GGN", "largest_to_mean", values[0] * rank / values.sum(), 0.0)
-    if role not in SUMMARISED:
-        return
-    for index in torch.logspace(0, torch.log10(torch.tensor(float(rank))), RANKS).round().long().unique().tolist():
-        if values[index - 1] > threshold * values[0]:
-            yield _row(role, "GGN", "eigenvalue", values[index - 1], 0.0, index)
+def rank_of(J: Tensor, outputs: int = 0) -> int:
+    """min(P, N (K + outputs)) of a Jacobian `[N, K, P]`."""
+    N, K, P = J.shape
+    return min(P, N * (K + outputs))
 
 
-def _spectrum(role: str, matrix: str, block: SymmetricOperator, limits: Limits, seed: int) -> Iterator[Row]:
-    """The measures of a spectrum, exact for stored blocks; of products only the ends (Lanczos, from within) and the trace."""
-    yield _row(role, matrix, "parameters", block.size, 0.0)
-    if not isinstance(block, DenseOperator | FactoredOperator):
-        for which in ("largest", "smallest"):
-            top = top_eigenvalues(block, 1, which, tolerance=1e-3, max_iterations=limits.steps, seed=seed)
-            yield _row(role, matrix, which, top.values[0], top.residuals[0])
-        yield _row(role, matrix, "trace", *trace_estimate(block, "hutchinson", probes=limits.probes, seed=seed))
-        return
-    summary = spectral_summary(block, "exact", threshold=limits.threshold)
-    for measure in SPECTRAL:
-        yield _row(role, matrix, measure, *getattr(summary, measure))
-    if isinstance(block, DenseOperator) and role in SUMMARISED:
-        values = block.eigenvalues().flip(0).cpu()
-        for rank in torch.linspace(1, len(values), RANKS).round().long().unique().tolist():
-            yield _row(role, matrix, "eigenvalue", values[rank - 1], 0.0, rank)
+def descending(block: FactoredOperator) -> Tensor:
+    """All eigenvalues, the largest first."""
+    return block.eigenvalues().flip(0).cpu()
 
 
-def _row(block: str, matrix: str, measure: str, value: float | Tensor, error: float | Tensor, rank: int = 0) -> Row:
-    return {
-        "block": block,
-        "matrix": matrix,
-        "measure": measure,
-        "rank": rank,
-        "value": float(value),
-        "error": float(error),
-    }
+def half(rank: int) -> int:
+    """k = r / 2, rounded up."""
+    return -(-rank // 2)
+
+
+def condition(values: Tensor, rank: int) -> float:
+    """lambda_1 / lambda_k of eigenvalues in descending order at half of a rank; infinite where lambda_k is not resolved."""
+    k = half(rank)
+    return float(values[0] / values[k - 1]) if values[k - 1] > RESOLVED * values[0] else float("inf")
+
+
+def conditioning(role: str, values: Tensor, rank: int) -> Iterator[Row]:
+    """Both measures of conditioning."""
+    yield row(role, CONDITION, condition(values, rank))
+    yield row(role, SPREAD, values[0] * rank / values.sum())
+
+
+def head_condition(model: nn.Module, images: Tensor, head: str) -> float:
+    """The median over images of the condition number of the head's Jacobian, at the features that the network has of them."""
+    assert isinstance(model, Network)
+    assert isinstance(model.head, PoolingHead)
+    with torch.no_grad(), untouched(model):
+        features = model.head.reduction(model.features(model.stem(images)))
+    varying = features.flatten(2).std(-1).amax(1) > 0
+    return float(head_spectrum(features[varying], head).condition.median()) if varying.any() else float("nan")
+
+
+def row(layer: str, quantity: str, value: float | Tensor, *, index: int = -1, error: float = 0.0) -> Row:
+    """A record of a convolution or, with the layer "", of the whole network."""
+    return {"layer": layer, "quantity": quantity, "index": index, "value": float(value), "error": error}

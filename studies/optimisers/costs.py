@@ -1,18 +1,20 @@
-"""What a training step of each optimiser costs: time interleaved with SGD's, peak memory, and where the time goes."""
+"""What a training step of each optimiser costs: time next to a step of SGD, and memory."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import wait_for
-from studies.timing import interleaved, peak_bytes
+from studies.engine.records import Row
+from studies.timing import peak_bytes, seconds
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+MILLISECONDS, OF_SGD = "milliseconds of a step", "time of a step, of SGD's"
+PEAK, STATE = "peak memory of a step [MiB]", "state [MiB]"
 
 
 class Stepper:
@@ -65,7 +67,7 @@ class Stepper:
 
 
 def slowed(tuning: Mapping[str, float]) -> dict[str, float]:
-    """Tuned settings with a thousandth of the learning rate: a step takes as long, and no arm diverges while it is timed."""
+    """Tuned settings with a thousandth of the learning rate: a step takes as long, and none diverges while it is timed."""
     return {name: value / 1000 if name == "learning_rate" else value for name, value in tuning.items()}
 
 
@@ -78,36 +80,29 @@ def state_bytes(value: Any) -> int:
     return sum(state_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
-def measure(
-    problem: str, steppers: Mapping[str, Stepper], steps: int, device: torch.device
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of every timed step, with the arm's peak memory, and rows of every part; steps interleaved.
+def measure(steppers: Mapping[str, Stepper], steps: int, device: torch.device) -> Iterator[Row]:
+    """Milliseconds of the first steps of each optimiser, each also divided by the step of SGD timed next to it, and memory.
 
     Peak memory is that of a later step in which K-FAC updates its factors, beyond weights and state; the state is counted by
     itself.
+
+    Args:
+        steppers: by optimiser, sgd among them.
+        steps: how many are timed of each.
+        device: where they compute.
     """
-    times = list(interleaved(steppers, steps, device))
-    parts = [
-        {"problem": problem, "arm": arm, "part": part, "milliseconds": milliseconds}
-        for arm, stepper in steppers.items()
-        for part, milliseconds in stepper.parts().items()
-    ]
-    memory = {
-        arm: (peak_bytes(_factor_step(stepper), device), state_bytes(stepper.optimizer.state_dict()))
-        for arm, stepper in steppers.items()
-    }
-    rows = [
-        {
-            "problem": problem,
-            "arm": arm,
-            "step": step,
-            "milliseconds": milliseconds,
-            "peak_mib": memory[arm][0] / 2**20,
-            "state_mib": memory[arm][1] / 2**20,
-        }
-        for arm, step, milliseconds in times
-    ]
-    return pd.DataFrame(rows), pd.DataFrame(parts)
+    for index in range(steps):
+        for optimizer, stepper in steppers.items():
+            beside = seconds(steppers["sgd"], device)
+            spent = beside if optimizer == "sgd" else seconds(stepper, device)
+            labels = {"optimizer": optimizer, "index": index}
+            yield labels | {"quantity": MILLISECONDS, "value": 1e3 * spent}
+            yield labels | {"quantity": OF_SGD, "value": spent / beside}
+    for optimizer, stepper in steppers.items():
+        peak = peak_bytes(_factor_step(stepper), device) / 2**20
+        state = state_bytes(stepper.optimizer.state_dict()) / 2**20
+        yield {"optimizer": optimizer, "quantity": PEAK, "value": peak}
+        yield {"optimizer": optimizer, "quantity": STATE, "value": state, "error": 0.0}
 
 
 def _factor_step(stepper: Stepper) -> Callable[[], None]:

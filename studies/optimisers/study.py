@@ -1,171 +1,114 @@
-"""Optimiser study: does K-FAC, as it comes, train faster than tuned SGD, and how do other optimisers do?
+"""Optimiser study: do second-order steps become superfluous under GCP, and what do they bring and cost?
 
-Every arm of `studies.optimisers.settings.ARMS` is tuned with the same number of trials on a seed of its own, then trained from
-the same initial weights on the same batches for each of the reported seeds, on a GAP and a GCP network. Steps of all arms are
-timed interleaved in one process, so that seconds can be compared on a shared machine. K-FAC's damping has a map, and the deep
-autoencoder of Martens & Grosse (2015) is the second problem.
-
-Results: ``optimisers.csv`` (a row for each run and epoch), ``optimisers_curves.csv`` (losses over steps),
-``optimisers_trials.csv`` (every trial), ``optimisers_sensitivity.csv``, ``optimisers_costs.csv`` (every timed step) and
-``optimisers_breakdown.csv`` (where a step's time goes).
+A factorial of pooling heads and optimisers, {GAP, GCP, controls} x {SGD, K-FAC}, with many seeds; the other optimisers beside
+them with few, under GAP and GCP; and the deep autoencoder of Martens & Grosse (2015). Every optimiser is tuned on every problem
+in the same way (`tuning`), on seeds that are not reported; within a seed all optimisers start from the same weights and see the
+same batches. Steps are counted to training losses that were fixed beforehand, and as a curve to all losses.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from secondorder.data import ImageDataset, load_dataset
-from secondorder.errors import InputError
-from secondorder.training import OPTIMIZERS, Run, check_run, initial_network
-from secondorder.training.processes import world_size
-from secondorder.untouched import same_randomness
-from studies.dry_run import cost_of
-from studies.jobs import map_jobs
-from studies.optimisers import autoencoder as deep
-from studies.optimisers.costs import Stepper, measure
-from studies.optimisers.runs import Trainings, Tuning, Work, evaluate, sensitivity, steppers, training_run, tune
-from studies.optimisers.settings import ARMS, TUNING_SEED, Settings
-from studies.parallel import shared
-from studies.results import provenance, write_table
-from studies.run_folders import commits_below, open_runs
-from studies.settings import Common
-
-NAME = "optimisers"
-MAPPED = "kfac"
-"""The arm whose damping has a map."""
-Tables = dict[str, list[pd.DataFrame]]
-"""What there is of each table so far."""
+from secondorder.training import check_run
+from studies.engine.plan import Computed, Measurement, Task
+from studies.engine.records import Row
+from studies.engine.run import Plan
+from studies.engine.study import Context, Study
+from studies.optimisers.claims import CLAIMS, TARGET
+from studies.optimisers.folds import folds
+from studies.optimisers.problems import PRIMARY, Cell, cells, costs, final_loss
+from studies.optimisers.settings import PRESETS, SEEDS, TUNING_SEED, Settings
+from studies.optimisers.tuning import Search
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Data that `check` has loaded."""
-
-    data: ImageDataset
-    deep_data: ImageDataset
-    deep_images: Tensor
-
-
-def check(common: Common, settings: Settings) -> Ready:
-    """Find bad names, sizes and data before any training; returns the loaded data."""
-    if world_size() > 1:
-        raise InputError("the optimisers study times its arms in one process; start it without torchrun")
-    runs = [_first_run(common, settings, arm, pooling) for pooling in settings.poolings for arm in settings.arms]
-    data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.train_limit)
-    for run in runs:
-        check_run(run, data)
-        with torch.random.fork_rng(devices=[]):
-            OPTIMIZERS[run.optimizer](initial_network(run, data), run)
-    own = settings.autoencoder
-    deep_data = load_dataset(own.dataset, common.data_root, download=common.download, limit=own.images)
-    images = deep.pixels(deep_data, own)
-    for arm in _deep_arms(settings):
-        deep.build(images, own, arm, deep.settings_at(arm, (0.5, 0.5)), 0)
-    return Ready(data, deep_data, images)
+def plan(context: Context) -> Plan:
+    """Trials until every search is at its end, the reported seeds with the tuned settings, and then their timing."""
+    if context.common.dry_run:
+        yield first_tasks(context)
+        return
+    problems = cells(context)
+    for cell in (cell for cell in problems if cell.head):
+        training = context.settings.training
+        check_run(training.run(context.common, cell.head, 0, optimizer=cell.optimizer), training.data(context.common))
+    searches = yield from tuning(problems, context.settings)
+    extensions = context.settings.extensions
+    tuned = {cell: search.chosen(cell.name, extensions) for cell, search in searches.items()}
+    yield [
+        *(cell.task(tuned[cell], seed, trial=False) for cell in tuned for seed in cell.seeds),
+        *(tuning_task(cell, search) for cell, search in searches.items()),
+        targets_task(context),
+    ]
+    yield [costs({cell: values for cell, values in tuned.items() if cell.head in (*PRIMARY, "")})]
 
 
-def _first_run(common: Common, settings: Settings, arm: str, pooling: str) -> Run:
-    return training_run(common, settings, arm, pooling, ARMS[arm].settings((0.5, 0.5)), TUNING_SEED, settings.epochs)
+def first_tasks(context: Context) -> list[Task]:
+    """For an estimate of the cost: the trials that tuning begins with and the reported seeds, with the same settings."""
+    tasks: list[Task] = []
+    for cell in (cell for cell in cells(context) if cell.head):
+        search = Search(cell.lattice, context.settings.start)
+        values = cell.lattice.values((0, 0)) or {}
+        tasks += [cell.task(values, seed, True) for _ in search.untried for seed in cell.tuning_seeds]
+        tasks += [cell.task(values, seed, False) for seed in cell.seeds]
+    return tasks
 
 
-def _deep_arms(settings: Settings) -> list[str]:
-    return [arm for arm in deep.ARMS if arm.partition("_")[0] in settings.arms]
+def tuning(problems: Sequence[Cell], settings: Settings) -> Generator[list[Task], pd.DataFrame, dict[Cell, Search]]:
+    """Stages of trials: where a search goes on depends on their geometric mean loss over the tuning seeds."""
+    searches = {cell: Search(cell.lattice, settings.start) for cell in problems}
+    for _ in range(settings.extensions + 1):
+        trials = {
+            (cell, place): [cell.task(cell.lattice.values(place) or {}, seed, trial=True) for seed in cell.tuning_seeds]
+            for cell, search in searches.items()
+            for place in search.untried
+        }
+        if not trials:
+            break
+        records = yield [task for tasks in trials.values() for task in tasks]
+        by_key = dict(iter(records.groupby("key")))
+        for (cell, place), tasks in trials.items():
+            losses = [final_loss(by_key[next(task.wanted())[0]]) for task in tasks]
+            searches[cell].losses[place] = float(np.exp(np.mean(np.log(losses))))
+    return searches
 
 
-def run(common: Common, settings: Settings, ready: Ready) -> None:
-    """Tune, train, map, time; every finished training is kept, the tables are written at the end."""
-    start, folder = time.perf_counter(), common.folder / "runs" / NAME
-    open_runs(folder, settings, common.resume, may_grow=("arms", "poolings", "processes"))
-    work = Work(common, settings, ready.data, folder)
-    tables: Tables = {name: [] for name in ("trials", "epochs", "curves", "map", "costs", "parts")}
-    with same_randomness():
-        tuned, deep_tuned = _train(work, ready.deep_images, tables)
-        for pooling, some in tuned.items():
-            work.say(f"{pooling}: timing {settings.timing_steps} steps of {len(settings.arms)} arms")
-            _time(common, pooling, steppers(work, pooling, some), settings.timing_steps, tables)
-        images = ready.deep_images.to(common.torch_device)
-        deep_steppers = deep.steppers(images, settings.autoencoder, deep_tuned)
-        _time(common, deep.PROBLEM, deep_steppers, settings.autoencoder.timing_steps, tables)
-    _write(common, settings, ready, tables, time.perf_counter() - start, commits_below(folder))
+def tuning_task(cell: Cell, search: Search) -> Computed:
+    """The records of a search."""
+    names = [search.lattice.first.name, search.lattice.second.name]
+    settings = {"names": names, "trials": search.table(), "edge": bool(search.untried)}
+    return Computed(Measurement("tuning", tuning_rows, settings), cell.labels)
 
 
-def _train(work: Work, images: Tensor, tables: Tables) -> tuple[dict[str, dict[str, Tuning]], dict[str, Tuning]]:
-    """All trainings; the tuned settings of each pooling and arm, and of each arm on the autoencoder."""
-    arms = _deep_arms(work.settings)
-    cells = [(pooling, arm) for pooling in work.settings.poolings for arm in work.settings.arms]
-    each, processes = shared(work.common, work.settings.processes, len(cells) + len(arms))
-    own = replace(work, common=each)
-    todo: list[tuple[Any, ...]] = [(network_trainings, own, *cell) for cell in cells]
-    todo += [(deep.tune_and_fit, own, images, arm) for arm in arms]
-    found = list(map_jobs(_call, todo, processes))
-    for some in found:
-        for name, table in some.tables.items():
-            tables[name].append(table)
-    tuned: dict[str, dict[str, Tuning]] = {pooling: {} for pooling, _ in cells}
-    for (pooling, arm), some in zip(cells, found, strict=False):
-        tuned[pooling][arm] = some.tuning
-    return tuned, {arm: some.tuning for arm, some in zip(arms, found[len(cells) :], strict=True)}
+def tuning_rows(settings: Mapping[str, Any]) -> Iterator[Row]:
+    """For each trial, the best first, its loss and settings; and whether the best lies at the edge of what was tried."""
+    for index, (*values, loss) in enumerate(settings["trials"]):
+        for name, value in zip((*settings["names"], "loss"), (*values, loss), strict=True):
+            yield {"layer": "trial", "quantity": name, "index": index, "value": value, "error": 0.0}
+    yield {"layer": "trial", "quantity": "edge", "value": float(settings["edge"]), "error": 0.0}
 
 
-def _call(function: Callable[..., Trainings], *arguments: Any) -> Trainings:
-    return function(*arguments)
+def targets_task(context: Context) -> Computed:
+    """The records of the targets, which claims are judged at."""
+    training = context.settings.training
+    labels = {"network": training.network, "dataset": training.dataset, "seed": TUNING_SEED}
+    return Computed(Measurement("targets", target_rows, list(context.settings.targets)), labels)
 
 
-def network_trainings(work: Work, pooling: str, arm: str) -> Trainings:
-    """Tuning, the runs of all seeds and, of the arm that has one, the damping map."""
-    tuning, trials = tune(work, pooling, arm)
-    runs = [evaluate(work, pooling, arm, tuning, seed) for seed in range(work.common.seeds)]
-    tables = {"trials": trials, "epochs": pd.concat([e for e, _ in runs]), "curves": pd.concat([c for _, c in runs])}
-    if arm == MAPPED:
-        tables["map"] = sensitivity(work, pooling, arm, tuning)
-    return Trainings(tuning, tables)
+def target_rows(targets: Sequence[float]) -> Iterator[Row]:
+    """One record for each."""
+    for index, target in enumerate(targets):
+        yield {"quantity": TARGET, "index": index, "value": target, "error": 0.0}
 
 
-def _time(common: Common, problem: str, some: dict[str, Stepper], steps: int, tables: Tables) -> None:
-    """Time the arms interleaved, alone on the machine."""
-    costs, parts = measure(problem, some, steps, common.torch_device)
-    tables["costs"].append(costs)
-    tables["parts"].append(parts)
-
-
-def _write(
-    common: Common,
-    settings: Settings,
-    ready: Ready,
-    tables: Tables,
-    seconds: float,
-    commits: list[str],
-) -> None:
-    labels = f"{ready.data.label}; autoencoder: {ready.deep_data.label}, grey"
-    origin = provenance(
-        NAME,
-        asdict(settings) | {"preset": common.preset, "tuning_seed": TUNING_SEED},
-        list(range(common.seeds)),
-        {"label": ready.data.label, "labels": labels, **ready.data.provenance},
-        common.torch_device,
-        seconds,
-        commits,
-    )
-    names = {"trials": "trials", "curves": "curves", "map": "sensitivity", "costs": "costs", "parts": "breakdown"}
-    for key, name in names.items():
-        if tables[key]:
-            write_table(common.folder, f"{NAME}_{name}", pd.concat(tables[key]))
-    write_table(common.folder, NAME, pd.concat(tables["epochs"]), origin)
-
-
-def dry_run(common: Common, settings: Settings) -> list[str]:
-    """One step of every arm and head on fake data; sentences that state the cost of their trials and runs."""
-    lines, total = [], 0.0
-    runs_each = settings.trials * settings.trial_epochs / settings.epochs + common.seeds
-    for pooling in settings.poolings:
-        for arm in settings.arms:
-            seconds, words = cost_of(_first_run(common, settings, arm, pooling), {})
-            lines.append(f"{ARMS[arm].label}: {words}")
-            total += seconds * runs_each
-    scope = f"{settings.trials} trials and {common.seeds} seeds of {len(lines)} arms and heads"
-    return [*lines, f"{scope}, without the damping map and the autoencoder: about {total / 3600:,.1f} h"]
+STUDY = Study(
+    name="optimisers",
+    title="does GCP make second-order steps superfluous, and how do K-FAC and other optimisers do against tuned SGD",
+    presets=PRESETS,
+    seeds=SEEDS,
+    plan=plan,
+    claims=CLAIMS,
+    folds=folds,
+    may_grow=("heads", "optimizers", "others", "control_seeds", "other_seeds"),
+)

@@ -18,7 +18,7 @@ activations, each read or written once a pass:
                                                        ones each for the residual of covariance and root
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,9 @@ from secondorder.curvature.backpack.quantity import quiet
 from secondorder.curvature.kronecker.autocorrelation import autocorrelation_is_faster
 from secondorder.curvature.kronecker.factors import input_width
 from secondorder.pooling import pooling_head
+from secondorder.untouched import same_randomness
+from studies.engine.records import Row
+from studies.timing import interleaved, peak_bytes
 
 CLASSES = 10
 BASELINE = "forward + backward"
@@ -57,6 +60,7 @@ TARGETS = {
 }
 """Quantity -> the multiple of a forward and backward pass that it should stay below."""
 
+PRODUCT, COPY = "matrix product", "copy"
 PRODUCT_SIZE = 1024
 PRODUCT_OPERATIONS, COPY_BYTES = 2 * PRODUCT_SIZE**3, 2 * 4 * 16 * PRODUCT_SIZE**2
 """Of the large matrix product and the large copy (read and written) that give the machine's rates."""
@@ -156,4 +160,23 @@ def peak_rates(device: torch.device) -> dict[str, Callable[[], object]]:
     a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device) for _ in range(2))
     source = torch.randn(COPY_BYTES // 8, device=device)
     target = torch.empty_like(source)
-    return {"matrix product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    return {PRODUCT: lambda: a @ b, COPY: lambda: target.copy_(source)}
+
+
+def measure_curvature(settings: Mapping[str, Any]) -> Iterator[Row]:
+    """Milliseconds of each repeat, peak memory, operations and bytes of all quantities, with a large product and a large copy."""
+    images, channels, device = settings["images"], settings["channels"], torch.device(settings["device"])
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(images, 3, 32, 32, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (images,), generator=generator).to(device)
+    with same_randomness():
+        torch.manual_seed(0)
+        timed = actions(batch, labels, channels)
+        necessary = work(cost_network(channels).to(device), batch)
+        for name, action in timed.items():
+            operations, moved = necessary.of(name)
+            yield {"layer": name, "quantity": "peak MiB", "value": peak_bytes(action, device) / 2**20}
+            yield {"layer": name, "quantity": "operations", "value": operations, "error": 0.0}
+            yield {"layer": name, "quantity": "bytes", "value": moved, "error": 0.0}
+        for name, repeat, milliseconds in interleaved(timed | peak_rates(device), settings["repeats"], device):
+            yield {"layer": name, "quantity": "milliseconds", "index": repeat, "value": milliseconds}

@@ -11,11 +11,10 @@ the factors and i >= f between two inversions has the mean, in SGD steps,
 
     (1 - 1/f) plain + (1/f - 1/i) factors + (1/i) factors and inverses
 
-Rows: `measure` gives one for each head, method, kind and repeat, and one for each part of a step with factors and inverses.
+Rows: a method is an `optimizer`, a kind of step or a part of one is a `layer`, a repeat an `index`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ import torch.nn.functional as F
 from secondorder.kfac import KFAC
 from secondorder.kfac.options import Damping, Options
 from secondorder.networks import network
+from secondorder.untouched import same_randomness
+from studies.engine.records import Row
 from studies.optimisers.costs import Stepper, state_bytes
 from studies.timing import peak_bytes, seconds
 
-Row = dict[str, Any]
 CLASSES, LEARNING_RATE = 10, 1e-4
 NEVER = 10**9
 """An interval that no measurement reaches; the first step updates and inverts in any case."""
@@ -48,35 +48,23 @@ TARGETS = {"(1, 1)": 2.8, "(10, 10)": 1.20, "(10, 100)": 1.15, "plain step": 1.0
 """Quantity, relative to SGD's -> what it should stay below."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network with its head, and the batch it is trained on: random 32x32 images."""
-
-    backbone: str
-    pooling: str
-    images: int
-
-    @property
-    def labels(self) -> Row:
-        """The columns that name it."""
-        return {"backbone": self.backbone, "pooling": self.pooling, "images": self.images}
-
-
 def shares(factor_interval: int, inverse_interval: int) -> dict[str, float]:
     """How often each kind of step is taken in a period."""
     of_factors, of_inverses = 1 / factor_interval, 1 / inverse_interval
     return {PLAIN: 1 - of_factors, FACTORS: of_factors - of_inverses, WHOLE: of_inverses}
 
 
-def steppers(case: Case, device: torch.device) -> tuple[Stepper, dict[tuple[str, str], Stepper]]:
+def steppers(
+    backbone: str, head: str, images: int, device: torch.device
+) -> tuple[Stepper, dict[tuple[str, str], Stepper]]:
     """SGD, and each method and kind of step, all after their first steps."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(case.images, 3, 32, 32, generator=generator).to(device)
-    labels = torch.randint(CLASSES, (case.images,), generator=generator).to(device)
+    batch = torch.randn(images, 3, 32, 32, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (images,), generator=generator).to(device)
 
     def stepper(method: Mapping[str, Any] | None, factors: int = 1, inverses: int = 1) -> Stepper:
         torch.manual_seed(0)
-        model = network(case.backbone, case.pooling, CLASSES, 3).to(device)
+        model = network(backbone, head, CLASSES, 3).to(device)
         optimizer: torch.optim.Optimizer
         if method is None:
             optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
@@ -85,7 +73,7 @@ def steppers(case: Case, device: torch.device) -> tuple[Stepper, dict[tuple[str,
             optimizer = KFAC(
                 model, LEARNING_RATE, factor_interval=factors, inverse_interval=inverses, options=options, **method
             )
-        return Stepper(model, optimizer, F.cross_entropy, [(images, labels)])
+        return Stepper(model, optimizer, F.cross_entropy, [(batch, labels)])
 
     timed = {
         (name, kind): stepper(method, *intervals)
@@ -98,25 +86,28 @@ def steppers(case: Case, device: torch.device) -> tuple[Stepper, dict[tuple[str,
     return sgd, timed
 
 
-def measure(case: Case, repeats: int, device: torch.device) -> tuple[list[Row], list[Row]]:
-    """Rows of all kinds of steps, and of the parts of the largest; changes the random state."""
-    sgd, timed = steppers(case, device)
-    memory = {name: _bytes(timed[name, WHOLE], device) for name in METHODS}
-    of_sgd = _bytes(sgd, device)
-    rows, parts = [], []
-    for repeat in range(repeats):
+def measure_kfac(settings: Mapping[str, Any]) -> Iterator[Row]:
+    """Rows of all kinds of steps of a network, each with that of the SGD steps next to it, and of the parts of the largest."""
+    device = torch.device(settings["device"])
+    with same_randomness():
+        sgd, timed = steppers(settings["network"], settings["head"], settings["images"], device)
+    own_memory = {"sgd": _bytes(sgd, device)} | {name: _bytes(timed[name, WHOLE], device) for name in METHODS}
+    for name, (peak, state) in own_memory.items():
+        yield {"optimizer": name, "quantity": "peak MiB", "value": peak / 2**20}
+        yield {"optimizer": name, "quantity": "state MiB", "value": state / 2**20}
+    for repeat in range(settings["repeats"]):
         start = repeat % len(timed)
         order = [*timed.items()][start:] + [*timed.items()][:start]
         for (name, kind), stepper in order:
             before = _milliseconds(stepper)
             pairs = [(seconds(sgd, device), seconds(stepper, device)) for _ in range(STEPS[kind])]
             sgd_ms, own_ms = (1e3 * sum(times) / len(pairs) for times in zip(*pairs, strict=True))
-            labels = case.labels | {"method": name, "repeat": repeat}
-            rows.append(labels | {"kind": kind, "milliseconds": own_ms, "sgd_ms": sgd_ms} | _mib(memory[name], of_sgd))
+            at = {"optimizer": name, "layer": kind, "index": repeat}
+            yield at | {"quantity": "milliseconds", "value": own_ms}
+            yield at | {"quantity": "milliseconds of SGD", "value": sgd_ms}
             if kind == WHOLE:
-                after = _milliseconds(stepper)
-                parts += [labels | {"part": part, "milliseconds": after[part] - before[part]} for part in after]
-    return rows, parts
+                for part, after in _milliseconds(stepper).items():
+                    yield at | {"layer": part, "quantity": "milliseconds of a part", "value": after - before[part]}
 
 
 def _milliseconds(stepper: Stepper) -> dict[str, float]:
@@ -127,8 +118,3 @@ def _milliseconds(stepper: Stepper) -> dict[str, float]:
 def _bytes(stepper: Stepper, device: torch.device) -> tuple[float, int]:
     """Peak memory of a step beyond what is held between steps, and the optimiser's state, which is held."""
     return peak_bytes(stepper, device), state_bytes(stepper.optimizer.state_dict())
-
-
-def _mib(own: tuple[float, int], of_sgd: tuple[float, int]) -> Row:
-    names = ("peak_mib", "state_mib", "sgd_peak_mib", "sgd_state_mib")
-    return {name: count / 2**20 for name, count in zip(names, own + of_sgd, strict=True)}

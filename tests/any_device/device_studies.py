@@ -1,61 +1,46 @@
-"""Every study, from its trainings to its report, on any device: the smallest preset, made smaller still."""
+"""Every study, from its trainings to its page, on any device: the smallest preset, made smaller still."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import pytest
 from undrawn_figures import undrawn_figures
 
 from studies.__main__ import main
-from studies.report import write_report
+from studies.engine.command import write_pages
+from studies.engine.records import read_records
 from studies.study import STUDIES
 
-CURVATURE = (
-    "--poolings gap --small.images 2 --batch-size 96 "
-    "--limits.whole 0 --limits.dense 0 --limits.block 100 --limits.steps 2"
-)
-PRECONDITIONING = (
-    "--trained gcp --images 2 --curvature-images 2 --reference-images 4 --gradient-batches 2 --gradient-batch-size 4 "
-    "--dampings 1 --newton-schulz-steps 2 --batch-size 128 --no-natural-gradient "
-    "--factorial.optimisers sgd --factorial.timing-steps 1 --factorial.seeds 1"
-)
-OPTIMISERS = (
-    "--arms sgd kfac --trials 1 --dampings 1 --timing-steps 1 --autoencoder.updates 4 --autoencoder.evaluations 2"
-)
 FLAGS = {
-    "landscape": "--poolings gap gcp --eta-points 1 --measure-every 3",
-    "curvature": CURVATURE,
-    "preconditioning": PRECONDITIONING,
-    "performance": "--shapes 2x4x3x3 --repeats 1 --kfac-repeats 1 --kfac-poolings gap",
-    "optimisers": OPTIMISERS,
+    "landscape": "--heads gap gcp --eta-points 1 --rho 0.1 --measure-every 3",
+    "curvature": "--networks --heads gap gcp --explored-seeds 0 --limits.images 2 --limits.probes 2",
+    "preconditioning": "--trained gcp",
+    "performance": "--shapes 2x4x3x3 --repeats 1 --kfac-repeats 1 --kfac-heads gap",
+    "optimisers": "--others --autoencoder.updates 4 --autoencoder.evaluations 2 --timing-steps 1",
 }
 
 
 @pytest.fixture
-def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No report but that of the performance study: what is read from tables knows no device, unless it was not measured.
+def _only_costs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No page but that of the performance study: what is read from tables knows no device, unless it was not measured."""
 
-    And few of the products with Hessians whose number is no flag.
-    """
+    def pages(folder: Path, preset: str, studies: Mapping[str, Any], must: Sequence[str]) -> tuple[Path, Path]:
+        return write_pages(folder, preset, {"performance": studies["performance"]}, must=())
 
-    def report(folder: Path, sections: dict, preset: str, must: object = ()) -> tuple[Path, Path]:
-        return write_report(folder, {"performance": sections["performance"]}, preset)
-
-    monkeypatch.setattr("studies.preconditioning.blocks.measure.LANCZOS", 1)
-    monkeypatch.setattr("studies.preconditioning.blocks.measure.PROBES", 1)
-    monkeypatch.setattr("studies.program.write_report", report)
+    monkeypatch.setattr("studies.program.write_pages", pages)
     with undrawn_figures():
         yield
 
 
-@pytest.mark.usefixtures("_little_work")
+@pytest.mark.usefixtures("_only_costs")
 @pytest.mark.parametrize("study", STUDIES)
 def test_studies(study: str, device: str, tmp_path: Path) -> None:
-    flags = [*FLAGS[study].split(), *["--preset", "smoke", "--seeds", "1", "--threads", "1", "--no-progress"]]
+    flags = [*FLAGS[study].split(), "--preset", "smoke", "--seeds", "1", "--processes", "1", "--no-progress"]
     assert main([study, *flags, "--device", device, "--out", str(tmp_path)]) == 0
-    assert len(pd.read_csv(tmp_path / f"{study}.csv")) > 0
-    assert f'"device": "{device.partition(":")[0]}: ' in (tmp_path / f"{study}.json").read_text()
+    records, origins = read_records(tmp_path, study)
+    assert len(records) > 0
+    assert any(machine["device"].startswith(f"{device.partition(':')[0]}: ") for machine in origins.machines)
 
 
 @pytest.mark.usefixtures("without_float64")

@@ -15,7 +15,7 @@ from secondorder.curvature.backpack.registration import DERIVATIVES
 from secondorder.errors import InputError
 from secondorder.matrix_power import newton_schulz_sqrt
 from secondorder.matrix_power.transforms import symmetric
-from secondorder.pooling import Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, UpperTriangle
+from secondorder.pooling import Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, RandomLift, UpperTriangle
 
 N, COLUMNS = 3, 2
 
@@ -60,12 +60,25 @@ def by_lyapunov(S: Tensor) -> Tensor:
     return Y
 
 
+LIFTS = {channels: RandomLift(channels) for channels in (2, 4)}
+
+
+def by_directions(z: Tensor) -> Tensor:
+    """A random lift in a loop over its directions."""
+    C = z.shape[1]
+    a, scale = LIFTS[C].rotation.to(z.dtype), (4 * torch.pi * (torch.pi - 2) / C) ** 0.5
+    products = [scale * (z @ a[i]) * (z @ a[j]) for i in range(C) for j in range(i + 1, C)]
+    return torch.cat([z, torch.stack(products, 1)], 1)
+
+
 CASES = {
     "covariance": Case(Covariance(), lambda: features(3, 2, 3)),
     "covariance of sequences": Case(Covariance("NCL"), lambda: features(3, 5)),
     "covariance of tokens": Case(Covariance("NLC"), lambda: features(5, 3)),
     "covariance of channels-last maps": Case(Covariance("NHWC"), lambda: features(2, 3, 3)),
     "upper triangle": Case(UpperTriangle(), lambda: covariances(3)),
+    "random lift": Case(LIFTS[4], lambda: features(4), by_directions),
+    "random lift of a pair": Case(LIFTS[2], lambda: features(2), by_directions),
     "newton_schulz": Case(MatrixSquareRoot("newton_schulz", 5), covariances, newton_schulz_sqrt),
     "auto": Case(MatrixSquareRoot("auto", 8), covariances, lambda S: newton_schulz_sqrt(S, 8)),
     "exact root": Case(MatrixSquareRoot("eigh"), covariances, by_lyapunov),

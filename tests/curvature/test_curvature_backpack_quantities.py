@@ -28,6 +28,7 @@ HEADS: dict[str, dict] = {
     "gcp_exact": {},
     "gcp_power": {"exponent": 0.3},
     "gcp_log": {},
+    "gap_lifted": {},
 }
 LOSSES = [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"), nn.MSELoss(), nn.MSELoss(reduction="sum")]
 ACTIVATIONS = [nn.ReLU, nn.Tanh]

@@ -126,7 +126,7 @@ def test_the_estimate_grows_with_what_a_quantity_propagates() -> None:
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, True])
 def test_a_chunk_is_a_positive_whole_number(chunk: Any) -> None:
-    with pytest.raises(InputError, match="must be a whole number >= 1"):
+    with pytest.raises(InputError, match="must be a whole number of at least 1"):
         backpack_quantity(
             chain(), nn.CrossEntropyLoss(), batch(nn.CrossEntropyLoss(), 2), extensions.BatchGrad(), chunk=chunk
         )

@@ -36,7 +36,7 @@ def test_available_memory_is_what_the_system_says() -> None:
 
 @pytest.mark.parametrize("memory", [0, -5, True, "1 GiB", float("nan")])
 def test_budgets_that_are_no_number_of_bytes_are_refused(memory: object) -> None:
-    with pytest.raises(InputError, match=r"memory .*positive number of bytes"):
+    with pytest.raises(InputError, match=r"memory must be a number above 0, got .* bytes"):
         budget(memory, CPU)  # type: ignore[arg-type]
 
 

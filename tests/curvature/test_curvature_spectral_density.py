@@ -244,7 +244,7 @@ def test_curves_of_every_spectrum_are_finite(spectrum: str) -> None:
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"deflate": -1}, "deflate must be a whole number of at least 0, got -1"),
         ({"deflate": 20}, "deflate must be less than the number of rows, 20, got 20"),
-        ({"zero": -1e-3}, "zero must be at least 0 and below 1 (relative to the largest magnitude), got -0.001"),
+        ({"zero": -1e-3}, "zero must be a number in [0, 1), got -0.001; relative to the largest magnitude"),
         ({"seed": 0.5}, "seed must be a whole number from 0 to 2^63 - 1, got 0.5"),
     ],
 )
@@ -258,7 +258,7 @@ def test_bad_arguments_of_results() -> None:
     density = exact_density(uniform(5, 0, 1), 0.0)
     with pytest.raises(InputError, match="unknown scale 'log'; choose one of: linear, symlog"):
         density.curve("log")
-    with pytest.raises(InputError, match=r"width must be a positive finite number, got 0\.0"):
+    with pytest.raises(InputError, match=r"width must be a finite number above 0, got 0\.0"):
         density.curve(width=0.0)
     with pytest.raises(InputError, match="points must be a whole number of at least 2, got 1"):
         density.curve(points=1)

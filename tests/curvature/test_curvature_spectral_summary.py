@@ -279,11 +279,11 @@ def test_rows_of_a_table() -> None:
         ({"method": "eigh"}, "unknown method 'eigh'; choose one of: auto, exact, lanczos"),
         (
             {"threshold": -0.1},
-            "threshold must be at least 0 and below 1 (relative to the largest magnitude), got -0.1",
+            "threshold must be a number in [0, 1), got -0.1; relative to the largest magnitude",
         ),
         (
             {"threshold": math.nan},
-            "threshold must be at least 0 and below 1 (relative to the largest magnitude), got nan",
+            "threshold must be a number in [0, 1), got nan; relative to the largest magnitude",
         ),
         ({"method": "lanczos", "probes": 0}, "probes must be a whole number of at least 1, got 0"),
         ({"method": "lanczos", "steps": 0}, "steps must be a whole number of at least 1, got 0"),

@@ -1,32 +1,22 @@
 """The support matrix is what running gives, and `supports` says the same without running."""
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
 from backpack import extensions
+from backpack_support import reference, tables
+from backpack_support.layers import LAYERS, layer_network
+from backpack_support.networks import NETWORKS, SPOT_CHECKS, network_case
+from backpack_support.tables import DRAWS, markdown, support_matrix, support_of_layers, support_of_networks
 from small_networks import batch, built, chain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.backpack import support, truth
 from secondorder.curvature.backpack.kinds import KINDS
 from secondorder.curvature.backpack.merging import MERGES
 from secondorder.curvature.backpack.quantity import backpack_quantity
 from secondorder.curvature.backpack.registration import DERIVATIVES, ROWS
-from secondorder.curvature.backpack.support import (
-    DRAWS,
-    QUANTITIES,
-    check_support,
-    markdown,
-    support_matrix,
-    support_of_layers,
-    support_of_networks,
-    supports,
-)
-from secondorder.curvature.backpack.support_cases import LAYERS, layer_network
-from secondorder.curvature.backpack.support_networks import NETWORKS, SPOT_CHECKS, network_case
+from secondorder.curvature.backpack.support import QUANTITIES, check_support, supports
 from secondorder.curvature.kronecker import factors
 from secondorder.errors import InputError
 
@@ -37,8 +27,6 @@ REFUSED_LAYERS = [
     "AdaptiveChannelDropout, training",
 ]
 BRANCHES = ["Sum", "Concatenate", "ResidualBlock", *(layer for layer in LAYERS if "Net" in layer)]
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->"
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
@@ -94,11 +82,9 @@ def test_an_accepted_network_runs(quantity: str) -> None:
     assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in tensors)
 
 
-def test_the_readme_shows_the_tables() -> None:
-    """To bring it up to date: python -m secondorder.curvature.backpack.support, between the two markers."""
-    text = README.read_text()
-    assert BEGIN in text, f"README.md lacks the marker {BEGIN.strip()}"
-    assert text.split(BEGIN)[1].split(END)[0].strip() == support.section().strip()
+def test_the_document_shows_the_tables() -> None:
+    """To bring it up to date: python -m tests.backpack_support, between the two markers."""
+    assert tables.in_document().strip() == tables.section().strip()
 
 
 def test_equal_columns_share_one_in_markdown() -> None:
@@ -109,22 +95,22 @@ def test_equal_columns_share_one_in_markdown() -> None:
 @pytest.mark.parametrize("quantity", [*DRAWS, "BatchGrad", "DiagGGNExact", "DiagHessian", "KFLR", "HMP"])
 def test_a_wrong_scale_is_called_wrong(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """1.25 times too large for any single parameter, where the noise of Monte-Carlo quantities is largest."""
-    expected, layer = truth.EXPECTED[quantity], "MatrixLogarithm"
+    expected, layer = reference.EXPECTED[quantity], "MatrixLogarithm"
     network, *data = layer_network(layer)
     extension = QUANTITIES[quantity](**DRAWS.get(quantity, {}))
     found = backpack_quantity(network, nn.CrossEntropyLoss(), tuple(data), extension, seed=0)
-    monkeypatch.setattr(support, "backpack_quantity", lambda *arguments, **options: found)  # once for all comparisons
-    assert support.entry(layer, quantity) in ("exact", "mc")
-    for wrong in support.layer_truth(layer, 2).parts:
+    monkeypatch.setattr(tables, "backpack_quantity", lambda *arguments, **options: found)  # once for all comparisons
+    assert tables.entry(layer, quantity) in ("exact", "mc")
+    for wrong in tables.layer_truth(layer, 2).parts:
         scaled = lambda t, name, wrong=wrong: expected(t, name) / (1.25 if name == wrong else 1)  # noqa: E731
-        monkeypatch.setitem(truth.EXPECTED, quantity, scaled)
-        assert support.entry(layer, quantity) == "wrong", wrong
+        monkeypatch.setitem(reference.EXPECTED, quantity, scaled)
+        assert tables.entry(layer, quantity) == "wrong", wrong
 
 
 def test_wrong_spots_of_a_network_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     for quantity in SPOT_CHECKS:
-        monkeypatch.setitem(support.SPOT_CHECKS, quantity, lambda case, found: 1e-6)
-        assert support.network_entry("cifar_resnet8, gcp", quantity) == "wrong"
+        monkeypatch.setitem(tables.SPOT_CHECKS, quantity, lambda case, found: 1e-6)
+        assert tables.network_entry("cifar_resnet8, gcp", quantity) == "wrong"
 
 
 def transposed(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -145,15 +131,15 @@ def test_wrong_kronecker_factors_are_called_wrong(monkeypatch: pytest.MonkeyPatc
         ("mean_patches", lambda layer, x: transposed(layer, x).mean(-1), exact[2:]),
         ("_squeezed", lambda factor: 1.25 * squeezed(factor), [*exact, *random, "KFRA"]),
     ):
-        support.layer_truth.cache_clear()
+        tables.layer_truth.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(factors, name, mistake)
             for quantity in quantities:
-                assert support.entry("Conv2d", quantity) == "wrong", (name, quantity)
+                assert tables.entry("Conv2d", quantity) == "wrong", (name, quantity)
             if "KFLR" in quantities:
-                assert support.network_entry("cifar_resnet8, gcp", "KFLR") == "wrong", name
-    support.layer_truth.cache_clear()
-    assert support.entry("Conv2d", "KFLR") == "exact"
+                assert tables.network_entry("cifar_resnet8, gcp", "KFLR") == "wrong", name
+    tables.layer_truth.cache_clear()
+    assert tables.entry("Conv2d", "KFLR") == "exact"
 
 
 def test_check_support_names_module_quantity_and_way_out() -> None:

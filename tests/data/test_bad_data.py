@@ -146,14 +146,14 @@ BAD_OPTIONS = {
     "long name": (("x" * 900, None), {}, "unknown data set 'xxx"),
     "no root": (("cifar10", None), {}, "cifar10 needs the folder .* pass --data-root or set SECONDORDER_DATA"),
     "absent root": (("cifar100", "absent"), {}, "data root absent is no folder; .* --download"),
-    "limit 0": (("digits", None), {"limit": 0}, "limit is 0; .* from 1 to 1437"),
-    "limit above": (("digits", None), {"limit": 1438}, "limit is 1438; .* from 1 to 1437"),
-    "limit 2.5": (("digits", None), {"limit": 2.5}, "limit is 2.5; "),
-    "test_limit": (("digits", None), {"test_limit": 361}, "test_limit is 361; .* from 1 to 360"),
-    "download": (("cifar10", "x"), {"download": 1}, "download 1: must be True or False"),
+    "limit 0": (("digits", None), {"limit": 0}, "limit must be .* from 1 to 1437, got 0;"),
+    "limit above": (("digits", None), {"limit": 1438}, "limit must be .* from 1 to 1437, got 1438;"),
+    "limit 2.5": (("digits", None), {"limit": 2.5}, "limit must be a whole number .*, got 2.5;"),
+    "test_limit": (("digits", None), {"test_limit": 361}, "test_limit must be .* from 1 to 360, got 361;"),
+    "download": (("cifar10", "x"), {"download": 1}, "download must be True or False, got 1"),
     "zero byte": (("cifar10", "\0"), {}, "data root .* cannot be read"),
     "root of numbers": (("cifar100", np.zeros(2)), {}, "data root is array"),
-    "image_size": (("digits", None), {"image_size": 0}, "image_size is 0; "),
+    "image_size": (("digits", None), {"image_size": 0}, "image_size must be .*, got 0;"),
 }
 
 
@@ -201,7 +201,7 @@ def test_indices_that_are_no_whole_numbers(indices: Any) -> None:
 
 def test_limit_above_an_image_folder(tmp_path: Path) -> None:
     write_image_folder(tmp_path)
-    with pytest.raises(InputError, match=r"limit is 9; .* from 1 to 8"):
+    with pytest.raises(InputError, match=r"limit must be .* from 1 to 8, got 9;"):
         load_dataset("imagefolder", tmp_path, limit=9)
 
 

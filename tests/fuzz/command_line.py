@@ -91,7 +91,7 @@ def checks(random: Random) -> Call:
             command = parsed([*arguments, *([] if flag == "out" else ["--out", folder])])
             if command is None or command.common.download:
                 return None
-            return STUDIES[name].check(command.common, command.studies[name])
+            return next(STUDIES[name].plan(STUDIES[name].context(command.common, command.studies[name])))
 
     return Call(f"check({shown(arguments, 200)})", run, pure=True, seconds=30.0)
 

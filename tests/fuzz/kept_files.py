@@ -1,10 +1,7 @@
 """Result files that were mutilated: tables, provenance, settings and kept results of runs."""
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -14,23 +11,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from studies.report import usable_tables
-from studies.report.section import Section
+from studies.engine.command import provenance as as_provenance
+from studies.engine.records import Origins, frame, has_records, read_records, write_records
+from studies.engine.store import kept
+from studies.engine.study import Results
+from studies.judge import judge
+from studies.page.writing import usable_tables
 from studies.results import provenance, read_provenance, read_table, write_table
-from studies.run_folders import commit_of, commits_below, kept, open_runs, sign
 from studies.study import STUDIES
 
 from .call import Call
 
 REPORTS = Path(__file__).parents[2] / "reports" / "quick"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of runs."""
-
-    epochs: int = 3
-    poolings: tuple[str, ...] = ("gap", "gcp")
+MACHINE = {"commit": "c", "device": "cpu", "threads": 1, "machine": "m", "versions": {"torch": "2"}}
 
 
 def write(folder: Path) -> None:
@@ -38,8 +31,11 @@ def write(folder: Path) -> None:
     table = pd.DataFrame({"pooling": ["gap", "gcp"], "value": [1.5, 2.5], "seed": [0, 1]})
     write_table(folder, "table", table, provenance("x", {"a": 1}, [0], {"label": "x"}, torch.device("cpu"), 1.0))
     write_table(folder, "long", table, compressed=True)
-    open_runs(folder / "runs", Settings(), resume=False)
-    sign(folder / "runs" / "one")
+    origins = Origins("records", {"epochs": 3})
+    origins.add("k", 1.0, MACHINE)
+    write_records(
+        folder, "records", frame("records", [{"quantity": "loss", "value": 1.5}], {"head": "gap"}, "k"), origins
+    )
     kept(folder / "runs" / "one" / "result.json", lambda: [{"loss": 1.5}])
 
 
@@ -47,10 +43,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "table": ("table.csv", lambda f: read_table(f, "table", ("pooling", "value"))),
     "long": ("long.csv.gz", lambda f: read_table(f, "long", ("pooling", "value"))),
     "provenance": ("table.json", lambda f: read_provenance(f, "table")),
-    "settings": ("runs/settings.json", lambda f: open_runs(f / "runs", Settings(), resume=True)),
-    "commit": ("runs/one/commit", lambda f: commit_of(f / "runs" / "one")),
-    "commits": ("runs/one/commit", lambda f: commits_below(f / "runs")),
-    "sign": ("runs/one/commit", lambda f: sign(f / "runs" / "one")),
+    "records": ("records.csv", lambda f: read_records(f, "records")),
+    "origins": ("records.json", lambda f: read_records(f, "records")),
     "result": ("runs/one/result.json", lambda f: kept(f / "runs" / "one" / "result.json", lambda: [{"loss": 1.5}])),
 }
 DAMAGE = (
@@ -115,57 +109,41 @@ def reader(random: Random) -> Call:
 
 
 @lru_cache
-def tables(study: str) -> list[Path]:
-    """The result files of a study in the repository's report."""
-    files = (
-        sorted(REPORTS.glob(f"{study}*.csv")) + sorted(REPORTS.glob(f"{study}*.csv.gz")) + [REPORTS / f"{study}.json"]
-    )
-    return [file for file in files if "summary" not in file.name and "ratios" not in file.name]
+def records_of(study: str) -> tuple[pd.DataFrame, Origins]:
+    """The records of a study in the repository's report."""
+    return read_records(REPORTS, study)
 
 
 def section(random: Random) -> Call:
-    """The section of a report from tables in which something is wrong."""
-    study = random.choice(("landscape", "performance", "performance", random.choice(list(STUDIES))))
-    damaged = random.choice(tables(study))
-    kind = random.choice(
-        ("cut rows", "drop column", "nan column", "text cell", "inf cell", "html cell", "negative", "one row", "json")
-    )
+    """The folds of a page from records in which something is wrong."""
+    there = [name for name in STUDIES if has_records(REPORTS, name)]
+    study = random.choice(there)
+    kind = random.choice(("cut rows", "nan column", "text cell", "inf cell", "html cell", "negative", "one row"))
     state = random.getrandbits(40)
 
-    def run() -> Section:
-        with tempfile.TemporaryDirectory() as name:
-            for file in tables(study):
-                shutil.copy(file, name)
-            spoil(Path(name) / damaged.name, kind, Random(state))
-            try:
-                with usable_tables(Path(name) / study):  # as in every report
-                    return STUDIES[study].section(Path(name))
-            finally:
-                plt.close("all")
+    def run() -> Any:
+        records, origins = records_of(study)
+        spoiled = spoil(records, kind, Random(state))
+        try:
+            with usable_tables(REPORTS / study):  # as in every page
+                judged = judge(STUDIES[study].claims, spoiled) if STUDIES[study].claims else []
+                return STUDIES[study].folds(Results(spoiled, origins, judged, as_provenance(study, records, origins)))
+        finally:
+            plt.close("all")
 
-    return Call(f"section {study}, {damaged.name}: {kind} ({state})", run, pure=True, seconds=100.0)
+    return Call(f"folds of {study}: {kind} ({state})", run, pure=True, seconds=100.0)
 
 
-def spoil(file: Path, kind: str, random: Random) -> None:
-    """Change a table, or a value of a provenance file."""
-    if file.suffix == ".json":
-        content = json.loads(file.read_text())
-        key = random.choice(list(content))
-        content[key] = random.choice((None, "x", [], {}, -1, "<script>", {"a": "<b>"}))
-        file.write_text(json.dumps(content))
-        return
-    table = pd.read_csv(file)
-    column, row = random.choice(list(table.columns)), random.randrange(len(table))
+def spoil(records: pd.DataFrame, kind: str, random: Random) -> pd.DataFrame:
+    """A copy in which something is wrong."""
+    column, row = random.choice(list(records.columns)), random.randrange(len(records))
     if kind == "cut rows":
-        table = table.iloc[: random.randrange(len(table))]
-    elif kind == "one row":
-        table = table.iloc[row : row + 1]
-    elif kind == "drop column":
-        table = table.drop(columns=column)
-    elif kind == "nan column":
+        return records.iloc[: random.randrange(len(records))]
+    if kind == "one row":
+        return records.iloc[row : row + 1]
+    table = records.astype({column: object})
+    if kind == "nan column":
         table[column] = float("nan")
-    else:
-        cell = {"text cell": "x", "inf cell": float("inf"), "html cell": "<script>", "negative": -1, "json": None}[kind]
-        table = table.astype({column: object})
-        table.loc[row, column] = cell
-    table.to_csv(file, index=False)
+        return table
+    table.loc[row, column] = {"text cell": "x", "inf cell": float("inf"), "html cell": "<script>", "negative": -1}[kind]
+    return table

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gcp_power": {"exponent": (0.1, 0.25, 0.5, 0.75, 1, 1.0, 1.5, 2, -0.5)},
     "gcp_log": {"eps": (1e-8, 1e-3, 0.1, 1.0, 10.0)},
     "dropcov": {"kernel_size": (1, 3, 5)},
+    "gap_lifted": {"seed": (0, 1, 7)},
 }
 DEGREE = {"gap": 1.0, "covariance": 2.0, "gcp": 1.0, "gcp_exact": 1.0, "dropcov": 2.0}
 """f(s x) = s^degree f(x)."""
@@ -105,8 +106,9 @@ def degree(head: PoolingHead, name: str) -> float | None:
     return next((d for key, d in DEGREE.items() if f"{key!r}" in name), None)
 
 
-def representable(dtype: torch.dtype, scale: float, power: float | None) -> bool:
+def representable(dtype: torch.dtype, scale: float, head: PoolingHead, name: str) -> bool:
     """Whether features of this size have outputs well within the format."""
+    power = 2.0 if "'gap_lifted'" in name else degree(head, name)  # its largest outputs, the products
     if power is None:  # the logarithm of S + eps I
         return abs(math.log10(scale)) < 12
     low, high = math.log10(torch.finfo(dtype).tiny), math.log10(torch.finfo(dtype).max)
@@ -122,7 +124,7 @@ def sizes(random: Random) -> Call:
     scale = random.choice(SCALES[dtype])
     words, x = features(random, dtype, scale)
     name, head = good_head(random, x.shape[1])
-    finite = representable(dtype, scale, degree(head, name))
+    finite = representable(dtype, scale, head, name)
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = x.clone().requires_grad_()
@@ -146,6 +148,11 @@ def reference(head: PoolingHead, name: str, x: Tensor) -> Tensor | None:
     x = x.double()
     if "'gap'" in name:
         return x.mean((2, 3))
+    if "'gap_lifted'" in name:
+        z, lift = x.mean((2, 3)), head.layers[-1]
+        u = z @ lift.rotation.double().T  # type: ignore[operator, union-attr]
+        i, j = torch.triu_indices(z.shape[1], z.shape[1], offset=1)
+        return torch.cat([z, float(lift.scale) * u[:, i] * u[:, j]], 1)  # type: ignore[arg-type]
     Xc = x.flatten(2) - x.flatten(2).mean(-1, keepdim=True)
     scale = Xc.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
     S = (Xc / scale) @ (Xc / scale).mT / Xc.shape[-1]
@@ -177,7 +184,7 @@ def truth(random: Random) -> Call:
     scale = random.choice([s for s in SCALES[dtype] if 1e-30 < s < 1e30])
     words, x = features(random, dtype, scale)
     name, head = good_head(random, x.shape[1])
-    fits = representable(dtype, scale, degree(head, name))
+    fits = representable(dtype, scale, head, name)
     if "decay" in words:  # down to far below the rounding level of the format: left out, which a root hardly shows
         fits &= "gcp_log" not in name and not ("gcp_power" in name and (degree(head, name) or 0) < 1)
     expected = reference(head, name, x)

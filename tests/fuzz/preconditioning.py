@@ -32,7 +32,7 @@ from .values import absurd, bad_tensor, named, normal
 
 HEADS: dict[str, dict[str, Any]] = {
     "gap": {}, "covariance": {}, "gcp": {"num_iter": 5}, "gcp_exact": {}, "gcp_power": {"exponent": 0.7},
-    "gcp_log": {"eps": 0.01},
+    "gcp_log": {"eps": 0.01}, "gap_lifted": {},
 }  # fmt: skip
 
 

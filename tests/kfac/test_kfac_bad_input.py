@@ -45,16 +45,25 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "damping zero": (kfac(damping=0), "damping 0: must be above 0; 1e-8 is as good as none"),
     "damping negative": (kfac(damping=-1.0), "damping -1.0: must be a number in [0, 3.4e+38)"),
     "damping nan": (lambda: Damping(NAN), "damping nan: must be a number in [0, 3.4e+38)"),
-    "relative": (lambda: Damping(relative="no"), "relative 'no': must be True or False"),  # type: ignore[arg-type]
+    "relative": (lambda: Damping(relative="no"), "relative must be True or False, got 'no'"),  # type: ignore[arg-type]
     "adapt": (lambda: Damping(adapt=5), "adapt 5: must be LevenbergMarquardt(...), or None (a fixed damping)"),  # type: ignore[arg-type]
     "inverse of no hash": (lambda: Damping(inverse=[]), "unknown inverse []; choose one of: eigen, cholesky"),  # type: ignore[arg-type]
     "damping text": (kfac(damping="much"), "damping 'much': must be a number in [0, 3.4e+38)"),
     "inverse": (lambda: Damping(inverse="qr"), "unknown inverse 'qr'; choose one of: eigen, cholesky"),
     "ema_decay 1": (kfac(ema_decay=1.0), "ema_decay 1.0: must be a number in [0, 1)"),
-    "factor_interval 0": (kfac(factor_interval=0), "factor_interval 0: must be a whole number, at least 1"),
-    "factor_interval negative": (kfac(factor_interval=-3), "factor_interval -3: must be a whole number, at least 1"),
-    "inverse_interval half": (kfac(inverse_interval=2.5), "inverse_interval 2.5: must be a whole number, at least 1"),
-    "inverse_interval bool": (kfac(inverse_interval=True), "inverse_interval True: must be a whole number, at least 1"),
+    "factor_interval 0": (kfac(factor_interval=0), "factor_interval must be a whole number of at least 1, got 0"),
+    "factor_interval negative": (
+        kfac(factor_interval=-3),
+        "factor_interval must be a whole number of at least 1, got -3",
+    ),
+    "inverse_interval half": (
+        kfac(inverse_interval=2.5),
+        "inverse_interval must be a whole number of at least 1, got 2.5",
+    ),
+    "inverse_interval bool": (
+        kfac(inverse_interval=True),
+        "inverse_interval must be a whole number of at least 1, got True",
+    ),
     "fisher": (kfac(fisher="true"), "unknown fisher 'true'; choose one of: mc, empirical, exact"),
     "fisher None": (kfac(fisher=None), "unknown fisher None; choose one of: mc, empirical, exact"),
     "likelihood": (
@@ -62,11 +71,14 @@ VALUES: dict[str, tuple[Thing, str]] = {
         "unknown likelihood 'nll'; choose one of: cross_entropy, mse, bce",
     ),
     "reduction": (lambda: Fisher(reduction="none"), "unknown reduction 'none'; choose one of: mean, sum"),
-    "samples": (lambda: Fisher(samples=0), "samples 0: must be a whole number, at least 1"),
-    "seed": (lambda: Fisher(seed=0.5), "seed 0.5: must be a whole number"),
-    "seed negative": (lambda: Fisher(seed=-1), "seed -1: must be a whole number from 0 to 2^63 - 1"),
-    "seed beyond": (lambda: Fisher(seed=2**63), "seed 9223372036854775808: must be a whole number from 0 to 2^63 - 1"),
-    "decoupled": (lambda: Options(decoupled=None), "decoupled None: must be True or False"),  # type: ignore[arg-type]
+    "samples": (lambda: Fisher(samples=0), "samples must be a whole number of at least 1, got 0"),
+    "seed": (lambda: Fisher(seed=0.5), "seed must be a whole number from 0 to 2^63 - 1, got 0.5"),
+    "seed negative": (lambda: Fisher(seed=-1), "seed must be a whole number from 0 to 2^63 - 1, got -1"),
+    "seed beyond": (
+        lambda: Fisher(seed=2**63),
+        "seed must be a whole number from 0 to 2^63 - 1, got 9223372036854775808",
+    ),
+    "decoupled": (lambda: Options(decoupled=None), "decoupled must be True or False, got None"),  # type: ignore[arg-type]
     "groups by number": (
         lambda: Options(groups={3: {"lr": 0.1}}),
         "groups {3: {'lr': 0.1}}: must be settings by pattern",
@@ -86,7 +98,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "options": (kfac(options={"fallback": "adam"}), "options {'fallback': 'adam'}: must be Options(...)"),
     "fallback": (lambda: Options(fallback="rprop"), "unknown fallback 'rprop'; choose one of: sgd, adam"),
     "fallback_lr": (lambda: Options(fallback_lr=-1.0), "fallback_lr -1.0: must be a number in [0, 3.4e+38)"),
-    "wide_inputs": (lambda: Options(wide_inputs=0), "wide_inputs 0: must be a whole number, at least 1"),
+    "wide_inputs": (lambda: Options(wide_inputs=0), "wide_inputs must be a whole number of at least 1, got 0"),
     "groups": (lambda: Options(groups=[{"lr": 0.1}]), "groups [{'lr': 0.1}]: must be settings by pattern"),  # type: ignore[arg-type]
     "groups of numbers": (
         lambda: Options(groups={"*.bias": 0.1}),
@@ -102,7 +114,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     ),
     "group value": (kfac(options=Options(groups={"6.*": {"lr": -1.0}})), "lr -1.0: must be a number in [0, 3.4e+38)"),
     "group damping": (kfac(options=Options(groups={"6.*": {"damping": 0.0}})), "damping 0.0: must be above 0"),
-    "every": (lambda: LevenbergMarquardt(every=0), "every 0: must be a whole number, at least 1"),
+    "every": (lambda: LevenbergMarquardt(every=0), "every must be a whole number of at least 1, got 0"),
     "factor": (lambda: LevenbergMarquardt(factor=1.0), "factor 1.0: must be a number in [0, 1)"),
     "factor text": (lambda: LevenbergMarquardt(factor="x"), "factor 'x': must be a number in [0, 1)"),  # type: ignore[arg-type]
     "factor zero": (lambda: LevenbergMarquardt(factor=0.0), "factor 0.0: must lie in (0, 1)"),

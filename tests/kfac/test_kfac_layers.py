@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from secondorder.errors import InputError
-from secondorder.kfac.layers import clean_paths, find_layers
+from secondorder.kfac.layers import find_layers
+from secondorder.kfac.modules import clean_paths
 from secondorder.kfac.options import WIDE_INPUT
 from secondorder.networks import network
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import floor
+from secondorder.curvature.relative_damping import min_scale
 from secondorder.kfac.inverses import EVENTS, KINDS, NO_CURVATURE, Factors, Identity, Inverse, build, invert
 from secondorder.kfac.inverses.numerics import all_finite, eigen, inverses
 
@@ -120,7 +120,7 @@ def test_layers_without_curvature_are_named_and_cost_one_synchronisation(monkeyp
 
 def test_the_floor_can_be_divided_by():
     for dtype in (torch.float32, torch.float64):
-        assert torch.tensor(1e10, dtype=dtype).div(floor(dtype)).isfinite()
+        assert torch.tensor(1e10, dtype=dtype).div(min_scale(dtype)).isfinite()
 
 
 def test_one_sample_and_repeated_eigenvalues():

@@ -83,5 +83,5 @@ def test_spread_balances() -> None:
 @pytest.mark.parametrize("name", ["factor_interval", "inverse_interval"])
 def test_bad_intervals(name: str, value: object) -> None:
     values = {"factor_interval": 1, "inverse_interval": 1} | {name: value}
-    with pytest.raises(InputError, match=f"{name} {value!r}: must be a whole number"):
+    with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got {value!r}"):
         Intervals(**values, warm_up=False, stagger=False, costs={})

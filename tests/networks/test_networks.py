@@ -292,26 +292,26 @@ def test_pooling_options_reach_the_head() -> None:
     [
         ({"backbone": "resnet19"}, "unknown backbone 'resnet19'; choose one of: .*resnet18, resnet34"),
         ({"pooling": "gpc"}, "unknown pooling 'gpc'; choose one of: gap"),
-        ({"num_classes": 0}, "num_classes 0"),
-        ({"num_classes": 2.5}, "num_classes 2.5"),
-        ({"in_channels": 0}, "in_channels 0"),
-        ({"reduced_channels": -1}, "reduced_channels -1"),
+        ({"num_classes": 0}, "num_classes .*, got 0"),
+        ({"num_classes": 2.5}, "num_classes .*, got 2.5"),
+        ({"in_channels": 0}, "in_channels .*, got 0"),
+        ({"reduced_channels": -1}, "reduced_channels .*, got -1"),
         ({"last_stride": 3}, "last_stride 3: must be 1, 2 or None"),
         ({"last_stride": True}, "last_stride True: must be 1, 2 or None"),
         ({"backbone": "mobilenet_v2", "last_stride": 1}, "mobilenet_v2 cannot change it .*: resnet18, "),
         ({"backbone": "digits_net", "last_stride": 2}, "digits_net cannot change it"),
-        ({"dropout": 1.0}, "dropout 1.0: must be in"),
-        ({"dropout": -0.1}, "dropout -0.1"),
-        ({"dropout": float("nan")}, "dropout nan"),
+        ({"dropout": 1.0}, "dropout must be a number in .*, got 1.0"),
+        ({"dropout": -0.1}, "dropout .*, got -0.1"),
+        ({"dropout": float("nan")}, "dropout .*, got nan"),
         ({"num_itre": 3}, "num_itre"),
         ({"num_iter": 0}, "num_iter must be .* got 0"),
         ({"method": torch.ones(2)}, r"unknown method tensor\(\[1., 1.\]\)"),
         ({"pooling": 0.5}, "unknown pooling 0.5"),
         ({"pooling": nn.ReLU(), "reduced_channels": 3}, r"head of one's own, ReLU\(\)"),
-        ({"num_classes": 10**30}, "num_classes 1000.*: must be at most"),
-        ({"in_channels": 2**63}, "in_channels 9223372036854775808: must be at most"),
-        ({"reduced_channels": 10**400}, "reduced_channels 1000.*: must be at most"),
-        ({"reduced_channels": torch.zeros(0)}, r"reduced_channels tensor\(\[\]\): must be a whole number"),
+        ({"num_classes": 10**30}, "num_classes must be .* to 16777216, got 1000"),
+        ({"in_channels": 2**63}, "in_channels must be .* to 65536, got 9223372036854775808"),
+        ({"reduced_channels": 10**400}, "reduced_channels must be .* to 1048576, got 1000"),
+        ({"reduced_channels": torch.zeros(0)}, r"reduced_channels must be a whole number .*, got tensor\(\[\]\)"),
         ({"num_classes": 2**24, "reduced_channels": 64}, "has more than 2147483647 weights"),
     ],
 )
@@ -366,7 +366,7 @@ def test_images_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
 def test_images_that_leave_one_position(pooling: str) -> None:
     net = network("cifar_resnet8", pooling, 2).eval()
     x = torch.randn(2, 3, 4, 4)
-    if pooling == "gap":
+    if pooling in ("gap", "gap_lifted"):
         assert net(x).shape == (2, 2)
     else:
         assert any(isinstance(part, Covariance) for part in net.head.chain())
@@ -375,5 +375,5 @@ def test_images_that_leave_one_position(pooling: str) -> None:
 
 
 def test_feature_shape_of_no_image() -> None:
-    with pytest.raises(InputError, match="image_size 0"):
+    with pytest.raises(InputError, match=r"image_size .*, got 0"):
         network("digits_net", "gap", 2).feature_shape(0)

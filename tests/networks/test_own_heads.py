@@ -57,7 +57,7 @@ def test_a_head_of_ones_own(case: str) -> None:
         ({"backbone": ["resnet18"]}, "unknown backbone \\['resnet18'\\]"),
         ({"reduce_channels": 3}, r"'reduce_channels' of pooling 'gcp'; allowed: num_iter, method; .* mean reduced_ch"),
         ({"num_class": 3}, r"network has no option of this name either, did you mean num_classes\?"),
-        ({"num_classes": -(10**400)}, r"num_classes -1000"),
+        ({"num_classes": -(10**400)}, r"num_classes must be .*, got -1000"),
     ],
 )  # fmt: skip
 def test_bad_heads(arguments: dict[str, object], message: str) -> None:

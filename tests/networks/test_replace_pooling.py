@@ -105,12 +105,12 @@ def test_replace_pooling_refuses_what_it_does_not_understand(model: object, mess
     ("arguments", "message"),
     [
         ({"pooling": "gpc"}, "unknown pooling"),
-        ({"num_classes": 0}, "num_classes 0"),
-        ({"reduced_channels": -3}, "reduced_channels -3"),
+        ({"num_classes": 0}, "num_classes must be .*, got 0"),
+        ({"reduced_channels": -3}, "reduced_channels must be .*, got -3"),
         ({"last_stride": 3}, "last_stride 3"),
         ({"last_stride": 1}, "only ResNets can change it; these features end in ReLU"),
-        ({"dropout": 2.0}, "dropout 2.0"),
-        ({"image_size": 0}, "image_size 0"),
+        ({"dropout": 2.0}, "dropout must be .*, got 2.0"),
+        ({"image_size": 0}, "image_size must be .*, got 0"),
     ],
 )
 def test_bad_arguments_of_replace_pooling(arguments: dict[str, object], message: str) -> None:

@@ -141,8 +141,8 @@ def test_equal_values() -> None:
     [
         ([1.0], {}, "at least 2 numbers"),
         ([[1.0, 2.0]], {}, r"values of shape \[1, 2\]"),
-        ([1.0, 2.0], {"confidence": 1.0}, "confidence 1.0"),
-        ([1.0, 2.0], {"resamples": 10}, "resamples 10"),
+        ([1.0, 2.0], {"confidence": 1.0}, "confidence must be .*, got 1.0"),
+        ([1.0, 2.0], {"resamples": 10}, "resamples must be .*, got 10"),
         ([1.0, float("nan")], {}, "NaN"),
     ],
 )

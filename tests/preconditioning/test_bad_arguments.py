@@ -43,8 +43,8 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "pooling": (lambda: head_spectrum(MAPS, []), r"unknown pooling with a closed form \[\]"),  # type: ignore[arg-type]
     "coordinates": (lambda: head_spectrum(MAPS, "gap", coordinates=np.zeros(2)), "unknown coordinates array"),  # type: ignore[arg-type]
-    "exact": (lambda: head_spectrum(MAPS, "gap", "no"), "exact 'no': must be True or False"),  # type: ignore[arg-type]
-    "trace term": (lambda: head_spectrum(MAPS, "gcp", trace_term=None), "trace_term None: must be True or False"),  # type: ignore[arg-type]
+    "exact": (lambda: head_spectrum(MAPS, "gap", "no"), "exact must be True or False, got 'no'"),  # type: ignore[arg-type]
+    "trace term": (lambda: head_spectrum(MAPS, "gcp", trace_term=None), "trace_term must be True or False, got None"),  # type: ignore[arg-type]
     "form": (lambda: gcp_backward(MAPS, GRAD, {}), r"unknown form \{\}; choose one of: exact"),  # type: ignore[arg-type]
     "solver's product": (lambda: conjugate_gradients(3, B), "product 3: must be a function"),  # type: ignore[arg-type]
     "solver's product gives a list": (
@@ -88,9 +88,15 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "values": (lambda: bootstrap_interval(["a", "b"]), "needs a list of at least 2 numbers"),
     "statistic": (lambda: bootstrap_interval([1.0, 2.0], 0.5), "statistic 0.5: must be a function"),  # type: ignore[arg-type]
-    "confidence": (lambda: bootstrap_interval([1.0, 2.0], confidence=torch.zeros(0)), "confidence tensor"),  # type: ignore[arg-type]
-    "seed": (lambda: bootstrap_interval([1.0, 2.0], seed="x"), "seed 'x': must be a whole number"),  # type: ignore[arg-type]
-    "resamples": (lambda: bootstrap_interval([1.0, 2.0], resamples=10**30), "resamples 1000000"),
+    "confidence": (
+        lambda: bootstrap_interval([1.0, 2.0], confidence=torch.zeros(0)),
+        r"confidence must be a number in \(0, 1\), got tensor",
+    ),  # type: ignore[arg-type]
+    "seed": (lambda: bootstrap_interval([1.0, 2.0], seed="x"), "seed must be a whole number of at least 0, got 'x'"),  # type: ignore[arg-type]
+    "resamples": (
+        lambda: bootstrap_interval([1.0, 2.0], resamples=10**30),
+        "resamples must be a whole number from 100 to 10000000, got 1000000",
+    ),
     "overflow": (
         lambda: bootstrap_interval([1.7e308, 1.7e308], np.sum),
         "the statistic of values up to 1.7e.* is not finite",

@@ -156,8 +156,8 @@ def test_keeps_no_graph() -> None:
         ({"damping": float("nan")}, "damping nan"),
         ({"tolerance": 0.0}, "tolerance 0.0"),
         ({"tolerance": 1.0}, "tolerance 1.0"),
-        ({"iterations": 0}, "iterations 0"),
-        ({"iterations": 2.5}, "iterations 2.5"),
+        ({"iterations": 0}, "iterations must be .*, got 0"),
+        ({"iterations": 2.5}, "iterations must be .*, got 2.5"),
         ({"start": torch.ones(3)}, r"start has the shape \[3\]"),
     ],
 )

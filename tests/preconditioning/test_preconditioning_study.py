@@ -1,153 +1,247 @@
-"""The preconditioning study end to end: its tables, its verdicts, resumption after a kill, bad input."""
+"""The preconditioning study: its claims on made-up records, its page, a run end to end, and bad settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from undrawn_figures import undrawn_figures
+import torch
 
 from studies.__main__ import main
-from studies.preconditioning import study
-from studies.preconditioning.section import section
-from studies.preconditioning.study import ENDS, OFTEN
-from studies.report import write_report
-from studies.report.section import Section
-from studies.statistics import NOT_SUPPORTED, SUPPORTED, UNDECIDED
-from studies.study import STUDIES
+from studies.engine.records import Origins, frame, read_records
+from studies.engine.study import Results
+from studies.judge import CONTRADICTED, NO_EFFECT, PROVED, SUPPORTED, UNDECIDED, Judged, judge
+from studies.preconditioning import backward, blocks, conditioning, gradients
+from studies.preconditioning.claims import BACKWARD, CONTROLS, FORMS, WITHOUT
+from studies.preconditioning.page import folds, unrelated
+from studies.preconditioning.study import STUDY
+from studies.results import provenance
 
 SMOKE = ["preconditioning", "--preset", "smoke", "--no-progress", "--threads", "1"]
-FEWER = [*SMOKE, "--no-natural-gradient"]
-"""A third of the time less; test_directions_part has the natural gradient."""
+HEADS = ("gap", "gap_lifted", "covariance", "gcp", "gcp_exact")
+CONDITIONS = {"gap": 1.0, "gap_lifted": 1.5, "covariance": 30.0, "gcp": 6.0, "gcp_exact": 1.3}
+PARTIALS = {"gap_lifted": 0.0, "covariance": 0.1, "gcp": 0.3, "gcp_exact": 0.3}
+ENDS = {"": 0.0, f", {gradients.RANDOM}": -0.2, f", {gradients.PERMUTED}": -0.3}
+"""Variant of GCP -> what its partial correlation is above that of GCP."""
+BLOCKS = {blocks.CONDITION: 100.0, blocks.AFTER_KFAC: 40.0, blocks.AFTER_EXACT: 5.0, blocks.COSINE: 0.5}
+
+
+def made_up(
+    conditions: Mapping[str, float] = CONDITIONS,
+    partial: float = 0.3,
+    gcp_blocks: Mapping[str, float] = BLOCKS,
+    scatter: float = 0.02,
+    seeds: int = 5,
+) -> pd.DataFrame:
+    """Records in which heads have these condition numbers, GCP this partial correlation, and its blocks these values."""
+    random, rows = np.random.default_rng(0), []
+    for seed, (under, step) in product(range(seeds), (("", 0), ("gap", 100), ("gcp", 100))):
+        at = {"network": "digits_net", "dataset": "digits", "seed": seed, "step": step, "trained_under": under}
+        noise = float(np.exp(scatter * random.standard_normal()))
+        for head, number in conditions.items():
+            for setting in (1.0, 5.0) if head == "gcp" else (np.nan,):
+                size = number * (noise if head != "gcp_exact" else 1.0) * (10.0 if setting == 1.0 else 1.0)
+                row = at | {"head": head, "setting": setting}
+                rows += [row | {"quantity": q, "value": size} for q in (conditioning.CONDITION, conditioning.WORST)]
+        rows.append(at | {"head": under or "gap", "quantity": conditioning.FEATURES, "value": 900.0})
+        for layer in (*blocks.ROLES, gradients.ALL) if under else ():
+            rows += [
+                at | row | {"layer": layer} for row in gradient_rows_of(partial + scatter * random.standard_normal())
+            ]
+        for head, layer in product(HEADS, blocks.ROLES) if under else ():
+            values = gcp_blocks if head == "gcp" else BLOCKS
+            rows += [at | {"head": head, "layer": layer, "quantity": q, "value": v * noise} for q, v in values.items()]
+        for form, of in product(FORMS, (backward.FEATURES, backward.WEIGHTS)) if under else ():
+            cosine = 0.85 if form == WITHOUT else 0.9
+            quantity = f"{backward.COSINE}, {of}"
+            rows.append(at | {"head": "gcp", "layer": form, "quantity": quantity, "value": cosine / noise**0.1})
+    return frame("preconditioning", rows, {}, "fake")
+
+
+def gradient_rows_of(partial: float) -> list[dict[str, Any]]:
+    """Rows of one layer: cosines 0.5 and 0.4, and 0.2 + 0.05 with P."""
+    rows: list[dict[str, Any]] = []
+    for damping in (0.01, 1.0):
+        rows.append({"head": "gap", "quantity": gradients.TURN, "setting": damping, "value": 0.4})
+        for head, end in [*((h, "") for h in HEADS if h != "gap"), *(("gcp", e) for e in ENDS if e)]:
+            value = partial + ENDS[end] if head == "gcp" else PARTIALS[head]
+            value = value if damping == 0.01 else 0.9
+            rows.append({"head": head, "quantity": gradients.PARTIAL + end, "setting": damping, "value": value})
+            rows.append({"head": head, "quantity": gradients.WITH_P + end, "setting": damping, "value": 0.25})
+            if damping == 1.0:
+                rows.append({"head": head, "quantity": gradients.PLAIN + end, "value": 0.5})
+    return rows
+
+
+def judged(records: pd.DataFrame) -> dict[str, Judged]:
+    return {case.claim.name: case for case in judge(STUDY.claims, records)}
+
+
+def estimate(case: Judged) -> float:
+    assert case.estimate is not None
+    return case.estimate.value
+
+
+# ---------------------------------------------------------------------------------------------------------------- claims
+
+
+@pytest.mark.parametrize(
+    ("condition", "scatter", "outcome"), [(1.5, 0.02, SUPPORTED), (6.0, 0.02, CONTRADICTED), (2.1, 0.3, UNDECIDED)]
+)
+def test_the_published_head_is_judged_at_its_own_steps(condition: float, scatter: float, outcome: str) -> None:
+    case = judged(made_up(CONDITIONS | {"gcp": condition}, scatter=scatter))["head preconditions"]
+    assert case.outcome == outcome
+    assert estimate(case) == pytest.approx(condition, rel=3 * scatter)  # not ten times that, of one step
+
+
+@pytest.mark.parametrize(
+    ("partial", "scatter", "outcome"),
+    [(0.3, 0.02, SUPPORTED), (-0.3, 0.02, CONTRADICTED), (0.0, 0.02, NO_EFFECT), (0.1, 0.5, UNDECIDED)],
+)
+def test_partial_correlations_are_judged_at_the_default_damping(partial: float, scatter: float, outcome: str) -> None:
+    cases = judged(made_up(partial=partial, scatter=scatter))
+    assert cases["K-FAC-like gradient"].outcome == outcome
+    assert estimate(cases["K-FAC-like gradient"]) == pytest.approx(partial, abs=max(0.03, scatter))  # not 0.9, at 1
+    assert cases["partial correlation: trained under GAP"].outcome == ""
+    assert cases["partial correlation: exact natural gradient"].estimate is None
+
+
+def test_the_theorem_is_proved_unless_the_numbers_contradict_it() -> None:
+    name = "exact root within √2"
+    assert judged(made_up())[name].outcome == PROVED
+    assert judged(made_up(CONDITIONS | {"gcp_exact": 2**0.5}))[name].outcome == PROVED
+    assert judged(made_up(CONDITIONS | {"gcp_exact": 1.5}))[name].outcome == CONTRADICTED
+
+
+def test_values_of_the_other_claims() -> None:
+    cases = judged(made_up(gcp_blocks=BLOCKS | {blocks.CONDITION: 50.0, blocks.COSINE: 0.25}, scatter=0.0))
+    assert estimate(cases["head condition: gcp / covariance"]) == pytest.approx(0.2)
+    assert estimate(cases["head condition: gcp_exact / gcp"]) == pytest.approx(1.3 / 6)
+    assert estimate(cases["partial correlation: one vector of all convolutions"]) == pytest.approx(0.3)
+    differences = [estimate(cases[claim.name]) for claim in CONTROLS]
+    assert differences == pytest.approx([0.2, 0.0, 0.3, 0.2, 0.3])
+    assert [estimate(cases[claim.name]) for claim in BACKWARD] == pytest.approx([0.05] * 3)
+    assert estimate(cases["block condition: gcp / gap"]) == pytest.approx(0.5)
+    assert estimate(cases["gain by K-FAC: gcp − gap"]) == pytest.approx(np.log(0.5))
+    assert estimate(cases["gain by an exact preconditioner: gcp − gap"]) == pytest.approx(np.log(0.5))
+    assert estimate(cases["fit of K-FAC: gcp / gap"]) == pytest.approx(0.5)
+
+
+def test_a_block_without_a_condition_leaves_its_seed_out() -> None:
+    records = made_up()
+    [first, *_] = records.index[(records["head"] == "gcp") & (records.quantity == blocks.CONDITION)]
+    records.loc[first, "value"] = np.nan
+    case = judged(records)["block condition: gcp / gap"]
+    assert case.estimate is not None
+    assert case.estimate.left_out == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ page
+
+
+def results(records: pd.DataFrame) -> Results:
+    settings = asdict(STUDY.presets["quick"])
+    origin = provenance("preconditioning", settings, [0], {"label": "fake"}, torch.device("cpu"), 1.0)
+    return Results(records, Origins("preconditioning", settings), judge(STUDY.claims, records), origin)
+
+
+def test_folds_say_what_came_out() -> None:
+    heads, directions, passes, curvature = folds(results(made_up()))
+    assert [fold.number for fold in (heads, directions, passes, curvature)] == [3, 5, 0, 0]
+    assert "at most √2: proved" in heads.sentences[0]
+    assert "900 (untrained)" in heads.sentences[1]
+    table = heads.tables[0].data.set_index("head")
+    assert list(table.columns) == ["untrained", "trained under GAP", "trained under GCP"]
+    assert table.loc["GCP (5-step root)", "untrained"] == pytest.approx(6.0, rel=0.05)
+    assert "is 0.250" in directions.sentences[0]
+    assert "= 0.200" in directions.sentences[0]
+    assert "100 % lie above" in directions.pictures[1].caption
+    assert len(directions.shown_controls) == len(CONTROLS)
+    assert "no preconditioner 0.85" in passes.sentences[0]
+    assert "100 % of the blocks" in curvature.pictures[0].caption
+
+
+def test_an_unrelated_preconditioner_predicts_the_product_of_the_cosines() -> None:
+    points = unrelated(made_up(scatter=0.0, seeds=1).assign(backbone="b"))
+    assert points.predicted.to_numpy() == pytest.approx(0.2)
+    assert points.measured.to_numpy() == pytest.approx(0.25)
+
+
+def test_folds_of_one_seed_and_fewer_heads() -> None:
+    records = made_up(seeds=1)
+    few = records[records["head"].isin(("gap", "gcp"))]
+    found = folds(results(few))
+    assert len(found) == 4
+    assert "nan" not in " ".join(sentence for fold in found for sentence in fold.sentences)
+
+
+# ------------------------------------------------------------------------------------------------------------ end to end
+
+
+def undrawn(figure: object, folder: Path, name: str) -> None:
+    for suffix in ("svg", "png"):
+        (folder / f"{name}.{suffix}").touch()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished study, to be read or copied."""
+    """The folder of a finished study."""
     folder = tmp_path_factory.mktemp("finished")
-    with undrawn_figures():
-        assert main([*FEWER, "--out", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # drawing takes most of the time
+        patch.setattr("studies.page.writing.save", undrawn)
+        assert main([*SMOKE, "--seeds", "1", "--processes", "1", "--out", str(folder)]) == 0
     return folder
 
 
-@pytest.fixture(scope="module")
-def reported(finished: Path) -> Section:
-    """What the report says of it."""
-    return section(finished)
-
-
-def test_every_part_is_measured_at_its_moments(finished: Path) -> None:
-    table = pd.read_csv(finished / "preconditioning.csv", keep_default_na=False, na_values=["nan"])
-    assert set(table.part) == set(OFTEN)
-    assert set(table.backbone) == {"untrained", "gap", "gcp"}
-    assert set(table.seed) == {0, 1}
-    assert table.value.notna().all()
-    assert set(table[table.backbone == "untrained"].step) == {0}
-    assert set(table[table.backbone == "gcp"].moment) == {1.0}  # two measurements: before and after training
-    gradients = pd.read_csv(finished / "preconditioning_gradients.csv.gz")
-    assert set(gradients.part) == set(ENDS)
-    assert set(gradients.backbone) == {"untrained", "gap", "gcp"}
-    assert gradients.value.notna().all()
-    epochs = pd.read_csv(finished / "preconditioning_training.csv")
-    assert epochs.groupby(["backbone", "seed"]).size().to_dict() == {(b, s): 1 for b in ("gap", "gcp") for s in (0, 1)}
-
-
-def test_every_claim_has_its_row(finished: Path, reported: Section) -> None:
-    verdicts = pd.read_csv(finished / "preconditioning_verdicts.csv")
-    assert list(verdicts.prediction) == [claim.statement for claim in reported.claims]
-    assert list(verdicts.verdict) == [claim.verdict for claim in reported.claims]
-    assert set(verdicts.verdict) <= {SUPPORTED, NOT_SUPPORTED, UNDECIDED}
-    assert [part[:2] for part in dict.fromkeys(verdicts.part)] == ["A:", "B:", "C:", "D:", "E:"]
-    assert verdicts.meaning.notna().all()
-    assert not verdicts.duplicated(["prediction", "measured"]).any()
-
-
-def test_the_report_begins_with_what_the_verdicts_mean(finished: Path, reported: Section) -> None:
-    text = (finished / "report.md").read_text()
-    beginning = text[: text.index("| study |")]
-    assert "## In short" in beginning
-    claims = reported.claims
-    assert [part[:2] for part in dict.fromkeys(c.group for c in claims if c.headline)] == ["A:", "B:", "C:", "D:", "E:"]
-    for claim in claims:
-        assert (f"{claim.verdict}: {claim.quantity}: {claim.interval}" in beginning) == claim.headline
-        assert claim.meaning in beginning or not claim.headline
-
-
-def test_a_killed_study_resumes_to_the_same_tables(
-    finished: Path, tmp_path: Path, killed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = [*FEWER, "--out", str(tmp_path)]
-    killed(lambda: bool(list(tmp_path.glob("runs/preconditioning/*/rows.json"))), flags)
-    assert not (tmp_path / "preconditioning.csv").exists()
-    monkeypatch.setattr("studies.program.write_report", lambda folder, *_, **__: (folder, folder))
-    assert main([*flags, "--resume"]) == 0
-    names = ("preconditioning.csv", "preconditioning_gradients.csv.gz", "preconditioning_factorial_curves.csv")
-    for name in names:  # other tables have times in them
-        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes(), name
-
-
-class StoppedError(Exception):
-    pass
-
-
-def test_processes_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that train backbones, and those that train the factorial."""
-    threads: list[int] = []
-
-    def recorded(function: object, todo: list, processes: int) -> list:
-        threads.append(todo[0][0].threads)
-        return []
-
-    def stopped(function: object, todo: list, processes: int) -> None:
-        threads.append(todo[0][0].common.threads)
-        raise StoppedError
-
-    monkeypatch.setattr(study, "map_jobs", recorded)
-    monkeypatch.setattr(study.factorial, "map_jobs", stopped)
-    with pytest.raises(StoppedError):
-        main([*SMOKE[:-1], "2", "--processes", "2", "--out", str(tmp_path)])
-    assert threads == [1, 1]
-
-
-def test_results_of_another_version_are_named(finished: Path, tmp_path: Path) -> None:
-    for name in ("preconditioning.csv", "preconditioning.json"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes())
-    table = pd.read_csv(tmp_path / "preconditioning.csv").drop(columns="measure")
-    table.to_csv(tmp_path / "preconditioning.csv", index=False)
-    write_report(tmp_path, {"preconditioning": STUDIES["preconditioning"].section}, "smoke")
-    assert "lacks the columns measure" in (tmp_path / "report.md").read_text()
+def test_everything_is_measured_where_it_should_be(finished: Path) -> None:
+    records = read_records(finished, "preconditioning")[0]
+    measured = records[~records.quantity.str.contains("train|test|seconds|learning")]
+    assert set(measured[measured.step == 0].quantity) == {
+        conditioning.CONDITION,
+        conditioning.WORST,
+        conditioning.FEATURES,
+    }
+    for under in ("gap", "gcp"):
+        part = measured[measured.trained_under == under]
+        assert {conditioning.CONDITION, gradients.PARTIAL, blocks.CONDITION} <= set(part.quantity)
+        assert set(part[part.quantity == gradients.PARTIAL]["head"]) == {"covariance", "gcp"}
+        assert set(part.seed) == {0}
+    primary = [case for case in judge(STUDY.claims, records) if case.claim.primary]
+    assert [case.claim.primary for case in primary] == [3, 5]
+    assert all(case.estimate is not None and case.estimate.n == 1 for case in primary)
+    report = (finished / "report.md").read_text()
+    assert "3 · head preconditions" in report
+    assert "What K-FAC leaves to do below each head" in report
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backbone", "resnet19"], "unknown backbone 'resnet19'"),
+        (["--network", "resnet19"], "unknown backbone 'resnet19'"),
         (["--trained", "gpc"], "unknown pooling 'gpc'; choose one of: gap"),
+        (["--heads", "gap", "gpc"], "unknown pooling 'gpc'; choose one of: gap"),
+        (["--heads", "gap"], "--heads gap: must have 'gcp' among them"),
         (["--dampings"], "--dampings (none): name at least one"),
         (["--dampings", "0.1", "0.1"], "--dampings 0.1 0.1: name at least one, each once"),
-        (["--newton-schulz-steps"], "--newton-schulz-steps (none): name at least one"),
         (["--dampings", "0"], "--dampings 0: every value must be above 0"),
-        (["--measurements", "1"], "--measurements 1: at least 2"),
-        (["--gradient-batches", "1"], "--gradient-batches 1: at least 2"),
-        (
-            ["--gradient-batch-size", "256"],
-            "there are only 256 training images, so that all mini-batches would be the same",
-        ),
-        (["--weight-decay", "0"], "weight_decay 0.0: a shared backbone needs a positive one"),
-        (["--factorial.optimisers", "adamw"], "the factorial needs 'sgd' among adamw"),
-        (["--factorial.poolings", "gap"], "the factorial needs 'gcp' among gap"),
-        (["--factorial.trials", "0"], "--factorial.trials 0: at least 1"),
-        (["--factorial.schedule", "sinus"], "unknown schedule 'sinus'"),
-        (["--processes", "0"], "--processes 0: at least 1"),
+        (["--newton-schulz-steps", "0"], "--newton-schulz-steps 0: at least 1"),
+        (["--images", "1"], "--images 1: at least 2"),
+        (["--curvature-images", "1"], "--curvature-images 1: at least 2"),
+        (["--penalty", "0"], "weight_decay 0.0: a shared backbone needs a positive one"),
+        (["--train-limit", "64", "--batch-size", "65"], "65"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str, refused: Callable[..., None]) -> None:
     refused(words, *SMOKE, *arguments)
 
 
-def test_dry_run_states_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_trains_and_measures_a_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMOKE, "--dry-run", "--out", str(tmp_path / "none")]) == 0
     printed = capsys.readouterr().out
     assert "digits_tiny + gcp" in printed
-    assert "without measuring: about" in printed
+    assert "2 seeds of 2 networks" in printed
     assert not (tmp_path / "none").exists()

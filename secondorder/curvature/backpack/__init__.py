@@ -5,7 +5,7 @@ from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC, D
 from secondorder.curvature.backpack.kronecker import WeightSharingKFAC, WeightSharingKFLR
 from secondorder.curvature.backpack.quantity import backpack_quantity
 from secondorder.curvature.backpack.registration import register
-from secondorder.curvature.backpack.support import check_support, support_matrix, supports
+from secondorder.curvature.backpack.support import check_support, supports
 
 __all__ = [
     "BatchDiagHessianMC",
@@ -16,6 +16,5 @@ __all__ = [
     "backpack_quantity",
     "check_support",
     "register",
-    "support_matrix",
     "supports",
 ]

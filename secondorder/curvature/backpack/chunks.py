@@ -18,7 +18,7 @@ from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC
 from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.backpack.merging import MERGES
 from secondorder.curvature.matrix_free.memory import budget, check_memory
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
 from secondorder.pooling import Covariance
 from secondorder.pooling.matrix_function import MatrixFunction
 
@@ -75,8 +75,7 @@ def chunk_size(
     N, quantity = len(images), type(extension).__name__
     whole = type(extension) not in MERGES or getattr(extension, "get_subsampling", lambda: None)() is not None
     if chunk is not None:
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-            raise InputError(f"chunk {chunk!r}: must be a whole number >= 1, or None (as memory allows)")
+        check_whole("chunk", chunk, hint="; or None (as memory allows)")
         if whole and chunk < N:
             raise InputError(f"chunk {chunk}: {quantity} cannot be put together from chunks; use chunk=None")
         return min(chunk, N)

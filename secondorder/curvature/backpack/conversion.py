@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from secondorder.curvature.backpack.branches import Concatenate, Sum
 from secondorder.curvature.backpack.refusals import check_model, named
-from secondorder.curvature.backpack.twins import TWINS
+from secondorder.curvature.backpack.twins import rule_for
 from secondorder.errors import InputError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -61,10 +61,8 @@ def backpack_network(model: nn.Module) -> Twin:
     users: dict[nn.Parameter, str] = {}
 
     def build(module: nn.Module, path: str) -> nn.Module:
-        if type(module) in TWINS:
-            twin = TWINS[type(module)](
-                module, lambda name: build(module.get_submodule(name), f"{path}.{name}" if path else name)
-            )
+        if (rule := rule_for(type(module))) is not None:
+            twin = rule(module, lambda name: build(module.get_submodule(name), f"{path}.{name}" if path else name))
         elif list(module.children()):
             raise InputError(f"{named(path, module)} has no twin; {WAY_OUT}")
         elif isinstance(module, _DropoutNd) and not module.training:

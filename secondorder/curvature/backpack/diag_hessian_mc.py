@@ -7,7 +7,7 @@ An exact residual of covariance and matrix root takes C M + C (C + 1) columns th
 from backpack.extensions import BatchDiagHessian, DiagHessian
 from backpack.extensions.backprop_extension import BackpropExtension
 
-from secondorder.errors import InputError
+from secondorder.errors import check_whole
 
 
 class DiagHessianMC(DiagHessian):
@@ -31,7 +31,6 @@ class BatchDiagHessianMC(BatchDiagHessian):
 
 
 def _draw(extension: BackpropExtension, savefield: str, draws: int) -> None:
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise InputError(f"draws must be a whole number of at least 1, got {draws!r}")
+    check_whole("draws", draws)
     extension.draws = draws
     extension.savefield = savefield

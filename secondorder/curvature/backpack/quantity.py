@@ -24,14 +24,13 @@ from secondorder.curvature.backpack.refusals import (
     check_images,
     check_leaves,
     check_loss,
-    check_seed,
     check_targets,
 )
 from secondorder.curvature.backpack.registration import register
 from secondorder.curvature.blocks import curvature_blocks
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.operators.symmetric import SymmetricOperator
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_seed
 from secondorder.untouched import same_randomness
 
 PRODUCTS = {Kind.GGN_PRODUCT: "ggn", Kind.HESSIAN_PRODUCT: "hessian"}
@@ -65,7 +64,8 @@ def backpack_quantity(
     factors), are left out. Raises InputError for everything that would be wrong; see `refusals`.
     """
     check_loss(loss)
-    check_seed(seed)
+    if seed is not None:
+        check_seed(seed, hint="; or None (the present random state)")
     register(check_extension(extension))
     twin = private_twin(network)
     images, targets = check_images(network, batch)

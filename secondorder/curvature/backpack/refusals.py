@@ -135,14 +135,6 @@ def check_loss(loss: nn.Module) -> None:
         raise InputError(f"loss with ignore_index={loss.ignore_index}: leave such samples out of the batch instead")
 
 
-def check_seed(seed: int | None) -> None:
-    """InputError unless the seed is None or a whole number that torch's generators take."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
-        raise InputError(
-            f"seed {seed!r}: must be a whole number from 0 to 2^63 - 1, or None (the present random state)"
-        )
-
-
 def check_images(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The images and targets. InputError for anything but two tensors of N >= 1 samples that fit the network's dtype."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):

@@ -22,13 +22,14 @@ from secondorder.curvature.backpack.derivatives.covariance import CovarianceDeri
 from secondorder.curvature.backpack.derivatives.elementwise import Elementwise
 from secondorder.curvature.backpack.derivatives.linear_map import LinearMap
 from secondorder.curvature.backpack.derivatives.matrix_function import MatrixFunctionDerivatives
+from secondorder.curvature.backpack.derivatives.random_lift import RandomLiftDerivatives
 from secondorder.curvature.backpack.grouped_norms import norms_row
 from secondorder.curvature.backpack.hessian_factors import merged
 from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.backpack.kronecker import convolution_row, linear_row
 from secondorder.curvature.backpack.rows import BatchNormRow, Row
 from secondorder.errors import InputError
-from secondorder.pooling import Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, UpperTriangle
+from secondorder.pooling import Covariance, MatrixLogarithm, MatrixPower, MatrixSquareRoot, RandomLift, UpperTriangle
 
 Extension = TypeVar("Extension", bound=BackpropExtension)
 
@@ -38,6 +39,7 @@ DERIVATIVES: dict[type[nn.Module], Derivatives] = {
     MatrixPower: MatrixFunctionDerivatives(),
     MatrixLogarithm: MatrixFunctionDerivatives(),
     UpperTriangle: LinearMap(),
+    RandomLift: RandomLiftDerivatives(),
     ChannelShuffle: LinearMap(),
     ChannelSlice: LinearMap(),
     nn.AdaptiveAvgPool2d: LinearMap(),

@@ -14,12 +14,12 @@ A network of your own needs one row for each class with a `forward` of its own:
     TWINS[Gate] = lambda gate, part: residual(part("conv"), nn.Tanh())
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torchvision.models import mobilenetv2, resnet, shufflenetv2
-from torchvision.ops import Conv2dNormActivation
 
 from secondorder.curvature.backpack.branches import Branches, ChannelShuffle, ChannelSlice, Concatenate, Sum
 from secondorder.networks import Network
@@ -27,7 +27,11 @@ from secondorder.networks.small import ResidualBlock
 from secondorder.pooling import AsMaps, PoolingHead
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
 
+if TYPE_CHECKING:
+    from torchvision.models import mobilenetv2, resnet, shufflenetv2
+
 Part = Callable[[str], nn.Module]
+Rule = Callable[[Any, Part], nn.Module]
 
 
 def residual(*main: nn.Module, shortcut: nn.Module | None = None) -> nn.Module:
@@ -40,7 +44,7 @@ def children(container: nn.Module, part: Part) -> nn.Module:
     return nn.Sequential(*(part(name) for name in container._modules))
 
 
-def chain(*names: str) -> Callable[[Any, Part], nn.Module]:
+def chain(*names: str) -> Rule:
     """The row of a container that runs these submodules one after the other."""
     return lambda container, part: nn.Sequential(*(part(name) for name in names))
 
@@ -117,23 +121,28 @@ def torchvision_shufflenet(model: shufflenetv2.ShuffleNetV2, part: Part) -> nn.M
     return nn.Sequential(*(part(name) for name in names), nn.AdaptiveAvgPool2d(1), nn.Flatten(), part("fc"))
 
 
-TWINS: dict[type[nn.Module], Callable[[Any, Part], nn.Module]] = {
+TWINS: dict[type[nn.Module] | str, Rule] = {
     nn.Sequential: children,
-    Conv2dNormActivation: children,
     Branches: branches,
     nn.DataParallel: chain("module"),
     nn.parallel.DistributedDataParallel: chain("module"),
     Network: chain("stem", "features", "head", "classifier"),
     PoolingHead: pooling_head,
     ResidualBlock: small_block,
-    resnet.BasicBlock: basic_block,
-    resnet.Bottleneck: bottleneck,
-    mobilenetv2.InvertedResidual: mobile_block,
-    shufflenetv2.InvertedResidual: shuffle_block,
-    resnet.ResNet: torchvision_resnet,
-    mobilenetv2.MobileNetV2: torchvision_mobilenet,
-    shufflenetv2.ShuffleNetV2: torchvision_shufflenet,
     nn.Identity: identity,
     AdaptiveChannelDropout: identity,  # in training mode it is refused
+    "torchvision.ops.misc.Conv2dNormActivation": children,
+    "torchvision.models.resnet.BasicBlock": basic_block,
+    "torchvision.models.resnet.Bottleneck": bottleneck,
+    "torchvision.models.mobilenetv2.InvertedResidual": mobile_block,
+    "torchvision.models.shufflenetv2.InvertedResidual": shuffle_block,
+    "torchvision.models.resnet.ResNet": torchvision_resnet,
+    "torchvision.models.mobilenetv2.MobileNetV2": torchvision_mobilenet,
+    "torchvision.models.shufflenetv2.ShuffleNetV2": torchvision_shufflenet,
 }
-"""Exact class of a container -> its twin."""
+"""Exact class of a container -> its twin. Classes of a library that may be missing stand with their full name."""
+
+
+def rule_for(kind: type[nn.Module]) -> Rule | None:
+    """The row of TWINS for this class, or for its full name; None where there is none."""
+    return TWINS.get(kind) or TWINS.get(f"{kind.__module__}.{kind.__qualname__}")

@@ -8,11 +8,12 @@ For an approximation A of an exact block B, in the Frobenius inner product,
     scaled error     |s A - B| / |B| = sqrt(1 - cosine^2)
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.difference import root_ratio
@@ -20,6 +21,10 @@ from secondorder.curvature.spectrum.estimate import Estimate
 from secondorder.curvature.spectrum.frobenius_products import frobenius_products
 from secondorder.curvature.spectrum.products import MEMORY
 from secondorder.errors import InputError, unknown
+from secondorder.optional import needed_by
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ def fidelity_table(
 
     Raises InputError for a parameter without an exact block.
     """
+    with needed_by("fidelity_table"):
+        import pandas as pd
     for name in approximate_blocks:
         if name not in exact_blocks:
             raise unknown("parameter among the exact blocks", name, list(exact_blocks) or ["(none)"])

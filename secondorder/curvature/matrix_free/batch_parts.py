@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.memory import check_memory
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_whole
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
 COUPLED = "the network lets images act on one another's outputs"
@@ -75,8 +75,8 @@ def part_size(
     cannot be divided; where it can, the default leaves `reserve` bytes. Raises InputError when it would have to be, and when
     the memory does not suffice.
     """
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise InputError(f"chunk {chunk!r}: must be a whole number of samples >= 1, or None (what the memory allows)")
+    if chunk is not None:
+        check_whole("chunk", chunk, hint="; or None (as many samples as the memory allows)")
     if coupling and chunk is not None and chunk < samples:
         raise InputError(f"chunk={chunk} would change the result: {coupling}; use chunk=None")
     if chunk is not None:

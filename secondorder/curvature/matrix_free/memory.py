@@ -1,11 +1,12 @@
 """How much memory there is, and refusing what does not fit before anything is computed."""
 
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_number
 
 SHARE = 0.8
 """The part of the free memory that one computation may take when the user gives no budget."""
@@ -35,8 +36,7 @@ def budget(memory: int | None, device: torch.device) -> int:
     """The user's budget in bytes, by default a share of what is available. InputError unless it is a positive number."""
     if memory is None:
         return int(SHARE * available_memory(device))
-    if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
-        raise InputError(f"memory {memory!r}: must be a positive number of bytes, or None (what is available)")
+    check_number("memory", memory, 0, math.inf, "(]", hint="; in bytes, or None (what is available)")
     return int(memory)
 
 

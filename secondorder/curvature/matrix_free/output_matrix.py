@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature, SeparableLoss
-from secondorder.errors import InputError
+from secondorder.errors import check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")
 """Columns F from the root of the loss's Hessian, from labels that the model draws, or the gradient of the given labels."""
@@ -54,9 +54,7 @@ def output_matrix(loss: LossCurvature, fisher: str, samples: int, seed: int) -> 
 
     InputError unless samples is a whole number from 1, and seed one that torch's generators take.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise InputError(f"samples {samples!r}: must be a whole number >= 1")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed {seed!r}: must be a whole number from 0 to 2^63 - 1")
+    check_whole("samples", samples)
+    check_seed(seed)
     noise = loss.noise(samples, seed) if fisher == "mc" and isinstance(loss, SeparableLoss) else None
     return OutputMatrix(loss, fisher, noise)

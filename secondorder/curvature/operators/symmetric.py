@@ -1,5 +1,6 @@
 """Symmetric linear operators: a matrix that is known by what it does to vectors."""
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_number
 from secondorder.matrix_power.transforms import full_precision
 
 DENSE_LIMIT = 2 * 2**30  # bytes of a dense matrix that nobody asked for in so many words
@@ -106,8 +107,7 @@ def check_tensor(what: str, x: Tensor, whole: bool = False) -> None:
 
 def check_bytes(size: int, dtype: torch.dtype, limit: int) -> None:
     """InputError when a dense matrix of `size` x `size` takes more than `limit` bytes."""
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-        raise InputError(f"limit {limit!r}: must be a positive number of bytes")
+    check_number("limit", limit, 0, math.inf, "(]", hint="; in bytes")
     needed = size**2 * dtype.itemsize
     if needed > limit:
         raise InputError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import DenseOperator, SymmetricOperator
-from secondorder.errors import InputError, NonFiniteError, check_known
+from secondorder.errors import InputError, NonFiniteError, check_known, check_number, check_seed, check_whole
 
 MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may hold at a time
 DOUBLE = 8  # bytes
@@ -52,8 +52,7 @@ def columns(operator: SymmetricOperator) -> Iterator[tuple[slice, Tensor]]:
 
 def generator(seed: int) -> torch.Generator:
     """A seeded source of random numbers of its own. Raises InputError unless the seed is a whole number from 0."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    check_seed(seed)
     return torch.Generator().manual_seed(seed)
 
 
@@ -107,22 +106,17 @@ def check_operator(operator: SymmetricOperator) -> None:
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raises InputError unless the value is a whole number of at least `least` and at most MOST."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if value > MOST:
-        raise InputError(f"{name} must be at most {MOST}, got {value!r}")
+    check_whole(name, value, least, MOST)
 
 
 def check_positive(name: str, value: float) -> None:
     """Raises InputError unless the value is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a positive finite number, got {value!r}")
+    check_number(name, value, 0, math.inf, "()")
 
 
 def check_threshold(name: str, value: float) -> None:
     """Raises InputError unless the value is at least 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{name} must be at least 0 and below 1 (relative to the largest magnitude), got {value!r}")
+    check_number(name, value, 0, 1, hint="; relative to the largest magnitude")
 
 
 def check_name(kind: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -13,11 +13,13 @@ the threshold it was computed at, beside two measures that are not ruled by the 
                                 no threshold, but blind to outliers: 1 for rank one too
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -36,6 +38,10 @@ from secondorder.curvature.spectrum.products import (
     default_tolerance,
 )
 from secondorder.errors import InputError, NonFiniteError
+from secondorder.optional import needed_by
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METHODS = ("auto", "exact", "lanczos")
 
@@ -191,6 +197,8 @@ def summary_table(
     memory: int = MEMORY,
 ) -> pd.DataFrame:
     """A row of `spectral_summary` for each block, in order, with its arguments. InputError when there is no block."""
+    with needed_by("summary_table"):
+        import pandas as pd
     if not blocks:
         raise InputError("needs at least one block, got none")
     summarised = partial(

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import floor, usable
+from secondorder.curvature.relative_damping import min_scale, safe_scale
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
 from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
@@ -114,7 +114,7 @@ def _made(
 def _finite_and_curved(layers: Sequence[Factors]) -> tuple[list[bool], list[bool]]:
     """Whether both factors of each layer are finite, and whether the scale of each group can be used; one synchronisation."""
     finite = [layer.given.sum().isfinite() & layer.B.sum().isfinite() for layer in layers]
-    curved = [(layer.scale > floor(layer.scale.dtype)).all() for layer in layers]
+    curved = [(layer.scale > min_scale(layer.scale.dtype)).all() for layer in layers]
     found = torch.stack(finite + curved).tolist()
     return found[: len(layers)], found[len(layers) :]
 
@@ -126,7 +126,7 @@ def _fallback(layer: Factors, previous: Mapping[str, Inverse], report: Counter[s
         return previous[layer.name]
     report["identity"] += 1
     scale = layer.scale
-    return Identity(usable(torch.where(scale.isfinite(), scale, 0.0)))
+    return Identity(safe_scale(torch.where(scale.isfinite(), scale, 0.0)))
 
 
 def _widened(layer: Factors) -> Factors:

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import floor, usable
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
+from secondorder.curvature.relative_damping import min_scale, safe_scale, tikhonov
+from secondorder.kfac.inverses.inverse import Factors, Inverse
 from secondorder.kfac.inverses.numerics import inverses
 
 
@@ -58,8 +58,8 @@ def cholesky(
 def shifts_of(layer: Factors, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
     """rho_A and rho_B, each `[G, 1, 1]`."""
     mean_A, mean_B = layer.means()
-    root = torch.as_tensor(shift(usable(layer.scale), damping, relative), dtype=mean_A.dtype).sqrt()
-    least = floor(mean_A.dtype)
+    root = torch.as_tensor(tikhonov(safe_scale(layer.scale), damping, relative), dtype=mean_A.dtype).sqrt()
+    least = min_scale(mean_A.dtype)
     both = (mean_A > least) & (mean_B > least)
     pi = torch.where(both, mean_A / mean_B, 1.0).sqrt()[:, None, None]
     return pi * root, root / pi

@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import usable
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
+from secondorder.curvature.relative_damping import safe_scale, tikhonov
+from secondorder.kfac.inverses.inverse import Factors, Inverse
 from secondorder.kfac.inverses.numerics import eigen
 
 
@@ -35,7 +35,7 @@ class Rotated(Inverse):
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
-        return shift(self.scale, damping, relative)
+        return tikhonov(self.scale, damping, relative)
 
 
 @dataclass(eq=False)
@@ -69,4 +69,4 @@ def joined(layer: Factors, B: tuple[Tensor, Tensor] | None, A: tuple[Tensor, Ten
     """Both decompositions as one inverse."""
     if B is None or A is None:
         return None
-    return Eigenbasis(*B, *A, usable(layer.scale))
+    return Eigenbasis(*B, *A, safe_scale(layer.scale))

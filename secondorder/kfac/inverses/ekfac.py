@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import squares_over, usable
+from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
 from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
 from secondorder.kfac.inverses.inverse import Factors, Inverse
 
@@ -47,14 +47,14 @@ class CorrectedEigenbasis(Rotated):
         """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
         weight = ema_decay * self.weight + (1 - ema_decay)
         self.S = torch.lerp(self.S, S.to(self.S.dtype), (1 - ema_decay) / weight)
-        self.scale = usable(squares_over(self.S.sum((1, 2)), self.S))
+        self.scale = safe_scale(weighted_mean_eigenvalue(self.S, self.S.sum((1, 2))))
         self.weight = weight
 
     def carried(self, other: "CorrectedEigenbasis") -> None:
         """Take over S of other bases."""
         left, right = self.Q_B.mT @ other.Q_B, other.Q_A.mT @ self.Q_A
         self.S = (left.square_() @ other.S) @ right.square_()
-        self.scale = usable(squares_over(self.S.sum((1, 2)), self.S))
+        self.scale = safe_scale(weighted_mean_eigenvalue(self.S, self.S.sum((1, 2))))
         self.weight = other.weight
 
 

@@ -6,7 +6,7 @@ gradient W `[G, O, D]` is row-major, so that (B kron A) vec(W) = vec(B W A).
 Damping has one meaning, Tikhonov on the block F = B kron A. Absolute: lambda = damping. Relative, for each group: lambda =
 damping times the scale |F|_F^2 / tr F = (|A|_F^2 / tr A) (|B|_F^2 / tr B), the mean eigenvalue where each counts with its own
 size. Directions without curvature do not enter it; the plain mean falls with their number, 30 times lower for the classifier
-of a GCP network than for that of a GAP network whose curvature is as large. A scale of zero (below `floor`), as of a layer
+of a GCP network than for that of a GAP network whose curvature is as large. A scale of zero (below `min_scale`), as of a layer
 whose gradients are all zero, counts as 1.
 """
 
@@ -21,7 +21,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from secondorder.curvature.kronecker.scale import squares_over
+from secondorder.curvature.relative_damping import tikhonov, weighted_mean_eigenvalue
 
 State = dict[str, Tensor | float | str]
 """What a checkpoint keeps of an inverse."""
@@ -103,7 +103,7 @@ class Identity(Inverse):
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
-        return shift(self.scale, damping, relative)
+        return tikhonov(self.scale, damping, relative)
 
 
 def mean_eigenvalue(matrices: Tensor) -> Tensor:
@@ -113,9 +113,4 @@ def mean_eigenvalue(matrices: Tensor) -> Tensor:
 
 def weighted_eigenvalue(matrices: Tensor) -> Tensor:
     """|S|_F^2 / tr S `[G]` of symmetric positive semi-definite matrices `[G, n, n]`, 0 for zero ones."""
-    return squares_over(matrices.diagonal(dim1=-2, dim2=-1).sum(-1), matrices)
-
-
-def shift(scale: Tensor, damping: float, relative: bool) -> Tensor | float:
-    """lambda, where the usable scales are `[G, 1, 1]`."""
-    return scale * damping if relative else damping
+    return weighted_mean_eigenvalue(matrices, matrices.diagonal(dim1=-2, dim2=-1).sum(-1))

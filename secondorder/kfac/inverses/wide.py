@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import check_float64
-from secondorder.curvature.kronecker.scale import usable
+from secondorder.curvature.relative_damping import safe_scale, tikhonov
 from secondorder.kfac.inverses.cholesky import shifts_of
-from secondorder.kfac.inverses.inverse import Factors, Inverse, shift
+from secondorder.kfac.inverses.inverse import Factors, Inverse
 from secondorder.kfac.inverses.numerics import eigen, inverses
 
 BLOCK = 2048
@@ -48,7 +48,7 @@ class WideEigenbasis(Inverse):
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
-        return shift(self.scale, damping, relative)
+        return tikhonov(self.scale, damping, relative)
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ def wide_eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Wi
     found: list[WideEigenbasis | None] = []
     for layer, B in zip(factors, eigen([layer.B for layer in factors], report), strict=True):
         A = input_range(layer.given, report)
-        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, usable(layer.scale)))
+        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, safe_scale(layer.scale)))
     return found
 
 

@@ -1,0 +1,110 @@
+"""The modules that hold each parameter of a model, and why some of them have no Kronecker factors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
+
+KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""What has Kronecker factors, unless it computes something else than its kind does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module that holds a parameter, under the name `attribute`; path: without what wrappers add."""
+
+    path: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter in `model.named_parameters()`, without what wrappers add."""
+        return f"{self.path}.{self.attribute}".lstrip(".")
+
+
+def clean_paths(model: nn.Module) -> dict[str, str]:
+    """The dotted path of every module without what wrappers add to it, by its path in `model.named_modules()`.
+
+    DataParallel and DistributedDataParallel add `module`, torch.compile `_orig_mod`; an attribute `module` of any other
+    module is the user's own and stays.
+    """
+    modules = dict(model.named_modules())
+    paths = {"": ""}
+    for path in modules:
+        parent, _, attribute = path.rpartition(".")
+        if path:
+            above = paths[parent]
+            paths[path] = above if _wraps(modules[parent], attribute) else f"{above}.{attribute}".lstrip(".")
+    return paths
+
+
+def _wraps(module: nn.Module, attribute: str) -> bool:
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    return attribute == "_orig_mod" or any(WRAPPERS.get(kind) == attribute for kind in kinds)
+
+
+def modules_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
+    """Every module that holds a parameter; parameters in the order of `model.named_parameters()`."""
+    paths = clean_paths(model)
+    places: dict[nn.Parameter, list[Place]] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append(Place(paths[path], module, attribute))
+    return places
+
+
+def unsupported_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose own kind, or that of a module around them, excludes them, with the reason."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "MultiheadAttention uses its weights without calling its layers"
+            found |= dict.fromkeys(module.modules(), reason)
+    for module in model.modules():
+        if isinstance(module, ParametrizationList):
+            found[module] = "parametrised"
+        elif module not in found and not _plain(module):
+            found[module] = type(module).__name__ + _what_differs(module)
+    return found
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module computes what its type, one of KINDS, does."""
+    kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
+    if kind is None or "forward" in vars(module) or type(module).forward is not kind.forward:
+        return False
+    if "weight" not in module._parameters:  # reparametrised by hooks or properties
+        return False
+    return getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+
+
+def _what_differs(module: nn.Module) -> str:
+    if not isinstance(module, KINDS):
+        return ""
+    return ", its weight is parametrised" if "weight" not in module._parameters else ", with a forward of its own"
+
+
+def reason_without_factors(
+    parameter: nn.Parameter, holders: Sequence[Place], unsupported: Mapping[nn.Module, str]
+) -> str:
+    """Why a weight has no Kronecker factors, empty if it has."""
+    if len(holders) > 1 and any(not _alike(holders[0], other) for other in holders[1:]):
+        users = " and ".join(f"{type(h.module).__name__} {h.path}".rstrip() for h in holders[:3])
+        return f"shared by unlike modules: {users}"
+    return next((unsupported[h.module] for h in holders if h.module in unsupported), "")
+
+
+def _alike(a: Place, b: Place) -> bool:
+    """Whether two modules are the same function of their input, up to nothing but its size."""
+    return a.attribute == b.attribute and type(a.module) is type(b.module) and _options(a.module) == _options(b.module)
+
+
+def _options(module: nn.Module) -> list[object]:
+    """Everything that decides on the output beside the weight."""
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return [getattr(module, name, None) for name in names] + [id(module._parameters.get("bias"))]

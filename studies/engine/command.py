@@ -1,0 +1,104 @@
+"""From the studies that a command names to their tables, their claims judged together, and the page of the folder."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from secondorder.errors import InputError
+from secondorder.training.processes import world_size
+from studies.engine.executors import executor_of
+from studies.engine.records import Origins, frame, has_records, read_records
+from studies.engine.run import Table, carry_out
+from studies.engine.store import Store
+from studies.engine.study import Results, Study
+from studies.judge import Claim, complete, judge
+from studies.page import Fold, Page, write_page
+from studies.results import Provenance
+from studies.settings import Common
+
+TITLE = "What does global covariance pooling have to do with second-order optimisation?"
+QUESTION = (
+    "Wang et al. (CVPR 2020) replace the global average pooling (GAP) of a CNN by the root of its feature covariance (GCP) and "
+    "explain the gains by optimisation. Nine of their claims, judged on what was measured here; every outcome is computed."
+)
+
+
+def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
+    """Do what the studies want and write their tables into the folder of the command; see `carry_out` for what is raised."""
+    plans, tables = {}, {}
+    for name, (study, settings) in chosen.items():
+        context = study.context(common, settings)
+        described = asdict(settings) | {"preset": common.preset}
+        tables[name] = Table.opened(common.folder, name, plain(described), study.may_grow, common.fresh)
+        plans[name] = study.plan(context)
+    processes = 1 if world_size() > 1 else common.processes
+    store = Store(common.store_folder)
+    executor = executor_of(common.executor, store)
+    carry_out(plans, tables, store, processes, common.fresh, common.progress, executor)
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON gives them back."""
+    if isinstance(settings, dict):
+        return {str(key): plain(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [plain(value) for value in settings]
+    return settings if isinstance(settings, str | int | float | bool | None) else str(settings)
+
+
+def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: Sequence[str]) -> tuple[Path, Path]:
+    """Judge the claims of all studies with tables in the folder, together, and write its page; paths of Markdown and HTML.
+
+    A study whose tables cannot be used has a line on the page. InputError with that line, once all else is written, when it is
+    one of those in `must`.
+    """
+    read: dict[str, tuple[pd.DataFrame, Origins]] = {}
+    for name in (name for name in studies if has_records(folder, name)):
+        with suppress(InputError):  # said by its folds
+            read[name] = read_records(folder, name)
+    claims = [claim for study in studies.values() for claim in study.claims]
+    judging = [records for name, (records, _) in read.items() if studies[name].claims]
+    records = pd.concat(judging) if judging else frame("", [], {}, "")
+    judged = judge(claims, records)
+
+    def folds(name: str) -> Sequence[Fold]:
+        records, origins = read[name] if name in read else read_records(folder, name)
+        names = {claim.name for claim in studies[name].claims}
+        mine = [case for case in judged if case.claim.name in names and case.dataset in set(records.dataset)]
+        return studies[name].folds(Results(records, origins, mine, provenance(name, records, origins)))
+
+    page = Page(
+        title=TITLE,
+        question=QUESTION,
+        preset=preset,
+        claims=complete(claims),
+        commands={claim.name: command_of(claim) for claim in complete(claims) if claim.study},
+    )
+    makers = {name: lambda _, name=name: folds(name) for name in studies}
+    return write_page(folder, page, makers, must=must)
+
+
+def command_of(claim: Claim) -> str:
+    """The command that measures a claim."""
+    return f"python -m studies {claim.study}"
+
+
+def provenance(study: str, records: pd.DataFrame, origins: Origins) -> Provenance:
+    """Where the records of a study come from, in the form of a page."""
+    machines = origins.machines
+    return Provenance(
+        study=study,
+        config=origins.settings,
+        seeds=sorted({int(seed) for seed in records.seed}),
+        data=origins.data,
+        device="; ".join(sorted({machine["device"] for machine in machines})),
+        threads=max(machine["threads"] for machine in machines),
+        seconds=origins.seconds,
+        git_commit=" ".join(sorted({machine["commit"] for machine in machines})),
+        versions=machines[-1]["versions"],
+        machine="; ".join(sorted({machine["machine"] for machine in machines})),
+    )

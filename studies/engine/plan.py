@@ -1,0 +1,91 @@
+"""What a study wants: networks, after which numbers of steps, and what is measured there."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+from secondorder.errors import InputError
+from studies.engine.history import epochs, smoothed
+from studies.engine.records import Row
+from studies.engine.store import Subject, digest
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A pure function of a snapshot and of settings: it trains nothing, and leaves the network as it was.
+
+    ``measure(snapshot, settings)`` gives rows; without a network ``measure(settings)``, and ``measure(training, settings)`` where
+    it is `of_training`. When what it computes changes, so does its `version`: then nothing that an older one measured is taken
+    for its result.
+    """
+
+    name: str
+    measure: Callable[..., Iterable[Row]]
+    settings: Any = None
+    """Plain values, or a dataclass of them: part of the measurement's key."""
+    version: int = 1
+    of_training: bool = False
+    """Whether it is of the training (what ``trained.json`` holds of it), not of a snapshot."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What tells measurements apart."""
+        plain = is_dataclass(self.settings) and not isinstance(self.settings, type)
+        settings = asdict(self.settings) if plain else self.settings
+        return {"measurement": self.name, "version": self.version, "settings": settings}
+
+
+HISTORY = Measurement("training", epochs, of_training=True)
+"""The epochs of a training: quantities train_loss, test_top1 and so on, with the epoch as index."""
+
+
+def loss_curve(points: int) -> Measurement:
+    """The loss of a training at so many steps, equally spaced; see `smoothed`. In `Trained.at` it stands at step 0."""
+    return Measurement("loss curve", smoothed, points, of_training=True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, trained once for all studies, its epochs, and what is measured of it after which numbers of steps."""
+
+    subject: Subject
+    at: tuple[tuple[int, Measurement], ...] = ()
+    may_diverge: bool = False
+    """Whether divergence is a result, a record "diverged" in place of the epochs (of a trial, say), and no error."""
+
+    def wanted(self) -> Iterator[tuple[str, int, Measurement]]:
+        """(key, step, measurement) of each."""
+        for step, measurement in ((0, HISTORY), *self.at):
+            yield digest({"entry": self.subject.name, "step": step} | measurement.described), step, measurement
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A measurement without a trained network."""
+
+    measurement: Measurement
+    labels: Row
+    alone: bool = False
+    """Whether nothing else may run beside it: what is timed."""
+    device: str = "cpu"
+    """Where it computes; part of the key."""
+
+    def wanted(self) -> Iterator[tuple[str, int, Measurement]]:
+        """(key, step, measurement) of the one."""
+        where = {} if self.device == "cpu" else {"device": self.device}
+        yield digest({"labels": dict(self.labels)} | where | self.measurement.described), 0, self.measurement
+
+
+Task = Trained | Computed
+
+
+def every(interval: int, total: int) -> list[int]:
+    """Steps 0, interval, 2 interval, ... before the last of `total`."""
+    return list(range(0, total, interval))
+
+
+def spaced(count: int, total: int) -> list[int]:
+    """`count` (or a few less) equally spaced steps, of which the first is 0 and the last `total`."""
+    if count < 2:
+        raise InputError(f"{count} moments of training: at least 2, the first and the last step")
+    return [*range(0, total, max(1, -(-total // (count - 1)))), total]

@@ -1,0 +1,122 @@
+"""Records: every measured number of every study as one row of one schema, and their tables, which are a cache.
+
+A table's records carry the key of the measurement that they are of: run, step, measurement, its settings and version. A
+measurement whose key stands in the table is not computed again: days of work can be done in slices, on changing machines.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from secondorder.atomic import read_regular
+from secondorder.errors import InputError
+from studies.results import read_table, write_file
+
+WORDS = {"network": "", "head": "", "trained_under": "", "dataset": "", "optimizer": "", "schedule": ""}
+NUMBERS = {"seed": 0, "step": 0}
+MEASURED = {"layer": "", "quantity": "", "index": -1, "setting": math.nan, "value": math.nan, "error": math.nan}
+COLUMNS = ("study", *WORDS, *NUMBERS, *MEASURED, "key")
+"""study; network, head that is measured, trained_under (the head of the training; "" at initial weights), dataset, optimizer and
+schedule of the training; seed; step, training steps done; layer ("": the whole network), quantity, index in a list of values
+(-1: a single one), setting, which is varied (NaN: nothing), value, error (0: exact, NaN: not known); key of the measurement."""
+Row = Mapping[str, Any]
+"""A measured number: any of the columns but study and key; `quantity` and `value` must be there."""
+LARGE = 200_000
+"""Bytes of a table from which on it is compressed."""
+
+
+@dataclass
+class Origins:
+    """Where the records of a table come from, by the key of their measurement: enough to run them again."""
+
+    study: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the last command that wrote the table."""
+    data: dict[str, Any] = field(default_factory=dict)
+    machines: list[dict[str, Any]] = field(default_factory=list)
+    """Commit, versions, device, threads: one for each combination that computed something."""
+    measurements: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Key -> seconds of the measurement, and the number of its machine."""
+    trainings: dict[str, float] = field(default_factory=dict)
+    """Entry of the store -> seconds of training, wherever and whenever they were spent."""
+    sha256: str = ""
+    """Of the table's text."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all trainings and measurements together."""
+        return sum(self.trainings.values()) + sum(seconds for seconds, _ in self.measurements.values())
+
+    def add(self, key: str, seconds: float, machine: Mapping[str, Any]) -> None:
+        """Note who computed the records of a key."""
+        if dict(machine) not in self.machines:
+            self.machines.append(dict(machine))
+        self.measurements[key] = (round(seconds, 3), self.machines.index(dict(machine)))
+
+    def only(self, keys: Iterable[str], trainings: Iterable[str]) -> None:
+        """Forget measurements and trainings that no record is of any more, and machines that computed nothing else."""
+        wanted, names = set(keys), set(trainings)
+        self.measurements = {key: self.measurements[key] for key in sorted(wanted & self.measurements.keys())}
+        self.trainings = {name: self.trainings[name] for name in sorted(names & self.trainings.keys())}
+        used = sorted({machine for _, machine in self.measurements.values()})
+        self.machines = [self.machines[number] for number in used]
+        self.measurements = {k: (s, used.index(machine)) for k, (s, machine) in self.measurements.items()}
+
+
+def frame(study: str, rows: Iterable[Row], labels: Row, key: str) -> pd.DataFrame:
+    """Rows of a measurement as records; `labels` are of all of them, unless a row says otherwise. InputError for odd columns."""
+    table = pd.DataFrame([{**WORDS, **NUMBERS, **MEASURED, **labels, **row} for row in rows], columns=[*COLUMNS[1:-1]])
+    table.insert(0, "study", study)
+    return table.assign(key=key)
+
+
+def write_records(folder: Path, study: str, records: pd.DataFrame, origins: Origins) -> None:
+    """``<study>.csv``, compressed when it is large, and ``<study>.json``, origins and digest; InputError if that fails."""
+    text = records.to_csv(index=False, float_format="%.10g", lineterminator="\n").encode()
+    origins.sha256 = hashlib.sha256(text).hexdigest()
+    plain, compressed = folder / f"{study}.csv", folder / f"{study}.csv.gz"
+    large = len(text) > LARGE
+    write_file(compressed if large else plain, gzip.compress(text, mtime=0) if large else text)
+    write_file(folder / f"{study}.json", json.dumps(asdict(origins), indent=1, default=str) + "\n")
+    (plain if large else compressed).unlink(missing_ok=True)
+
+
+def has_records(folder: Path, study: str) -> bool:
+    """Whether there is a table, readable or not."""
+    return any((folder / f"{study}.csv{suffix}").exists() for suffix in ("", ".gz"))
+
+
+def read_records(folder: Path, study: str) -> tuple[pd.DataFrame, Origins]:
+    """The records of a study and their origins.
+
+    InputError when there are none, they are damaged, or table and digest do not belong together: a number that was changed.
+    """
+    table = read_table(folder, study, COLUMNS, mixed=COLUMNS)
+    path = folder / f"{study}.json"
+    way_out = f"restore {study}.csv and {path.name}, or run the study again with --fresh"
+    try:
+        content = json.loads(read_regular(path))
+        origins = Origins(**content)
+        origins.measurements = {key: (float(s), int(machine)) for key, (s, machine) in origins.measurements.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} does not say where the results come from ({error}); {way_out}") from None
+    if _digest(folder, study) != origins.sha256:
+        raise InputError(f"{folder / study}.csv is not the table that was written there; {way_out}")
+    words = {
+        name: table[name].astype(object).fillna("").astype(str)
+        for name in ("study", *WORDS, "layer", "quantity", "key")
+    }
+    return table.assign(**words)[[*COLUMNS]], origins
+
+
+def _digest(folder: Path, study: str) -> str:
+    plain, compressed = folder / f"{study}.csv", folder / f"{study}.csv.gz"
+    text = gzip.decompress(read_regular(compressed)) if compressed.exists() else read_regular(plain)
+    return hashlib.sha256(text).hexdigest()

@@ -1,1 +1,0 @@
-"""Landscape study: the smoothness of the loss over training."""

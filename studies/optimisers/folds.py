@@ -1,0 +1,282 @@
+"""What the page shows of the optimiser study."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from studies.draw import LABELS, Curves
+from studies.engine.history import SMOOTHED
+from studies.engine.study import Results
+from studies.judge import Claim, Judged
+from studies.optimisers.autoencoder import ARMS
+from studies.optimisers.claims import (
+    CONTROLS,
+    DEEP_CLAIMS,
+    FURTHER,
+    KEYS,
+    at_levels,
+    autoencoders,
+    final,
+    reported,
+    targets,
+    to_targets,
+)
+from studies.optimisers.costs import MILLISECONDS, OF_SGD, PEAK, STATE
+from studies.optimisers.tuning import STARTS
+from studies.page import Fold, Picture, Table
+from studies.statistics import geometric_interval, mean_interval, ratio_interval
+
+LEVELS = 25
+"""Losses at which the interaction is drawn."""
+WORDS = LABELS | {"": "autoencoder", "kfac_quadratic": "K-FAC, quadratic model"}
+
+
+def folds(results: Results) -> Sequence[Fold]:
+    """The claim; the other optimisers; the autoencoder; and, on the page of costs, what a step takes."""
+    return [_claim(results), _others(results), *_deep(results), _costs(results)]
+
+
+def _claim(results: Results) -> Fold:
+    records, judged = results.records, results.of("second order superfluous")
+    levels = interactions(records)
+    if not any(case.outcome in ("supported", "contradicted") for case in judged):
+        levels = levels[levels["head"] == "gcp"]
+    steps = to_targets(records).groupby(["optimizer", "head"]).value.agg(lambda values: np.exp(np.log(values).mean()))
+    words = "; ".join(
+        f"{WORDS[o]} {steps[o, 'gap']:.3g} under GAP, {steps[o, 'gcp']:.3g} under GCP" for o in ("sgd", "kfac")
+    )
+    optimizers = results.origins.settings["optimizers"]
+    pictures = [_losses(records, "optimisers_loss", optimizers, f"Steps to the targets: {words}.")]
+    if len(levels):
+        drawing = Curves(
+            "level",
+            "value",
+            x_label="target: training loss",
+            y_label="log speed-up by K-FAC, head − GAP",
+            log="x",
+            reference=0.0,
+            zone=(-0.1, 0.1),
+        )
+        pictures.insert(0, Picture("optimisers_interaction", _level_words(levels), drawing.draw(levels)))
+    tuned = tuning_table(records)
+    where = ", ".join(f"{row.optimiser} ({row.problem})" for row in tuned[tuned.edge].itertuples())
+    chosen = tuned.assign(values=tuned["values"] + " (" + tuned.trials.astype(str) + ")").pivot(
+        index=["optimiser", "tuned"], columns="problem", values="values"
+    )
+    return Fold(
+        judged=judged,
+        sentences=[
+            f"Tuned with {tuned.trials.min()} to {tuned.trials.max()} trials each; "
+            + (
+                f"at an edge of what was tried: {where}."
+                if where
+                else "no chosen setting lies at an edge of what was tried."
+            )
+        ],
+        pictures=pictures,
+        controls=results.of(*(claim.name for claim in CONTROLS)),
+        exploratory=_measured(results, FURTHER),
+        tables=[
+            Table("optimisers_tuning", "Tuned settings, and the number of trials.", chosen.fillna("").reset_index())
+        ],
+        method=_method(results),
+        provenance=results.provenance,
+    )
+
+
+def _measured(results: Results, claims: Sequence[Claim]) -> list[Judged]:
+    return [case for case in results.of(*(claim.name for claim in claims)) if case.estimate is not None]
+
+
+def interactions(records: pd.DataFrame) -> pd.DataFrame:
+    """K-FAC's interaction of each head with GAP at losses that all runs of the factorial reach: head, seed, level, value."""
+    curves = reported(records)
+    curves = curves[curves.optimizer.isin(("sgd", "kfac"))]
+    runs = curves[curves.quantity == SMOOTHED].sort_values("step").groupby(KEYS).value
+    high, low = 0.9 * runs.first().min(), 1.001 * runs.min().max()
+    if not low < high:
+        return pd.DataFrame(columns=["head", "seed", "level", "value"])
+    table = at_levels(curves, np.geomspace(high, low, LEVELS).tolist())
+    logs = table.assign(value=np.log(table.value)).pivot(
+        index=["seed", "level"], columns=["optimizer", "head"], values="value"
+    )
+    speed_up = logs["sgd"] - logs["kfac"]
+    against = speed_up.drop(columns="gap").sub(speed_up["gap"], axis=0)
+    return against.melt(ignore_index=False, var_name="head").dropna().reset_index()
+
+
+def _level_words(levels: pd.DataFrame) -> str:
+    """At which losses the interaction of GCP is below and above 0."""
+    by_level = levels[levels["head"] == "gcp"].groupby("level").value
+    gcp = [mean_interval(values) for _, values in by_level]
+    below, above = (sum(i.high < 0 for i in gcp), sum(i.low > 0 for i in gcp))
+    last, first = (f"{gcp[place].estimate:+.2f}".replace("-", "−") for place in (0, -1))
+    return (
+        f"From target {levels.level.max():.2g} to {levels.level.min():.2g}, which all runs reach, the interaction goes from "
+        f"{first} to {last}; its 95 % interval is below 0 at {below} and above 0 at {above} of {len(gcp)} targets. Below 0 K-FAC "
+        "helps less than under GAP; grey: the margin."
+    )
+
+
+def _losses(records: pd.DataFrame, name: str, optimizers: Sequence[str], words: str) -> Picture:
+    """The loss curves of some optimisers under GAP and GCP; the targets in grey."""
+    curves = reported(records)
+    curves = curves[(curves.quantity == SMOOTHED) & curves["head"].isin(("gap", "gcp"))]
+    ordered = [curves[curves.optimizer == optimizer] for optimizer in optimizers]
+    zone = (min(targets(records)), max(targets(records)))
+    drawing = Curves(
+        "step", "value", "optimizer", "head", y_label="training loss", mean="geometric", log="y", zone=zone
+    )
+    return Picture(
+        name, f"{words} Mean loss of the last half epoch; grey: the targets.", drawing.draw(pd.concat(ordered))
+    )
+
+
+def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
+    """A row for each search: problem, optimiser, names of the tuned settings, chosen values, trials, edge (of what was tried)."""
+    rows = []
+    trials = records[records.layer == "trial"]
+    for (head, optimizer), part in trials.groupby(["head", "optimizer"], sort=False):
+        best = part[part["index"] == 0].set_index("quantity").value.drop("loss")
+        rows.append(
+            {
+                "problem": WORDS.get(str(head), head),
+                "optimiser": WORDS.get(str(optimizer), optimizer),
+                "tuned": ", ".join(map(str, best.index)).replace("_", " "),
+                "values": ", ".join(f"{value:g}" for value in best),
+                "trials": int((part.quantity == "loss").sum()),
+                "edge": bool(part[part.quantity == "edge"].value.any()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _others(results: Results) -> Fold:
+    """All optimisers under GAP and GCP."""
+    records, settings = results.records, results.origins.settings
+    few = records[
+        records["head"].isin(("gap", "gcp", ""))
+        & ((records.seed < settings["other_seeds"]) | (records.layer == "trial"))
+    ]
+    few = pd.concat([few, records[records.quantity.isin(("target loss", OF_SGD))]]).drop_duplicates()
+    table = summary(few)
+    best = table.sort_values("_loss").drop_duplicates("head")
+    words = (
+        f"Lowest final training loss: {', '.join(f'{row.optimiser} under {row.head}' for row in best.itertuples())}."
+    )
+    return Fold(
+        title="K-FAC and other optimisers against tuned SGD",
+        pictures=[_losses(few, "optimisers_all", [*settings["optimizers"], *settings["others"]], words)],
+        tables=[
+            Table(
+                "optimisers_summary",
+                "Means over seeds after the last epoch, of the loss with 95 % interval; steps to the targets, and seconds (steps "
+                "times the time of a step), in those of SGD. ≥: not reached in some seeds, counted with a step more than a run.",
+                table.drop(columns="_loss"),
+            )
+        ],
+        method=[f"Tuned and trained as for claim 6; of every optimiser the first {settings['other_seeds']} seeds."],
+    )
+
+
+def summary(records: pd.DataFrame) -> pd.DataFrame:
+    """A row for each head and optimiser: final loss and accuracy, steps and seconds to the targets; _loss orders them."""
+    keys = ["head", "optimizer"]
+    steps = to_targets(records)
+    pairs = steps.merge(steps[steps.optimizer == "sgd"], on=["network", "head", "seed"], suffixes=("", "_sgd"))
+    pairs = pairs.rename(columns={"optimizer_sgd": "_"}).set_index(keys).sort_index()
+    times = records[records.quantity == OF_SGD].groupby(keys).value.mean()
+    accuracies = final(records, "test_top1").set_index(keys).sort_index()
+    rows = []
+    for key, part in final(records, "train_loss").groupby(keys, sort=False):
+        head, optimizer = map(str, key)
+        pair = pairs.loc[[key]]
+        ratio = ratio_interval(pair.value, pair.value_sgd).estimate
+        bound = "≥ " if pair.censored.any() else ""
+        rows.append(
+            {
+                "head": WORDS[head],
+                "optimiser": WORDS[optimizer],
+                "training loss": geometric_interval(part.value).short if np.isfinite(part.value).all() else "diverged",
+                "test top-1 [%]": 100 * accuracies.loc[[key]].value.mean(),
+                "steps to the targets": f"{bound}{ratio:.2f}",
+                "seconds to the targets": f"{bound}{ratio * times.get(key, math.nan):.2f}",
+                "_loss": part.value.mean(),
+            }
+        )
+    return pd.DataFrame(rows).sort_values(["head", "_loss"], ignore_index=True)
+
+
+def _deep(results: Results) -> list[Fold]:
+    """The autoencoder, where there is one."""
+    runs = autoencoders(results.records)
+    if runs.empty:
+        return []
+    settings = results.origins.settings["autoencoder"]
+    ends = runs.groupby(["optimizer", "seed"], sort=False).last().groupby("optimizer")[["step", "value"]].mean()
+    words = "; ".join(f"{WORDS[str(arm)]} {row.value:.4g} after {row.step:.0f} updates" for arm, row in ends.iterrows())
+    drawing = Curves(
+        "step", "value", "optimizer", x_label="update", y_label="loss of an image", log="xy", mean="geometric"
+    )
+    shown = runs[runs.step > 0].assign(optimizer=runs.optimizer.replace({"kfac_quadratic": WORDS["kfac_quadratic"]}))
+    return [
+        Fold(
+            title="The deep autoencoder: K-FAC with a tenth of SGD's updates",
+            pictures=[Picture("optimisers_autoencoder", f"Final training loss: {words}.", drawing.draw(shown))],
+            exploratory=_measured(results, DEEP_CLAIMS),
+            method=[
+                f"Encoder {'-'.join(map(str, settings['widths']))} on {settings['image_size']}×{settings['image_size']} grey "
+                f"pixels ({settings['dataset']}), {settings['activation']}, {settings['initialisation']} initialisation, batches "
+                f"of {settings['batch_size']}; SGD takes {settings['updates']} updates, K-FAC {ARMS['kfac'].share:g} times as "
+                "many, each with a cosine schedule of its length. Loss: cross-entropy summed over pixels. Compared are the "
+                "updates to the loss that SGD ends at on the same seed; Martens & Grosse (2015) claim about a tenth. Tuned as "
+                "for claim 6."
+            ],
+        )
+    ]
+
+
+def _costs(results: Results) -> Fold:
+    """What a step costs, on the page of costs."""
+    records, quantities = results.records, [MILLISECONDS, OF_SGD, PEAK, STATE]
+    part = records[records.quantity.isin(quantities)]
+    table = part.pivot_table(index=["head", "optimizer"], columns="quantity", values="value", sort=False)[quantities]
+    longest = table[OF_SGD].sort_values().reset_index().iloc[-1]
+    named = table.reset_index().replace({"head": WORDS, "optimizer": WORDS})
+    return Fold(
+        title="What a training step of each optimiser costs",
+        sentences=[
+            f"The longest is that of {WORDS[longest.optimizer]} ({WORDS[longest['head']]}): {longest[OF_SGD]:.3g} times SGD's."
+        ],
+        tables=[
+            Table(
+                "optimisers_costs",
+                "Means over the timed steps; each is divided by the SGD step that was timed next to it. Peak memory beyond "
+                "weights and state, in a step that updates K-FAC's factors.",
+                named.rename(columns={"head": "problem", "optimizer": "optimiser"}),
+            )
+        ],
+        method=[
+            f"The first {results.origins.settings['timing_steps']} steps, each next to one of SGD, in one process."
+        ],
+        provenance=results.provenance,
+        page="performance",
+    )
+
+
+def _method(results: Results) -> list[str]:
+    settings = results.origins.settings
+    training, start = settings["training"], len(STARTS[settings["start"]])
+    label, aims = results.origins.data.get("label", training["dataset"]), targets(results.records)
+    return [
+        f"{training['network']} on {label}, {training['epochs']} epochs of batches of {training['batch_size']}, schedule "
+        f"{training['schedule']}. Within a seed all optimisers start from the same weights and see the same batches. Steps are "
+        "those until the mean training loss of the last half epoch is at most "
+        f"{', '.join(f'{target:g}' for target in aims)}, fixed beforehand; their geometric mean is compared.",
+        f"Tuning, the same for all: {start} settings around a centre, of the learning rate (over 1 − momentum where there is "
+        "heavy-ball momentum) and a second setting; then the untried neighbours of the best, until there are none. A trial has "
+        f"{settings['trial_epochs'] or training['epochs']} epochs and {settings['tuning_seeds']} seed(s) that are not reported; "
+        "the training loss of its last epoch decides.",
+    ]

@@ -1,0 +1,137 @@
+"""Tuning: a walk on a lattice of settings until the best place has no neighbour that was not tried.
+
+Two settings are tuned of every optimiser. Neighbours on the lattice differ by a factor in one of them (of decay rates such as
+momentum by a factor of 1 - value). All begin with the same square (or cross) around a centre; then the untried neighbours of the
+best place are tried, until there are none: so a winner never lies at the edge of what was tried.
+
+Of an optimiser with heavy-ball momentum the learning rate is tuned as learning_rate / (1 - momentum), the length of its steps
+in a constant gradient, so that both settings do not have to move together.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from secondorder.errors import InputError
+
+Place = tuple[int, int]
+Values = dict[str, float]
+DECAYS = ("momentum", "beta2", "ema_decay")
+STARTS = {
+    "cross": ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)),
+    "square": tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)),
+}
+"""Places that are tried first."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A setting that is tuned: centre x factor^place; of decay rates 1 - (1 - centre) x factor^-place.
+
+    Beyond `low` and `high` it is not tried: there it is not defined, or makes no difference.
+    """
+
+    name: str
+    centre: float
+    factor: float = 2.0
+    low: float = 0.0
+    high: float = math.inf
+
+    def at(self, place: int) -> float | None:
+        """The value at a place, with 4 digits; None beyond the ends."""
+        decay = self.name in DECAYS
+        value = 1 - (1 - self.centre) * self.factor**-place if decay else self.centre * self.factor**place
+        value = round(value, 6) if decay else float(f"{value:.4g}")
+        return value if self.low <= value <= self.high else None
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """What is tuned of an optimiser; `effective`: the first range is that of learning_rate / (1 - momentum)."""
+
+    first: Range
+    second: Range
+    effective: bool = False
+
+    def values(self, place: Place) -> Values | None:
+        """The settings at a place; None where one of them is beyond its ends."""
+        first, second = self.first.at(place[0]), self.second.at(place[1])
+        if first is None or second is None:
+            return None
+        rate = float(f"{first * (1 - second):.4g}") if self.effective else first
+        return {self.first.name: rate, self.second.name: second}
+
+    def neighbours(self, place: Place) -> list[Place]:
+        """The places beside this one, those beyond the ends of a range left out."""
+        i, j = place
+        return [p for p in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)) if self.values(p) is not None]
+
+
+def momentum(effective_rate: float, centre: float = 0.9) -> Lattice:
+    """Learning rate and momentum of an optimiser with heavy-ball momentum."""
+    return Lattice(Range("learning_rate", effective_rate), Range("momentum", centre), effective=True)
+
+
+LATTICES: dict[str, Lattice] = {
+    "sgd": momentum(4.0, 0.8),
+    "kfac": momentum(0.5),
+    "ekfac": momentum(0.5),
+    "gauss_newton": momentum(2.0),
+    "adamw": Lattice(Range("learning_rate", 0.06), Range("weight_decay", 1e-3, 10.0, 1e-5, 1.0)),
+    "soap": Lattice(Range("learning_rate", 0.06), Range("beta2", 0.95, high=0.999)),
+    "shampoo": momentum(4.0),
+    "muon": Lattice(Range("learning_rate", 0.06), Range("momentum", 0.8)),
+    "singd": Lattice(Range("learning_rate", 0.5), Range("damping", 1e-2, 10.0, 1e-6, 1e3)),
+}
+"""Optimiser of `secondorder.training.OPTIMIZERS` -> what is tuned of it."""
+
+
+@dataclass
+class Search:
+    """The trials of one optimiser on one problem: the loss of each place, infinite where training diverged."""
+
+    lattice: Lattice
+    start: str
+    losses: dict[Place, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Place:
+        """The place with the lowest loss, the first one tried of equals; the lowest place where all have diverged."""
+        place = min(self.losses, key=self.losses.__getitem__)
+        return min(self.losses) if math.isinf(self.losses[place]) else place
+
+    @property
+    def untried(self) -> list[Place]:
+        """What is to be tried next: the start, then the neighbours of the best place; nothing at the end of the walk."""
+        places = self.lattice.neighbours(self.best) if self.losses else STARTS[self.start]
+        return [place for place in places if place not in self.losses and self.lattice.values(place) is not None]
+
+    def chosen(self, name: str, extensions: int) -> Values:
+        """The settings of the best place.
+
+        Args:
+            name: of optimiser and problem, for messages.
+            extensions: how often the walk went on; 0: it was not to go on, and the best place may lie at an edge.
+
+        Raises InputError when every trial diverged, and when the best place has untried neighbours.
+        """
+        values = self.lattice.values(self.best)
+        assert values is not None
+        if math.isinf(self.losses[self.best]):
+            raise InputError(f"{name}: all {len(self.losses)} trials diverged; raise --extensions, or leave it out")
+        if extensions and self.untried:
+            raise InputError(
+                f"{name}: the best of {len(self.losses)} trials, {in_words(values)}, still lies at the edge of what was tried; "
+                "raise --extensions"
+            )
+        return values
+
+    def table(self) -> list[list[float]]:
+        """A row for each trial: both settings and the loss, the best first."""
+        order = sorted(self.losses, key=lambda place: (self.losses[place], place != self.best))
+        return [[*(self.lattice.values(place) or {}).values(), self.losses[place]] for place in order]
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """Settings for a reader: ``learning rate 0.1, momentum 0.9``."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())

@@ -1,0 +1,23 @@
+"""The report of a folder: a table of the primary claims, then a fold for each, as HTML and as Markdown.
+
+``index.html`` stands alone, its pictures inside; ``report.md`` shows the PNG files beside it. Costs have a page of their own,
+``performance.html`` and ``performance.md``.
+"""
+
+from studies.page.outcomes import Outcome, outcome_of, outcomes_table, read_outcomes
+from studies.page.parts import Fold, Page, Picture, Table
+from studies.page.rendering import word_count
+from studies.page.writing import write_page
+
+__all__ = [
+    "Fold",
+    "Outcome",
+    "Page",
+    "Picture",
+    "Table",
+    "outcome_of",
+    "outcomes_table",
+    "read_outcomes",
+    "word_count",
+    "write_page",
+]

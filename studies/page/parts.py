@@ -1,0 +1,160 @@
+"""What a page is made of: folds of sentences, pictures and tables, each about one claim or one topic."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from secondorder.errors import InputError, check_known
+from studies.draw import ClaimLike, JudgedLike
+from studies.results import Provenance
+
+FILE = re.compile(r"[A-Za-z0-9_-]+")
+INDEX, PERFORMANCE = "index", "performance"
+HAS_EFFECT = ("supported", "contradicted")
+"""Outcomes after which controls say where the effect comes from."""
+
+
+def check_file(kind: str, name: str) -> None:
+    """InputError unless the name of a picture or a table can be that of a file and stand in a link."""
+    if not FILE.fullmatch(name):
+        raise InputError(f"{kind} {name[:80]!r}: the name of a file has letters, digits, - and _")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, written as ``<name>.svg`` and ``<name>.png``; its caption says the conclusion first."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    def __post_init__(self) -> None:
+        check_file("picture", self.name)
+
+    @property
+    def pixels(self) -> int:
+        """Width at which a page shows it, so that its letters have the size they were drawn with."""
+        return round(96 * self.figure.get_figwidth())
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption, also written as ``<name>.csv``."""
+
+    name: str
+    caption: str
+    data: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        check_file("table", self.name)
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns."""
+        return [str(column) for column in self.data.columns]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers."""
+        return [pd.api.types.is_numeric_dtype(kind) for kind in self.data.dtypes]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells as a reader sees them, numbers with 4 digits."""
+        return [[_cell(value) for value in row] for row in self.data.itertuples(index=False)]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return "–" if np.isnan(float(value)) else f"{float(value):.4g}".replace("-", "−")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of the page that is shown when asked for: about a claim (`judged` on each data set) or, without one, a topic.
+
+    Args:
+        title: of a fold about a topic; that of a claim is its name.
+        claim: what it is about; that of `judged` unless given, so only needed where nothing was measured.
+        judged: the claim judged on each data set of this folder.
+        sentences: what came out, in addition to the sentences of `judged`.
+        pictures: each with a caption that says the conclusion first.
+        controls: shown only where the claim has an effect, supported or contradicted.
+        exploratory: further comparisons, with estimates and intervals but no outcome.
+        tables: shown below all else.
+        method: how it was measured, a paragraph each.
+        provenance: where the numbers come from.
+        page: "index", or "performance" for the page of that name.
+    """
+
+    title: str = ""
+    claim: ClaimLike | None = None
+    judged: Sequence[JudgedLike] = ()
+    sentences: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    controls: Sequence[JudgedLike] = ()
+    exploratory: Sequence[JudgedLike] = ()
+    tables: Sequence[Table] = ()
+    method: Sequence[str] = ()
+    provenance: Provenance | None = None
+    page: str = INDEX
+
+    def __post_init__(self) -> None:
+        check_known("page of a fold", self.page, (INDEX, PERFORMANCE))
+        if not self.title and self.about is None:
+            raise InputError("a fold has a claim or a title")
+        if isinstance(self.sentences, str) or isinstance(self.method, str):
+            raise InputError("sentences and method of a fold are lists of sentences, not one string")
+
+    @property
+    def about(self) -> ClaimLike | None:
+        """The claim that it is about; None for a topic."""
+        return self.judged[0].claim if self.claim is None and self.judged else self.claim
+
+    @property
+    def heading(self) -> str:
+        """The title, or name of the claim."""
+        return self.title or (self.about.name if self.about is not None else "")
+
+    @property
+    def number(self) -> int:
+        """Of the primary claim; 0 for other folds."""
+        return int(self.about.primary) if self.about is not None else 0
+
+    @property
+    def anchor(self) -> str:
+        """Where links to it lead: letters, digits and underscores only."""
+        slug = re.sub(r"[^a-z0-9]+", "_", self.heading.lower()).strip("_")
+        return f"claim_{self.number}" if self.number else f"about_{slug}"
+
+    @property
+    def shown_controls(self) -> Sequence[JudgedLike]:
+        """The controls, if there is an effect to explain."""
+        return self.controls if any(item.outcome in HAS_EFFECT for item in self.judged) else ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """The report of a folder.
+
+    Args:
+        title: heading of the page.
+        question: a sentence or two below it.
+        preset: name of the preset that gave the numbers.
+        claims: the primary claims; those that no fold judges are shown as not measured.
+        commands: by name of a claim, the command that would measure it.
+        folds: those that belong to no study's tables.
+    """
+
+    title: str
+    question: str
+    preset: str
+    claims: Sequence[ClaimLike] = ()
+    commands: Mapping[str, str] = field(default_factory=dict)
+    folds: Sequence[Fold] = ()

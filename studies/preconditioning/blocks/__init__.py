@@ -1,1 +1,0 @@
-"""Part D: GGN and Hessian blocks before and after K-FAC."""

@@ -1,1 +1,0 @@
-"""Part C: gradients of one backbone under two heads, with and without K-FAC."""

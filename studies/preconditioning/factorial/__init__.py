@@ -1,1 +1,0 @@
-"""Part E: every pooling trained with every optimiser."""

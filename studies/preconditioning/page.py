@@ -1,0 +1,174 @@
+"""What a reader is shown of preconditioning: two folds about primary claims, two about what was published and what K-FAC adds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from secondorder.kfac.options import DAMPING
+from studies.draw import Curves, Scatter
+from studies.draw.palette import label
+from studies.engine.study import Results
+from studies.judge import Claim, Judged
+from studies.page import Fold, Picture, Table
+from studies.preconditioning import backward, blocks, conditioning, gradients
+from studies.preconditioning import claims as stated
+from studies.preconditioning.claims import FORMS, LIKE, UNDER, means
+
+BANDS = "Bands: 95 % intervals over seeds."
+AS_BEFORE = "Backbones and classifiers are those of claim 3."
+
+
+def folds(results: Results) -> Sequence[Fold]:
+    """Four folds, each with a picture or a table."""
+    return [fold(results, with_backbones(results.records)) for fold in (heads, directions, backward_pass, curvature)]
+
+
+def with_backbones(records: pd.DataFrame) -> pd.DataFrame:
+    """The records with the name of the backbone, untrained ones first."""
+    names = [UNDER.get(head, f"trained under {head}") if head else "untrained" for head in records.trained_under]
+    return records.assign(backbone=names).sort_values("step", kind="stable")
+
+
+def heads(results: Results, records: pd.DataFrame) -> Fold:
+    """Claim 3: the conditioning of heads."""
+    judged = results.of("head preconditions")
+    axes: dict[str, Any] = {"x_label": "Newton-Schulz steps", "y_label": "condition number"}
+    figure = Curves("setting", "value", panels="backbone", mean="geometric", log="xy", **axes).draw(by_steps(records))
+    features = means(records[records.quantity == conditioning.FEATURES], ["backbone"], geometric=True)
+    spread = ", ".join(f"{value:.3g} ({name})" for name, value in features.items())
+    theorem = [f"With the exact root it is at most √2: {case.outcome}." for case in _of(results, [stated.THEOREM])]
+    part = stated.published(records[records.quantity == conditioning.CONDITION])
+    table = means(part.assign(head=part["head"].map(label)), ["head", "backbone"], geometric=True).unstack("backbone")
+    caption = "Condition numbers of each head by backbone: medians over images, geometric means over seeds."
+    return Fold(
+        judged=judged,
+        sentences=[*theorem, f"That of the features' covariance is {spread}; that of GAP is 1."],
+        pictures=[Picture("preconditioning_heads", f"{judged[0].sentence} Medians over images. {BANDS}", figure)],
+        controls=_of(results, stated.ROOTS),
+        exploratory=_of(results, [stated.THEOREM]),
+        tables=[Table("preconditioning_conditions", caption, table[list(part.backbone.unique())].reset_index())],
+        method=[
+            "The head's Jacobian is d svec(Z) / dX at the features X of one image, on the range of their covariance. The claim's "
+            "value is the geometric mean over both trained backbones.",
+            _method(results),
+        ],
+        provenance=results.provenance,
+    )
+
+
+def by_steps(records: pd.DataFrame) -> pd.DataFrame:
+    """The published head by its number of steps, and at each of them the heads that have none, covariance and exact root."""
+    part = records[records.quantity == conditioning.CONDITION]
+    steps = part[part["head"] == "gcp"]
+    level = part[part["head"].isin(("covariance", "gcp_exact"))].drop(columns="setting")
+    return pd.concat([steps, level.merge(pd.DataFrame({"setting": steps.setting.unique()}), how="cross")])
+
+
+def directions(results: Results, records: pd.DataFrame) -> Fold:
+    """Claim 5: gradients under two heads."""
+    judged = results.of("K-FAC-like gradient")
+    part = stated.partials(records[records.layer != gradients.ALL])
+    shown = part[part["head"].isin(("gcp", "covariance", f"gcp, {gradients.PERMUTED}"))]
+    axes: dict[str, Any] = {"x_label": "damping of P", "y_label": gradients.PARTIAL}
+    by_damping = Curves("setting", "value", panels="backbone", log="x", reference=0.0, zone=LIKE.zone, **axes).draw(
+        shown
+    )
+    points = unrelated(records)
+    axes = {"x_label": "predicted by an unrelated P", "y_label": "cos(g, P g_GAP)"}
+    against = Scatter("predicted", "measured", panels="backbone", line="identity", **axes).draw(points)
+    gcp = points[(points["head"] == "gcp") & (points.setting == DAMPING)]
+    words = (
+        f"At damping {DAMPING:g} the cosine of g_GCP with P g_GAP is {gcp.measured.mean():.3f}; a P that turns g_GAP as far but "
+        f"knows nothing of GCP predicts cos(g_GCP, g_GAP) cos(g_GAP, P g_GAP) = {gcp.predicted.mean():.3f}."
+    )
+    above = f"Of GCP's points at damping {DAMPING:g}, {100 * (gcp.measured > gcp.predicted).mean():.0f} % lie above the line."
+    return Fold(
+        judged=judged,
+        sentences=[f"{words} Only the partial correlation is evidence."],
+        pictures=[
+            Picture("preconditioning_partial", f"{judged[0].sentence} Grey: the margin. {BANDS}", by_damping),
+            Picture("preconditioning_cosines", f"{above} A point: one convolution, seed, damping.", against),
+        ],
+        controls=_of(results, stated.CONTROLS),
+        exploratory=_of(results, stated.PARTIALS),
+        method=[
+            "g is the gradient of a convolution's weights, P the K-FAC preconditioner of the network with the GAP head, both of "
+            f"the large batch; the damping, {DAMPING:g}, is relative to the block's scale. The partial correlation is the cosine "
+            "of what is left of g_GCP and of P g_GAP without their parts along g_GAP: the mean over convolutions and trained "
+            f"backbones. Controls: other heads, and GCP with a random classifier or one fitted to permuted labels. {AS_BEFORE}"
+        ],
+        provenance=results.provenance,
+    )
+
+
+def unrelated(records: pd.DataFrame) -> pd.DataFrame:
+    """Of each head, backbone, seed, damping and convolution cos(g, P g_GAP), `measured`, and the product `predicted`."""
+    keys = ["network", "backbone", "seed", "layer"]
+    part = records[records.layer != gradients.ALL]
+    plain, turn, points = (
+        part[part.quantity == quantity] for quantity in (gradients.PLAIN, gradients.TURN, gradients.WITH_P)
+    )
+    points = points.rename(columns={"value": "measured"})[[*keys, "head", "setting", "measured"]]
+    points = points.merge(plain[[*keys, "head", "value"]], on=[*keys, "head"])
+    points = points.merge(turn[[*keys, "setting", "value"]], on=[*keys, "setting"], suffixes=("", "_turn"))
+    return points.assign(predicted=points.value * points.value_turn)
+
+
+def backward_pass(results: Results, records: pd.DataFrame) -> Fold:
+    """The published approximation of the backward pass."""
+    sentences = []
+    for of in (backward.FEATURES, backward.WEIGHTS):
+        cosines = means(records[records.quantity == f"{backward.COSINE}, {of}"], ["layer"])
+        listed = "; ".join(f"{name} {cosines[form]:.3f}" for form, name in FORMS.items())
+        sentences.append(f"Cosine of {of} to that of the exact root, mean over trained backbones and seeds: {listed}.")
+    return Fold(
+        title="The published form of the backward pass",
+        sentences=sentences,
+        exploratory=_of(results, stated.BACKWARD),
+        method=[
+            "The same dL/dZ of a fitted GCP head goes through each form: that of the published head (5 steps), its approximation "
+            f"as printed and with the eigenvectors that it leaves out, and that without a root; W: last convolution. {AS_BEFORE}"
+        ],
+    )
+
+
+def curvature(results: Results, records: pd.DataFrame) -> Fold:
+    """What K-FAC adds below each head."""
+    part = records[records.layer.isin(blocks.ROLES) & records["head"].isin(("gap", "covariance", "gcp"))]
+    table = means(part, ["backbone", "head", "quantity"], geometric=True).unstack("quantity").reset_index()
+    pairs = means(part, ["backbone", "head", "seed", "layer", "quantity"]).unstack("quantity").reset_index()
+    better = 100 * (pairs[blocks.AFTER_KFAC] < pairs[blocks.CONDITION]).mean()
+    axes: dict[str, Any] = {"x_label": "λ₁ / λₖ", "y_label": "after K-FAC"}
+    figure = Scatter(blocks.CONDITION, blocks.AFTER_KFAC, panels="layer", line="identity", log="xy", **axes).draw(pairs)
+    means_of = "Geometric means over three convolutions and seeds; the block condition is λ₁ / λₖ."
+    caption = f"K-FAC lowers λ₁ / λₖ of {better:.0f} % of the blocks. A point: one backbone and seed."
+    return Fold(
+        title="What K-FAC leaves to do below each head",
+        sentences=[
+            "A smaller gain by K-FAC below GCP would speak for “GCP preconditions already” only if an exact preconditioner "
+            "gained less there, too: K-FAC may fit one head's blocks better."
+        ],
+        pictures=[Picture("preconditioning_blocks", caption, figure)],
+        exploratory=_of(results, stated.BLOCKS),
+        tables=[Table("preconditioning_conditioning", means_of, table.assign(head=table["head"].map(label)))],
+        method=[
+            "λ₁ / λₖ is the condition of the GGN block of a convolution, the first, middle or last; k is half of the possible "
+            f"rank. The damping, {DAMPING:g}, is relative to the scale of what is inverted. {AS_BEFORE}"
+        ],
+    )
+
+
+def _of(results: Results, claims: Sequence[Claim]) -> list[Judged]:
+    """These claims as judged, as far as they were measured."""
+    return [case for case in results.of(*(claim.name for claim in claims)) if case.estimate is not None]
+
+
+def _method(results: Results) -> str:
+    training, measures = results.origins.settings["training"], results.origins.settings["measures"]
+    data = results.origins.data.get("label", training["dataset"])
+    return (
+        f"{training['network']} on {data}, after {training['epochs']} epochs of SGD; every head on the same backbone, its "
+        f"classifier fitted (penalty {measures['penalty']:g}). Training images: {measures['images']} in the large batch, whose "
+        f"statistics batch norm has, {measures['head_images']} for heads, {measures['curvature_images']} for blocks."
+    )

@@ -1,0 +1,230 @@
+"""The engine: networks that several studies want are trained once, measurements are made once, their records are the cache."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from secondorder.data import ImageDataset, load_dataset
+from secondorder.errors import InputError
+from secondorder.training import NonFiniteLossError, Run, Snapshot
+from studies.engine.plan import Computed, Measurement, Trained, every, spaced
+from studies.engine.records import COLUMNS, read_records
+from studies.engine.run import Plan, Table, carry_out
+from studies.engine.store import Store, Subject
+
+RUN = Run("digits_tiny", "gap", "digits", 2, 32, 0.05, train_limit=96, threads=1)
+calls: list[str] = []
+
+
+def weight(at: Snapshot, factor: float) -> Iterator[Mapping[str, Any]]:
+    calls.append(f"weight {at.run.pooling} {at.run.seed} {at.step}")
+    for index, parameter in enumerate(at.model.parameters()):
+        yield {
+            "layer": "all",
+            "quantity": "norm",
+            "index": index,
+            "setting": factor,
+            "value": factor * parameter.norm(),
+        }
+
+
+def constant(settings: Mapping[str, float]) -> list[Mapping[str, Any]]:
+    calls.append("constant")
+    return [{"quantity": "constant", "value": settings["x"], "error": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageDataset:
+    return load_dataset("digits", limit=96)
+
+
+@pytest.fixture(autouse=True)
+def no_calls() -> None:
+    calls.clear()
+
+
+def tasks(data: ImageDataset, seeds: int = 2, factor: float = 2.0, version: int = 1) -> list[Any]:
+    norms = Measurement("weight", weight, factor, version)
+    networks = [
+        Trained(Subject(replace(RUN, pooling=head, seed=seed), data), tuple((step, norms) for step in (0, 4, 6)))
+        for seed in range(seeds)
+        for head in ("gap", "gcp")
+    ]
+    return [*networks, Computed(Measurement("constant", constant, {"x": 3.0}), {"network": "none"})]
+
+
+def staged(*stages: list[Any], sent: list[pd.DataFrame] | None = None) -> Plan:
+    for stage in stages:
+        records = yield stage
+        if sent is not None:
+            sent.append(records)
+
+
+def opened(folder: Path, study: str = "a", **settings: Any) -> Table:
+    fresh = settings.pop("fresh", False)
+    return Table.opened(folder, study, {"epochs": 2, "heads": ["gap"]} | settings, ("heads",), fresh)
+
+
+def go(
+    folder: Path, plan: Plan, store: Path | None = None, processes: int = 1, fresh: bool = False, **s: Any
+) -> pd.DataFrame:
+    folder.mkdir(parents=True, exist_ok=True)
+    carry_out(
+        {"a": plan}, {"a": opened(folder, fresh=fresh, **s)}, Store(store or folder / "store"), processes, fresh, False
+    )
+    return read_records(folder, "a")[0]
+
+
+def test_records_have_one_schema_and_their_origins(data: ImageDataset, tmp_path: Path) -> None:
+    sent: list[pd.DataFrame] = []
+    records = go(tmp_path, staged(tasks(data), sent=sent))
+    assert tuple(records.columns) == COLUMNS
+    assert len(sent[0]) == len(records)
+    norms = records[records.quantity == "norm"]
+    assert set(norms.step) == {0, 4, 6}
+    assert set(norms[norms.step == 0].trained_under) == {""}
+    assert set(norms[norms.step == 4].trained_under) == {"gap", "gcp"}
+    assert (norms.setting == 2.0).all()
+    assert list(
+        records[(records.quantity == "train_loss") & (records.seed == 1) & (records["head"] == "gcp")]["index"]
+    ) == [1, 2]
+    assert records[records.quantity == "constant"][["network", "value", "error"]].to_numpy().tolist() == [
+        ["none", 3.0, 0.0]
+    ]
+    origins = read_records(tmp_path, "a")[1]
+    assert origins.measurements.keys() == set(records.key)
+    assert len(origins.trainings) == 4
+    assert origins.seconds > 0
+    assert origins.machines[0]["versions"]["torch"]
+    assert origins.data["label"] == "Digits (8x8)"
+
+
+def test_what_stands_in_the_table_is_not_computed_again(data: ImageDataset, tmp_path: Path) -> None:
+    before = go(tmp_path, staged(tasks(data)))
+    calls.clear()
+    after = go(tmp_path, staged(tasks(data)), store=tmp_path / "another")
+    assert calls == []
+    assert not (tmp_path / "another").exists()
+    pd.testing.assert_frame_equal(before, after)
+    go(tmp_path, staged(tasks(data, seeds=3)), store=tmp_path / "another")
+    assert {call.split()[2] for call in calls} == {"2"}  # the new seed alone
+    calls.clear()
+    go(tmp_path, staged(tasks(data, version=2)), store=tmp_path / "store")
+    assert len(calls) == 12  # the networks are in the store
+
+
+def test_the_store_serves_what_the_table_lacks(data: ImageDataset, tmp_path: Path) -> None:
+    go(tmp_path / "a", staged(tasks(data)), store=tmp_path / "store")
+    calls.clear()
+    go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store")
+    assert calls == []
+    go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store", fresh=True)
+    assert len(calls) == 13 - 1  # the computed one has no network to forget
+
+
+def test_processes_side_by_side_write_the_same_table(data: ImageDataset, tmp_path: Path) -> None:
+    one = go(tmp_path / "one", staged(tasks(data)))
+    two = go(tmp_path / "two", staged(tasks(data)), processes=2)
+    quick = one.quantity != "seconds"
+    pd.testing.assert_frame_equal(one[quick], two[quick])
+
+
+def test_studies_share_networks_and_measurements(data: ImageDataset, tmp_path: Path) -> None:
+    norms = Measurement("weight", weight, 2.0)
+    plans = {
+        "a": staged([Trained(Subject(RUN, data), ((0, norms), (4, norms)))]),
+        "b": staged([Trained(Subject(RUN, data), ((4, norms), (5, norms)))]),
+    }
+    tables = {name: opened(tmp_path, name) for name in plans}
+    carry_out(plans, tables, Store(tmp_path / "store"), 1, False, False)
+    assert sorted(calls) == ["weight gap 0 0", "weight gap 0 4", "weight gap 0 5"]
+    assert len(list((tmp_path / "store").iterdir())) == 1
+    a, b = (read_records(tmp_path, name)[0] for name in "ab")
+    assert set(a.step[a.quantity == "norm"]) == {0, 4}
+    assert set(b.step[b.quantity == "norm"]) == {4, 5}
+
+
+def test_a_stage_may_depend_on_the_records_of_the_one_before(data: ImageDataset, tmp_path: Path) -> None:
+    def tuned() -> Plan:
+        rates = (0.01, 0.1)
+        trials = yield [Trained(Subject(replace(RUN, learning_rate=rate), data)) for rate in rates]
+        losses = trials[(trials.quantity == "train_loss") & (trials["index"] == 2)].value.tolist()
+        best = rates[losses.index(min(losses))]
+        yield [Trained(Subject(replace(RUN, learning_rate=best, seed=1), data))]
+
+    records = go(tmp_path, tuned())
+    assert sorted(records[(records.quantity == "test_top1") & (records["index"] == 2)].seed) == [0, 0, 1]
+
+
+def test_divergence_is_a_record_where_it_may_be_and_else_an_error(data: ImageDataset, tmp_path: Path) -> None:
+    wild = replace(RUN, learning_rate=1e20)
+    records = go(tmp_path, staged([Trained(Subject(wild, data), may_diverge=True)]))
+    assert list(records.quantity) == ["diverged"]
+    assert list(records.value) == [1.0]
+    with pytest.raises(NonFiniteLossError):
+        go(tmp_path / "b", staged([Trained(Subject(wild, data))]))
+
+
+def test_what_is_finished_is_in_the_table_when_the_rest_fails(data: ImageDataset, tmp_path: Path) -> None:
+    wild = Trained(Subject(replace(RUN, learning_rate=1e20), data))
+    with pytest.raises(NonFiniteLossError):
+        go(tmp_path, staged([*tasks(data, seeds=1), wild]))
+    records, _ = read_records(tmp_path, "a")
+    assert set(records.quantity) >= {"norm", "train_loss", "constant"}
+
+
+def test_a_table_of_other_settings_is_not_mixed(data: ImageDataset, tmp_path: Path) -> None:
+    go(tmp_path, staged(tasks(data)))
+    go(tmp_path, staged(tasks(data)), heads=["gap", "gcp"])  # may grow
+    with pytest.raises(
+        InputError, match=r"a.csv has epochs = 2, not 3; repeat the flags .* or replace it with --fresh"
+    ):
+        go(tmp_path, staged(tasks(data)), epochs=3)
+    assert len(go(tmp_path, staged(tasks(data, seeds=1)), epochs=3, fresh=True)) > 0
+    assert set(read_records(tmp_path, "a")[0].seed) == {0}
+
+
+def test_records_of_seeds_that_are_not_asked_for_stay(data: ImageDataset, tmp_path: Path) -> None:
+    before = go(tmp_path, staged(tasks(data)))
+    pd.testing.assert_frame_equal(before, go(tmp_path, staged(tasks(data, seeds=1))))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("a.csv", lambda text: text.replace("0.", "1.", 1)),
+        ("a.csv", lambda text: "\n".join(text.splitlines()[:-1]) + "\n"),
+        ("a.json", lambda text: text.replace('"sha256": "', '"sha256": "0')),
+        ("a.json", lambda text: text[:-30]),
+        ("a.json", lambda text: "[]"),
+        ("a.json", lambda text: json.dumps(json.loads(text) | {"measurements": {"k": 1}})),
+        ("a.csv", lambda text: "study,key\na,b\n"),
+    ],
+)
+def test_a_table_in_which_anything_changed_is_refused(
+    data: ImageDataset, tmp_path: Path, file: str, change: Callable[[str], str]
+) -> None:
+    go(tmp_path, staged(tasks(data, seeds=1)))
+    path = tmp_path / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(InputError, match=r"a\.(csv|json)"):
+        go(tmp_path, staged(tasks(data, seeds=1)))
+
+
+def test_a_measurement_without_records_is_a_fault(data: ImageDataset, tmp_path: Path) -> None:
+    nothing = Computed(Measurement("nothing", lambda settings: []), {})
+    with pytest.raises(ValueError, match="gave no records"):
+        go(tmp_path, staged([nothing]))
+
+
+def test_moments() -> None:
+    assert every(40, 100) == [0, 40, 80]
+    assert spaced(3, 10) == [0, 5, 10]
+    assert spaced(4, 10) == [0, 4, 8, 10]
+    with pytest.raises(InputError, match="at least 2"):
+        spaced(1, 10)
