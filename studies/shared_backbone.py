@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secondorder.data import ImageDataset
 from secondorder.errors import InputError
-from secondorder.networks import NETWORKS, Network
+from secondorder.networks import Network
 from secondorder.pooling import PoolingHead, pooling_head
 
 BATCH = 256
@@ -23,12 +23,6 @@ MOST_IMAGES, STEPS = 2000, 3000
 def evenly_spaced(total: int, count: int) -> Tensor:
     """`count` (or all) of the indices below `total`, evenly spaced: of images in the order of their classes, all classes."""
     return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
-
-
-def published_stride(backbone: str) -> int | None:
-    """The last stride of the published GCP network, for every head: then networks differ in nothing but the head."""
-    strides = NETWORKS[backbone].last_stride if backbone in NETWORKS else None
-    return None if strides is None else strides[1]
 
 
 def check_sharing(data: ImageDataset, weight_decay: float) -> None:

@@ -12,8 +12,6 @@ from studies.engine.fake_data import fake_data, images_of
 from studies.engine.store import Subject
 from studies.settings import Common
 
-STRIDES = ("published", "same")
-
 
 @dataclass(frozen=True)
 class Training:

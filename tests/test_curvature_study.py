@@ -348,3 +348,7 @@ def test_dry_run_counts_every_network(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "digits_tiny + gcp_exact" in printed
     assert "2 seeds of 3 networks" in printed
     assert not (tmp_path / "none").exists()
+
+
+def test_every_comparison_has_the_margin_of_the_claim() -> None:
+    assert {claim.compare.zone for claim in STUDY.claims} == {(0.8, 1.2)}

@@ -20,7 +20,7 @@ from secondorder.accelerator import wait_for
 from secondorder.data import ImageDataset
 from secondorder.data.files import expanded, shown
 from secondorder.data.own import is_own
-from secondorder.errors import InputError, NonFiniteError, first_line
+from secondorder.errors import InputError, NonFiniteError, check_whole, first_line
 from secondorder.training import checkpoint, processes
 from secondorder.training.batch_norm import desynchronise, without_synchronisation
 from secondorder.training.batches import batches
@@ -171,11 +171,7 @@ class _Training:
         """Set which states are kept and where to stop; InputError for steps that are over and were not kept, or no steps."""
         done = self.progress.step
         for step in (*snapshots, *(() if until is None else (until,))):
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.total:
-                raise InputError(
-                    f"step {step!r:.40} of snapshots or until: it must be a whole number from 0 to {self.total}, the "
-                    "steps of the run"
-                )
+            check_whole("a step of snapshots or until", step, least=0, most=self.total)
         kept = self.folder
         lost = processes.on_main(
             lambda: [step for step in snapshots if step < done and not (kept / checkpoint.snapshot_name(step)).exists()]

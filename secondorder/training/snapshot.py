@@ -15,7 +15,7 @@ from secondorder.errors import InputError
 from secondorder.training import checkpoint
 from secondorder.training.device import isolated, resolve_device, seed_step
 from secondorder.training.evaluation import to_device
-from secondorder.training.parts import train_mode
+from secondorder.training.parts import set_learning_rate, train_mode
 from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
 from secondorder.training.setup import Data, check_fit, check_given, check_is_run, dataset_of, first_state
@@ -122,8 +122,7 @@ def snapshot(
         step, steps_per_epoch = int(state["progress"]["step"]), len(dataset.train) // run.batch_size
         last = min(step, steps_per_epoch * run.epochs - 1)
         rate = run.learning_rate * SCHEDULES[run.schedule].factor_at(last, steps_per_epoch, run.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_factor", 1.0)
+        set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         seed_step(run.seed, step, 0)
         yield Snapshot(run, dataset, step, model, optimizer, rate, state["progress"]["history"])

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from studies.curvature.measures import CONDITION, HESSIAN, KFAC, PUT_ON, SPREAD, SQUARED
-from studies.judge import Claim, Ratio, primary
+from studies.judge import Claim, contrast, primary
 
 ACCURACY = "stated accuracy"
 """Quantity of the records that say which test accuracy a network needs to count."""
@@ -67,9 +67,7 @@ WEIGHTS = {
 
 def _contrast(name: str, quantity: str, values: partial[pd.DataFrame], of: str = "gcp", to: str = "gap") -> Claim:
     """An exploratory comparison of two heads."""
-    ratio = Ratio({"head": of}, {"head": to}, margin=0.2)
-    statement = f"Is it smaller under {of} than under {to}?"
-    return Claim(f"{name}: {of} / {to}", statement, "curvature", f"{quantity}, {of} / {to}", ratio, values)
+    return contrast(name, "curvature", quantity, values, of, to, margin=0.2)
 
 
 LAMBDA = "lambda_1 / lambda_k of GGN blocks"

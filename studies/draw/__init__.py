@@ -2,7 +2,7 @@
 
 from studies.draw.curves import Bands, Curves
 from studies.draw.forest import Forest, mini
-from studies.draw.judged import ClaimLike, JudgedLike, forest_row, forest_table, in_margins
+from studies.draw.judged import forest_row, forest_table, in_margins
 from studies.draw.maps import Heatmap, Scatter
 from studies.draw.palette import COLORS, LABELS
 
@@ -10,11 +10,9 @@ __all__ = [
     "COLORS",
     "LABELS",
     "Bands",
-    "ClaimLike",
     "Curves",
     "Forest",
     "Heatmap",
-    "JudgedLike",
     "Scatter",
     "forest_row",
     "forest_table",

@@ -2,81 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from studies.draw.numbers import estimate_words
-
-
-class EstimateLike(Protocol):
-    """An estimate on its natural scale (a ratio, a difference) with its 95 % interval and the seeds' values behind it."""
-
-    @property
-    def value(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float: ...  # noqa: D102
-    @property
-    def high(self) -> float: ...  # noqa: D102
-    @property
-    def n(self) -> int: ...  # noqa: D102
-    @property
-    def networks(self) -> int: ...  # noqa: D102
-    @property
-    def left_out(self) -> int: ...  # noqa: D102
-    @property
-    def by_seed(self) -> pd.DataFrame: ...  # noqa: D102
-    @property
-    def has_interval(self) -> bool: ...  # noqa: D102
-
-
-class CompareLike(Protocol):
-    """What is compared: the claimed side, and the zone of practical equivalence on the natural scale."""
-
-    @property
-    def claimed(self) -> str: ...  # noqa: D102
-    @property
-    def zone(self) -> tuple[float, float]: ...  # noqa: D102
-    @property
-    def scale(self) -> str: ...  # noqa: D102
-
-
-class ClaimLike(Protocol):
-    """A claim of the paper: what `studies.judge.Claim` has and figures and pages need."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def statement(self) -> str: ...  # noqa: D102
-    @property
-    def study(self) -> str: ...  # noqa: D102
-    @property
-    def quantity(self) -> str: ...  # noqa: D102
-    @property
-    def primary(self) -> int: ...  # noqa: D102
-    @property
-    def compare(self) -> CompareLike: ...  # noqa: D102
-
-
-class JudgedLike(Protocol):
-    """A claim judged on one data set: what `studies.judge.Judged` has."""
-
-    @property
-    def claim(self) -> ClaimLike: ...  # noqa: D102
-    @property
-    def dataset(self) -> str: ...  # noqa: D102
-    @property
-    def estimate(self) -> EstimateLike | None: ...  # noqa: D102
-    @property
-    def outcome(self) -> str: ...  # noqa: D102
-    @property
-    def p_holm(self) -> float: ...  # noqa: D102
-    @property
-    def seeds_needed(self) -> int | None: ...  # noqa: D102
-    @property
-    def sentence(self) -> str: ...  # noqa: D102
-
+from studies.judge import Claim, Estimate, Judged
 
 COLUMNS = (
     *("claim", "primary", "dataset", "network", "seed", "estimate", "low", "high", "outcome", "claimed"),
@@ -86,7 +18,7 @@ COLUMNS = (
 for a reader."""
 
 
-def interval_of(estimate: EstimateLike | None) -> tuple[float, float, float]:
+def interval_of(estimate: Estimate | None) -> tuple[float, float, float]:
     """Estimate, low and high end; nan for what was not measured, and for ends that no scatter was seen for."""
     if estimate is None:
         return (math.nan,) * 3
@@ -95,7 +27,7 @@ def interval_of(estimate: EstimateLike | None) -> tuple[float, float, float]:
 
 
 def forest_row(
-    claim: ClaimLike, dataset: str, outcome: str, interval: tuple[float, float, float] = (math.nan,) * 3
+    claim: Claim, dataset: str, outcome: str, interval: tuple[float, float, float] = (math.nan,) * 3
 ) -> dict[str, Any]:
     """The row of a forest table with an estimate.
 
@@ -125,7 +57,7 @@ def forest_row(
     }
 
 
-def forest_table(judged: Iterable[JudgedLike]) -> pd.DataFrame:
+def forest_table(judged: Iterable[Judged]) -> pd.DataFrame:
     """The table of judged claims that `Forest` and `mini` draw, columns `COLUMNS`: see there."""
     rows: list[dict[str, Any]] = []
     for item in judged:

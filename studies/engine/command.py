@@ -1,5 +1,6 @@
 """From the studies that a command names to their tables, their claims judged together, and the page of the folder."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -43,11 +44,7 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
 
 def plain(settings: Any) -> Any:
     """Settings as JSON gives them back."""
-    if isinstance(settings, dict):
-        return {str(key): plain(value) for key, value in settings.items()}
-    if isinstance(settings, list | tuple):
-        return [plain(value) for value in settings]
-    return settings if isinstance(settings, str | int | float | bool | None) else str(settings)
+    return json.loads(json.dumps(settings, default=str))
 
 
 def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: Sequence[str]) -> tuple[Path, Path]:
@@ -61,6 +58,7 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         with suppress(InputError):  # said by its folds
             read[name] = read_records(folder, name)
     claims = [claim for study in studies.values() for claim in study.claims]
+    primary = complete(claims)
     judging = [records for name, (records, _) in read.items() if studies[name].claims]
     records = pd.concat(judging) if judging else frame("", [], {}, "")
     judged = judge(claims, records)
@@ -75,8 +73,8 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         title=TITLE,
         question=QUESTION,
         preset=preset,
-        claims=complete(claims),
-        commands={claim.name: command_of(claim) for claim in complete(claims) if claim.study},
+        claims=primary,
+        commands={claim.name: command_of(claim) for claim in primary if claim.study},
     )
     makers = {name: lambda _, name=name: folds(name) for name in studies}
     return write_page(folder, page, makers, must=must)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from secondorder.atomic import read_regular
 from secondorder.errors import InputError
-from studies.results import read_table, write_file
+from studies.results import read_table, table_file, write_file, write_table
 
 WORDS = {"network": "", "head": "", "trained_under": "", "dataset": "", "optimizer": "", "schedule": ""}
 NUMBERS = {"seed": 0, "step": 0}
@@ -28,8 +28,6 @@ schedule of the training; seed; step, training steps done; layer ("": the whole 
 (-1: a single one), setting, which is varied (NaN: nothing), value, error (0: exact, NaN: not known); key of the measurement."""
 Row = Mapping[str, Any]
 """A measured number: any of the columns but study and key; `quantity` and `value` must be there."""
-LARGE = 200_000
-"""Bytes of a table from which on it is compressed."""
 
 
 @dataclass
@@ -60,15 +58,6 @@ class Origins:
             self.machines.append(dict(machine))
         self.measurements[key] = (round(seconds, 3), self.machines.index(dict(machine)))
 
-    def only(self, keys: Iterable[str], trainings: Iterable[str]) -> None:
-        """Forget measurements and trainings that no record is of any more, and machines that computed nothing else."""
-        wanted, names = set(keys), set(trainings)
-        self.measurements = {key: self.measurements[key] for key in sorted(wanted & self.measurements.keys())}
-        self.trainings = {name: self.trainings[name] for name in sorted(names & self.trainings.keys())}
-        used = sorted({machine for _, machine in self.measurements.values()})
-        self.machines = [self.machines[number] for number in used]
-        self.measurements = {k: (s, used.index(machine)) for k, (s, machine) in self.measurements.items()}
-
 
 def frame(study: str, rows: Iterable[Row], labels: Row, key: str) -> pd.DataFrame:
     """Rows of a measurement as records; `labels` are of all of them, unless a row says otherwise. InputError for odd columns."""
@@ -79,18 +68,15 @@ def frame(study: str, rows: Iterable[Row], labels: Row, key: str) -> pd.DataFram
 
 def write_records(folder: Path, study: str, records: pd.DataFrame, origins: Origins) -> None:
     """``<study>.csv``, compressed when it is large, and ``<study>.json``, origins and digest; InputError if that fails."""
-    text = records.to_csv(index=False, float_format="%.10g", lineterminator="\n").encode()
-    origins.sha256 = hashlib.sha256(text).hexdigest()
-    plain, compressed = folder / f"{study}.csv", folder / f"{study}.csv.gz"
-    large = len(text) > LARGE
-    write_file(compressed if large else plain, gzip.compress(text, mtime=0) if large else text)
+    write_table(folder, study, records)
+    origins.sha256 = _digest(folder, study)
     write_file(folder / f"{study}.json", json.dumps(asdict(origins), indent=1, default=str) + "\n")
-    (plain if large else compressed).unlink(missing_ok=True)
 
 
 def has_records(folder: Path, study: str) -> bool:
     """Whether there is a table, readable or not."""
-    return any((folder / f"{study}.csv{suffix}").exists() for suffix in ("", ".gz"))
+    file = table_file(folder, study)
+    return file is not None and file.exists()
 
 
 def read_records(folder: Path, study: str) -> tuple[pd.DataFrame, Origins]:
@@ -117,6 +103,7 @@ def read_records(folder: Path, study: str) -> tuple[pd.DataFrame, Origins]:
 
 
 def _digest(folder: Path, study: str) -> str:
-    plain, compressed = folder / f"{study}.csv", folder / f"{study}.csv.gz"
-    text = gzip.decompress(read_regular(compressed)) if compressed.exists() else read_regular(plain)
-    return hashlib.sha256(text).hexdigest()
+    file = table_file(folder, study)
+    assert file is not None
+    content = read_regular(file)
+    return hashlib.sha256(gzip.decompress(content) if file.suffix == ".gz" else content).hexdigest()

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from studies.draw import ClaimLike, Forest, JudgedLike, forest_row, forest_table, in_margins
+from studies.draw import Forest, forest_row, forest_table, in_margins
 from studies.draw.judged import COLUMNS
 from studies.draw.palette import LABELS, label
+from studies.judge import Claim, Judged
 from studies.page.outcomes import NOT_MEASURED, Outcome
 from studies.page.parts import Fold, Picture
 
@@ -35,7 +36,7 @@ class Column:
 class ClaimRow:
     """A primary claim: its outcome in each column, one sentence, and the command that would measure what is missing."""
 
-    claim: ClaimLike
+    claim: Claim
     cells: Sequence[Outcome]
     sentence: str
     command: str
@@ -63,7 +64,7 @@ def columns(here: Iterable[Outcome], beside: Mapping[str, Sequence[Outcome]], fo
 
 
 def claim_row(
-    claim: ClaimLike, judged: Sequence[JudgedLike], outcomes: Iterable[Outcome], across: Sequence[Column], command: str
+    claim: Claim, judged: Sequence[Judged], outcomes: Iterable[Outcome], across: Sequence[Column], command: str
 ) -> ClaimRow:
     """The row of a claim.
 
@@ -88,7 +89,7 @@ def claim_row(
     return ClaimRow(claim, cells, "Not measured; this would:", command)
 
 
-def overview(rows: Sequence[ClaimRow], judged: Sequence[JudgedLike]) -> Fold | None:
+def overview(rows: Sequence[ClaimRow], judged: Sequence[Judged]) -> Fold | None:
     """All primary claims on one axis, in margins of practical equivalence; None where nothing was measured."""
     here = in_margins(forest_table([item for item in judged if item.claim.primary]))
     seeds = here[here.seed >= 0]

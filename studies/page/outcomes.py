@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from secondorder.errors import InputError, check_known
-from studies.draw import JudgedLike
 from studies.draw.judged import interval_of
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import OUTCOME_COLORS, label
+from studies.judge import Judged
 from studies.messages import one_line
 from studies.results import read_table
 
@@ -73,7 +73,7 @@ COUNTS, MOST = ("primary", "n", "networks", "seeds_needed"), 10**6
 """Columns of counts, and the largest that is believed."""
 
 
-def outcome_of(judged: JudgedLike) -> Outcome:
+def outcome_of(judged: Judged) -> Outcome:
     """The outcome of a judged claim."""
     claim, estimate = judged.claim, judged.estimate
     measured: dict[str, Any] = {}

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from secondorder.errors import InputError, check_known
-from studies.draw import ClaimLike, JudgedLike
+from studies.judge import Claim, Judged
 from studies.results import Provenance
 
 FILE = re.compile(r"[A-Za-z0-9_-]+")
@@ -94,12 +94,12 @@ class Fold:
     """
 
     title: str = ""
-    claim: ClaimLike | None = None
-    judged: Sequence[JudgedLike] = ()
+    claim: Claim | None = None
+    judged: Sequence[Judged] = ()
     sentences: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
-    controls: Sequence[JudgedLike] = ()
-    exploratory: Sequence[JudgedLike] = ()
+    controls: Sequence[Judged] = ()
+    exploratory: Sequence[Judged] = ()
     tables: Sequence[Table] = ()
     method: Sequence[str] = ()
     provenance: Provenance | None = None
@@ -113,7 +113,7 @@ class Fold:
             raise InputError("sentences and method of a fold are lists of sentences, not one string")
 
     @property
-    def about(self) -> ClaimLike | None:
+    def about(self) -> Claim | None:
         """The claim that it is about; None for a topic."""
         return self.judged[0].claim if self.claim is None and self.judged else self.claim
 
@@ -134,7 +134,7 @@ class Fold:
         return f"claim_{self.number}" if self.number else f"about_{slug}"
 
     @property
-    def shown_controls(self) -> Sequence[JudgedLike]:
+    def shown_controls(self) -> Sequence[Judged]:
         """The controls, if there is an effect to explain."""
         return self.controls if any(item.outcome in HAS_EFFECT for item in self.judged) else ()
 
@@ -155,6 +155,6 @@ class Page:
     title: str
     question: str
     preset: str
-    claims: Sequence[ClaimLike] = ()
+    claims: Sequence[Claim] = ()
     commands: Mapping[str, str] = field(default_factory=dict)
     folds: Sequence[Fold] = ()

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from secondorder.errors import InputError
-from studies.draw import JudgedLike, mini
+from studies.draw import mini
 from studies.draw.saving import save
+from studies.judge import Judged
 from studies.messages import one_line
 from studies.page.claims import OVERVIEW, ClaimRow, Column, claim_row, columns, overview
 from studies.page.outcomes import FILE, Outcome, beside, outcome_of, outcomes_table
 from studies.page.parts import INDEX, PERFORMANCE, Fold, Page
 from studies.page.rendering import html, inline, markdown, style
-from studies.results import Provenance, write_file
+from studies.results import Provenance, table_file, write_file
 
 Study = Callable[[Path], Sequence[Fold]]
 SMALL = 154
@@ -44,7 +45,7 @@ def write_page(folder: Path, page: Page, studies: Mapping[str, Study], must: Col
     failed: dict[str, str] = {}
     for fold in page.folds:
         report.add(fold, "")
-    for name in (name for name in studies if _has_results(folder, name)):
+    for name in (name for name in studies if table_file(folder, name) is not None):
         try:
             with usable_tables(folder / name):
                 report.add_all(studies[name](folder), name)
@@ -68,10 +69,6 @@ def usable_tables(study: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"the tables of {study} cannot be used ({reason}); run the study again") from error
-
-
-def _has_results(folder: Path, name: str) -> bool:
-    return any(os.path.lexists(folder / f"{name}.csv{suffix}") for suffix in ("", ".gz"))
 
 
 @dataclass
@@ -144,9 +141,7 @@ class _Report:
             nothing = {"rows": [], "columns": [], "pictures": {}, "performance": False, "back": True, "lines": []}
             self._page(PERFORMANCE, PERFORMANCE, f"Performance: what it costs ({self.page.preset})", outcomes, nothing)
 
-    def _rows(
-        self, judged: Sequence[JudgedLike], outcomes: Sequence[Outcome], across: Sequence[Column]
-    ) -> list[ClaimRow]:
+    def _rows(self, judged: Sequence[Judged], outcomes: Sequence[Outcome], across: Sequence[Column]) -> list[ClaimRow]:
         """The table of primary claims: those of the page, and others that a study judged."""
         claims = {claim.name: claim for claim in (*self.page.claims, *(item.claim for item in judged)) if claim.primary}
         return [
@@ -159,7 +154,7 @@ class _Report:
     def _command(self, claim: str) -> str:
         return self.page.commands.get(claim, "")
 
-    def _row(self, judged: Sequence[JudgedLike], outcomes: Sequence[Outcome], across: Sequence[Column]) -> None:
+    def _row(self, judged: Sequence[Judged], outcomes: Sequence[Outcome], across: Sequence[Column]) -> None:
         """Fails where the row of a claim cannot be drawn."""
         mini(claim_row(judged[0].claim, judged, outcomes, across, "").margins)
 
