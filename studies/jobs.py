@@ -25,7 +25,6 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -51,57 +50,111 @@ class LostJobError(InputError):
     """A job whose process died every time."""
 
 
-def map_jobs(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], processes: int, attempts: int = ATTEMPTS
-) -> Iterator[Result]:
-    """function(*a) for each a, in order, each as soon as it and those before it are there.
+Map = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[Any]]
+"""function(*a) for each a, in order, each as soon as it and those before it are there."""
+
+
+@contextmanager
+def workers(processes: int, attempts: int = ATTEMPTS) -> Iterator[Map]:
+    """A `Map` whose jobs are done by processes, which begin with its first job, stay for the next ones and end with this context.
 
     Args:
-        function: what a job computes; with more than one process it and all values are pickled (by cloudpickle).
-        arguments: one tuple for each job; what several of them share is written once, and read once by each process.
-        processes: how many jobs run at a time, with one in this process; each has as many threads as this process has now.
+        processes: how many jobs run at a time, with one in this process; each has as many threads as this process has now. With
+            more, function, arguments and results are pickled (by cloudpickle); what several jobs share is written once, and
+            read once by each process.
         attempts: how often a job is begun whose process dies (for lack of memory, say). The jobs that were under way when one
             died are begun again one at a time, so that the next to die is known, and has the memory to itself.
 
-    Raises:
+    The map raises:
         LostJobError: naming the job whose process died at each attempt.
         Exception: the error of a job, when its turn comes. No job is begun after an error, and what is under way then is ended,
             as it is when this process is interrupted or killed.
     """
-    if processes == 1 or len(arguments) < 2:
-        yield from (function(*a) for a in arguments)
+    if processes == 1:
+        yield lambda function, arguments: (function(*a) for a in arguments)
         return
-    names = [job_name(function, a) for a in arguments]
     with tempfile.TemporaryDirectory(prefix="secondorder-jobs-", ignore_cleanup_errors=True) as folder:
-        (Path(folder) / "jobs").write_bytes(cloudpickle.dumps((function, list(arguments))))
-        with _Pool(Path(folder), names, min(processes, len(names)), attempts) as pool:
-            yield from pool.results()
+        pool = _Processes(Path(folder))
+
+        def jobs(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+            if len(arguments) < 2:
+                yield from (function(*a) for a in arguments)
+                return
+            place = Path(tempfile.mkdtemp(dir=folder))
+            (place / "jobs").write_bytes(cloudpickle.dumps((function, list(arguments))))
+            names = [job_name(function, a) for a in arguments]
+            try:
+                yield from _Queue(pool, place, names, min(processes, len(names)), attempts).results()
+            except BaseException:  # also when nobody asks for the rest
+                pool.close()
+                raise
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+        try:
+            yield jobs
+        finally:
+            pool.close()
 
 
-class _Pool:
-    """The jobs of a folder and the processes that do them; a context whose end is the end of the processes."""
+def map_jobs(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], processes: int, attempts: int = ATTEMPTS
+) -> Iterator[Result]:
+    """function(*a) for each a, in order, by processes of its own: see `workers`."""
+    with workers(processes, attempts) as jobs:
+        yield from jobs(function, arguments)
 
-    def __init__(self, folder: Path, names: Sequence[str], processes: int, attempts: int) -> None:
+
+class _Processes:
+    """The processes of a pool of loky's, and their end."""
+
+    def __init__(self, folder: Path) -> None:
         import torch  # the processes import this file, too, before they need it
 
-        self.folder = folder
-        self.names = names
-        self.processes = processes
-        self.attempts = attempts
-        self.threads = torch.get_num_threads()
+        self.folder, self.threads = folder, torch.get_num_threads()
+        self.executor: ProcessPoolExecutor | None = None
+        self.size = 0
+
+    def submit(self, place: Path, number: int, size: int) -> "Future[int]":
+        """Hand a job to a pool of at least so many processes."""
+        if self.size < size:
+            self.close()
+        try:
+            return self._submit(place, number, size)
+        except BrokenExecutor:  # a process died that had nothing to do
+            self.close()
+            return self._submit(place, number, size)
+
+    def _submit(self, place: Path, number: int, size: int) -> "Future[int]":
+        resource_tracker.ensure_running()  # by itself it would begin under the mask below, and take it off
+        with _signals_held_back():  # which the processes inherit: Ctrl-C is for this one, also while they still import
+            if self.executor is None:
+                self.size = size
+                self.executor = ProcessPoolExecutor(
+                    size,
+                    initializer=_prepare,
+                    initargs=(str(self.folder), self.threads, os.getpid()),
+                    env=dict.fromkeys(THREADS, str(self.threads)),
+                )
+            return self.executor.submit(_do, str(place), number)
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        if self.executor is not None:
+            self.executor.shutdown(kill_workers=True)
+            self.executor = None
+
+
+class _Queue:
+    """The jobs of one call of a map."""
+
+    def __init__(self, pool: _Processes, place: Path, names: Sequence[str], room: int, attempts: int) -> None:
+        self.pool, self.place, self.names, self.room, self.attempts = pool, place, names, room, attempts
         self.waiting = deque(range(len(names)))
         self.suspects: deque[int] = deque()
         """Jobs that were under way when a process died; while there are any, one job runs at a time."""
         self.running: dict[Future[int], int] = {}
         self.losses: Counter[int] = Counter()
-        self.executor: ProcessPoolExecutor | None = None
-        self.size = 0
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
 
     def results(self) -> Iterator[Any]:
         """The results in order; raises the first error in that order among the jobs that were begun."""
@@ -109,8 +162,8 @@ class _Pool:
         for turn in range(len(self.names)):
             while turn not in outcomes and (self.waiting or self.suspects or self.running):
                 for number in self._finished():
-                    outcomes[number] = pickle.loads((self.folder / str(number)).read_bytes())
-                    (self.folder / str(number)).unlink()
+                    outcomes[number] = pickle.loads((self.place / str(number)).read_bytes())
+                    (self.place / str(number)).unlink()
                     if not outcomes[number][0]:
                         self.waiting.clear()
                         self.suspects.clear()
@@ -122,10 +175,11 @@ class _Pool:
 
     def _finished(self) -> list[int]:
         """Begin as many jobs as there is room for, and wait until one has ended: those that have an outcome."""
-        queue, room = (self.suspects, 1) if self.suspects or self._alone() else (self.waiting, self.processes)
+        suspicious = self.suspects or any(self.losses[number] for number in self.running.values())
+        queue, room = (self.suspects, 1) if suspicious else (self.waiting, self.room)
         while queue and len(self.running) < room:
             number = queue.popleft()
-            self.running[self._begin(number, room)] = number
+            self.running[self.pool.submit(self.place, number, room)] = number
         ended, _ = wait(self.running, return_when=FIRST_COMPLETED)
         numbers = {self.running.pop(future): future.exception() for future in ended}
         if lost := {number: error for number, error in numbers.items() if error is not None}:
@@ -135,13 +189,9 @@ class _Pool:
             self._lose(lost)
         return [number for number, error in numbers.items() if error is None]
 
-    def _alone(self) -> bool:
-        """Whether a suspect is under way."""
-        return any(self.losses[number] for number in self.running.values())
-
     def _lose(self, lost: dict[int, BaseException]) -> None:
         """Note jobs whose process died; raises LostJobError for one that has had all its attempts."""
-        self._close()
+        self.pool.close()
         for number, error in sorted(lost.items()):
             if not isinstance(error, BrokenExecutor):
                 raise error
@@ -153,34 +203,6 @@ class _Pool:
                     "for lack of memory perhaps; use fewer --processes, the same command continues"
                 ) from None
         self.suspects.extend(sorted(lost))
-
-    def _begin(self, number: int, size: int) -> "Future[int]":
-        """Hand a job to a pool of so many processes."""
-        if self.executor is not None and self.size != size:
-            self._close()
-        try:
-            return self._submit(number, size)
-        except BrokenExecutor:  # a process died that had nothing to do
-            self._close()
-            return self._submit(number, size)
-
-    def _submit(self, number: int, size: int) -> "Future[int]":
-        resource_tracker.ensure_running()  # by itself it would begin under the mask below, and take it off
-        with _signals_held_back():  # which the processes inherit: Ctrl-C is for this one, also while they still import
-            if self.executor is None:
-                self.size = size
-                self.executor = ProcessPoolExecutor(
-                    size,
-                    initializer=_prepare,
-                    initargs=(str(self.folder), self.threads, os.getpid()),
-                    env=dict.fromkeys(THREADS, str(self.threads)),
-                )
-            return self.executor.submit(_do, number)
-
-    def _close(self) -> None:
-        if self.executor is not None:
-            self.executor.shutdown(kill_workers=True)
-            self.executor = None
 
 
 @contextmanager
@@ -215,7 +237,7 @@ def _word(argument: Any) -> str | None:
 # What follows runs in the processes of a pool.
 
 _jobs: dict[str, Any] = {}
-"""Folder, number of threads, and once they are needed the function and the arguments of all jobs."""
+"""Number of threads, and the place, the function and the arguments of the jobs that are done."""
 
 
 def _prepare(folder: str, threads: int, parent: int) -> None:
@@ -227,7 +249,7 @@ def _prepare(folder: str, threads: int, parent: int) -> None:
     tqdm.set_lock(threading.RLock())
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTIONS)
-    _jobs.update(folder=Path(folder), threads=threads)
+    _jobs.update(threads=threads, place=None)
     threading.Thread(target=_end_with_the_parent, args=(parent, folder), daemon=True).start()
 
 
@@ -239,17 +261,17 @@ def _end_with_the_parent(parent: int, folder: str) -> None:
     os._exit(1)
 
 
-def _do(number: int) -> int:
+def _do(place: str, number: int) -> int:
     """Compute a job and write its outcome, (True, result) or (False, error), as a file: so that nothing large is sent."""
-    folder: Path = _jobs["folder"]
     try:
-        if "function" not in _jobs:
-            _jobs["function"], _jobs["arguments"] = pickle.loads((folder / "jobs").read_bytes())
+        if _jobs["place"] != place:
+            function, arguments = pickle.loads((Path(place) / "jobs").read_bytes())
+            _jobs.update(place=place, function=function, arguments=arguments)
             _share_threads(_jobs["threads"])
         content = cloudpickle.dumps((True, _jobs["function"](*_jobs["arguments"][number])))
     except BaseException as error:
         content = _pickled_error(error)
-    write_atomically(folder / str(number), content)
+    write_atomically(Path(place) / str(number), content)
     return number
 
 

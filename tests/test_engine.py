@@ -16,6 +16,7 @@ from studies.engine.plan import Computed, Measurement, Trained, every, spaced
 from studies.engine.records import COLUMNS, read_records
 from studies.engine.run import Plan, Table, carry_out
 from studies.engine.store import Store, Subject
+from studies.jobs import workers
 
 RUN = Run("digits_tiny", "gap", "digits", 2, 32, 0.05, train_limit=96, threads=1)
 calls: list[str] = []
@@ -74,9 +75,9 @@ def go(
     folder: Path, plan: Plan, store: Path | None = None, processes: int = 1, fresh: bool = False, **s: Any
 ) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
-    carry_out(
-        {"a": plan}, {"a": opened(folder, fresh=fresh, **s)}, Store(store or folder / "store"), processes, fresh, False
-    )
+    with workers(processes) as executor:
+        tables = {"a": opened(folder, fresh=fresh, **s)}
+        carry_out({"a": plan}, tables, Store(store or folder / "store"), executor, fresh=fresh)
     return read_records(folder, "a")[0]
 
 
@@ -124,7 +125,7 @@ def test_the_store_serves_what_the_table_lacks(data: ImageDataset, tmp_path: Pat
     go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store")
     assert calls == []
     go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store", fresh=True)
-    assert len(calls) == 13 - 1  # the computed one has no network to forget
+    assert len(calls) == 13
 
 
 def test_processes_side_by_side_write_the_same_table(data: ImageDataset, tmp_path: Path) -> None:
@@ -141,7 +142,8 @@ def test_studies_share_networks_and_measurements(data: ImageDataset, tmp_path: P
         "b": staged([Trained(Subject(RUN, data), ((4, norms), (5, norms)))]),
     }
     tables = {name: opened(tmp_path, name) for name in plans}
-    carry_out(plans, tables, Store(tmp_path / "store"), 1, False, False)
+    with workers(1) as executor:
+        carry_out(plans, tables, Store(tmp_path / "store"), executor)
     assert sorted(calls) == ["weight gap 0 0", "weight gap 0 4", "weight gap 0 5"]
     assert len(list((tmp_path / "store").iterdir())) == 1
     a, b = (read_records(tmp_path, name)[0] for name in "ab")

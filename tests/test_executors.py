@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def square(folder: str, number: int, deaths: int) -> int:
 
 def test_jobs_by_submitit_one_of_which_is_killed(tmp_path: Path) -> None:
     jobs = [(str(tmp_path), number, int(number == 1)) for number in range(2)]
-    results = submitit_jobs(square, jobs, 2, store=Store(tmp_path), cluster="local", minutes=5)
+    results = submitit_jobs(square, jobs, store=Store(tmp_path), processes=2, cluster="local", minutes=5)
     assert list(results) == [0, 1]
     assert [len((tmp_path / f"attempts-{number}").read_text()) for number in range(2)] == [1, 2]
 
@@ -61,21 +63,24 @@ def test_the_engine_collects_what_submitit_did(tmp_path: Path) -> None:
     def table(name: str, executor: Any) -> pd.DataFrame:
         folder, store = tmp_path / name, Store(tmp_path / name / "store")
         folder.mkdir()
-        by = executor(store)
-        carry_out({"a": plan()}, {"a": Table.opened(folder, "a", {}, (), False)}, store, 1, False, False, by)
+        with executor(store) as by:
+            carry_out({"a": plan()}, {"a": Table.opened(folder, "a", {}, (), False)}, store, by)
         records = read_records(folder, "a")[0]
         return records[records.quantity != "seconds"]
 
     def by_submitit(store: Store) -> Any:
-        return lambda *jobs: submitit_jobs(*jobs, store=store, cluster="local", minutes=5)
+        return nullcontext(partial(submitit_jobs, store=store, processes=1, cluster="local", minutes=5))
 
     pd.testing.assert_frame_equal(
-        table("local", lambda store: executor_of("local", store)), table("submitit", by_submitit)
+        table("local", lambda store: executor_of("local", store, 1)), table("submitit", by_submitit)
     )
 
 
 def test_executors_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown executor 'ray'; choose one of: local, slurm"):
-        executor_of("ray", Store(tmp_path))
-    with pytest.raises(InputError, match=r"--executor slurm: .*use --executor local"):
-        list(executor_of("slurm", Store(tmp_path))(square, [(str(tmp_path), 1, 0)], 1))
+        executor_of("ray", Store(tmp_path), 1)
+    with (
+        pytest.raises(InputError, match=r"--executor slurm: .*use --executor local"),
+        executor_of("slurm", Store(tmp_path), 1) as slurm,
+    ):
+        list(slurm(square, [(str(tmp_path), 1, 0)]))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -459,11 +460,11 @@ def test_what_is_finished_is_neither_trained_again_nor_chosen_anew(
 ) -> None:
     before = {file: file.read_bytes() for file in finished.glob("optimisers.csv*")}
 
-    def none(do: Any, todo: list[Any], processes: int) -> list[Any]:
+    def none(do: Any, todo: list[Any]) -> list[Any]:
         assert todo == []
         return []
 
-    monkeypatch.setattr("studies.engine.run.map_jobs", none)
+    monkeypatch.setattr("studies.engine.command.executor_of", lambda *_: nullcontext(none))
     monkeypatch.setattr("studies.program.write_pages", lambda *arguments, **options: ("", ""))
     assert main([*SMOKE, "--out", str(finished)]) == 0
     assert {file: file.read_bytes() for file in finished.glob("optimisers.csv*")} == before

@@ -38,8 +38,9 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
         plans[name] = study.plan(context)
     processes = 1 if world_size() > 1 else common.processes
     store = Store(common.store_folder)
-    executor = executor_of(common.executor, store)
-    carry_out(plans, tables, store, processes, common.fresh, common.progress, executor)
+    with executor_of(common.executor, store, processes) as executor:
+        bars = common.progress and processes == 1
+        carry_out(plans, tables, store, executor, fresh=common.fresh, progress=common.progress, bars=bars)
 
 
 def plain(settings: Any) -> Any:

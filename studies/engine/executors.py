@@ -1,27 +1,26 @@
 """Who does the jobs of a command: processes of this machine, or a cluster. Same jobs, same files, same results.
 
-An executor is a function ``executor(function, arguments, processes)`` that gives function(*a) for each a, in order. Jobs are
+An executor is a context with a function ``map(function, arguments)`` that gives function(*a) for each a, in order. Jobs are
 independent, can be begun again, and leave what they did in the store: so a cluster's only duty is to run them where they see the
 store, and their results are collected from there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 from secondorder.errors import InputError, check_known
 from studies.engine.store import Store
-from studies.jobs import ATTEMPTS, LostJobError, job_name, map_jobs
-
-Executor = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], int], Iterator[Any]]
+from studies.jobs import ATTEMPTS, LostJobError, Map, job_name, workers
 
 
 def submitit_jobs(
     function: Callable[..., Any],
     arguments: Sequence[tuple[Any, ...]],
-    processes: int,
     *,
     store: Store,
+    processes: int,
     cluster: str = "slurm",
     minutes: int = 24 * 60,
 ) -> Iterator[Any]:
@@ -30,8 +29,8 @@ def submitit_jobs(
     Args:
         function: what a job computes; it must find what an earlier attempt left, and return at once when all is there.
         arguments: one tuple for each job.
-        processes: jobs at a time.
         store: seen by all machines; submitit's own files are in ``submitit`` inside it.
+        processes: jobs at a time.
         cluster: "slurm", or "local" for processes of this machine.
         minutes: time limit of a job; one that reaches it is requeued and goes on from its checkpoint.
 
@@ -70,8 +69,9 @@ def submitit_jobs(
         yield function(*own)
 
 
-def executor_of(name: str, store: Store) -> Executor:
-    """The executor of a name; InputError for an unknown one."""
-    table: dict[str, Executor] = {"local": map_jobs, "slurm": partial(submitit_jobs, store=store)}
-    check_known("executor", name, table)
-    return table[name]
+def executor_of(name: str, store: Store, processes: int) -> AbstractContextManager[Map]:
+    """The executor of a name, with so many jobs at a time; InputError for an unknown one."""
+    check_known("executor", name, ("local", "slurm"))
+    if name == "slurm":
+        return nullcontext(partial(submitit_jobs, store=store, processes=processes))
+    return workers(processes)

@@ -4,7 +4,6 @@ Studies go forward together, a stage at a time (a tuned training is wanted only 
 several of them want is trained once, with the snapshots of all.
 """
 
-import shutil
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,12 +14,11 @@ import pandas as pd
 
 from secondorder.errors import InputError
 from secondorder.training import Run, check_run, is_main_process, on_main
-from studies.engine.executors import Executor
-from studies.engine.job import Job, do, jobs_of
+from studies.engine.job import Done, Job, do, jobs_of
 from studies.engine.plan import Task
 from studies.engine.records import Origins, frame, has_records, read_records, write_records
 from studies.engine.store import Store
-from studies.jobs import map_jobs
+from studies.jobs import Map
 
 ORDER = ["network", "dataset", "optimizer", "schedule", "seed", "head", "trained_under", "step", "quantity"]
 Plan = Generator[Sequence[Task], pd.DataFrame, None]
@@ -62,13 +60,18 @@ class Table:
         parts = [self.parts[key] for key in keys if key in self.parts and len(self.parts[key])]
         return pd.concat(parts, ignore_index=True) if parts else frame(self.study, [], {}, "")
 
-    def add(self, key: str, records: pd.DataFrame, seconds: float, machine: Mapping[str, Any]) -> None:
-        """Take the records of one measurement."""
-        if len(records) == 0:
-            raise ValueError(f"a measurement of {self.study} gave no records")
-        self.parts[key] = records
-        self.origins.add(key, seconds, machine)
-        self.changed = True
+    def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
+        """The records of a job, of those measurements that are wanted here."""
+        for key in {*wanted} & job.wanted.keys() & done.results.keys():
+            result, labels = done.results[key], job.labels_at(job.wanted[key][0])
+            if not result["rows"]:
+                raise ValueError(f"a measurement of {self.study} gave no records")
+            self.parts[key] = frame(self.study, result["rows"], labels, key)
+            self.origins.add(key, result["seconds"], result["machine"])
+            if job.subject is not None:
+                self.origins.trainings[job.name] = round(done.seconds, 3)
+                self.origins.data |= done.data
+            self.changed = True
 
     def write(self) -> None:
         """Bring what was added to the disk, in an order that does not depend on the order of the work."""
@@ -82,10 +85,11 @@ def carry_out(
     plans: Mapping[str, Plan],
     tables: Mapping[str, Table],
     store: Store,
-    processes: int,
-    fresh: bool,
-    progress: bool,
-    executor: Executor = map_jobs,
+    executor: Map,
+    *,
+    fresh: bool = False,
+    progress: bool = False,
+    bars: bool = False,
 ) -> None:
     """Do what all plans want, stage by stage; what is finished is in the tables, also when this is interrupted.
 
@@ -93,10 +97,10 @@ def carry_out(
         plans: of each study, by its name.
         tables: of each study; measurements whose records are there are not made again.
         store: keeps trained networks and measurements.
-        processes: jobs side by side.
-        fresh: forget what the store has of the networks that are wanted.
+        executor: who does the jobs, see `executors`; those that must run alone are done here.
+        fresh: forget what the store has of what is wanted.
         progress: print a line for each job that is done.
-        executor: who does the jobs, see `executors`.
+        bars: show the progress of trainings.
 
     Raises:
         InputError: for what a job refuses, naming it.
@@ -105,20 +109,26 @@ def carry_out(
     forgotten: set[str] = set()
     stages: dict[str, Sequence[Task] | None] = {name: next(plan, None) for name, plan in plans.items()}
     try:
-        while stage := {name: tasks for name, tasks in stages.items() if tasks is not None}:
-            jobs = jobs_of(
-                (task, *wanted)
-                for name, tasks in stage.items()
-                for task in tasks
-                for wanted in task.wanted()
-                if wanted[0] not in tables[name].parts
-            )
+        while wanted := {
+            name: [(task, *each) for task in tasks for each in task.wanted()]
+            for name, tasks in stages.items()
+            if tasks is not None
+        }:
+            jobs = jobs_of(each for name, many in wanted.items() for each in many if each[1] not in tables[name].parts)
             _check(jobs.values())
             for name in (jobs.keys() - forgotten) if fresh else ():
-                on_main(lambda name=name: shutil.rmtree(store.folder / name, ignore_errors=True))  # type: ignore[misc]
+                on_main(lambda name=name: store.forget(name))  # type: ignore[misc]
                 forgotten.add(name)
-            _do_jobs(jobs, stage, tables, store, processes, progress, executor)
-            stages = {name: _next(plans[name], tasks, tables[name]) for name, tasks in stage.items()}
+            keys = {name: [key for _, key, _, _ in many] for name, many in wanted.items()}
+            tasks = [(job, store, bars) for job in jobs.values() if not job.alone]
+            alone = [job for job in jobs.values() if job.alone]
+            results = chain(executor(do, tasks), (do(job, store, bars) for job in alone))
+            for number, (job, done) in enumerate(zip([*(job for job, *_ in tasks), *alone], results, strict=True), 1):
+                for name in wanted:
+                    tables[name].take(job, done, keys[name])
+                if progress and is_main_process():
+                    print(f"{number} of {len(jobs)}: {job.name}", flush=True)
+            stages = {name: _next(plans[name], tables[name].records(keys[name])) for name in wanted}
     finally:
         if is_main_process():
             for table in tables.values():
@@ -136,39 +146,9 @@ def _check(jobs: Iterable[Job]) -> None:
                 check_run(run, job.subject.data)
 
 
-def _do_jobs(
-    jobs: Mapping[str, Job],
-    stage: Mapping[str, Sequence[Task]],
-    tables: Mapping[str, Table],
-    store: Store,
-    processes: int,
-    progress: bool,
-    executor: Executor,
-) -> None:
-    """Do jobs and give each study the records that it wants of them."""
-    keys = {name: {wanted[0] for task in tasks for wanted in task.wanted()} for name, tasks in stage.items()}
-    together, alone = ([job for job in jobs.values() if job.alone == lonely] for lonely in (False, True))
-    results = chain(
-        executor(do, [(job, store, progress and processes == 1) for job in together], processes),
-        map_jobs(do, [(job, store, progress) for job in alone], 1),
-    )
-    for number, (job, done) in enumerate(zip([*together, *alone], results, strict=True), start=1):
-        for study, table in tables.items():
-            for key in (k for k in job.wanted if k in done.results and k in keys.get(study, ())):
-                result, step = done.results[key], job.wanted[key][0]
-                table.add(
-                    key, frame(study, result["rows"], job.labels_at(step), key), result["seconds"], result["machine"]
-                )
-                if job.subject is not None:
-                    table.origins.trainings[job.name] = round(done.seconds, 3)
-                    table.origins.data |= done.data
-        if progress and is_main_process():
-            print(f"{number} of {len(jobs)}: {job.name}", flush=True)
-
-
-def _next(plan: Plan, tasks: Sequence[Task], table: Table) -> Sequence[Task] | None:
+def _next(plan: Plan, records: pd.DataFrame) -> Sequence[Task] | None:
     """The next stage of a plan, which is sent the records of the present one; None at its end."""
     try:
-        return plan.send(table.records(wanted[0] for task in tasks for wanted in task.wanted()))
+        return plan.send(records)
     except StopIteration:
         return None

@@ -202,9 +202,17 @@ class Store:
         """The entry of a network, trained or not."""
         return Entry(self.folder / subject.name, subject)
 
+    def forget(self, name: str) -> None:
+        """Remove an entry, or what was computed under a key; nothing if there is neither."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._computed(name).unlink(missing_ok=True)
+
+    def _computed(self, key: str) -> Path:
+        return self.folder / "computed" / f"{key}.json"
+
     def computed(self, key: str, compute: Callable[[], Any]) -> Any:
         """What is kept under a key that belongs to no network."""
-        return kept(self.folder / "computed" / f"{key}.json", compute)
+        return kept(self._computed(key), compute)
 
 
 def digest(settings: Any) -> str:
