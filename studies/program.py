@@ -17,8 +17,8 @@ from studies.command_line import Command, parse, parse_store
 from studies.engine.command import measure, write_pages
 from studies.engine.dry_run import dry_run
 from studies.engine.store_command import store_command
+from studies.machine import git_commit
 from studies.messages import one_line
-from studies.results import git_commit
 from studies.settings import own_folder
 from studies.study import STUDIES
 

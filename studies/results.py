@@ -1,17 +1,13 @@
 """Result tables: tidy CSV files (long ones compressed), each with its provenance in a JSON file of the same name."""
 
 import gzip
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import subprocess
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,9 +16,10 @@ import torch
 
 from secondorder.atomic import read_regular, write_atomically
 from secondorder.errors import InputError
+from studies.machine import machine
 
-PACKAGES = ("secondorder", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow")
-
+DIGITS = ".10g"
+"""Format of a table's numbers."""
 LONG = 200_000
 """Characters of a table above which its file is compressed."""
 TABLE_ENDS = (".csv.gz", ".csv")
@@ -61,58 +58,20 @@ def provenance(
 
     `commits` are those of the code that computed the parts, when not all were computed by the code that runs.
     """
+    here = machine(device)
     return Provenance(
         study=study,
         config=dict(config),
         seeds=seeds,
         data=dict(data),
-        device=device_name(device),
-        threads=torch.get_num_threads(),
+        device=here["device"],
+        threads=here["threads"],
         seconds=round(seconds, 2),
-        git_commit=" ".join(sorted({*commits} or {git_commit()})),
-        versions=versions(),
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        git_commit=" ".join(sorted({*commits} or {here["commit"]})),
+        versions=here["versions"],
+        machine=here["machine"],
         processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
-
-
-@lru_cache(maxsize=1)  # of every measurement, and reading them takes longer than many of these
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that compute."""
-    installed = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    return installed | {"torch": torch.__version__}  # which names the build too, e.g. +cu132
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's own name, e.g. ``cpu: AMD EPYC`` or ``cuda: NVIDIA H100``."""
-    if device.type != "cpu":
-        name = getattr(torch.get_device_module(device), "get_device_name", None)
-        return f"{device.type}: {name(device) if name is not None else platform.processor() or platform.machine()}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"cpu: {model}"
-
-
-@lru_cache(maxsize=1)
-def git_commit() -> str:
-    """The commit of the code that runs, ``+changes`` if files differ from it, ``unknown`` outside a git checkout.
-
-    Read once, at the start of a command: a commit made meanwhile is not the code that computes.
-    """
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "secondorder", "studies", "pyproject.toml")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -132,7 +91,7 @@ def write_table(
 
     ``<name>.csv.gz`` instead if `compressed`, and for more than LONG characters; a file of the other kind is removed.
     """
-    text = table.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    text = table.to_csv(index=False, float_format=f"%{DIGITS}", lineterminator="\n")
     plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
     if compressed or len(text) > LONG:
         write_file(packed, gzip.compress(text.encode(), mtime=0))

@@ -163,6 +163,19 @@ def test_a_stage_may_depend_on_the_records_of_the_one_before(data: ImageDataset,
     assert sorted(records[(records.quantity == "test_top1") & (records["index"] == 2)].seed) == [0, 0, 1]
 
 
+def test_what_is_chosen_by_numbers_of_a_stage_is_chosen_again_from_the_table(
+    data: ImageDataset, tmp_path: Path
+) -> None:
+    def chosen() -> Plan:
+        trials = yield [Trained(Subject(RUN, data))]
+        loss = trials[trials.quantity == "train_loss"].value.min()
+        yield [Computed(Measurement("constant", constant, {"x": loss}), {})]
+
+    before = go(tmp_path, chosen())
+    pd.testing.assert_frame_equal(before, go(tmp_path, chosen(), store=tmp_path / "another"))
+    assert calls == ["constant"]
+
+
 def test_divergence_is_a_record_where_it_may_be_and_else_an_error(data: ImageDataset, tmp_path: Path) -> None:
     wild = replace(RUN, learning_rate=1e20)
     records = go(tmp_path, staged([Trained(Subject(wild, data), may_diverge=True)]))

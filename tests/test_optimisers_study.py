@@ -18,7 +18,7 @@ from secondorder.networks.autoencoder import INCOMING, autoencoder
 from secondorder.training import OPTIMIZERS, Run, Trained, initial_network, loop, train
 from secondorder.training.optimizer_state import plain, with_objects
 from studies.__main__ import main
-from studies.engine.history import SMOOTHED, smoothed
+from studies.engine.plan import SMOOTHED, smoothed
 from studies.engine.records import COLUMNS, Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import judge

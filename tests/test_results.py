@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from secondorder.errors import InputError
+from studies.machine import git_commit
 from studies.results import (
     LONG,
-    git_commit,
     provenance,
     read_provenance,
     read_table,

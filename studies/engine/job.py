@@ -3,20 +3,17 @@
 A job is independent of all others, writes into its own folder of the store alone, and finds there what an earlier attempt did.
 """
 
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-
-import torch
 
 from secondorder.training import NonFiniteLossError, on_main, resolve_device, snapshot
 from studies.engine.plan import Computed, Measurement, Task
 from studies.engine.records import Row
 from studies.engine.store import Entry, Store, Subject
-from studies.results import device_name, git_commit, versions
+from studies.machine import machine
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Job:
         return self.labels | {"step": step} | ({"trained_under": ""} if self.subject is not None and step == 0 else {})
 
 
-def jobs_of(tasks: "Iterator[tuple[Task, str, int, Measurement]]") -> dict[str, Job]:
+def jobs_of(tasks: Iterable[tuple[Task, str, int, Measurement]]) -> dict[str, Job]:
     """Jobs by name for what is wanted: all of one network is one job, whichever studies want it."""
     jobs: dict[str, Job] = {}
     for task, key, step, measurement in tasks:
@@ -70,78 +67,46 @@ def jobs_of(tasks: "Iterator[tuple[Task, str, int, Measurement]]") -> dict[str, 
 def do(job: Job, store: Store, progress: bool) -> Done:
     """Train the network of a job, unless it is trained, and measure what has not been measured.
 
+    A training that diverged, where it may, has one record that says so in place of its epochs and of its losses.
+
     Raises:
         InputError: for what `train` refuses and what is damaged in the store.
         NonFiniteLossError: when training diverges and may not.
     """
     if job.subject is None:
-        return Done({key: store.computed(key, _timed(_alone(m), job.device)) for key, (_, m) in job.wanted.items()})
+        alone = {key: partial(_timed, job.device, partial(m.measure, m.settings)) for key, (_, m) in job.wanted.items()}
+        return Done({key: store.computed(key, timed) for key, timed in alone.items()})
     entry = store.entry(job.subject)
+    rows: dict[str, Callable[[], Iterable[Row]]]
     try:
         training = entry.ensure(job.steps, progress)
+        rows = {key: partial(_rows, entry, training, step, m) for key, (step, m) in job.wanted.items()}
     except NonFiniteLossError as error:
         if not job.may_diverge:
             raise
-        return _diverged(entry, job, str(error))
+        training = {"seconds": 0.0, "data": {}}
+        diverged = [{"quantity": "diverged", "value": 1.0, "error": 0.0, "layer": str(error)[:200]}]
+        rows = {key: partial(list, diverged) for key, (_, m) in job.wanted.items() if m.of_training}
     results = {}
-    for key, (step, measurement) in job.wanted.items():
-        rows = _of(training, measurement) if measurement.of_training else _at(entry, step, measurement)
-        measure = _timed(rows, job.subject.run.device)
-        results[key] = on_main(lambda key=key, measure=measure: entry.measured(key, measure))  # type: ignore[misc]
+    for key, of in rows.items():
+        timed = partial(_timed, job.subject.run.device, of)
+        results[key] = on_main(partial(entry.measured, key, timed))
     return Done(results, training["seconds"], training["data"])
 
 
-def _timed(measure: Callable[[], list[dict[str, Any]]], device: str) -> Callable[[], dict[str, Any]]:
-    """The rows of a measurement with its seconds and the machine that made it."""
-
-    def timed() -> dict[str, Any]:
-        start = time.perf_counter()
-        rows = measure()
-        return {"rows": rows, "seconds": time.perf_counter() - start, "machine": _machine(device)}
-
-    return timed
-
-
-def _alone(measurement: Measurement) -> Callable[[], list[dict[str, Any]]]:
-    return lambda: _plain(measurement.measure(measurement.settings))
+def _rows(entry: Entry, training: dict[str, Any], step: int, measurement: Measurement) -> list[Row]:
+    """Rows of a measurement: of the training, whose head is also that of step 0, or of the network after so many steps, with the
+    random numbers of the next."""
+    if measurement.of_training:
+        head = {"trained_under": training["run"]["pooling"]}
+        return [{**head, **row} for row in measurement.measure(training, measurement.settings)]
+    subject, file = entry.subject, entry.file(step)
+    with snapshot(subject.run, subject.data, file, network=subject.network, initial=subject.initial) as at:
+        return list(measurement.measure(at, measurement.settings))
 
 
-def _at(entry: Entry, step: int, measurement: Measurement) -> Callable[[], list[dict[str, Any]]]:
-    """Rows of a measurement of the network after so many steps, with the random numbers of the next."""
-
-    def measure() -> list[dict[str, Any]]:
-        subject, file = entry.subject, entry.file(step)
-        with snapshot(subject.run, subject.data, file, network=subject.network, initial=subject.initial) as at:
-            return _plain(measurement.measure(at, measurement.settings))
-
-    return measure
-
-
-def _of(training: dict[str, Any], measurement: Measurement) -> Callable[[], list[dict[str, Any]]]:
-    """Rows of a measurement of the training, whose head is also that of step 0."""
-    head = {"trained_under": training["run"]["pooling"]}
-    return lambda: _plain({**head, **row} for row in measurement.measure(training, measurement.settings))
-
-
-def _diverged(entry: Entry, job: Job, words: str) -> Done:
-    """A training that diverged has one record that says so, in place of its epochs, and of its losses."""
-    keys = [key for key, (_, measurement) in job.wanted.items() if measurement.of_training]
-    rows = [{"quantity": "diverged", "value": 1.0, "error": 0.0, "layer": words[:200]}]
-    noted = _timed(lambda: rows, entry.subject.run.device)
-    return Done({key: on_main(lambda key=key: entry.measured(key, noted)) for key in keys})  # type: ignore[misc]
-
-
-def _plain(rows: Any) -> list[dict[str, Any]]:
-    """Numbers of numpy and torch as Python's own, which JSON can hold."""
-    return [{name: v.item() if hasattr(v, "item") else v for name, v in row.items()} for row in rows]
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What computes here: code, libraries, processor, threads."""
-    return {
-        "commit": git_commit(),
-        "device": device_name(resolve_device(device)),
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions(),
-    }
+def _timed(device: str, rows: Callable[[], Iterable[Row]]) -> dict[str, Any]:
+    """Rows with Python's own numbers, which JSON can hold, the seconds that they took and the machine that made them."""
+    start = time.perf_counter()
+    plain = [{name: v.item() if hasattr(v, "item") else v for name, v in row.items()} for row in rows()]
+    return {"rows": plain, "seconds": time.perf_counter() - start, "machine": machine(resolve_device(device))}

@@ -17,7 +17,7 @@ import pandas as pd
 
 from secondorder.atomic import read_regular
 from secondorder.errors import InputError
-from studies.results import read_table, table_file, write_file, write_table
+from studies.results import DIGITS, read_table, table_file, write_file, write_table
 
 WORDS = {"network": "", "head": "", "trained_under": "", "dataset": "", "optimizer": "", "schedule": ""}
 NUMBERS = {"seed": 0, "step": 0}
@@ -60,8 +60,13 @@ class Origins:
 
 
 def frame(study: str, rows: Iterable[Row], labels: Row, key: str) -> pd.DataFrame:
-    """Rows of a measurement as records; `labels` are of all of them, unless a row says otherwise. InputError for odd columns."""
+    """Rows of a measurement as records; `labels` are of all of them, unless a row says otherwise.
+
+    Numbers have the digits of a table's file, so that what is chosen by them is chosen again when the table is read.
+    """
     table = pd.DataFrame([{**WORDS, **NUMBERS, **MEASURED, **labels, **row} for row in rows], columns=[*COLUMNS[1:-1]])
+    for column in ("setting", "value", "error"):
+        table[column] = [float(f"{value:{DIGITS}}") for value in table[column]]
     table.insert(0, "study", study)
     return table.assign(key=key)
 

@@ -32,7 +32,7 @@ from secondorder.training import Run, load_checkpoint, on_main, resolve_device, 
 from secondorder.training.checkpoint import CHECKPOINT, snapshot_name
 from secondorder.training.setup import first_model
 from secondorder.training.weights import Initial, OwnNetwork
-from studies.results import device_name, git_commit
+from studies.machine import device_name, git_commit
 from studies.sealed import read_sealed, write_sealed
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from studies.engine.history import SMOOTHED
+from studies.engine.plan import SMOOTHED
 from studies.judge import Claim, Interaction, Ratio, primary
 from studies.optimisers.autoencoder import NETWORK as DEEP
 from studies.optimisers.settings import TUNING_SEED

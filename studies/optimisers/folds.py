@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from studies.draw import LABELS, Curves
-from studies.engine.history import SMOOTHED
+from studies.engine.plan import SMOOTHED
 from studies.engine.study import Results
 from studies.judge import Claim, Judged
 from studies.optimisers.autoencoder import ARMS
