@@ -180,8 +180,8 @@ def works(folder, number):
     time.sleep(600)
 
 if __name__ == "__main__":
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         list(map_jobs(works, [(sys.argv[1], 0), (sys.argv[1], 1)], 2))
     except KeyboardInterrupt:
         sys.exit(130)
