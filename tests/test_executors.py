@@ -27,6 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(autouse=True)
+def no_network_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit waits 15 s for the result of a job that died, which may be under way between machines."""
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)
+
+
+@pytest.fixture(autouse=True)
 def by_value() -> Iterator[None]:
     """The jobs' processes cannot import this file."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
