@@ -121,7 +121,7 @@ class Entry:
 
     @property
     def _way_out(self) -> str:
-        return f"remove it with: python -m studies store --store {self.folder.parent} --remove {self.folder.name}"
+        return "delete this folder, and the same command trains the network again"
 
     def _still_to_come(self, steps: Collection[int]) -> list[int]:
         """The snapshots that an interrupted training can still keep, which goes on from the last state that there is."""
