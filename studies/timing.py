@@ -1,31 +1,41 @@
-"""Time and memory of actions on a shared machine: interleaved repeats, so that a busy moment meets all of them."""
+"""Time and memory of actions on a shared machine: cases take turns, so that a busy moment meets all of them."""
 
 import gc
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from secondorder.accelerator import wait_for
+from studies.engine.records import Row
+
+Action = Callable[[], object]
+Case = TypeVar("Case")
+MILLISECONDS, PEAK = "milliseconds", "peak MiB"
 
 
-def interleaved(
-    actions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> Iterator[tuple[str, int, float]]:
-    """(name, repeat, milliseconds): each repeat runs every action once, beginning with another one each time."""
-    order = list(actions.items())
+def costs(actions: Mapping[str, Action], repeats: int, device: torch.device) -> Iterator[Row]:
+    """Records of each action, a layer: peak memory, and milliseconds in every repeat, in turn with the others."""
+    for name, action in actions.items():
+        yield {"layer": name, "quantity": PEAK, "value": peak_bytes(action, device) / 2**20}
+    for repeat, name in in_turn([*actions], repeats):
+        yield {"layer": name, "quantity": MILLISECONDS, "index": repeat, "value": 1e3 * seconds(actions[name], device)}
+
+
+def in_turn(cases: Sequence[Case], repeats: int) -> Iterator[tuple[int, Case]]:
+    """(repeat, case): each repeat has every case once, beginning with another one each time."""
     for repeat in range(repeats):
-        start = repeat % len(order)
-        for name, action in order[start:] + order[:start]:
-            yield name, repeat, 1e3 * seconds(action, device)
+        for place in range(len(cases)):
+            yield repeat, cases[(repeat + place) % len(cases)]
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
+def seconds(action: Action, device: torch.device) -> float:
     """Wall-clock seconds of `action`, waiting for the device."""
     wait_for(device)
     start = time.perf_counter()
@@ -34,7 +44,7 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(action: Callable[[], object], device: torch.device) -> float:
+def peak_bytes(action: Action, device: torch.device) -> float:
     """Largest memory that `action` holds at once beyond what was held before, as torch's allocator counts it.
 
     NaN on a device whose allocator keeps no such count (MPS).
@@ -52,8 +62,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> float:
     return peak
 
 
-def _peak_of_accelerator(action: Callable[[], object], device: torch.device) -> float:
-    """By the counts of the device's own allocator, NaN without."""
+def _peak_of_accelerator(action: Action, device: torch.device) -> float:
     wait_for(device)
     try:
         before = torch.accelerator.memory_allocated(device)

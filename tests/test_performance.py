@@ -115,7 +115,7 @@ def test_work_is_counted_by_formula() -> None:
     products.append(3 * model[-1].weight.numel())
     assert necessary.forward == sum(products)
     assert necessary.first == products[0]
-    for quantity, (forward, first, factors, activations) in QUANTITIES.items():
+    for quantity, (forward, first, factors, activations, _) in QUANTITIES.items():
         operations, moved = necessary.of(quantity)
         multiply_adds = forward * necessary.forward - first * necessary.first + factors * necessary.factors
         assert operations == 2 * multiply_adds

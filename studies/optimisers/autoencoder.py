@@ -6,68 +6,50 @@ over the pixels of an image, as published.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from secondorder.data import ImageDataset, epoch_order
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt
 from secondorder.networks.autoencoder import autoencoder
-from studies.optimisers.costs import Stepper
+from studies.optimisers.costs import QuadraticStepper, Stepper
 from studies.optimisers.settings import AutoencoderSettings
-from studies.optimisers.tuning import Lattice, Range, Values, momentum
+from studies.optimisers.tuning import Values
 
 NETWORK = "autoencoder"
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue
+BERNOULLI = Fisher("mc", likelihood="bce")
 
 
-def sgd(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim.Optimizer:
-    """SGD with heavy-ball momentum."""
+def _sgd(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
 
 
-def kfac(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim.Optimizer:
-    """K-FAC with its default damping, for a Bernoulli likelihood."""
-    return KFAC(model, learning_rate, momentum=momentum, fisher=Fisher("mc", likelihood="bce"))
+def _kfac(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim.Optimizer:
+    return KFAC(model, learning_rate, momentum=momentum, fisher=BERNOULLI)
 
 
-def quadratic(model: nn.Module, damping: float, ema_decay: float) -> torch.optim.Optimizer:
-    """K-FAC as published: step size and momentum from the quadratic model, adapted damping; statistics in every update."""
+def _quadratic(model: nn.Module, damping: float, ema_decay: float) -> torch.optim.Optimizer:
+    """As published: step size and momentum from the quadratic model, adapted damping; statistics in every update."""
     adapted = Damping(damping, adapt=LevenbergMarquardt())
-    fisher = Fisher("mc", likelihood="bce")
-    return KFAC(model, 1.0, damping=adapted, ema_decay=ema_decay, fisher=fisher, factor_interval=1, inverse_interval=5)
+    return KFAC(
+        model, 1.0, damping=adapted, ema_decay=ema_decay, fisher=BERNOULLI, factor_interval=1, inverse_interval=5
+    )
 
 
-class QuadraticStepper(Stepper):
-    """An update by `KFAC.quadratic_step`, which does forward and backward pass and the products of the quadratic model."""
-
-    def take(self, inputs: Tensor, targets: Tensor) -> None:
-        """One update."""
-        assert isinstance(self.optimizer, KFAC)
-        self.optimizer.quadratic_step(self.loss, inputs, targets)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One optimiser: how it is built, its share of SGD's updates, and what is tuned."""
+class Arm(NamedTuple):
+    """How an optimiser is built, its share of SGD's updates, and how it takes them."""
 
     build: Callable[..., torch.optim.Optimizer]
     share: float
-    lattice: Lattice
     stepper: type[Stepper] = Stepper
 
 
-ARMS: dict[str, Arm] = {
-    "sgd": Arm(sgd, 1.0, momentum(10.0, 0.8)),
-    "kfac": Arm(kfac, 0.1, momentum(0.25, 0.6)),
-    "kfac_quadratic": Arm(
-        quadratic, 0.1, Lattice(Range("damping", 2e-3, 4.0, 1e-8), Range("ema_decay", 0.9)), QuadraticStepper
-    ),
-}
+ARMS = {"sgd": Arm(_sgd, 1.0), "kfac": Arm(_kfac, 0.1), "kfac_quadratic": Arm(_quadratic, 0.1, QuadraticStepper)}
 """K-FAC is to need at most a tenth of the updates, so that is what it gets, its schedule included."""
 
 
@@ -90,30 +72,17 @@ def pixels(data: ImageDataset, settings: AutoencoderSettings) -> Tensor:
     return images[..., first : first + size, first : first + size].flatten(1).clamp(0, 1)
 
 
-def reconstruction_loss(logits: Tensor, images: Tensor) -> Tensor:
-    """Mean binary cross-entropy over images and pixels."""
-    return F.binary_cross_entropy_with_logits(logits, images)
-
-
 def stepper(images: Tensor, settings: AutoencoderSettings, arm: str, values: Mapping[str, float], seed: int) -> Stepper:
-    """The autoencoder of a seed, an arm's optimiser, and the seed's batches: the same for every arm.
-
-    Args:
-        images: vectors `[N, pixels]` in [0, 1].
-        settings: of the network, the batches and the number of updates.
-        arm: a key of ARMS.
-        values: its tuned settings.
-        seed: determines initial weights and batches.
-    """
+    """The autoencoder of a seed, an arm's optimiser with its tuned settings, and the seed's batches, the same for every arm."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = autoencoder(images.shape[1], settings.widths, settings.activation, settings.initialisation)
     epochs = -(-settings.updates // (len(images) // settings.batch_size))
     orders = [epoch_order(len(images), seed, epoch).split(settings.batch_size) for epoch in range(min(epochs, 50))]
     batches = [images[part] for order in orders for part in order if len(part) == settings.batch_size]
-    model = model.to(images.device)
-    optimizer = ARMS[arm].build(model, **values)
-    return ARMS[arm].stepper(model, optimizer, reconstruction_loss, [(batch, batch) for batch in batches])
+    optimizer = ARMS[arm].build(model.to(images.device), **values)
+    # its mean is over images and pixels
+    return ARMS[arm].stepper(model, optimizer, binary_cross_entropy_with_logits, [(x, x) for x in batches])
 
 
 def fit(images: Tensor, settings: AutoencoderSettings, arm: str, values: Values, seed: int) -> list[dict[str, Any]]:
@@ -121,31 +90,24 @@ def fit(images: Tensor, settings: AutoencoderSettings, arm: str, values: Values,
     step = stepper(images, settings, arm, values, seed)
     total = max(1, round(ARMS[arm].share * settings.updates))
     every = max(1, total // settings.evaluations)
-    rows = [_row(0, whole_loss(step.model, images))]
+    losses = {0: whole_loss(step.model, images)}
     try:
-        for update in range(total):
-            factor = (1 + math.cos(math.pi * update / total)) / 2
+        for update in range(1, total + 1):
             for group in step.optimizer.param_groups:
-                group["lr"] = factor * values.get("learning_rate", 1.0)
+                group["lr"] = (1 + math.cos(math.pi * (update - 1) / total)) / 2 * values.get("learning_rate", 1.0)
             step()
-            if (update + 1) % every == 0 or update + 1 == total:
-                rows.append(_row(update + 1, whole_loss(step.model, images)))
-                if not math.isfinite(rows[-1]["value"]):
-                    raise NonFiniteError(f"the training loss is {rows[-1]['value']} after {update + 1} updates")
+            if update % every == 0 or update == total:
+                losses[update] = whole_loss(step.model, images)
+                if not math.isfinite(losses[update]):
+                    raise NonFiniteError(f"the training loss is {losses[update]} after {update} updates")
     except (NonFiniteError, torch.linalg.LinAlgError) as error:
         words = str(error).partition("\n")[0] or type(error).__name__
         return [{"quantity": "diverged", "value": 1.0, "error": 0.0, "layer": words[:200]}]
-    return rows
-
-
-def _row(update: int, loss: float) -> dict[str, Any]:
-    return {"step": update, "quantity": "train_loss", "value": loss, "error": 0.0}
+    return [{"step": s, "quantity": "train_loss", "value": loss, "error": 0.0} for s, loss in losses.items()]
 
 
 @torch.no_grad()
 def whole_loss(model: nn.Module, images: Tensor) -> float:
     """Sum over pixels, mean over all images, of the cross-entropy."""
-    losses = [
-        F.binary_cross_entropy_with_logits(model(part), part, reduction="sum").item() for part in images.split(1000)
-    ]
-    return sum(losses) / len(images)
+    parts = images.split(1000)
+    return sum(binary_cross_entropy_with_logits(model(x), x, reduction="sum").item() for x in parts) / len(images)

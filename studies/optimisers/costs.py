@@ -1,74 +1,86 @@
-"""What a training step of each optimiser costs: time next to a step of SGD, and memory."""
+"""Training steps of optimisers to be timed, each next to a step of SGD, and their memory."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import wait_for
-from studies.engine.records import Row
 from studies.timing import peak_bytes, seconds
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-MILLISECONDS, OF_SGD = "milliseconds of a step", "time of a step, of SGD's"
-PEAK, STATE = "peak memory of a step [MiB]", "state [MiB]"
+FORWARD_BACKWARD, STEP = "forward and backward", "optimiser's step"
 
 
+@dataclass
 class Stepper:
     """One training step of a model with an optimiser at each call, on the batches in turn."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, batches: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        self.model, self.optimizer, self.loss, self.batches = model, optimizer, loss, batches
-        self.update_curvature = getattr(optimizer, "update_curvature", None)
-        self.steps = 0
-        self.seconds: Counter[str] = Counter()
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batches: Sequence[tuple[Tensor, Tensor]]
+    steps: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
 
     def __call__(self) -> None:
         """One step."""
-        self.take(*self.batches[self.steps % len(self.batches)])
+        self._take(*self.batches[self.steps % len(self.batches)])
         self.steps += 1
 
-    def take(self, inputs: Tensor, targets: Tensor) -> None:
-        """A step on one batch."""
-        start = self._now(inputs.device)
+    def _take(self, inputs: Tensor, targets: Tensor) -> None:
+        start = _now(inputs.device)
         self.optimizer.zero_grad(set_to_none=True)
         outputs = self.model(inputs)
         loss = self.loss(outputs, targets)
-        if self.update_curvature is not None:
-            self.update_curvature(outputs)
+        if hasattr(self.optimizer, "update_curvature"):
+            self.optimizer.update_curvature(outputs)
         loss.backward()
-        backward = self._now(inputs.device)
+        backward = _now(inputs.device)
         self.optimizer.step()
-        self.seconds["forward and backward"] += backward - start  # type: ignore[assignment]
-        self.seconds["optimiser's step"] += self._now(inputs.device) - backward  # type: ignore[assignment]
+        self.seconds[FORWARD_BACKWARD] += backward - start  # type: ignore[assignment]
+        self.seconds[STEP] += _now(inputs.device) - backward  # type: ignore[assignment]
 
-    @staticmethod
-    def _now(device: torch.device) -> float:
-        wait_for(device)
-        return time.perf_counter()
-
-    def parts(self) -> dict[str, float]:
-        """Mean milliseconds a step by part; K-FAC's parts are those that its report names."""
-        seconds = dict(self.seconds)
-        report = getattr(self.optimizer, "report", None)
-        if report is not None:
-            own = dict(report().seconds)
-            backward = own.get("curvature", 0.0)  # update_curvature, called before the backward pass
-            step = sum(own.values()) - backward
-            for part, inside in (("forward and backward", backward), ("optimiser's step", step)):
-                seconds[part] = max(0.0, seconds[part] - inside)
-            seconds |= own
-        return {part: 1e3 * value / max(1, self.steps) for part, value in seconds.items()}
+    def milliseconds(self) -> dict[str, float]:
+        """Of each part, in all steps so far; K-FAC's parts are those that its report names."""
+        spent: dict[str, float] = dict(self.seconds)
+        if hasattr(self.optimizer, "report"):
+            own = self.optimizer.report().seconds
+            curvature = own.get("curvature", 0.0)  # update_curvature, called before the backward pass
+            inside = {FORWARD_BACKWARD: curvature, STEP: sum(own.values()) - curvature}
+            spent = {part: max(0.0, spent[part] - inside[part]) for part in spent} | dict(own)
+        return {part: 1e3 * value for part, value in spent.items()}
 
 
-def slowed(tuning: Mapping[str, float]) -> dict[str, float]:
-    """Tuned settings with a thousandth of the learning rate: a step takes as long, and none diverges while it is timed."""
-    return {name: value / 1000 if name == "learning_rate" else value for name, value in tuning.items()}
+class QuadraticStepper(Stepper):
+    """An update by `KFAC.quadratic_step`, which does forward and backward pass and the products of the quadratic model."""
+
+    def _take(self, inputs: Tensor, targets: Tensor) -> None:
+        self.optimizer.quadratic_step(self.loss, inputs, targets)  # type: ignore[attr-defined]
+
+
+def _now(device: torch.device) -> float:
+    wait_for(device)
+    return time.perf_counter()
+
+
+def next_to(sgd: Stepper, stepper: Stepper, device: torch.device, steps: int = 1) -> tuple[float, float]:
+    """Mean milliseconds of a step of SGD and of another optimiser's; each is taken after one of SGD."""
+    times = [(seconds(sgd, device), seconds(stepper, device)) for _ in range(steps)]
+    of_sgd, own = (1e3 * sum(spent) / steps for spent in zip(*times, strict=True))
+    return of_sgd, own
+
+
+def memory(stepper: Stepper, device: torch.device) -> tuple[float, float]:
+    """MiB at the peak of a step, one that updates K-FAC's factors, beyond weights and state; and MiB of the state."""
+    for _ in range(1000):
+        if getattr(stepper.optimizer, "factor_step", True):
+            break
+        stepper()
+    return peak_bytes(stepper, device) / 2**20, state_bytes(stepper.optimizer.state_dict()) / 2**20
 
 
 def state_bytes(value: Any) -> int:
@@ -76,46 +88,5 @@ def state_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
-        return sum(state_bytes(item) for item in value.values())
-    return sum(state_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
-
-
-def measure(steppers: Mapping[str, Stepper], steps: int, device: torch.device) -> Iterator[Row]:
-    """Milliseconds of the first steps of each optimiser, each also divided by the step of SGD timed next to it, and memory.
-
-    Peak memory is that of a later step in which K-FAC updates its factors, beyond weights and state; the state is counted by
-    itself.
-
-    Args:
-        steppers: by optimiser, sgd among them.
-        steps: how many are timed of each.
-        device: where they compute.
-    """
-    for index in range(steps):
-        for optimizer, stepper in steppers.items():
-            beside = seconds(steppers["sgd"], device)
-            spent = beside if optimizer == "sgd" else seconds(stepper, device)
-            labels = {"optimizer": optimizer, "index": index}
-            yield labels | {"quantity": MILLISECONDS, "value": 1e3 * spent}
-            yield labels | {"quantity": OF_SGD, "value": spent / beside}
-    for optimizer, stepper in steppers.items():
-        peak = peak_bytes(_factor_step(stepper), device) / 2**20
-        state = state_bytes(stepper.optimizer.state_dict()) / 2**20
-        yield {"optimizer": optimizer, "quantity": PEAK, "value": peak}
-        yield {"optimizer": optimizer, "quantity": STATE, "value": state, "error": 0.0}
-
-
-def _factor_step(stepper: Stepper) -> Callable[[], None]:
-    """The stepper, moved on to a step that updates the factors, if there are any."""
-    for _ in range(1000):
-        if getattr(stepper.optimizer, "factor_step", True):
-            break
-        stepper()
-    return stepper
-
-
-def cycled(split: Any, batch_size: int, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first `count` batches of a split."""
-    for start in range(0, min(count * batch_size, len(split) - batch_size + 1), batch_size):
-        images, labels = split.batch(torch.arange(start, start + batch_size))
-        yield images.to(device), labels.to(device)
+        value = list(value.values())
+    return sum(map(state_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,20 +11,10 @@ from studies.draw import LABELS, Curves
 from studies.engine.plan import SMOOTHED
 from studies.engine.study import Results
 from studies.judge import Claim, Judged
+from studies.optimisers import claims
 from studies.optimisers.autoencoder import ARMS
-from studies.optimisers.claims import (
-    CONTROLS,
-    DEEP_CLAIMS,
-    FURTHER,
-    KEYS,
-    at_levels,
-    autoencoders,
-    final,
-    reported,
-    targets,
-    to_targets,
-)
-from studies.optimisers.costs import MILLISECONDS, OF_SGD, PEAK, STATE
+from studies.optimisers.claims import KEYS, at_levels, final, reported, targets, to_targets
+from studies.optimisers.problems import MILLISECONDS, OF_SGD, PEAK, PRIMARY, STATE
 from studies.optimisers.tuning import STARTS
 from studies.page import Fold, Picture, Table
 from studies.statistics import geometric_interval, mean_interval, ratio_interval
@@ -31,6 +22,7 @@ from studies.statistics import geometric_interval, mean_interval, ratio_interval
 LEVELS = 25
 """Losses at which the interaction is drawn."""
 WORDS = LABELS | {"": "autoencoder", "kfac_quadratic": "K-FAC, quadratic model"}
+CELL = ["head", "optimizer"]
 
 
 def folds(results: Results) -> Sequence[Fold]:
@@ -39,55 +31,33 @@ def folds(results: Results) -> Sequence[Fold]:
 
 
 def _claim(results: Results) -> Fold:
-    records, judged = results.records, results.of("second order superfluous")
-    levels = interactions(records)
-    if not any(case.outcome in ("supported", "contradicted") for case in judged):
-        levels = levels[levels["head"] == "gcp"]
+    records, settings, judged = results.records, results.origins.settings, results.of("second order superfluous")
     steps = to_targets(records).groupby(["optimizer", "head"]).value.agg(lambda values: np.exp(np.log(values).mean()))
     words = "; ".join(
         f"{WORDS[o]} {steps[o, 'gap']:.3g} under GAP, {steps[o, 'gcp']:.3g} under GCP" for o in ("sgd", "kfac")
     )
-    optimizers = results.origins.settings["optimizers"]
-    pictures = [_losses(records, "optimisers_loss", optimizers, f"Steps to the targets: {words}.")]
-    if len(levels):
-        drawing = Curves(
-            "level",
-            "value",
-            x_label="target: training loss",
-            y_label="log speed-up by K-FAC, head − GAP",
-            log="x",
-            reference=0.0,
-            zone=(-0.1, 0.1),
-        )
-        pictures.insert(0, Picture("optimisers_interaction", _level_words(levels), drawing.draw(levels)))
     tuned = tuning_table(records)
     where = ", ".join(f"{row.optimiser} ({row.problem})" for row in tuned[tuned.edge].itertuples())
-    chosen = tuned.assign(values=tuned["values"] + " (" + tuned.trials.astype(str) + ")").pivot(
-        index=["optimiser", "tuned"], columns="problem", values="values"
-    )
+    edge = f"at an edge of what was tried: {where}" if where else "no chosen setting lies at an edge of what was tried"
+    shown = tuned.assign(values=tuned["values"] + " (" + tuned.trials.astype(str) + ")")
+    chosen = shown.pivot(index=["optimiser", "tuned"], columns="problem", values="values").fillna("").reset_index()
     return Fold(
         judged=judged,
-        sentences=[
-            f"Tuned with {tuned.trials.min()} to {tuned.trials.max()} trials each; "
-            + (
-                f"at an edge of what was tried: {where}."
-                if where
-                else "no chosen setting lies at an edge of what was tried."
-            )
+        sentences=[f"Tuned with {tuned.trials.min()} to {tuned.trials.max()} trials each; {edge}."],
+        pictures=[
+            *_interaction(interactions(records), judged),
+            _losses(records, "optimisers_loss", settings["optimizers"], f"Steps to the targets: {words}."),
         ],
-        pictures=pictures,
-        controls=results.of(*(claim.name for claim in CONTROLS)),
-        exploratory=_measured(results, FURTHER),
-        tables=[
-            Table("optimisers_tuning", "Tuned settings, and the number of trials.", chosen.fillna("").reset_index())
-        ],
+        controls=results.of(*(claim.name for claim in claims.CONTROLS)),
+        exploratory=_measured(results, claims.FURTHER),
+        tables=[Table("optimisers_tuning", "Tuned settings, and the number of trials.", chosen)],
         method=_method(results),
         provenance=results.provenance,
     )
 
 
-def _measured(results: Results, claims: Sequence[Claim]) -> list[Judged]:
-    return [case for case in results.of(*(claim.name for claim in claims)) if case.estimate is not None]
+def _measured(results: Results, asked: Sequence[Claim]) -> list[Judged]:
+    return [case for case in results.of(*(claim.name for claim in asked)) if case.estimate is not None]
 
 
 def interactions(records: pd.DataFrame) -> pd.DataFrame:
@@ -107,111 +77,103 @@ def interactions(records: pd.DataFrame) -> pd.DataFrame:
     return against.melt(ignore_index=False, var_name="head").dropna().reset_index()
 
 
-def _level_words(levels: pd.DataFrame) -> str:
-    """At which losses the interaction of GCP is below and above 0."""
-    by_level = levels[levels["head"] == "gcp"].groupby("level").value
-    gcp = [mean_interval(values) for _, values in by_level]
-    below, above = (sum(i.high < 0 for i in gcp), sum(i.low > 0 for i in gcp))
+def _interaction(levels: pd.DataFrame, judged: Sequence[Judged]) -> list[Picture]:
+    """The interaction at all levels, of the controls only where there is an effect to explain; none without levels."""
+    of_gcp = levels[levels["head"] == "gcp"]
+    if not any(case.outcome in ("supported", "contradicted") for case in judged):
+        levels = of_gcp
+    if levels.empty:
+        return []
+    gcp = [mean_interval(values) for _, values in of_gcp.groupby("level").value]
+    below, above = sum(i.high < 0 for i in gcp), sum(i.low > 0 for i in gcp)
     last, first = (f"{gcp[place].estimate:+.2f}".replace("-", "−") for place in (0, -1))
-    return (
+    words = (
         f"From target {levels.level.max():.2g} to {levels.level.min():.2g}, which all runs reach, the interaction goes from "
         f"{first} to {last}; its 95 % interval is below 0 at {below} and above 0 at {above} of {len(gcp)} targets. Below 0 K-FAC "
         "helps less than under GAP; grey: the margin."
     )
+    x, y = "target: training loss", "log speed-up by K-FAC, head − GAP"
+    drawing = Curves("level", "value", x_label=x, y_label=y, log="x", reference=0.0, zone=(-0.1, 0.1))
+    return [Picture("optimisers_interaction", words, drawing.draw(levels))]
 
 
 def _losses(records: pd.DataFrame, name: str, optimizers: Sequence[str], words: str) -> Picture:
     """The loss curves of some optimisers under GAP and GCP; the targets in grey."""
     curves = reported(records)
-    curves = curves[(curves.quantity == SMOOTHED) & curves["head"].isin(("gap", "gcp"))]
-    ordered = [curves[curves.optimizer == optimizer] for optimizer in optimizers]
+    curves = curves[(curves.quantity == SMOOTHED) & curves["head"].isin(PRIMARY) & curves.optimizer.isin(optimizers)]
+    curves = curves.sort_values("optimizer", key=lambda column: column.map([*optimizers].index), kind="stable")
     zone = (min(targets(records)), max(targets(records)))
     drawing = Curves(
         "step", "value", "optimizer", "head", y_label="training loss", mean="geometric", log="y", zone=zone
     )
-    return Picture(
-        name, f"{words} Mean loss of the last half epoch; grey: the targets.", drawing.draw(pd.concat(ordered))
-    )
+    return Picture(name, f"{words} Mean loss of the last half epoch; grey: the targets.", drawing.draw(curves))
 
 
 def tuning_table(records: pd.DataFrame) -> pd.DataFrame:
     """A row for each search: problem, optimiser, names of the tuned settings, chosen values, trials, edge (of what was tried)."""
+    # a search that was computed again on another machine, whose last digits differ, counts once
+    trials = records[records.layer == "trial"].drop_duplicates([*CELL, "quantity", "index"])
     rows = []
-    trials = records[records.layer == "trial"]
-    for (head, optimizer), part in trials.groupby(["head", "optimizer"], sort=False):
+    for (head, optimizer), part in trials.groupby(CELL, sort=False):
         best = part[part["index"] == 0].set_index("quantity").value.drop("loss")
-        rows.append(
-            {
-                "problem": WORDS.get(str(head), head),
-                "optimiser": WORDS.get(str(optimizer), optimizer),
-                "tuned": ", ".join(map(str, best.index)).replace("_", " "),
-                "values": ", ".join(f"{value:g}" for value in best),
-                "trials": int((part.quantity == "loss").sum()),
-                "edge": bool(part[part.quantity == "edge"].value.any()),
-            }
-        )
+        rows.append({
+            "problem": WORDS.get(str(head), head),
+            "optimiser": WORDS.get(str(optimizer), optimizer),
+            "tuned": ", ".join(map(str, best.index)).replace("_", " "),
+            "values": ", ".join(f"{value:g}" for value in best),
+            "trials": int((part.quantity == "loss").sum()),
+            "edge": bool(part[part.quantity == "edge"].value.any()),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def _others(results: Results) -> Fold:
     """All optimisers under GAP and GCP."""
     records, settings = results.records, results.origins.settings
-    few = records[
-        records["head"].isin(("gap", "gcp", ""))
-        & ((records.seed < settings["other_seeds"]) | (records.layer == "trial"))
-    ]
-    few = pd.concat([few, records[records.quantity.isin(("target loss", OF_SGD))]]).drop_duplicates()
+    few = records["head"].isin(PRIMARY) & (records.seed < settings["other_seeds"])
+    few = records[few | records.quantity.isin((claims.TARGET, OF_SGD))]
     table = summary(few)
     best = table.sort_values("_loss").drop_duplicates("head")
-    words = (
-        f"Lowest final training loss: {', '.join(f'{row.optimiser} under {row.head}' for row in best.itertuples())}."
+    words = ", ".join(f"{row.optimiser} under {row.head}" for row in best.itertuples())
+    optimizers = [*settings["optimizers"], *settings["others"]]
+    caption = (
+        "Means over seeds after the last epoch, of the loss with 95 % interval; steps to the targets, and seconds (steps "
+        "times the time of a step), in those of SGD. ≥: not reached in some seeds, counted with a step more than a run."
     )
     return Fold(
         title="K-FAC and other optimisers against tuned SGD",
-        pictures=[_losses(few, "optimisers_all", [*settings["optimizers"], *settings["others"]], words)],
-        tables=[
-            Table(
-                "optimisers_summary",
-                "Means over seeds after the last epoch, of the loss with 95 % interval; steps to the targets, and seconds (steps "
-                "times the time of a step), in those of SGD. ≥: not reached in some seeds, counted with a step more than a run.",
-                table.drop(columns="_loss"),
-            )
-        ],
+        pictures=[_losses(few, "optimisers_all", optimizers, f"Lowest final training loss: {words}.")],
+        tables=[Table("optimisers_summary", caption, table.drop(columns="_loss"))],
         method=[f"Tuned and trained as for claim 6; of every optimiser the first {settings['other_seeds']} seeds."],
     )
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """A row for each head and optimiser: final loss and accuracy, steps and seconds to the targets; _loss orders them."""
-    keys = ["head", "optimizer"]
-    steps = to_targets(records)
-    pairs = steps.merge(steps[steps.optimizer == "sgd"], on=["network", "head", "seed"], suffixes=("", "_sgd"))
-    pairs = pairs.rename(columns={"optimizer_sgd": "_"}).set_index(keys).sort_index()
-    times = records[records.quantity == OF_SGD].groupby(keys).value.mean()
-    accuracies = final(records, "test_top1").set_index(keys).sort_index()
-    rows = []
-    for key, part in final(records, "train_loss").groupby(keys, sort=False):
-        head, optimizer = map(str, key)
-        pair = pairs.loc[[key]]
-        ratio = ratio_interval(pair.value, pair.value_sgd).estimate
-        bound = "≥ " if pair.censored.any() else ""
-        rows.append(
-            {
-                "head": WORDS[head],
-                "optimiser": WORDS[optimizer],
-                "training loss": geometric_interval(part.value).short if np.isfinite(part.value).all() else "diverged",
-                "test top-1 [%]": 100 * accuracies.loc[[key]].value.mean(),
-                "steps to the targets": f"{bound}{ratio:.2f}",
-                "seconds to the targets": f"{bound}{ratio * times.get(key, math.nan):.2f}",
-                "_loss": part.value.mean(),
-            }
-        )
+    steps = to_targets(records).rename(columns={"value": "steps"})
+    of_sgd = steps[steps.optimizer == "sgd"].drop(columns=["optimizer", "censored"])
+    runs = final(records, "train_loss").merge(final(records, "test_top1"), on=KEYS, suffixes=("", "_top1"))
+    runs = runs.merge(steps, on=KEYS).merge(of_sgd, on=["network", "head", "seed"], suffixes=("", "_sgd"))
+    times = records[records.quantity == OF_SGD].groupby(CELL).value.mean()
+    rows: list[dict[str, Any]] = []
+    for (head, optimizer), run in runs.groupby(CELL, sort=False):
+        ratio = ratio_interval(run.steps, run.steps_sgd).estimate
+        bound = "≥ " if run.censored.any() else ""
+        rows.append({
+            "head": WORDS[str(head)],
+            "optimiser": WORDS[str(optimizer)],
+            "training loss": geometric_interval(run.value).short if np.isfinite(run.value).all() else "diverged",
+            "test top-1 [%]": 100 * run.value_top1.mean(),
+            "steps to the targets": f"{bound}{ratio:.2f}",
+            "seconds to the targets": f"{bound}{ratio * times.get((head, optimizer), math.nan):.2f}",
+            "_loss": run.value.mean(),
+        })  # fmt: skip
     return pd.DataFrame(rows).sort_values(["head", "_loss"], ignore_index=True)
 
 
 def _deep(results: Results) -> list[Fold]:
     """The autoencoder, where there is one."""
-    runs = autoencoders(results.records)
+    runs = claims.autoencoders(results.records)
     if runs.empty:
         return []
     settings = results.origins.settings["autoencoder"]
@@ -220,12 +182,12 @@ def _deep(results: Results) -> list[Fold]:
     drawing = Curves(
         "step", "value", "optimizer", x_label="update", y_label="loss of an image", log="xy", mean="geometric"
     )
-    shown = runs[runs.step > 0].assign(optimizer=runs.optimizer.replace({"kfac_quadratic": WORDS["kfac_quadratic"]}))
+    shown = runs[runs.step > 0].replace({"optimizer": {"kfac_quadratic": WORDS["kfac_quadratic"]}})
     return [
         Fold(
             title="The deep autoencoder: K-FAC with a tenth of SGD's updates",
             pictures=[Picture("optimisers_autoencoder", f"Final training loss: {words}.", drawing.draw(shown))],
-            exploratory=_measured(results, DEEP_CLAIMS),
+            exploratory=_measured(results, claims.DEEP_CLAIMS),
             method=[
                 f"Encoder {'-'.join(map(str, settings['widths']))} on {settings['image_size']}×{settings['image_size']} grey "
                 f"pixels ({settings['dataset']}), {settings['activation']}, {settings['initialisation']} initialisation, batches "
@@ -240,27 +202,22 @@ def _deep(results: Results) -> list[Fold]:
 
 def _costs(results: Results) -> Fold:
     """What a step costs, on the page of costs."""
-    records, quantities = results.records, [MILLISECONDS, OF_SGD, PEAK, STATE]
-    part = records[records.quantity.isin(quantities)]
-    table = part.pivot_table(index=["head", "optimizer"], columns="quantity", values="value", sort=False)[quantities]
+    quantities = [MILLISECONDS, OF_SGD, PEAK, STATE]
+    part = results.records[results.records.quantity.isin(quantities)].replace({"head": WORDS, "optimizer": WORDS})
+    part = part.rename(columns={"head": "problem", "optimizer": "optimiser"})
+    table = part.pivot_table(index=["problem", "optimiser"], columns="quantity", values="value", sort=False)
     longest = table[OF_SGD].sort_values().reset_index().iloc[-1]
-    named = table.reset_index().replace({"head": WORDS, "optimizer": WORDS})
+    words = f"The longest is that of {longest.optimiser} ({longest.problem}): {longest[OF_SGD]:.3g} times SGD's."
+    caption = (
+        "Means over the timed steps; each is divided by the SGD step that was timed next to it. Peak memory beyond weights and "
+        "state, in a step that updates K-FAC's factors."
+    )
+    steps = results.origins.settings["timing_steps"]
     return Fold(
         title="What a training step of each optimiser costs",
-        sentences=[
-            f"The longest is that of {WORDS[longest.optimizer]} ({WORDS[longest['head']]}): {longest[OF_SGD]:.3g} times SGD's."
-        ],
-        tables=[
-            Table(
-                "optimisers_costs",
-                "Means over the timed steps; each is divided by the SGD step that was timed next to it. Peak memory beyond "
-                "weights and state, in a step that updates K-FAC's factors.",
-                named.rename(columns={"head": "problem", "optimizer": "optimiser"}),
-            )
-        ],
-        method=[
-            f"The first {results.origins.settings['timing_steps']} steps, each next to one of SGD, in one process."
-        ],
+        sentences=[words],
+        tables=[Table("optimisers_costs", caption, table[quantities].reset_index())],
+        method=[f"The first {steps} steps, each next to one of SGD, in one process."],
         provenance=results.provenance,
         page="performance",
     )

@@ -3,37 +3,44 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from secondorder.data import load_dataset
-from secondorder.training import OPTIMIZERS, initial_network
+from secondorder.training.evaluation import to_device
+from secondorder.training.setup import first_state
 from studies.engine.plan import Computed, Measurement, Task, Trained, loss_curve
 from studies.engine.records import Row
 from studies.engine.study import Context
 from studies.optimisers import autoencoder as deep
-from studies.optimisers.costs import Stepper, cycled, measure, slowed
-from studies.optimisers.settings import TUNING_SEED
-from studies.optimisers.tuning import LATTICES, Lattice, Values
+from studies.optimisers.costs import Stepper, memory, next_to
+from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings
+from studies.optimisers.tuning import DEEP_LATTICES, LATTICES, Lattice, Values
+from studies.settings import Common
+from studies.timing import in_turn
+from studies.training import Training
 
 RUN_FIELDS = ("learning_rate", "momentum", "weight_decay")
 """Settings that are fields of `Run`; the others are options of the optimiser."""
 PRIMARY = ("gap", "gcp")
 POINTS = 60
 """Points of a loss curve."""
+MILLISECONDS, OF_SGD = "milliseconds of a step", "time of a step, of SGD's"
+PEAK, STATE = "peak memory of a step [MiB]", "state [MiB]"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An optimiser on a problem: networks under a head."""
+    """An optimiser on a problem: networks under a head, or under no head the autoencoder."""
 
     context: Context
     head: str
     optimizer: str
+    seeds: range
+    """The reported ones."""
 
     @property
     def name(self) -> str:
@@ -51,15 +58,7 @@ class Cell:
     @property
     def lattice(self) -> Lattice:
         """What is tuned."""
-        return LATTICES[self.optimizer]
-
-    @property
-    def seeds(self) -> range:
-        """The reported seeds: all under GAP and GCP, fewer of controls, fewest of what is only compared."""
-        settings, seeds = self.context.settings, len(self.context.seeds)
-        if not self.head or self.optimizer in settings.others:
-            return range(min(seeds, settings.other_seeds))
-        return range(seeds if self.head in PRIMARY else min(seeds, settings.control_seeds))
+        return (LATTICES if self.head else DEEP_LATTICES)[self.optimizer]
 
     @property
     def tuning_seeds(self) -> range:
@@ -67,83 +66,64 @@ class Cell:
         settings = self.context.settings
         return range(TUNING_SEED, TUNING_SEED + (settings if self.head else settings.autoencoder).tuning_seeds)
 
-    def changes(self, values: Values) -> dict[str, Any]:
+    def task(self, values: Values, seed: int, trial: bool) -> Task:
+        """A training with these settings; a trial has no curve, and perhaps fewer epochs."""
+        settings, common = self.context.settings, self.context.common
+        if not self.head:
+            return self._deep_task(values, seed)
+        epochs = settings.trial_epochs if trial and settings.trial_epochs else settings.training.epochs
+        subject = settings.training.subject(common, self.head, seed, **self._changes(values), epochs=epochs)
+        return Trained(subject, () if trial else ((0, loss_curve(POINTS)),), may_diverge=True)
+
+    def _changes(self, values: Mapping[str, float]) -> dict[str, Any]:
         """Fields of `Run` that have these tuned settings."""
         options = {name: value for name, value in values.items() if name not in RUN_FIELDS}
         fields = {name: value for name, value in values.items() if name in RUN_FIELDS}
         return fields | {"optimizer": self.optimizer, "optimizer_options": options}
 
-    def task(self, values: Values, seed: int, trial: bool) -> Task:
-        """A training with these settings; a trial has no curve, and perhaps fewer epochs."""
-        settings = self.context.settings
-        epochs = settings.trial_epochs if trial and settings.trial_epochs else settings.training.epochs
-        subject = settings.training.subject(self.context.common, self.head, seed, **self.changes(values), epochs=epochs)
-        return Trained(subject, () if trial else ((0, loss_curve(POINTS)),), may_diverge=True)
+    def _deep_task(self, values: Values, seed: int) -> Task:
+        """A training of the autoencoder; the settings of the measurement tell it from others."""
+        common, settings = self.context.common, self.context.settings.autoencoder
+        fit = partial(deep.fit, _pixels(common, settings), settings, self.optimizer, values, seed)
+        described = asdict(replace(settings, arms=(), tuning_seeds=1))
+        described |= {"arm": self.optimizer, "values": values, "seed": seed}
+        measurement = Measurement("autoencoder", lambda _: fit(), described)
+        return Computed(measurement, self.labels | {"seed": seed}, device=str(common.torch_device))
 
     def stepper(self, values: Values) -> Stepper:
-        """Its training steps, to be timed; the same initial weights and batches for every optimiser."""
+        """Its training steps, to be timed; the same initial weights and batches for every optimiser.
+
+        The learning rate is a thousandth: a step takes as long, and none diverges while it is timed.
+        """
+        slow = {name: value / 1000 if name == "learning_rate" else value for name, value in values.items()}
         settings, common = self.context.settings, self.context.common
+        if not self.head:
+            return deep.stepper(_pixels(common, settings.autoencoder), settings.autoencoder, self.optimizer, slow, 0)
         training, device = settings.training, common.torch_device
-        run, data = training.run(common, self.head, 0, **self.changes(slowed(values))), training.data(common)
-        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        run, data = training.run(common, self.head, 0, **self._changes(slow)), training.data(common)
+        whole = torch.arange(len(data.train) // run.batch_size * run.batch_size).split(run.batch_size)
         batches = [
-            (images.contiguous(memory_format=layout), labels)
-            for images, labels in cycled(data.train, run.batch_size, settings.timing_steps, device)
+            (to_device(images, device, run.channels_last), labels.to(device))
+            for images, labels in map(data.train.batch, whole[: settings.timing_steps])
         ]
-        model = initial_network(run, data).to(device, memory_format=layout)  # type: ignore[call-overload]
-        return Stepper(model, OPTIMIZERS[run.optimizer](model, run), F.cross_entropy, batches)
+        model, optimizer, _ = first_state(run, data, device, None, None)
+        return Stepper(model, optimizer, F.cross_entropy, batches)
 
 
-@dataclass(frozen=True)
-class DeepCell(Cell):
-    """An optimiser on the autoencoder, under no head."""
-
-    @property
-    def lattice(self) -> Lattice:
-        """What is tuned."""
-        return deep.ARMS[self.optimizer].lattice
-
-    @property
-    def images(self) -> torch.Tensor:
-        """Pixels `[N, image_size^2]`, read once."""
-        settings, common = self.context.settings.autoencoder, self.context.common
-        key = (settings.dataset, settings.images, settings.image_size)
-        if key not in _pixels:
-            data = load_dataset(settings.dataset, common.data_root, download=common.download, limit=settings.images)
-            _pixels[key] = deep.pixels(data, settings)
-        return _pixels[key].to(common.torch_device)
-
-    def task(self, values: Values, seed: int, trial: bool) -> Task:
-        """A training with these settings; the settings of the measurement tell it from others."""
-        settings = self.context.settings.autoencoder
-        described = asdict(replace(settings, arms=(), tuning_seeds=1)) | {
-            "arm": self.optimizer,
-            "values": values,
-            "seed": seed,
-        }
-        fit = partial(_fit, self.images, settings, self.optimizer, values, seed)
-        device = str(self.context.common.torch_device)
-        return Computed(Measurement("autoencoder", fit, described), self.labels | {"seed": seed}, device=device)
-
-    def stepper(self, values: Values) -> Stepper:
-        """Its updates, to be timed."""
-        return deep.stepper(self.images, self.context.settings.autoencoder, self.optimizer, slowed(values), 0)
-
-
-_pixels: dict[tuple[Any, ...], torch.Tensor] = {}
-
-
-def _fit(*arguments: Any) -> list[dict[str, Any]]:
-    """`autoencoder.fit` without the measurement's settings, which come last."""
-    return deep.fit(*arguments[:-1])
+@lru_cache(maxsize=1)
+def _pixels(common: Common, settings: AutoencoderSettings) -> torch.Tensor:
+    images = Training(dataset=settings.dataset, train_limit=settings.images).data(common)
+    return deep.pixels(images, settings).to(common.torch_device)
 
 
 def cells(context: Context) -> list[Cell]:
-    """All optimisers on all problems."""
-    settings = context.settings
-    factorial = [Cell(context, head, optimizer) for head in settings.heads for optimizer in settings.optimizers]
-    others = [Cell(context, head, optimizer) for head in PRIMARY for optimizer in settings.others]
-    return [*factorial, *others, *(DeepCell(context, "", arm) for arm in settings.autoencoder.arms)]
+    """All optimisers on all problems: all seeds under GAP and GCP, fewer of controls, fewest of what is only compared."""
+    s = context.settings
+    most = {(h, o): s.control_seeds for h in s.heads for o in s.optimizers}
+    most |= {(h, o): len(context.seeds) for h in PRIMARY for o in s.optimizers}
+    most |= {(h, o): s.other_seeds for h in PRIMARY for o in s.others}
+    most |= {("", arm): s.other_seeds for arm in s.autoencoder.arms}
+    return [Cell(context, h, o, range(min(seeds, len(context.seeds)))) for (h, o), seeds in most.items()]
 
 
 def final_loss(records: pd.DataFrame) -> float:
@@ -159,14 +139,23 @@ def costs(tuned: Mapping[Cell, Values]) -> Computed:
     settings = asdict(first.context.settings)
     described = {name: settings[name] for name in ("training", "autoencoder", "timing_steps")}
     described["tuned"] = [[cell.name, values] for cell, values in tuned.items()]
-    measurement = Measurement("costs", partial(_costs, tuned), described)
+    measurement = Measurement("costs", lambda case: _costs(tuned, case["timing_steps"]), described)
     return Computed(measurement, first.labels, alone=True, device=str(first.context.common.torch_device))
 
 
-def _costs(tuned: Mapping[Cell, Values], settings: Mapping[str, Any]) -> Iterator[Row]:
+def _costs(tuned: Mapping[Cell, Values], steps: int) -> Iterator[Row]:
+    """Milliseconds of the first steps of each optimiser, also divided by those of the SGD step next to it, and memory."""
     for head in dict.fromkeys(cell.head for cell in tuned):
-        problem = [cell for cell in tuned if cell.head == head]
-        steppers = {cell.optimizer: cell.stepper(tuned[cell]) for cell in problem}
-        labels = {"network": problem[0].labels["network"], "head": head}
-        for row in measure(steppers, settings["timing_steps"], problem[0].context.common.torch_device):
-            yield {**labels, **row}
+        cells = {cell.optimizer: cell for cell in tuned if cell.head == head}
+        device = cells["sgd"].context.common.torch_device
+        steppers = {optimizer: cell.stepper(tuned[cell]) for optimizer, cell in cells.items()}
+        network = {"network": cells["sgd"].labels["network"], "head": head}
+        for index, optimizer in in_turn([*steppers], steps):
+            of_sgd, own = next_to(steppers["sgd"], steppers[optimizer], device)
+            at = network | {"optimizer": optimizer, "index": index}
+            yield at | {"quantity": MILLISECONDS, "value": own}
+            yield at | {"quantity": OF_SGD, "value": 1.0 if optimizer == "sgd" else own / of_sgd}
+        for optimizer, stepper in steppers.items():
+            peak, state = memory(stepper, device)
+            yield network | {"optimizer": optimizer, "quantity": PEAK, "value": peak}
+            yield network | {"optimizer": optimizer, "quantity": STATE, "value": state, "error": 0.0}

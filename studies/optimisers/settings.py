@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 from secondorder.networks.autoencoder import ACTIVATIONS, INITIALISATIONS
 from studies.checks import check_count, check_names
-from studies.optimisers.tuning import LATTICES
+from studies.optimisers.tuning import DEEP_LATTICES, LATTICES
 from studies.training import Training, TrainingFlags
 
 TUNING_SEED = 1000
@@ -17,7 +17,7 @@ TUNING_SEED = 1000
 class AutoencoderSettings:
     """The deep autoencoder of Martens & Grosse (2015)."""
 
-    arms: tuple[str, ...] = ("sgd", "kfac", "kfac_quadratic")
+    arms: tuple[str, ...] = (*DEEP_LATTICES,)
     """Optimisers (sgd, kfac, kfac_quadratic); without any the autoencoder is left out."""
     dataset: str = "digits"
     """Images to encode; made grey, pixels in [0, 1]."""
@@ -41,14 +41,16 @@ class AutoencoderSettings:
     """Times that the loss of all training images is computed in a run, equally spaced; not timed."""
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.initialisation not in INITIALISATIONS:
-            raise unknown("initialisation", self.initialisation, INITIALISATIONS)
+        check_known("activation", self.activation, ACTIVATIONS)
+        check_known("initialisation", self.initialisation, INITIALISATIONS)
+        for arm in self.arms:
+            check_known("optimizer of --autoencoder.arms", arm, DEEP_LATTICES)
         if self.arms and "sgd" not in self.arms:
             raise InputError(f"--autoencoder.arms {' '.join(self.arms)}: sgd must be among them")
         for name in ("image_size", "batch_size", "updates", "tuning_seeds", "evaluations"):
             check_count(f"autoencoder.{name}", getattr(self, name))
+        if self.images is not None:
+            check_count("autoencoder.images", self.images)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Settings:
         check_names("optimizers", self.optimizers)
         check_names("targets", [f"{target:g}" for target in self.targets])
         for name in ("optimizers", "others"):
-            for optimizer in (o for o in getattr(self, name) if o not in LATTICES):
-                raise unknown(f"optimizer of --{name}", optimizer, LATTICES)
+            for optimizer in getattr(self, name):
+                check_known(f"optimizer of --{name}", optimizer, LATTICES)
         for optimizer in (o for o in self.others if self.others.count(o) > 1 or o in self.optimizers):
             raise InputError(f"--others {' '.join(self.others)}: {optimizer} is there already")
         for needed, name in (("gap", "heads"), ("gcp", "heads"), ("sgd", "optimizers"), ("kfac", "optimizers")):
@@ -122,13 +124,7 @@ PRESETS = {
     "cifar10": Settings(
         others=("adamw", "soap", "muon"),
         training=Training(
-            "cifar_resnet8",
-            "cifar10",
-            train_limit=10_000,
-            epochs=4,
-            batch_size=128,
-            schedule="cosine",
-            channels_last=True,
+            "cifar_resnet8", "cifar10", None, 10_000, epochs=4, batch_size=128, schedule="cosine", channels_last=True
         ),
         targets=(1.8, 1.7, 1.6),
         control_seeds=5,

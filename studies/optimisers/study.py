@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from secondorder.training import check_run
 from studies.engine.plan import Computed, Measurement, Task
 from studies.engine.records import Row
 from studies.engine.run import Plan
@@ -21,41 +20,33 @@ from studies.optimisers.claims import CLAIMS, TARGET
 from studies.optimisers.folds import folds
 from studies.optimisers.problems import PRIMARY, Cell, cells, costs, final_loss
 from studies.optimisers.settings import PRESETS, SEEDS, TUNING_SEED, Settings
-from studies.optimisers.tuning import Search
+from studies.optimisers.tuning import STARTS, Search
 
 
 def plan(context: Context) -> Plan:
     """Trials until every search is at its end, the reported seeds with the tuned settings, and then their timing."""
+    settings, training = context.settings, context.settings.training
     if context.common.dry_run:
-        yield first_tasks(context)
+        yield [
+            cell.task(cell.lattice.values((0, 0)) or {}, seed, trial)
+            for cell in cells(context)
+            for trial, seeds in ((True, [*cell.tuning_seeds] * len(STARTS[settings.start])), (False, cell.seeds))
+            for seed in seeds
+            if cell.head
+        ]
         return
-    problems = cells(context)
-    for cell in (cell for cell in problems if cell.head):
-        training = context.settings.training
-        check_run(training.run(context.common, cell.head, 0, optimizer=cell.optimizer), training.data(context.common))
-    searches = yield from tuning(problems, context.settings)
-    extensions = context.settings.extensions
-    tuned = {cell: search.chosen(cell.name, extensions) for cell, search in searches.items()}
+    searches = yield from _tuning(cells(context), settings)
+    tuned = {cell: search.chosen(cell.name, settings.extensions) for cell, search in searches.items()}
+    labels = {"network": training.network, "dataset": training.dataset, "seed": TUNING_SEED}
     yield [
-        *(cell.task(tuned[cell], seed, trial=False) for cell in tuned for seed in cell.seeds),
-        *(tuning_task(cell, search) for cell, search in searches.items()),
-        targets_task(context),
+        *(cell.task(values, seed, trial=False) for cell, values in tuned.items() for seed in cell.seeds),
+        *(Computed(Measurement("tuning", tuning_rows, s.summary), cell.labels) for cell, s in searches.items()),
+        Computed(Measurement("targets", target_rows, list(settings.targets)), labels),
     ]
     yield [costs({cell: values for cell, values in tuned.items() if cell.head in (*PRIMARY, "")})]
 
 
-def first_tasks(context: Context) -> list[Task]:
-    """For an estimate of the cost: the trials that tuning begins with and the reported seeds, with the same settings."""
-    tasks: list[Task] = []
-    for cell in (cell for cell in cells(context) if cell.head):
-        search = Search(cell.lattice, context.settings.start)
-        values = cell.lattice.values((0, 0)) or {}
-        tasks += [cell.task(values, seed, True) for _ in search.untried for seed in cell.tuning_seeds]
-        tasks += [cell.task(values, seed, False) for seed in cell.seeds]
-    return tasks
-
-
-def tuning(problems: Sequence[Cell], settings: Settings) -> Generator[list[Task], pd.DataFrame, dict[Cell, Search]]:
+def _tuning(problems: Sequence[Cell], settings: Settings) -> Generator[list[Task], pd.DataFrame, dict[Cell, Search]]:
     """Stages of trials: where a search goes on depends on their geometric mean loss over the tuning seeds."""
     searches = {cell: Search(cell.lattice, settings.start) for cell in problems}
     for _ in range(settings.extensions + 1):
@@ -74,30 +65,16 @@ def tuning(problems: Sequence[Cell], settings: Settings) -> Generator[list[Task]
     return searches
 
 
-def tuning_task(cell: Cell, search: Search) -> Computed:
-    """The records of a search."""
-    names = [search.lattice.first.name, search.lattice.second.name]
-    settings = {"names": names, "trials": search.table(), "edge": bool(search.untried)}
-    return Computed(Measurement("tuning", tuning_rows, settings), cell.labels)
-
-
 def tuning_rows(settings: Mapping[str, Any]) -> Iterator[Row]:
     """For each trial, the best first, its loss and settings; and whether the best lies at the edge of what was tried."""
-    for index, (*values, loss) in enumerate(settings["trials"]):
-        for name, value in zip((*settings["names"], "loss"), (*values, loss), strict=True):
+    for index, trial in enumerate(settings["trials"]):
+        for name, value in zip((*settings["names"], "loss"), trial, strict=True):
             yield {"layer": "trial", "quantity": name, "index": index, "value": value, "error": 0.0}
     yield {"layer": "trial", "quantity": "edge", "value": float(settings["edge"]), "error": 0.0}
 
 
-def targets_task(context: Context) -> Computed:
-    """The records of the targets, which claims are judged at."""
-    training = context.settings.training
-    labels = {"network": training.network, "dataset": training.dataset, "seed": TUNING_SEED}
-    return Computed(Measurement("targets", target_rows, list(context.settings.targets)), labels)
-
-
 def target_rows(targets: Sequence[float]) -> Iterator[Row]:
-    """One record for each."""
+    """The targets, which claims are judged at."""
     for index, target in enumerate(targets):
         yield {"quantity": TARGET, "index": index, "value": target, "error": 0.0}
 

@@ -9,18 +9,16 @@ in a constant gradient, so that both settings do not have to move together.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from secondorder.errors import InputError
 
 Place = tuple[int, int]
 Values = dict[str, float]
 DECAYS = ("momentum", "beta2", "ema_decay")
-STARTS = {
-    "cross": ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)),
-    "square": tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)),
-}
+CROSS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+STARTS = {"cross": CROSS, "square": tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))}
 """Places that are tried first."""
 
 
@@ -61,29 +59,30 @@ class Lattice:
         rate = float(f"{first * (1 - second):.4g}") if self.effective else first
         return {self.first.name: rate, self.second.name: second}
 
-    def neighbours(self, place: Place) -> list[Place]:
-        """The places beside this one, those beyond the ends of a range left out."""
-        i, j = place
-        return [p for p in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)) if self.values(p) is not None]
 
-
-def momentum(effective_rate: float, centre: float = 0.9) -> Lattice:
-    """Learning rate and momentum of an optimiser with heavy-ball momentum."""
+def _momentum(effective_rate: float, centre: float = 0.9) -> Lattice:
+    """Of an optimiser with heavy-ball momentum."""
     return Lattice(Range("learning_rate", effective_rate), Range("momentum", centre), effective=True)
 
 
-LATTICES: dict[str, Lattice] = {
-    "sgd": momentum(4.0, 0.8),
-    "kfac": momentum(0.5),
-    "ekfac": momentum(0.5),
-    "gauss_newton": momentum(2.0),
+LATTICES = {
+    "sgd": _momentum(4.0, 0.8),
+    "kfac": _momentum(0.5),
+    "ekfac": _momentum(0.5),
+    "gauss_newton": _momentum(2.0),
     "adamw": Lattice(Range("learning_rate", 0.06), Range("weight_decay", 1e-3, 10.0, 1e-5, 1.0)),
     "soap": Lattice(Range("learning_rate", 0.06), Range("beta2", 0.95, high=0.999)),
-    "shampoo": momentum(4.0),
+    "shampoo": _momentum(4.0),
     "muon": Lattice(Range("learning_rate", 0.06), Range("momentum", 0.8)),
     "singd": Lattice(Range("learning_rate", 0.5), Range("damping", 1e-2, 10.0, 1e-6, 1e3)),
 }
 """Optimiser of `secondorder.training.OPTIMIZERS` -> what is tuned of it."""
+DEEP_LATTICES = {
+    "sgd": _momentum(10.0, 0.8),
+    "kfac": _momentum(0.25, 0.6),
+    "kfac_quadratic": Lattice(Range("damping", 2e-3, 4.0, 1e-8), Range("ema_decay", 0.9)),
+}
+"""The same for the autoencoder."""
 
 
 @dataclass
@@ -103,35 +102,30 @@ class Search:
     @property
     def untried(self) -> list[Place]:
         """What is to be tried next: the start, then the neighbours of the best place; nothing at the end of the walk."""
-        places = self.lattice.neighbours(self.best) if self.losses else STARTS[self.start]
+        places = [(self.best[0] + i, self.best[1] + j) for i, j in CROSS] if self.losses else STARTS[self.start]
         return [place for place in places if place not in self.losses and self.lattice.values(place) is not None]
 
     def chosen(self, name: str, extensions: int) -> Values:
-        """The settings of the best place.
+        """The settings of the best place; InputError with the name when every trial diverged or it has untried neighbours.
 
-        Args:
-            name: of optimiser and problem, for messages.
-            extensions: how often the walk went on; 0: it was not to go on, and the best place may lie at an edge.
-
-        Raises InputError when every trial diverged, and when the best place has untried neighbours.
+        With 0 extensions the walk was not to go on, and the best place may lie at an edge.
         """
         values = self.lattice.values(self.best)
         assert values is not None
         if math.isinf(self.losses[self.best]):
             raise InputError(f"{name}: all {len(self.losses)} trials diverged; raise --extensions, or leave it out")
         if extensions and self.untried:
+            words = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
             raise InputError(
-                f"{name}: the best of {len(self.losses)} trials, {in_words(values)}, still lies at the edge of what was tried; "
+                f"{name}: the best of {len(self.losses)} trials, {words}, still lies at the edge of what was tried; "
                 "raise --extensions"
             )
         return values
 
-    def table(self) -> list[list[float]]:
-        """A row for each trial: both settings and the loss, the best first."""
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For each trial both settings and the loss, the best first; names of the settings; whether the best is at an edge."""
         order = sorted(self.losses, key=lambda place: (self.losses[place], place != self.best))
-        return [[*(self.lattice.values(place) or {}).values(), self.losses[place]] for place in order]
-
-
-def in_words(values: Mapping[str, float]) -> str:
-    """Settings for a reader: ``learning rate 0.1, momentum 0.9``."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
+        trials = [[*(self.lattice.values(place) or {}).values(), self.losses[place]] for place in order]
+        names = [self.lattice.first.name, self.lattice.second.name]
+        return {"names": names, "trials": trials, "edge": bool(self.untried)}

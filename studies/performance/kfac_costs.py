@@ -25,17 +25,18 @@ from secondorder.kfac.options import Damping, Options
 from secondorder.networks import network
 from secondorder.untouched import same_randomness
 from studies.engine.records import Row
-from studies.optimisers.costs import Stepper, state_bytes
-from studies.timing import peak_bytes, seconds
+from studies.optimisers.costs import Stepper, memory, next_to
+from studies.performance.curvature_costs import CLASSES, random_batch
+from studies.timing import MILLISECONDS, PEAK, in_turn
 
-CLASSES, LEARNING_RATE = 10, 1e-4
+LEARNING_RATE = 1e-4
+STATE, OF_SGD, OF_PART = "state MiB", "milliseconds of SGD", "milliseconds of a part"
 NEVER = 10**9
 """An interval that no measurement reaches; the first step updates and inverts in any case."""
 PLAIN, FACTORS, WHOLE = "plain", "factors", "factors and inverses"
-KINDS = {PLAIN: (NEVER, NEVER), FACTORS: (1, NEVER), WHOLE: (1, 1)}
-"""Kind of step -> (factor interval, inverse interval) of an optimiser that takes no others."""
-STEPS = {PLAIN: 3, FACTORS: 1, WHOLE: 1}
-"""Steps in a repeat, each after one of SGD: a plain step differs least from SGD's."""
+KINDS = {PLAIN: (NEVER, NEVER, 3), FACTORS: (1, NEVER, 1), WHOLE: (1, 1, 1)}
+"""Kind of step -> (factor interval, inverse interval) of an optimiser that takes no others, and how many are taken in a repeat,
+each after one of SGD: a plain step differs least from SGD's."""
 METHODS: dict[str, dict[str, Any]] = {
     "K-FAC, eigen": {},
     "K-FAC, Cholesky": {"damping": Damping(inverse="cholesky")},
@@ -54,67 +55,41 @@ def shares(factor_interval: int, inverse_interval: int) -> dict[str, float]:
     return {PLAIN: 1 - of_factors, FACTORS: of_factors - of_inverses, WHOLE: of_inverses}
 
 
-def steppers(
-    backbone: str, head: str, images: int, device: torch.device
-) -> tuple[Stepper, dict[tuple[str, str], Stepper]]:
-    """SGD, and each method and kind of step, all after their first steps."""
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(images, 3, 32, 32, generator=generator).to(device)
-    labels = torch.randint(CLASSES, (images,), generator=generator).to(device)
-
-    def stepper(method: Mapping[str, Any] | None, factors: int = 1, inverses: int = 1) -> Stepper:
+def _steppers(settings: Mapping[str, Any], device: torch.device) -> dict[tuple[str, str], Stepper]:
+    """SGD, ("sgd", ""), and each method and kind of step, all after their first steps."""
+    batch = random_batch(settings["images"], device)
+    found = {}
+    kinds = [("sgd", "")] + [(name, kind) for name in METHODS for kind in KINDS]
+    for name, kind in kinds:
         torch.manual_seed(0)
-        model = network(backbone, head, CLASSES, 3).to(device)
-        optimizer: torch.optim.Optimizer
-        if method is None:
-            optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-        else:
-            options = Options(warm_up=False, stagger=False, timing=inverses == 1)
-            optimizer = KFAC(
-                model, LEARNING_RATE, factor_interval=factors, inverse_interval=inverses, options=options, **method
-            )
-        return Stepper(model, optimizer, F.cross_entropy, [(batch, labels)])
-
-    timed = {
-        (name, kind): stepper(method, *intervals)
-        for name, method in METHODS.items()
-        for kind, intervals in KINDS.items()
-    }
-    sgd = stepper(None)
-    for one in (sgd, *timed.values()):
-        one()
-    return sgd, timed
+        model = network(settings["network"], settings["head"], CLASSES, 3).to(device)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+        if kind:
+            own = METHODS[name] | {"options": Options(warm_up=False, stagger=False, timing=kind == WHOLE)}
+            factors, inverses, _ = KINDS[kind]
+            optimizer = KFAC(model, LEARNING_RATE, factor_interval=factors, inverse_interval=inverses, **own)
+        found[name, kind] = Stepper(model, optimizer, F.cross_entropy, [batch])
+        found[name, kind]()
+    return found
 
 
 def measure_kfac(settings: Mapping[str, Any]) -> Iterator[Row]:
     """Rows of all kinds of steps of a network, each with that of the SGD steps next to it, and of the parts of the largest."""
     device = torch.device(settings["device"])
     with same_randomness():
-        sgd, timed = steppers(settings["network"], settings["head"], settings["images"], device)
-    own_memory = {"sgd": _bytes(sgd, device)} | {name: _bytes(timed[name, WHOLE], device) for name in METHODS}
-    for name, (peak, state) in own_memory.items():
-        yield {"optimizer": name, "quantity": "peak MiB", "value": peak / 2**20}
-        yield {"optimizer": name, "quantity": "state MiB", "value": state / 2**20}
-    for repeat in range(settings["repeats"]):
-        start = repeat % len(timed)
-        order = [*timed.items()][start:] + [*timed.items()][:start]
-        for (name, kind), stepper in order:
-            before = _milliseconds(stepper)
-            pairs = [(seconds(sgd, device), seconds(stepper, device)) for _ in range(STEPS[kind])]
-            sgd_ms, own_ms = (1e3 * sum(times) / len(pairs) for times in zip(*pairs, strict=True))
-            at = {"optimizer": name, "layer": kind, "index": repeat}
-            yield at | {"quantity": "milliseconds", "value": own_ms}
-            yield at | {"quantity": "milliseconds of SGD", "value": sgd_ms}
-            if kind == WHOLE:
-                for part, after in _milliseconds(stepper).items():
-                    yield at | {"layer": part, "quantity": "milliseconds of a part", "value": after - before[part]}
-
-
-def _milliseconds(stepper: Stepper) -> dict[str, float]:
-    """Of each part, in all steps so far."""
-    return {part: mean * stepper.steps for part, mean in stepper.parts().items()}
-
-
-def _bytes(stepper: Stepper, device: torch.device) -> tuple[float, int]:
-    """Peak memory of a step beyond what is held between steps, and the optimiser's state, which is held."""
-    return peak_bytes(stepper, device), state_bytes(stepper.optimizer.state_dict())
+        steppers = _steppers(settings, device)
+    for (name, kind), stepper in steppers.items():
+        if kind in ("", WHOLE):
+            peak, state = memory(stepper, device)
+            yield {"optimizer": name, "quantity": PEAK, "value": peak}
+            yield {"optimizer": name, "quantity": STATE, "value": state}
+    sgd = steppers.pop(("sgd", ""))
+    for repeat, (name, kind) in in_turn([*steppers], settings["repeats"]):
+        stepper, at = steppers[name, kind], {"optimizer": name, "layer": kind, "index": repeat}
+        before = stepper.milliseconds()
+        of_sgd, own = next_to(sgd, stepper, device, KINDS[kind][-1])
+        yield at | {"quantity": MILLISECONDS, "value": own}
+        yield at | {"quantity": OF_SGD, "value": of_sgd}
+        if kind == WHOLE:
+            for part, after in stepper.milliseconds().items():
+                yield at | {"layer": part, "quantity": OF_PART, "value": after - before[part]}

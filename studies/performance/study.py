@@ -4,14 +4,16 @@ Everything is timed by itself, interleaved: each repeat runs every variant once,
 busy moment of a shared machine meets all of them. Ratios are taken within a repeat; their medians are compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from secondorder.errors import unknown
+from secondorder.errors import check_known
 from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS
 from studies.checks import check_count, check_names
 from studies.engine.plan import Computed, Measurement
+from studies.engine.records import Row
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
 from studies.performance.curvature_costs import measure_curvature
@@ -48,40 +50,31 @@ class Settings:
             check_count(name, getattr(self, name))
         check_count("kfac_images", self.kfac_images, least=2)
         check_names("kfac_heads", self.kfac_heads)
-        if self.kfac_network not in NETWORKS:
-            raise unknown("network", self.kfac_network, NETWORKS)
+        check_known("network", self.kfac_network, NETWORKS)
         for head in self.kfac_heads:
-            if head not in POOLINGS:
-                raise unknown("pooling", head, POOLINGS)
-
-
-def tasks(context: Context) -> Sequence[Computed]:
-    """A task for each shape, one for the curvature quantities, one for the K-FAC steps of each head."""
-    s, device = context.settings, str(context.common.torch_device)
-    found = [
-        Computed(
-            Measurement("heads", measure_heads, {"shape": shape, "repeats": s.repeats, "device": device}),
-            {"network": f"features {shape}", "dataset": "random"},
-            alone=True,
-            device=device,
-        )
-        for shape in s.shapes
-    ]
-    sizes = {"images": s.curvature_images, "channels": s.curvature_channels, "repeats": s.repeats, "device": device}
-    network = f"3-c-c-P-2c-2c-P, c = {s.curvature_channels}, batch {s.curvature_images}"
-    labels = {"network": network, "head": "gcp", "dataset": "random"}
-    found.append(Computed(Measurement("curvature costs", measure_curvature, sizes), labels, alone=True, device=device))
-    for head in s.kfac_heads:
-        case = {"network": s.kfac_network, "head": head, "images": s.kfac_images}
-        steps = Measurement("K-FAC costs", measure_kfac, case | {"repeats": s.kfac_repeats, "device": device})
-        labels = {"network": f"{s.kfac_network}, batch {s.kfac_images}", "head": head, "dataset": "random"}
-        found.append(Computed(steps, labels, alone=True, device=device))
-    return found
+            check_known("pooling", head, POOLINGS)
 
 
 def plan(context: Context) -> Plan:
-    """All at once."""
-    yield tasks(context)
+    """A task for each shape, one for the curvature quantities, one for the K-FAC steps of each head; all at once."""
+    s, device = context.settings, str(context.common.torch_device)
+
+    def timed(name: str, measure: Callable[[Any], Iterator[Row]], case: dict[str, Any], **labels: str) -> Computed:
+        measurement = Measurement(name, measure, case | {"device": device})
+        return Computed(measurement, {"dataset": "random"} | labels, alone=True, device=device)
+
+    def kfac(head: str) -> Computed:
+        case = {"network": s.kfac_network, "head": head, "images": s.kfac_images, "repeats": s.kfac_repeats}
+        network = f"{s.kfac_network}, batch {s.kfac_images}"
+        return timed("K-FAC costs", measure_kfac, case, network=network, head=head)
+
+    network = f"3-c-c-P-2c-2c-P, c = {s.curvature_channels}, batch {s.curvature_images}"
+    sizes = {"images": s.curvature_images, "channels": s.curvature_channels, "repeats": s.repeats}
+    yield [
+        *(timed("heads", measure_heads, {"shape": f, "repeats": s.repeats}, network=f"features {f}") for f in s.shapes),
+        timed("curvature costs", measure_curvature, sizes, network=network, head="gcp"),
+        *map(kfac, s.kfac_heads),
+    ]
 
 
 STUDY = Study(
