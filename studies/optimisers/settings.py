@@ -120,7 +120,7 @@ PRESETS = {
             ("sgd", "kfac"), images=128, widths=(12, 4), batch_size=64, updates=20, tuning_seeds=1, evaluations=4
         ),
     ),
-    "quick": Settings(),
+    "quick": Settings(others=("adamw", "ekfac", "soap", "muon"), autoencoder=AutoencoderSettings(tuning_seeds=1)),
     "cifar10": Settings(
         others=("adamw", "soap", "muon"),
         training=Training(
