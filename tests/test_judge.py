@@ -9,52 +9,51 @@ import pytest
 from judge_records import BELOW_GAP, GAP, GCP, claim, ratios, records, scatter
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 from secondorder.errors import InputError
 from studies.judge import (
     CONTRADICTED,
     NO_EFFECT,
     NOT_MEASURED,
-    NOT_YET,
     PRIMARY,
     PROVED,
     SUPPORTED,
     UNDECIDED,
+    Claim,
     Comparison,
     Difference,
     Equivalence,
-    Estimate,
     Judged,
     Ratio,
     complete,
-    holm,
+    estimate,
     judge,
-    outcome,
-    seeds_needed,
 )
-
-
-def made_up(low: float, high: float, low90: float, high90: float) -> Estimate:
-    return Estimate(1.0, low, high, low90, high90, 0.5, 0.5, 5, 1, 0, pd.DataFrame())
-
+from studies.judge.power import seeds_needed
+from studies.judge.verdicts import holm, outcome
 
 ABOVE_GAP = Ratio(GCP, GAP, "above", margin=0.1)
 AS_GAP = Equivalence(Ratio(GCP, GAP, margin=0.1))
+LOW, HIGH, T90, T95 = math.log(0.9), math.log(1.1), *stats.t.ppf([0.95, 0.975], 7)
 
 
 @pytest.mark.parametrize(
-    ("ends", "below", "above", "within"),
+    ("mean", "error", "below", "above", "within"),
     [
-        ((0.5, 0.89, 0.6, 0.8), SUPPORTED, CONTRADICTED, CONTRADICTED),
-        ((1.11, 2.0, 1.2, 1.9), CONTRADICTED, SUPPORTED, CONTRADICTED),
-        ((0.5, 0.91, 0.6, 0.89), UNDECIDED, UNDECIDED, UNDECIDED),  # only the 90 % interval is beyond
-        ((0.85, 1.15, 0.91, 1.09), NO_EFFECT, NO_EFFECT, SUPPORTED),  # only the 90 % interval is inside
-        ((0.85, 1.05, 0.89, 1.04), UNDECIDED, UNDECIDED, UNDECIDED),
-        ((0.5, 2.0, 0.6, 1.9), UNDECIDED, UNDECIDED, UNDECIDED),
+        (LOW - 0.25, 0.1, SUPPORTED, CONTRADICTED, CONTRADICTED),
+        (HIGH + 0.25, 0.1, CONTRADICTED, SUPPORTED, CONTRADICTED),
+        (LOW - 0.21, 0.1, UNDECIDED, UNDECIDED, UNDECIDED),  # only the 90 % interval is beyond
+        (LOW + 0.021, 0.01, NO_EFFECT, NO_EFFECT, SUPPORTED),  # only the 90 % interval is inside
+        (LOW + 0.018, 0.01, UNDECIDED, UNDECIDED, UNDECIDED),
+        (0.0, 0.5, UNDECIDED, UNDECIDED, UNDECIDED),
     ],
 )
-def test_outcome(ends: tuple[float, float, float, float], below: str, above: str, within: str) -> None:
-    assert [outcome(made_up(*ends), compare) for compare in (BELOW_GAP, ABOVE_GAP, AS_GAP)] == [below, above, within]
+def test_outcome(mean: float, error: float, below: str, above: str, within: str) -> None:
+    assert 0.018 < T90 * 0.01 < 0.021 < T95 * 0.01 < 0.025
+    seen = estimate(BELOW_GAP, ratios(scatter(mean, error * math.sqrt(8), 8)))
+    assert seen is not None
+    assert [outcome(seen, claimed) for claimed in ("below", "above", "within")] == [below, above, within]
 
 
 def only(claims: list[Any], table: pd.DataFrame) -> Judged:
@@ -140,10 +139,19 @@ def test_the_family_are_the_measured_primary_claims_of_one_data_set() -> None:
 
 def test_an_equivalence_is_corrected_at_its_level() -> None:
     """Supported by the 90 % interval: its p value is tested at 5 %, twice the level of a claimed side."""
-    case = only([claim(compare=AS_GAP)], records(ratios(scatter(0.03, 0.08, 8))))
-    assert case.estimate is not None
-    assert 0.025 < case.estimate.p_supported < 0.05
-    assert (case.outcome, case.p_holm) == (SUPPORTED, pytest.approx(case.estimate.p_supported / 2))
+    logs = scatter(0.03, 0.08, 8)
+    case = only([claim(compare=AS_GAP)], records(ratios(logs)))
+    p = DescrStatsW(logs).ttost_mean(LOW, HIGH)[0]
+    assert 0.025 < p < 0.05
+    assert (case.outcome, case.p_holm) == (SUPPORTED, pytest.approx(p / 2))
+
+
+@pytest.mark.parametrize(("mean", "end", "side"), [(-0.3, LOW, "less"), (0.3, HIGH, "greater")])
+def test_p_values_are_those_of_the_ends_of_the_zone(mean: float, end: float, side: str) -> None:
+    logs = scatter(mean, 0.3, 5)
+    p = stats.ttest_1samp(logs, end, alternative=side).pvalue
+    for compare in (BELOW_GAP, ABOVE_GAP, AS_GAP):
+        assert only([claim(compare=compare)], records(ratios(logs))).p_holm == pytest.approx(p)
 
 
 def test_a_theorem_is_proved_unless_its_check_contradicts_it() -> None:
@@ -193,6 +201,7 @@ def test_bad_records(change: Any, message: str) -> None:
         (lambda: claim(primary=10), "primary of claim 'smoother loss' must be a whole number from 0 to 9, got 10"),
         (lambda: claim(" "), "name of a claim ' ': must be words"),
         (lambda: claim(study=None), "study None must be a name"),
+        (lambda: Claim("a", "A.", "landscape", "loss", BELOW_GAP), "values None must be a function of the records"),
         (lambda: claim(compare="below"), "compare 'below' must be a comparison such as Ratio"),  # type: ignore[arg-type]
         (lambda: claim(says={"maybe": "?"}), "unknown outcome in says of claim 'smoother loss' 'maybe'"),
         (lambda: claim(proved="yes"), "proved of claim 'smoother loss' must be True or False, got 'yes'"),
@@ -205,7 +214,7 @@ def test_bad_claims(make: Any, message: str) -> None:
 
 def test_the_nine_primary_claims_are_complete() -> None:
     assert [primary.number for primary in PRIMARY] == list(range(1, 10))
-    assert [primary.number for primary in NOT_YET] == [7, 8, 9]
+    assert [primary.number for primary in PRIMARY if not primary.study] == [7, 8, 9]
     own = claim("robust", Difference(GCP, GAP), primary=8)
     claims = complete([own, claim("explored", primary=0)])
     assert [c.primary for c in claims] == list(range(1, 10))

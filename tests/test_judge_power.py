@@ -7,7 +7,7 @@ import pytest
 from scipy import integrate, stats
 from statsmodels.stats.power import TTestPower
 
-from studies.judge import seeds_needed
+from studies.judge.power import seeds_needed
 
 TEN_PERCENT = (math.log(0.9), math.log(1.1))
 SD = 0.121  # of the log ratio of the relative gradient distance between seeds, ResNet-8 on CIFAR-10

@@ -1,29 +1,15 @@
 """Claims as data, judged on records with five outcomes: see `claims`, `comparisons`, `estimates` and `verdicts`."""
 
-from studies.judge.claims import (
-    CONTRADICTED,
-    NO_EFFECT,
-    NOT_MEASURED,
-    OUTCOMES,
-    PROVED,
-    SUPPORTED,
-    UNDECIDED,
-    Claim,
-    Estimate,
-    Judged,
-)
+from studies.judge.claims import CONTRADICTED, NO_EFFECT, NOT_MEASURED, PROVED, SUPPORTED, UNDECIDED, Claim, Judged
 from studies.judge.comparisons import Bound, Comparison, Difference, Equivalence, Interaction, Ratio
-from studies.judge.estimates import estimate
-from studies.judge.power import seeds_needed
-from studies.judge.primary import NOT_YET, PRIMARY, complete, contrast, primary
-from studies.judge.verdicts import holm, judge, outcome
+from studies.judge.estimates import Estimate, estimate
+from studies.judge.primary import PRIMARY, complete, contrast, primary
+from studies.judge.verdicts import judge
 
 __all__ = [
     "CONTRADICTED",
     "NOT_MEASURED",
-    "NOT_YET",
     "NO_EFFECT",
-    "OUTCOMES",
     "PRIMARY",
     "PROVED",
     "SUPPORTED",
@@ -40,9 +26,6 @@ __all__ = [
     "complete",
     "contrast",
     "estimate",
-    "holm",
     "judge",
-    "outcome",
     "primary",
-    "seeds_needed",
 ]

@@ -9,32 +9,47 @@ The effect of a seed is a contrast of the values x of its cells on a scale g (`s
     Equivalence  that of the comparison in it
 
 Means and t intervals are those of effects. They are told on a natural scale (a ratio, a difference of values, a value), on which
-lies the zone of practical equivalence, reference - margin to reference + margin.
+lies the zone of practical equivalence, reference - margin to reference + margin. Arguments of all kinds:
+
+    of, to    cells, such as {"head": "gcp"}, in the same columns
+    claimed   the side of the zone on which the effect is claimed to be, "below" or "above"
+    margin    what counts as no effect, on the natural scale: 0.1 of a Ratio is 0.9 to 1.1
+    scale     g: "identity"; "log" for positive values; "logit" for fractions such as accuracy; "fisher" for correlations
 """
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
 
-from secondorder.errors import InputError, check_known, short
-from studies.judge.cells import ABOVE, BELOW, WITHIN, Cell, check_cell, check_claimed, check_margin, check_pair
+from secondorder.errors import InputError, check_known, check_number, short
+from studies.judge.cells import Cell, check_cells
 from studies.judge.scales import SCALES, Array
 
+BELOW, ABOVE, WITHIN = "below", "above", "within"
 
-class Comparison(ABC):
-    """A contrast of cells, claimed to lie on one side of its zone of practical equivalence (or within it)."""
 
+@dataclass(frozen=True)
+class Comparison:
+    """A contrast of cells, claimed to lie on one side of its zone of practical equivalence, or within it.
+
+    Args:
+        contrast: the cells, each with its sign in the effect.
+        claimed: the side, "below" or "above", or "within".
+        margin: half the width of the zone.
+        scale: g of the values.
+        told: how effects are told: as a "value" g^-1(effect); as a "difference" g^-1(c + effect) - g^-1(c) for c the mean of g
+            over the last cell; or as the "effect" that they are.
+        reference: the middle of the zone.
+    """
+
+    contrast: Sequence[tuple[int, Cell]]
     claimed: str
     margin: float
-    reference: float
     scale: str
-
-    @property
-    @abstractmethod
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """The cells, each with its sign in the effect."""
+    told: str
+    reference: float = 0.0
 
     @property
     def columns(self) -> list[str]:
@@ -47,208 +62,95 @@ class Comparison(ABC):
         return self.reference - self.margin, self.reference + self.margin
 
     def natural(self, effects: Array, center: float) -> Array:
-        """Effects on the natural scale, g^-1(effect) if not said otherwise; `center` is the mean of g over the last cell."""
-        return SCALES[self.scale].natural(effects)
+        """Effects on the natural scale; `center` is the mean of g over the last cell."""
+        g = SCALES[self.scale]
+        if self.told == "difference":
+            return g.natural(center + effects) - g.natural(center)
+        return g.natural(effects) if self.told == "value" else effects
 
     def effect(self, natural: float, center: float) -> float:
         """The effect of a natural value, the inverse of `natural`; infinite where the value is out of reach."""
-        return float(SCALES[self.scale].transformed(natural))
+        g = SCALES[self.scale]
+        if self.told == "difference":
+            return float(g.transformed(g.natural(center) + natural)) - center
+        return float(g.transformed(natural)) if self.told == "value" else natural
 
 
-@dataclass(frozen=True)
-class Ratio(Comparison):
-    """x_of / x_to, paired by network and seed: the geometric mean, with the t interval of logarithms.
-
-    Args:
-        of: cell of the numerator.
-        to: cell of the denominator.
-        claimed: whether the ratio is claimed to be "below" or "above" 1.
-        margin: ratios from 1 - margin to 1 + margin count as no effect.
-    """
-
-    of: Cell
-    to: Cell
-    claimed: str = BELOW
-    margin: float = 0.1
-    reference = 1.0
-    scale = "log"
-
-    def __post_init__(self) -> None:
-        check_pair("of", self.of, "to", self.to)
-        check_claimed(self.claimed)
-        check_margin(self.margin, most=1.0)
-
-    @property
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """log x_of - log x_to."""
-        return [(1, self.of), (-1, self.to)]
+def Ratio(of: Cell, to: Cell, claimed: str = BELOW, margin: float = 0.1) -> Comparison:
+    """x_of / x_to, paired by network and seed: the geometric mean, with the t interval of logarithms, against 1."""
+    check_cells(of=of, to=to)
+    _check_zone(claimed, margin, most=1.0)
+    return Comparison([(1, of), (-1, to)], claimed, margin, "log", "value", reference=1.0)
 
 
-@dataclass(frozen=True)
-class Difference(Comparison):
-    """x_of - x_to, paired by network and seed; on a scale g with bounds, the interval stays where differences can be.
+def Difference(of: Cell, to: Cell, claimed: str = ABOVE, margin: float = 0.0, scale: str = "identity") -> Comparison:
+    """x_of - x_to, paired by network and seed, against 0; on a scale with bounds, the interval stays where differences can be.
 
     The t interval is that of g(x_of) - g(x_to), told as g^-1(c + effect) - g^-1(c) for c the mean of g(x_to) over the pairs,
     which counts as known. Hence for every scale the margin is in units of the values (0.005: half a point of accuracy). A
     fraction of 0 or 1 and a correlation of -1 or 1 have no finite g and are left out, counted.
-
-    Args:
-        of: cell of the minuend.
-        to: cell of the subtrahend.
-        claimed: whether the difference is claimed to be "below" or "above" 0.
-        margin: differences from -margin to margin count as no effect, in units of the values.
-        scale: "identity"; "logit" for fractions such as accuracy; "fisher" for correlations.
     """
-
-    of: Cell
-    to: Cell
-    claimed: str = ABOVE
-    margin: float = 0.0
-    scale: str = "identity"
-    reference = 0.0
-
-    def __post_init__(self) -> None:
-        check_pair("of", self.of, "to", self.to)
-        check_claimed(self.claimed)
-        check_margin(self.margin)
-        check_known("scale of a difference", self.scale, [name for name in SCALES if name != "log"])
-
-    @property
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """g(x_of) - g(x_to)."""
-        return [(1, self.of), (-1, self.to)]
-
-    def natural(self, effects: Array, center: float) -> Array:
-        """g^-1(c + effect) - g^-1(c); the effect itself on the identity, where subtracting c again would only round."""
-        g = SCALES[self.scale]
-        return effects if self.scale == "identity" else g.natural(center + effects) - g.natural(center)
-
-    def effect(self, natural: float, center: float) -> float:
-        """g(g^-1(c) + difference) - c."""
-        g = SCALES[self.scale]
-        return natural if self.scale == "identity" else float(g.transformed(g.natural(center) + natural)) - center
+    check_cells(of=of, to=to)
+    _check_zone(claimed, margin)
+    check_known("scale of a difference", scale, [name for name in SCALES if name != "log"])
+    told = "effect" if scale == "identity" else "difference"  # adding c and subtracting it again would only round
+    return Comparison([(1, of), (-1, to)], claimed, margin, scale, told)
 
 
-@dataclass(frozen=True)
-class Interaction(Comparison):
+def Interaction(
+    of: Cell,
+    to: Cell,
+    numerator: Cell,
+    denominator: Cell,
+    claimed: str = BELOW,
+    margin: float = 0.1,
+    scale: str = "log",
+) -> Comparison:
     """The gain, numerator / denominator, of one group against that of another: a difference of differences of logarithms.
 
     With numerator {"optimizer": "sgd"} and denominator {"optimizer": "kfac"}, in steps to a target, it is the logarithm of
-    K-FAC's speed-up under head `of` less that under head `to`: below 0 where K-FAC helps `of` less.
-
-    Args:
-        of: cell of the group whose gain is looked at.
-        to: cell of the group that it is compared with, in the same columns.
-        numerator: cell in other columns, on top of the gain.
-        denominator: cell in the same columns as `numerator`, below it.
-        claimed: whether the interaction is claimed to be "below" or "above" 0.
-        margin: interactions from -margin to margin count as no effect, in logarithms (0.1: some 10 %).
-        scale: g of the values: "log", or "identity" for plain differences, with the margin in units of the values.
+    K-FAC's speed-up under head `of` less that under head `to`: below 0 where K-FAC helps `of` less. The margin is in logarithms
+    (0.1: some 10 %). On the scale "identity" it is one of plain differences, with the margin in units of the values.
     """
-
-    of: Cell
-    to: Cell
-    numerator: Cell
-    denominator: Cell
-    claimed: str = BELOW
-    margin: float = 0.1
-    scale: str = "log"
-    reference = 0.0
-
-    def __post_init__(self) -> None:
-        check_pair("of", self.of, "to", self.to)
-        check_pair("numerator", self.numerator, "denominator", self.denominator)
-        if shared := sorted({*self.of} & {*self.numerator}):
-            raise InputError(
-                f"an interaction crosses two factors, and {shared[0]!r} is a column of both: give each its own"
-            )
-        check_claimed(self.claimed)
-        check_margin(self.margin)
-        check_known("scale of an interaction", self.scale, ("log", "identity"))
-
-    @property
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """The four cells."""
-        signs = [(1, self.of, self.numerator), (-1, self.of, self.denominator)]
-        signs += [(-1, self.to, self.numerator), (1, self.to, self.denominator)]
-        return [(sign, {**group, **side}) for sign, group, side in signs]
-
-    def natural(self, effects: Array, center: float) -> Array:
-        """The effects as they are: an interaction of logarithms is told in logarithms."""
-        return effects
-
-    def effect(self, natural: float, center: float) -> float:
-        """The value as it is."""
-        return natural
+    check_cells(of=of, to=to)
+    check_cells(numerator=numerator, denominator=denominator)
+    if shared := sorted({*of} & {*numerator}):
+        raise InputError(
+            f"an interaction crosses two factors, and {shared[0]!r} is a column of both: give each its own"
+        )
+    _check_zone(claimed, margin)
+    check_known("scale of an interaction", scale, ("log", "identity"))
+    signs = [(1, of, numerator), (-1, of, denominator), (-1, to, numerator), (1, to, denominator)]
+    return Comparison([(sign, {**group, **side}) for sign, group, side in signs], claimed, margin, scale, "effect")
 
 
-@dataclass(frozen=True)
-class Bound(Comparison):
-    """The values of one cell against a constant: on "log" their geometric mean, else g^-1 of the mean of g.
-
-    Args:
-        of: the cell.
-        claimed: whether the value is claimed to be "below" or "above" the reference.
-        reference: the constant, in units of the values.
-        margin: values from reference - margin to reference + margin count as no effect, in units of the values.
-        scale: g of the values: "identity"; "log" for positive values; "logit" for fractions; "fisher" for correlations.
-    """
-
-    of: Cell
-    claimed: str
-    reference: float
-    margin: float = 0.0
-    scale: str = "identity"
-
-    def __post_init__(self) -> None:
-        check_cell("of", self.of)
-        check_claimed(self.claimed)
-        check_margin(self.margin)
-        check_known("scale of a bound", self.scale, SCALES)
-        low, high = SCALES[self.scale].low, SCALES[self.scale].high
-        number = isinstance(self.reference, Real) and not isinstance(self.reference, bool)
-        if not number or not np.isfinite(self.reference) or not low <= self.reference <= high:
-            raise InputError(
-                f"reference {short(self.reference)}: {self.scale!r} needs a finite number from {low:g} to {high:g}"
-            )
-
-    @property
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """g(x_of)."""
-        return [(1, self.of)]
+def Bound(of: Cell, claimed: str, reference: float, margin: float = 0.0, scale: str = "identity") -> Comparison:
+    """The values of one cell against a constant in their units: on "log" their geometric mean, else g^-1 of the mean of g."""
+    check_cells(of=of)
+    _check_zone(claimed, margin)
+    check_known("scale of a bound", scale, SCALES)
+    low, high = SCALES[scale].low, SCALES[scale].high
+    number = isinstance(reference, Real) and not isinstance(reference, bool)
+    if not number or not np.isfinite(reference) or not low <= reference <= high:
+        raise InputError(f"reference {short(reference)}: {scale!r} needs a finite number from {low:g} to {high:g}")
+    return Comparison([(1, of)], claimed, margin, scale, "value", reference)
 
 
-@dataclass(frozen=True)
-class Equivalence(Comparison):
+def Equivalence(comparison: Comparison) -> Comparison:
     """The claim that the effect of a comparison lies within its zone; the side that the comparison itself claims is not used.
 
     Supported where the whole 90 % interval (two one-sided tests at 5 %) is inside the zone; contradicted where the whole 95 %
     interval is beyond it, on either side.
     """
+    if not isinstance(comparison, Comparison) or comparison.claimed == WITHIN:
+        raise InputError(f"comparison {short(comparison)}: must be a Ratio, Difference, Interaction or Bound")
+    if not comparison.margin > 0:
+        raise InputError(
+            f"margin {comparison.margin:g} of an equivalence: must be above 0, nothing lies inside no width"
+        )
+    return replace(comparison, claimed=WITHIN)
 
-    comparison: Comparison
 
-    claimed = WITHIN
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.comparison, Ratio | Difference | Interaction | Bound):
-            raise InputError(f"comparison {short(self.comparison)}: must be a Ratio, Difference, Interaction or Bound")
-        if not self.comparison.margin > 0:
-            raise InputError(
-                f"margin {self.comparison.margin:g} of an equivalence: must be above 0, nothing lies inside no width"
-            )
-        for name in ("margin", "reference", "scale"):
-            object.__setattr__(self, name, getattr(self.comparison, name))
-
-    @property
-    def contrast(self) -> list[tuple[int, Cell]]:
-        """The contrast of the comparison."""
-        return self.comparison.contrast
-
-    def natural(self, effects: Array, center: float) -> Array:
-        """The natural scale of the comparison."""
-        return self.comparison.natural(effects, center)
-
-    def effect(self, natural: float, center: float) -> float:
-        """The effect of the comparison."""
-        return self.comparison.effect(natural, center)
+def _check_zone(claimed: object, margin: object, most: float = np.inf) -> None:
+    check_known("side claimed", claimed, (BELOW, ABOVE))
+    check_number("margin", margin, 0, most)

@@ -39,12 +39,8 @@ class Scale:
             return np.asarray(self.inverse(np.asarray(values, dtype=float)))
 
 
-def _unchanged(values: Array) -> Array:
-    return values
-
-
 SCALES = {
-    "identity": Scale(_unchanged, _unchanged, -np.inf, np.inf),
+    "identity": Scale(np.positive, np.positive, -np.inf, np.inf),
     "log": Scale(np.log, np.exp, 0.0, np.inf),
     "logit": Scale(special.logit, special.expit, 0.0, 1.0, bounded=True),
     "fisher": Scale(np.arctanh, np.tanh, -1.0, 1.0, bounded=True),

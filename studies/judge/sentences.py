@@ -1,9 +1,8 @@
 """A sentence for a reader on each claim that was judged."""
 
-import math
-
 from studies.judge.claims import CONTRADICTED, NO_EFFECT, NOT_MEASURED, PROVED, SUPPORTED, UNDECIDED, Claim, Estimate
-from studies.judge.power import LEVEL, MOST_SEEDS
+from studies.judge.comparisons import WITHIN
+from studies.judge.power import MOST_SEEDS
 
 PLAIN = {
     SUPPORTED: "The whole 95 % interval is beyond the margin on the claimed side.",
@@ -21,41 +20,19 @@ PLAIN_EQUIVALENCE = PLAIN | {
 NO_INTERVAL = "No interval: fewer than two seeds, or networks, that are independent."
 
 
-def sentence(
-    claim: Claim,
-    outcome: str,
-    estimate: Estimate | None,
-    *,
-    p_holm: float = math.nan,
-    family: int = 1,
-    survives: bool = True,
-    seeds: int | None = None,
-) -> str:
+def sentence(claim: Claim, outcome: str, estimate: Estimate, seeds: int | None, lost: str) -> str:
     """What the claim says of its outcome or, failing that, a plain sentence, and what a reader must know besides.
 
-    Args:
-        claim: the claim.
-        outcome: its outcome, "" for an exploratory one.
-        estimate: its estimate, None where it was not measured.
-        p_holm: the adjusted p value.
-        family: how many claims it is corrected for.
-        survives: False where the interval decides the claim and the correction takes that back.
-        seeds: the seeds that would decide it.
+    `seeds` would decide it; `lost` says why it is undecided though its interval decides it.
     """
-    if estimate is None or outcome == NOT_MEASURED:
-        return claim.says.get(NOT_MEASURED) or not_measured(claim.study)
-    plain = PLAIN_EQUIVALENCE if claim.compare.claimed == "within" else PLAIN
-    texts = [
-        claim.says.get(outcome) or ("" if _silent(estimate, survives) and outcome == UNDECIDED else plain[outcome])
-    ]
+    plain = PLAIN_EQUIVALENCE if claim.compare.claimed == WITHIN else PLAIN
+    explained = outcome == UNDECIDED and (lost or not estimate.has_interval)  # by another sentence
+    texts = [claim.says.get(outcome) or ("" if explained else plain[outcome])]
     if estimate.censored:
         texts.append(f"Censored seeds: {estimate.censored}, so the value is a bound without an interval.")
     elif not estimate.has_interval:
         texts.append(NO_INTERVAL)
-    if not survives:
-        texts.append(
-            f"The interval is beyond the margin, but not after correction for {family} claims (Holm: p = {p_holm:.2g} > {LEVEL})."
-        )
+    texts.append(lost)
     if outcome == UNDECIDED and estimate.has_interval:
         texts.append(_power(seeds, estimate.networks))
     if estimate.left_out:
@@ -66,16 +43,10 @@ def sentence(
     return " ".join(text for text in texts if text)
 
 
-def not_measured(study: str) -> str:
-    """The command that would measure what was not measured."""
-    return (
-        f"Not measured: `python -m studies {study}` would." if study else "Not measured: there is no study of it yet."
-    )
-
-
-def _silent(estimate: Estimate, survives: bool) -> bool:
-    """Whether another sentence says already why a claim is undecided."""
-    return not survives or not estimate.has_interval
+def not_measured(claim: Claim) -> str:
+    """What the claim says of it or, failing that, the command that would measure it."""
+    command = f"`python -m studies {claim.study}` would" if claim.study else "there is no study of it yet"
+    return claim.says.get(NOT_MEASURED) or f"Not measured: {command}."
 
 
 def _power(seeds: int | None, networks: int) -> str:

@@ -1,52 +1,41 @@
 """The outcome of every claim on every data set: by its intervals, and for primary claims corrected for their number (Holm)."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from secondorder.errors import InputError, short
-from studies.judge.cells import ABOVE, WITHIN, check_records
-from studies.judge.claims import (
-    CONTRADICTED,
-    NO_EFFECT,
-    NOT_MEASURED,
-    PROVED,
-    SUPPORTED,
-    UNDECIDED,
-    Claim,
-    Estimate,
-    Judged,
-)
-from studies.judge.comparisons import Comparison
-from studies.judge.estimates import effects_of, estimate_of, mean_of, zone_of
+from studies.judge.cells import check_records
+from studies.judge.claims import CONTRADICTED, NO_EFFECT, NOT_MEASURED, PROVED, SUPPORTED, UNDECIDED, Claim, Judged
+from studies.judge.comparisons import ABOVE, BELOW, WITHIN
+from studies.judge.estimates import Estimate, estimate
 from studies.judge.power import INSIDE_LEVEL, LEVEL, seeds_needed
-from studies.judge.sentences import sentence
+from studies.judge.sentences import not_measured, sentence
 
 
-def outcome(estimate: Estimate, compare: Comparison) -> str:
-    """What the intervals of an estimate say of a comparison.
+def outcome(estimate: Estimate, claimed: str) -> str:
+    """What the intervals of an estimate say of the claim that it lies on a side of its zone, or within it.
 
     - supported: the whole 95 % interval is beyond the zone of practical equivalence on the claimed side,
     - contradicted: it is beyond the zone on the other side,
     - no effect: the whole 90 % interval is inside the zone,
     - undecided: none of these; so too without an interval (one seed, a censored value).
 
-    Of an Equivalence: supported where the 90 % interval is inside, contradicted where the 95 % interval is beyond on either side.
+    Of "within": supported where the 90 % interval is inside, contradicted where the 95 % interval is beyond on either side.
     """
-    low, high = compare.zone
     if not estimate.has_interval:
         return UNDECIDED
-    if low <= estimate.low90 and estimate.high90 <= high and low < high:
-        return SUPPORTED if compare.claimed == WITHIN else NO_EFFECT
-    below, above = estimate.high < low, estimate.low > high
-    if compare.claimed == WITHIN:
-        return CONTRADICTED if below or above else UNDECIDED
-    if below or above:
-        return SUPPORTED if above == (compare.claimed == ABOVE) else CONTRADICTED
-    return UNDECIDED
+    low, high = estimate.zone
+    (low95, high95), (low90, high90) = estimate.mean.interval(0.95), estimate.mean.interval(0.90)
+    if low <= low90 and high90 <= high and low < high:
+        return SUPPORTED if claimed == WITHIN else NO_EFFECT
+    if low <= high95 and low95 <= high:
+        return UNDECIDED
+    side = BELOW if high95 < low else ABOVE
+    return SUPPORTED if side == claimed else CONTRADICTED
 
 
 def judge(claims: Sequence[Claim], records: pd.DataFrame) -> list[Judged]:
@@ -63,12 +52,11 @@ def judge(claims: Sequence[Claim], records: pd.DataFrame) -> list[Judged]:
     check_records(records)
     judged: list[Judged] = []
     for dataset in records.dataset.unique() if len(records) else [""]:
-        cases = [_case(claim, records[records.dataset == dataset]) for claim in claims]
-        family = [case for case in cases if case.tested]
-        adjusted = holm([case.p for case in family])
-        corrected = {case.claim.name: p for case, p in zip(family, adjusted, strict=True)}
-        for case in cases:
-            judged.append(case.judged(str(dataset), corrected.get(case.claim.name, math.nan), len(family)))
+        table = records[records.dataset == dataset]
+        estimates = [(claim, _estimate(claim, table)) for claim in claims]
+        p_values = {c.name: _p_value(c, e) for c, e in estimates if e is not None and c.primary and not c.proved}
+        adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+        judged += [_judged(claim, str(dataset), found, adjusted) for claim, found in estimates]
     return judged
 
 
@@ -77,92 +65,66 @@ def check_claims(claims: Sequence[Claim]) -> None:
     for claim in claims:
         if not isinstance(claim, Claim):
             raise InputError(f"claim {short(claim)}: must be a Claim")
-    names, numbers = [claim.name for claim in claims], [claim.primary for claim in claims if claim.primary]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two claims are called {name!r}; names must be unique")
-    for number in numbers:
-        if numbers.count(number) > 1:
-            same = " and ".join(repr(claim.name) for claim in claims if claim.primary == number)
-            raise InputError(f"{same} are both primary claim {number}; make all but one exploratory (primary=0)")
+    for claim, other in combinations(claims, 2):
+        if claim.name == other.name:
+            raise InputError(f"two claims are called {claim.name!r}; names must be unique")
+        if claim.primary and claim.primary == other.primary:
+            both = f"{claim.name!r} and {other.name!r} are both primary claim {claim.primary}"
+            raise InputError(f"{both}; make all but one exploratory (primary=0)")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values, in the order given; nan counts as 1 and stays nan."""
     if not p_values:
         return []
-    adjusted = multipletests([1.0 if math.isnan(p) else p for p in p_values], method="holm")[1]
-    return [math.nan if math.isnan(p) else float(a) for p, a in zip(p_values, adjusted, strict=True)]
+    adjusted = multipletests(np.nan_to_num(p_values, nan=1.0), method="holm")[1]
+    return np.where(np.isnan(p_values), np.nan, adjusted).tolist()
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A claim with its estimate on one data set, before the correction for several claims."""
-
-    claim: Claim
-    estimate: Estimate | None = None
-    effect: float = math.nan
-    sd: float = math.nan
-    between: float = math.nan
-    zone: tuple[float, float] = (math.nan, math.nan)
-
-    @property
-    def tested(self) -> bool:
-        """Whether it is of the family that Holm's correction is for."""
-        return self.claim.primary > 0 and self.estimate is not None and not self.claim.proved
-
-    @property
-    def p(self) -> float:
-        """The smaller p value of both sides, at LEVEL; that of an equivalence is tested at twice as much and hence halved."""
-        assert self.estimate is not None
-        half = 0.5 if self.claim.compare.claimed == WITHIN else 1.0
-        return min(half * self.estimate.p_supported, self.estimate.p_contradicted)
-
-    def judged(self, dataset: str, p_holm: float, family: int) -> Judged:
-        """The outcome, when the claim is one of a `family` and has the adjusted p value `p_holm`."""
-        if self.estimate is None:
-            return Judged(
-                self.claim, dataset, None, NOT_MEASURED, math.nan, None, sentence(self.claim, NOT_MEASURED, None)
-            )
-        by_interval = outcome(self.estimate, self.claim.compare)
-        # a theorem is proved, whatever the scatter of its check, unless the check contradicts it
-        word = PROVED if self.claim.proved and by_interval != CONTRADICTED else by_interval
-        if not self.claim.primary and not self.claim.proved:
-            word = ""
-        survives = not self.tested or word not in (SUPPORTED, CONTRADICTED) or p_holm <= LEVEL
-        word = word if survives else UNDECIDED
-        seeds = self._seeds_needed(max(family, 1)) if word == UNDECIDED else None
-        text = sentence(self.claim, word, self.estimate, p_holm=p_holm, family=family, survives=survives, seeds=seeds)
-        return Judged(self.claim, dataset, self.estimate, word, p_holm, seeds, text)
-
-    def _seeds_needed(self, family: int) -> int | None:
-        """Seeds at the level of the strictest of Holm's tests, LEVEL / family; "no effect" is not corrected for."""
-        assert self.estimate is not None
-        if self.estimate.censored:
-            return None
-        within = self.claim.compare.claimed == WITHIN
-        return seeds_needed(
-            self.effect,
-            self.sd,
-            self.zone,
-            networks=self.estimate.networks,
-            between=self.between,
-            level=LEVEL / family,
-            inside_level=INSIDE_LEVEL / family if within else INSIDE_LEVEL,
-        )
-
-
-def _case(claim: Claim, records: pd.DataFrame) -> _Case:
-    """The claim with its estimate from the records of one data set."""
+def _estimate(claim: Claim, records: pd.DataFrame) -> Estimate | None:
+    """The estimate of the claim from the records of one data set; None where it was not measured."""
     measured = records[records.study == claim.study]
-    if measured.empty:
-        return _Case(claim)
+    if measured.empty or claim.values is None:
+        return None
     try:
-        effects = effects_of(claim.compare, claim.values(measured))
+        return estimate(claim.compare, claim.values(measured))
     except InputError as error:
         raise InputError(f"claim {claim.name!r}: {error}") from None
-    if effects is None:
-        return _Case(claim)
-    mean = mean_of(effects.table)
-    estimate = estimate_of(claim.compare, effects)
-    return _Case(claim, estimate, mean.value, mean.sd, mean.between, zone_of(claim.compare, effects.center))
+
+
+def _p_value(claim: Claim, estimate: Estimate) -> float:
+    """The smallest one-sided p value, at LEVEL, of the outcomes "supported" and "contradicted"."""
+    mean, (low, high) = estimate.mean, estimate.zone
+    beyond = min(mean.p_value(low - mean.value), mean.p_value(mean.value - high))
+    if claim.compare.claimed != WITHIN:
+        return beyond
+    inside = max(mean.p_value(mean.value - low), mean.p_value(high - mean.value))
+    return min(inside / 2, beyond)  # tested at twice LEVEL
+
+
+def _judged(claim: Claim, dataset: str, estimate: Estimate | None, adjusted: dict[str, float]) -> Judged:
+    """The claim with its outcome; `adjusted` are the Holm-adjusted p values of its family, by the names of claims."""
+    if estimate is None:
+        return Judged(claim, dataset, None, NOT_MEASURED, sentence=not_measured(claim))
+    word, lost = outcome(estimate, claim.compare.claimed), ""
+    p, family = adjusted.get(claim.name, np.nan), len(adjusted)
+    if claim.proved:  # whatever the scatter of its check, unless the check contradicts it
+        word = CONTRADICTED if word == CONTRADICTED else PROVED
+    elif not claim.primary:
+        word = ""
+    elif word in (SUPPORTED, CONTRADICTED) and p > LEVEL:
+        word = UNDECIDED
+        lost = f"The interval is beyond the margin, but not after correction for {family} claims (Holm: p = {p:.2g} > {LEVEL})."
+    seeds = None
+    if word == UNDECIDED:  # at the level of the strictest of Holm's tests; "no effect" is not corrected for
+        mean = estimate.mean
+        seeds = seeds_needed(
+            mean.value,
+            mean.sd,
+            estimate.zone,
+            networks=estimate.networks,
+            between=mean.between,
+            level=LEVEL / family,
+            inside_level=INSIDE_LEVEL / family if claim.compare.claimed == WITHIN else INSIDE_LEVEL,
+        )
+    return Judged(claim, dataset, estimate, word, p, seeds, sentence(claim, word, estimate, seeds, lost))
