@@ -98,7 +98,7 @@ def several(effects: dict[str, list[float]]) -> pd.DataFrame:
     return pd.concat([ratios(logs, network) for network, logs in effects.items()])
 
 
-@pytest.mark.parametrize("sd", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("sd", [0.0, 0.01, 0.1])
 def test_networks_with_as_many_seeds_have_the_t_interval_of_their_means(sd: float) -> None:
     means = [-0.5, -0.1, -0.3, -0.25]
     effects = {f"net{i}": list(scatter(mean, sd * (1 + i), 3)) for i, mean in enumerate(means)}
@@ -109,6 +109,16 @@ def test_networks_with_as_many_seeds_have_the_t_interval_of_their_means(sd: floa
     )
     assert p_values(ratio)[0] == pytest.approx(stats.ttest_1samp(means, math.log(0.9), alternative="less").pvalue)
     assert (ratio.n, ratio.networks) == (3, 4)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.1])
+def test_networks_that_agree_by_chance_have_the_error_of_their_seeds(spread: float) -> None:
+    """Knapp and Hartung's modification: means closer than their seeds allow do not make the interval narrower."""
+    effects = {f"net{i}": list(scatter(-0.2 + spread * i, 0.5, 4)) for i in (-1, 0, 1)}
+    ratio = measured(BELOW_GAP, several(effects))
+    half = stats.t.ppf(0.975, 2) * 0.5 / math.sqrt(12)
+    assert np.log([ratio.value, ratio.low, ratio.high]) == pytest.approx([-0.2, -0.2 - half, -0.2 + half])
+    assert ratio.mean.between == 0.0
 
 
 def test_unequal_networks_are_weighed_as_by_hand() -> None:
