@@ -2,98 +2,34 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from studies.draw import forest_row, seed_rows
+from studies.judge import Claim, Comparison, Estimate, Judged, Ratio, complete
+from studies.page import outcome_of
+from studies.statistics import geometric_interval, mean_interval
 
-@dataclass(frozen=True)
-class Compare:
-    """Stands for a comparison of `studies.judge`."""
-
-    claimed: str
-    zone: tuple[float, float]
-    scale: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    value: float
-    low: float
-    high: float
-    n: int
-    networks: int
-    by_seed: pd.DataFrame
-    left_out: int = 0
-    has_interval: bool = True
-
-
-@dataclass(frozen=True)
-class Claim:
-    name: str
-    statement: str
-    study: str
-    quantity: str
-    compare: Compare
-    primary: int = 0
-
-
-@dataclass(frozen=True)
-class Judged:
-    claim: Claim
-    dataset: str
-    estimate: Estimate | None
-    outcome: str
-    p_holm: float = float("nan")
-    seeds_needed: int | None = None
-    sentence: str = ""
-
-
-TEN = Compare("below", (0.9, 1.1), "log")
-CLAIMS = [
-    Claim("smoother loss", "The loss is smoother under GCP.", "landscape",
-          "error of the first-order prediction |L(X − ηg) − L + η|g|²| / (η|g|²), GCP / GAP", TEN, 1),
-    Claim("predictive gradients", "Gradients are more predictive under GCP.", "landscape", "|g(η) − g| / |g|, GCP / GAP", TEN, 2),
-    Claim("the head preconditions", "The GCP head preconditions the features.", "curvature",
-          "median condition number of the head's Jacobian, exact root / none", TEN, 3),
-    Claim("better conditioned curvature", "The weights' curvature is better conditioned.", "curvature",
-          "λ₁ / λₖ of GGN blocks, GCP / GAP", Compare("below", (0.8, 1.2), "log"), 4),
-    Claim("K-FAC-like gradient", "The gradient of GCP is like K-FAC's of GAP.", "preconditioning",
-          "partial correlation of g_GCP with P g_GAP given g_GAP", Compare("above", (-0.1, 0.1), "fisher"), 5),
-    Claim("superfluous second order", "Second-order steps gain less under GCP.", "optimisers",
-          "interaction in log steps to target, GCP − GAP", Compare("below", (-0.1, 0.1), "log"), 6),
-    Claim("rapid decay", "GCP converges under rapid decay of the learning rate.", "convergence",
-          "accuracy of GCP, fast schedule − GAP, normal one", Compare("above", (-0.005, 0.005), "logit"), 7),
-    Claim("robust", "GCP is more robust to corruptions.", "robustness", "relative mCE, GCP / GAP",
-          Compare("below", (0.95, 1.05), "log"), 8),
-    Claim("transfers", "GCP backbones transfer better.", "", "AP of a fine-tuned detector, GCP − GAP backbone",
-          Compare("above", (-0.5, 0.5), "identity"), 9),
-]  # fmt: skip
+TEN = Ratio({"head": "gcp"}, {"head": "gap"}, margin=0.1)
+STUDIES = {3: "curvature", 7: "convergence", 8: "robustness"}
+CLAIMS = [replace(claim, study=STUDIES.get(claim.primary, claim.study)) for claim in complete([])]
+CLAIMS[2] = replace(CLAIMS[2], compare=TEN)  # the real one has no margin, so there is nothing to draw
 OUTCOMES = {
-    "digits": (
-        "supported",
-        "supported",
+    "digits": [
+        *["supported"] * 2,
         "proved",
         "no effect",
-        "undecided",
-        "undecided",
+        *["undecided"] * 2,
         "contradicted",
         "undecided",
         "not measured",
-    ),
-    "cifar10": (
-        "supported",
-        "undecided",
-        "proved",
-        "contradicted",
-        "no effect",
-        "supported",
-        "no effect",
-        "supported",
+    ],
+    "cifar10": [
+        *("supported", "undecided", "proved", "contradicted", "no effect", "supported", "no effect", "supported"),
         "not measured",
-    ),
+    ],
 }
 CENTERS = {
     "digits": (0.78, 0.80, 0.004, 1.02, 0.09, -0.09, -0.021, 0.985, 0.0),
@@ -101,35 +37,33 @@ CENTERS = {
 }
 
 
-def estimate(
-    center: float, log: bool, spread: float, seeds: int, networks: Sequence[str], random: np.random.Generator
-) -> Estimate:
-    points = [(n, s, random.normal(np.log(center) if log else center, spread)) for n in networks for s in range(seeds)]
-    table = pd.DataFrame(points, columns=["network", "seed", "effect"])
-    mean, half = table.effect.mean(), stats.t.ppf(0.975, seeds - 1) * table.effect.std() / np.sqrt(seeds)
-    if log:
-        table["effect"] = np.exp(table.effect)
-        return Estimate(
-            float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), seeds, len(networks), table
-        )
-    return Estimate(float(mean), float(mean - half), float(mean + half), seeds, len(networks), table)
+def made_up(value: float, low: float, high: float, by_seed: pd.DataFrame) -> Estimate:
+    n, networks = len(by_seed) // by_seed.network.nunique(), by_seed.network.nunique()
+    return Estimate(value, low, high, low, high, 0.02, 0.5, n, networks, 0, by_seed)
 
 
-def judged_claims(dataset: str, seeds: int = 8, claims: Sequence[Claim] = CLAIMS) -> list[Judged]:
+def estimate(center: float, log: bool, spread: float, seeds: int, random: np.random.Generator) -> Estimate:
+    effects = random.normal(np.log(center) if log else center, spread, seeds)
+    effects = np.exp(effects) if log else effects
+    found = geometric_interval(effects) if log else mean_interval(effects)
+    table = pd.DataFrame({"network": "digits_net", "seed": range(seeds), "effect": effects})
+    return made_up(found.estimate, found.low, found.high, table)
+
+
+def judged_claims(dataset: str, seeds: int = 8) -> list[Judged]:
     """All claims judged on a data set, with made-up numbers near `CENTERS` and the outcomes of `OUTCOMES`."""
     random = np.random.default_rng(5)
     judged = []
-    for claim, outcome, center in zip(claims, OUTCOMES[dataset], CENTERS[dataset], strict=True):
+    for claim, outcome, center in zip(CLAIMS, OUTCOMES[dataset], CENTERS[dataset], strict=True):
         if outcome == "not measured":
-            judged.append(Judged(claim, dataset, None, outcome))
+            judged.append(Judged(claim, dataset, None, outcome, np.nan, None, ""))
             continue
         low, high = claim.compare.zone
         log = claim.compare.scale == "log" and low > 0
         spread = (0.9 if outcome == "undecided" else 0.35) * (high - low) / 2
-        made = estimate(center, log, spread, seeds, ["digits_net"], random)
+        found = estimate(center, log, spread, seeds, random)
         sentence = f"{claim.statement.rstrip('.')}: {outcome} on {dataset} (made-up numbers)."
-        needed = 16 if outcome == "undecided" else None
-        judged.append(Judged(claim, dataset, made, outcome, 0.012, needed, sentence))
+        judged.append(Judged(claim, dataset, found, outcome, 0.012, 16 if outcome == "undecided" else None, sentence))
     return judged
 
 
@@ -137,34 +71,40 @@ def controls(dataset: str, seeds: int = 8) -> list[Judged]:
     """The claim's contrast with other heads in place of GCP: exploratory, without verdict words."""
     random = np.random.default_rng(6)
     names = {"covariance / GAP": 1.3, "exact root / GAP": 0.75, "GAP lifted / GAP": 0.98}
-    return [
-        Judged(Claim(name, f"{name}.", "landscape", "first-order error, ratio", TEN), dataset,
-               estimate(center, True, 0.08, seeds, ["digits_net"], random), "")
-        for name, center in names.items()
-    ]  # fmt: skip
+    claims = [Claim(name, f"{name}.", "landscape", "error, ratio", TEN, lambda records: records) for name in names]
+    found = [estimate(center, True, 0.08, seeds, random) for center in names.values()]
+    return [Judged(claim, dataset, e, "", np.nan, None, "") for claim, e in zip(claims, found, strict=True)]
 
 
-def training(
-    heads: Sequence[str] = ("gap", "gap_lifted", "covariance", "gcp", "gcp_exact"), seeds: int = 5
-) -> pd.DataFrame:
-    """Made-up curves: columns head, seed, step, part, loss, low, high, gradient, variation."""
+def forest_table(judged: Sequence[Judged]) -> pd.DataFrame:
+    """What `Forest` draws of judged claims."""
+    rows = []
+    for item in judged:
+        found = outcome_of(item)
+        row = forest_row(item.claim, item.dataset, item.outcome, (found.estimate, found.low, found.high))
+        rows += [row, *seed_rows(row, found.by_seed)]
+    return pd.DataFrame(rows)
+
+
+def one_row(compare: Comparison, value: float, low: float, high: float, outcome: str) -> pd.DataFrame:
+    """The forest table of an estimate with two seeds."""
+    points = pd.DataFrame({"network": ["n"] * 2, "seed": [0, 1], "effect": [value, value]})
+    claim = Claim("c", "C.", "s", "q", compare, lambda records: records, 1)
+    return forest_table([Judged(claim, "digits", made_up(value, low, high, points), outcome, np.nan, None, "")])
+
+
+def training(heads: Sequence[str], seeds: int) -> pd.DataFrame:
+    """Made-up curves: columns head, seed, step, part, loss, low, high, predicted, variation."""
     random = np.random.default_rng(0)
     rows = []
     for (place, head), seed in itertools.product(enumerate(heads), range(seeds)):
         shift = random.normal(0, 0.08)
         for step in range(0, 210, 15):
-            loss = (2.3 - 0.12 * place) * np.exp(-step / (90 - 9 * place)) * np.exp(
-                shift + random.normal(0, 0.03)
-            ) + 0.05
-            gradient = loss * np.exp(random.normal(0, 0.15)) / 10
+            decay = np.exp(-step / (90 - 9 * place) + shift + random.normal(0, 0.03))
+            loss = (2.3 - 0.12 * place) * decay + 0.05
+            predicted = 75 * (loss * np.exp(random.normal(0, 0.15)) / 10) ** 2
             for part in ("late", "early"):
-                rows.append((head, seed, step, part, loss * (1 + (part == "late")), 0.9 * loss, 1.3 * loss, 75 * gradient**2,
-                             75 * gradient**2 * np.exp(random.normal(0.02, 0.05))))  # fmt: skip
+                variation = predicted * np.exp(random.normal(0.02, 0.05))
+                shown = loss * (1 + (part == "late"))
+                rows.append((head, seed, step, part, shown, 0.9 * loss, 1.3 * loss, predicted, variation))
     return pd.DataFrame(rows, columns=["head", "seed", "step", "part", "loss", "low", "high", "predicted", "variation"])
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Stands for `studies.results.Provenance`."""
-
-    versions: dict[str, str] = field(default_factory=lambda: {"python": "3.11.9", "torch": "2.11"})

@@ -9,14 +9,14 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from fake_results import TEN, Claim, Compare, Estimate, Judged, controls, judged_claims, training
+from fake_results import TEN, controls, forest_table, judged_claims, one_row, training
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 from scipy import stats
 
 from secondorder.errors import InputError
-from studies.draw import Bands, Curves, Forest, Heatmap, Scatter, forest_table, in_margins, mini
-from studies.draw.frame import SMALL, WIDTH
+from studies.draw import Curves, Forest, Heatmap, Scatter, in_margins, mini
+from studies.draw.frame import SMALL, WIDTH, save
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import (
     COLORS,
@@ -27,9 +27,10 @@ from studies.draw.palette import (
     colors,
     dashes,
 )
-from studies.draw.saving import save
+from studies.judge import Bound, Comparison, Equivalence, Interaction
 
 LINES = training(("gap", "gcp"), seeds=3)
+BANDS = Curves("step", "low", upper="high", log="y", mean="geometric")
 FOREST = forest_table(judged_claims("digits", 4))
 MAP = pd.DataFrame(
     [
@@ -43,12 +44,14 @@ MAP = pd.DataFrame(
 KINDS: dict[str, tuple[Any, pd.DataFrame]] = {
     "curves": (Curves("step", "loss", panels="part", zone=(0.9, 1.1), reference=1.0), LINES),
     "logarithmic curves": (Curves("step", "loss", panels="part", mean="geometric", log="y"), LINES),
-    "bands": (Bands("step", "low", "high", log=True), LINES),
+    "bands": (BANDS, LINES),
     "forest": (Forest("dataset", groups="claim", margins=True), in_margins(FOREST)),
-    "ratios": (Forest("claim", panels="dataset", hue="network"), forest_table(controls("digits", 4))),
+    "ratios": (Forest("claim", groups="dataset"), forest_table(controls("digits", 4))),
     "map": (Heatmap("damping", "rate", "loss"), MAP),
+    "logarithmic map": (Heatmap("damping", "rate", "loss", panels="head", log=True), MAP.assign(head="gcp")),
     "scatter": (Scatter("predicted", "variation", line="identity", log="xy"), LINES),
 }
+GCP = {"head": "gcp"}
 NUMBERS = {"estimate", "loss", "low", "predicted"}
 # Machado, Oliveira, Fernandes (2009), severity 1: linear RGB as seen without red, green or blue cones
 VISION = {
@@ -109,6 +112,7 @@ def test_letters_can_be_read_and_the_figure_fits(kind: str) -> None:
     figure.draw_without_rendering()
     shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert len(shown) > 5
+    assert not any("$" in text.get_text() for text in shown)
     assert min(text.get_fontsize() for text in shown) >= SMALL
     assert figure.get_figwidth() <= WIDTH
     drawn = figure.get_tightbbox()
@@ -122,12 +126,12 @@ def test_letters_can_be_read_and_the_figure_fits(kind: str) -> None:
 def test_the_same_table_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
     description, table = KINDS[kind]
     before = table.copy()
-    save(description.draw(table), tmp_path, "a", ["svg"])
+    save(description.draw(table), tmp_path, "a")
     content = (tmp_path / "a.svg").read_bytes()
     with mpl.rc_context(
         {"font.size": 20, "axes.grid": True, "xtick.labelsize": 3, "ytick.major.size": 9, "lines.linewidth": 9}
     ):
-        save(description.draw(table), tmp_path, "a", ["svg"])
+        save(description.draw(table), tmp_path, "a")
     assert (tmp_path / "a.svg").read_bytes() == content
     pd.testing.assert_frame_equal(table, before)
 
@@ -138,7 +142,7 @@ def test_words_of_a_table_are_drawn_as_they_are(kind: str, tmp_path: Path) -> No
     payload = r"$\frac{x$ </text><script>alert(1)</script>"
     words = [c for c in table if table[c].dtype == object and c not in ("claimed", "outcome")]
     odd = table.assign(**{c: table[c] + payload for c in words}) if words else table.assign(damping=payload)
-    save(description.draw(odd), tmp_path, "a", ["svg"])
+    save(description.draw(odd), tmp_path, "a")
     tags = {str(element.tag).rpartition("}")[2] for element in ElementTree.parse(tmp_path / "a.svg").iter()}
     assert "script" not in tags
 
@@ -199,18 +203,11 @@ def test_the_mean_of_a_head_ends_where_a_seed_diverges(lost: Any) -> None:
 
 def test_bands_lie_between_geometric_means_of_the_edges() -> None:
     table = LINES[(LINES.part == "early") & (LINES["head"] == "gcp")]
-    axes = Bands("step", "low", "high", log=True).draw(table).axes[0]
-    edges = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 1.6]
+    axes = BANDS.draw(table).axes[0]
+    edges = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 1.8]
     for column, edge in zip(("low", "high"), edges, strict=True):
         by_seed = table.pivot(index="step", columns="seed", values=column)
         np.testing.assert_allclose(edge, np.exp(np.log(by_seed).mean(axis=1)))
-
-
-def one_row(compare: Compare, value: float, low: float, high: float, outcome: str) -> pd.DataFrame:
-    points = pd.DataFrame({"network": ["n"] * 2, "seed": [0, 1], "effect": [value, value]})
-    return forest_table([
-        Judged(Claim("c", "C.", "s", "q", compare, 1), "digits", Estimate(value, low, high, 2, 1, points), outcome)
-    ])  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -218,14 +215,18 @@ def one_row(compare: Compare, value: float, low: float, high: float, outcome: st
     [
         (TEN, (0.9, 0.81, 1.0), (1.0, 0.0, 2.0)),
         (TEN, (1.1, 1.0, 1.21), (-1.0, -2.0, 0.0)),
-        (Compare("above", (-0.1, 0.1), "fisher"), (0.2, 0.1, 0.3), (2.0, 1.0, 3.0)),
-        (Compare("below", (-0.1, 0.1), "log"), (-0.3, -0.4, -0.2), (3.0, 2.0, 4.0)),
-        (Compare("below", (90.0, 110.0), "log"), (81.0, 81.0, 81.0), (2.0, 2.0, 2.0)),
-        (Compare("within", (0.9, 1.1), "log"), (1.1, 0.9, 1.21), (1.0, -1.0, 2.0)),
-        (Compare("below", (0.0, 0.0), "identity"), (0.2, 0.1, 0.3), (np.nan, np.nan, np.nan)),
+        (Bound(GCP, "above", 0.0, 0.1, "fisher"), (0.2, 0.1, 0.3), (2.0, 1.0, 3.0)),
+        (
+            Interaction(GCP, {"head": "gap"}, {"optimizer": "sgd"}, {"optimizer": "kfac"}),
+            (-0.3, -0.4, -0.2),
+            (3.0, 2.0, 4.0),
+        ),
+        (Bound(GCP, "below", 100.0, 10.0, "log"), (81.0, 81.0, 81.0), (2.0, 2.0, 2.0)),
+        (Equivalence(TEN), (1.1, 0.9, 1.21), (1.0, -1.0, 2.0)),
+        (Bound(GCP, "below", 0.0), (0.2, 0.1, 0.3), (np.nan, np.nan, np.nan)),
     ],
 )
-def test_margins(compare: Compare, interval: tuple[float, ...], margins: tuple[float, ...]) -> None:
+def test_margins(compare: Comparison, interval: tuple[float, ...], margins: tuple[float, ...]) -> None:
     row = in_margins(one_row(compare, *interval, "undecided"))  # type: ignore[arg-type]
     np.testing.assert_allclose(row.iloc[0][["estimate", "low", "high"]].astype(float), margins, atol=1e-12)
     np.testing.assert_allclose(row.estimate, margins[0], atol=1e-12)
@@ -281,6 +282,10 @@ def test_a_scatter_has_its_line_and_equal_ranges() -> None:
         ((2.0, 2.0, 2.0), "2 [2, 2]"),
         ((1.2e-9, 1.1e-9, 1.3e-9), "1.2e−09 [1.1e−09, 1.3e−09]"),
         ((np.nan, np.nan, np.nan), ""),
+        ((2.62, 0.188, 36.7), "2.6 [0.19, 37]"),
+        ((0.05, 0.01, 0.25), "0.05 [0.01, 0.25]"),
+        ((137.0, 3.0, 6000.0), "140 [3, 6000]"),
+        ((0.0365, 0.003, 0.07), "0.04 [0.00, 0.07]"),  # a correlation: symmetric as it is, not on a logarithmic scale
     ],
 )
 def test_numbers_have_the_digits_that_their_interval_is_worth(interval: tuple[float, ...], words: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from studies.draw.saving import save
+from studies.draw.frame import save
 
 
 @contextmanager

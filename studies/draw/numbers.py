@@ -3,27 +3,35 @@
 import math
 
 MOST_DECIMALS = 6
-
-
-def decimals(error: float) -> int:
-    """Decimals that show an error with its first digit, and the second where the first is 1 or 2: 0.018 has 3, 0.4 has 1."""
-    power = math.floor(math.log10(error))
-    return -power + (error / 10.0**power < 3)
+WIDE = 10.0
+"""Ratio of the ends from which an interval is wide on a logarithmic scale."""
 
 
 def rounded(error: float, *values: float) -> list[str]:
-    """The values with the decimals that their error is worth; three digits each where it is zero, not finite or tiny."""
-    places = max(0, decimals(error)) if math.isfinite(error) and error > 0 else MOST_DECIMALS + 1
+    """The values with the decimals that their error is worth: its first digit, and the second where the first is 1 or 2.
+
+    Three digits each where the error is zero, not finite or tiny.
+    """
+    places = MOST_DECIMALS + 1
+    if math.isfinite(error) and error > 0:
+        power = math.floor(math.log10(error))
+        places = max(0, -power + (error / 10.0**power < 3))  # 0.018 has 3, 0.4 has 1
     kind = ".3g" if places > MOST_DECIMALS or max(map(abs, values)) >= 1e6 else f".{places}f"
-    words = [f"{value:{kind}}" for value in values]
-    return [word.replace("-", "−") for word in words]
+    return [f"{value:{kind}}".replace("-", "−") for value in values]
 
 
 def estimate_words(estimate: float, low: float, high: float) -> str:
-    """``0.85 [0.79, 0.92]``; without an interval that is not finite, empty without an estimate."""
+    """``0.85 [0.79, 0.92]``; without an interval that is not finite, empty without an estimate.
+
+    Each number has two digits of its own, ``2.6 [0.19, 37]``, where the interval is wide on a logarithmic scale and the estimate
+    is nearer to its middle there: with the decimals of the upper end the lower one would read 0.
+    """
     if not math.isfinite(estimate):
         return ""
     if not (math.isfinite(low) and math.isfinite(high)):
         return rounded(math.nan, estimate)[0]
-    middle, first, second = rounded((high - low) / 2, estimate, low, high)
+    if low > 0 and high > WIDE * low and abs(estimate - math.sqrt(low * high)) < abs(estimate - (low + high) / 2):
+        middle, first, second = (f"{float(f'{value:.2g}'):g}" for value in (estimate, low, high))
+    else:
+        middle, first, second = rounded((high - low) / 2, estimate, low, high)
     return f"{middle} [{first}, {second}]"

@@ -1,4 +1,4 @@
-"""One palette for all figures: a colour means one thing, and a word has the same colour and line style everywhere.
+"""One palette for all figures: a colour means one thing, and a word has the same name, colour and dashes everywhere.
 
 Heads, optimisers and outcomes do not share a colour. Within each of these groups the colours stay apart for readers without red,
 green or blue cones too (`tests/test_draw.py` measures it); dashes tell the lines of a group apart without any colour.
@@ -10,25 +10,27 @@ import seaborn as sns
 
 from secondorder.errors import InputError
 
-HEAD_COLORS = {
-    "gap": "#555555",
-    "gap_lifted": "#AABBCC",
-    "covariance": "#D55E00",
-    "gcp": "#0072B2",
-    "gcp_exact": "#009E73",
-    "gcp_log": "#550066",
-    "dropcov": "#E69F00",
+Look = tuple[str, str, tuple[float, ...]]
+"""Name for a reader, colour, and dashes of a line in line widths, none for a solid one."""
+HEADS: dict[str, Look] = {
+    "gap": ("GAP", "#555555", ()),
+    "gap_lifted": ("GAP, lifted (dimension control)", "#AABBCC", (3, 1)),
+    "covariance": ("covariance (no root)", "#D55E00", (5, 1.5)),
+    "gcp": ("GCP (5-step root)", "#0072B2", ()),
+    "gcp_exact": ("GCP (exact root)", "#009E73", (1, 1)),
+    "gcp_log": ("GCP (logarithm)", "#550066", (4, 1, 1, 1)),
+    "dropcov": ("DropCov", "#E69F00", (6, 1, 1, 1, 1, 1)),
 }
-OPTIMIZER_COLORS = {
-    "sgd": "#000000",
-    "kfac": "#6644BB",
-    "ekfac": "#6688FF",
-    "adamw": "#884400",
-    "muon": "#CC5577",
-    "soap": "#22CCFF",
-    "shampoo": "#551122",
-    "singd": "#EE9988",
-    "gauss_newton": "#222277",
+OPTIMIZERS: dict[str, Look] = {
+    "sgd": ("SGD", "#000000", ()),
+    "kfac": ("K-FAC", "#6644BB", ()),
+    "ekfac": ("EKFAC", "#6688FF", (3, 1)),
+    "adamw": ("AdamW", "#884400", (5, 1.5)),
+    "muon": ("Muon", "#CC5577", (1, 1)),
+    "soap": ("SOAP", "#22CCFF", (4, 1, 1, 1)),
+    "shampoo": ("Shampoo", "#551122", (6, 1, 1, 1, 1, 1)),
+    "singd": ("SINGD", "#EE9988", (2, 2)),
+    "gauss_newton": ("Gauss-Newton", "#222277", (6, 2)),
 }
 OUTCOME_COLORS = {
     "supported": "#007777",
@@ -39,55 +41,22 @@ OUTCOME_COLORS = {
     "not measured": "#6F6F6F",
 }
 """Dark enough for letters on white: contrast of at least 4.5."""
+LOOKS = HEADS | OPTIMIZERS
+HEAD_COLORS, OPTIMIZER_COLORS = ({word: look[1] for word, look in group.items()} for group in (HEADS, OPTIMIZERS))
 COLORS = HEAD_COLORS | OPTIMIZER_COLORS | OUTCOME_COLORS
 INK, RULE, ZONE = "#1A1A1A", "#8C8C8C", "#EEEEEE"
 """Letters, reference lines and the zone of practical equivalence."""
 
-LABELS = {
-    "gap": "GAP",
-    "gap_lifted": "GAP, lifted (dimension control)",
-    "covariance": "covariance (no root)",
-    "gcp": "GCP (5-step root)",
-    "gcp_exact": "GCP (exact root)",
-    "gcp_log": "GCP (logarithm)",
-    "dropcov": "DropCov",
-    "sgd": "SGD",
-    "kfac": "K-FAC",
-    "ekfac": "EKFAC",
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "soap": "SOAP",
-    "shampoo": "Shampoo",
-    "singd": "SINGD",
-    "gauss_newton": "Gauss-Newton",
+LABELS = {word: name for word, (name, _, _) in LOOKS.items()} | {
     "digits": "digits",
     "cifar10": "CIFAR-10",
     "cifar10_jpeg": "CIFAR-10 (JPEG)",
     "cifar100": "CIFAR-100",
-    "imagenet": "ImageNet",
     "digits_net": "digits net",
     "digits_slim": "digits slim",
     "digits_small": "digits small",
     "digits_tiny": "digits tiny",
-    "resnet8": "ResNet-8",
-    "resnet20": "ResNet-20",
     "resnet50": "ResNet-50",
-}
-
-SOLID: tuple[float, ...] = ()
-DASHES: dict[str, tuple[float, ...]] = {
-    "gap_lifted": (3, 1),
-    "covariance": (5, 1.5),
-    "gcp_exact": (1, 1),
-    "gcp_log": (4, 1, 1, 1),
-    "dropcov": (6, 1, 1, 1, 1, 1),
-    "ekfac": (3, 1),
-    "adamw": (5, 1.5),
-    "muon": (1, 1),
-    "soap": (4, 1, 1, 1),
-    "shampoo": (6, 1, 1, 1, 1, 1),
-    "singd": (2, 2),
-    "gauss_newton": (6, 2),
 }
 MOST_UNKNOWN = 6
 
@@ -115,4 +84,4 @@ def colors(words: Iterable[object]) -> dict[str, str]:
 
 def dashes(words: Iterable[object]) -> dict[str, tuple[float, ...]]:
     """The dashes of each word's line, in line widths; empty for a solid one."""
-    return {str(word): DASHES.get(str(word), SOLID) for word in words}
+    return {str(word): LOOKS[str(word)][2] if str(word) in LOOKS else () for word in words}

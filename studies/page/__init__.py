@@ -4,20 +4,8 @@
 ``performance.html`` and ``performance.md``.
 """
 
-from studies.page.outcomes import Outcome, outcome_of, outcomes_table, read_outcomes
+from studies.page.outcomes import outcome_of, outcomes_table, read_outcomes
 from studies.page.parts import Fold, Page, Picture, Table
-from studies.page.rendering import word_count
 from studies.page.writing import write_page
 
-__all__ = [
-    "Fold",
-    "Outcome",
-    "Page",
-    "Picture",
-    "Table",
-    "outcome_of",
-    "outcomes_table",
-    "read_outcomes",
-    "word_count",
-    "write_page",
-]
+__all__ = ["Fold", "Page", "Picture", "Table", "outcome_of", "outcomes_table", "read_outcomes", "write_page"]

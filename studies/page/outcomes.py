@@ -1,21 +1,19 @@
 """Outcomes of claims by data set: of this folder, and of those beside it, from their ``claims.csv``."""
 
+import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from secondorder.errors import InputError, check_known
-from studies.draw.judged import interval_of
 from studies.draw.numbers import estimate_words
-from studies.draw.palette import OUTCOME_COLORS, label
-from studies.judge import Judged
+from studies.draw.palette import OUTCOME_COLORS
+from studies.judge import NOT_MEASURED, Judged
 from studies.messages import one_line
 from studies.results import read_table
 
-NOT_MEASURED = "not measured"
 FILE = "claims"
 
 
@@ -27,16 +25,21 @@ class Outcome:
     primary: int
     dataset: str
     outcome: str
-    estimate: float = float("nan")
-    low: float = float("nan")
-    high: float = float("nan")
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    """The ends of the interval are nan, too, where no scatter was seen for it."""
     n: int = 0
     networks: int = 0
-    p_holm: float = float("nan")
+    p_holm: float = math.nan
     seeds_needed: int = 0
     quantity: str = ""
     left_out: int = 0
     """Seeds without an effect, known in this folder only."""
+    by_seed: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
+    """The effect of each seed, known in this folder only."""
+    folder: str = ""
+    """Name of the folder beside this one that it was measured in; "" for this one."""
 
     @property
     def numbers(self) -> str:
@@ -60,79 +63,67 @@ class Outcome:
     @property
     def p(self) -> str:
         """The Holm-adjusted p value; "" for none."""
-        return "" if pd.isna(self.p_holm) else "< 0.001" if self.p_holm < 0.001 else f"{self.p_holm:.2g}"
-
-    @property
-    def place(self) -> str:
-        """Name of the data set for a reader."""
-        return label(self.dataset)
+        return "" if math.isnan(self.p_holm) else "< 0.001" if self.p_holm < 0.001 else f"{self.p_holm:.2g}"
 
 
-COLUMNS = tuple(field.name for field in fields(Outcome) if field.name != "left_out")
-COUNTS, MOST = ("primary", "n", "networks", "seeds_needed"), 10**6
-"""Columns of counts, and the largest that is believed."""
+COLUMNS = [field.name for field in fields(Outcome) if field.name not in ("left_out", "by_seed", "folder")]
+"""Of ``claims.csv``."""
+WORDS, COUNTS = ["claim", "dataset", "outcome", "quantity"], ["primary", "n", "networks", "seeds_needed"]
+MOST = 10**6
+"""The largest count that is believed."""
 
 
 def outcome_of(judged: Judged) -> Outcome:
     """The outcome of a judged claim."""
-    claim, estimate = judged.claim, judged.estimate
-    measured: dict[str, Any] = {}
-    if estimate is not None:
-        measured = dict(zip(("estimate", "low", "high"), interval_of(estimate), strict=True))
-        measured |= {"left_out": int(estimate.left_out)}
-        measured |= {"n": int(estimate.n), "networks": int(estimate.networks), "p_holm": float(judged.p_holm)}
-        measured |= {"seeds_needed": int(judged.seeds_needed or 0)}
-    return Outcome(claim.name, claim.primary, judged.dataset, judged.outcome, quantity=claim.quantity, **measured)
+    claim, found = judged.claim, judged.estimate
+    outcome = Outcome(claim.name, claim.primary, judged.dataset, judged.outcome, quantity=claim.quantity)
+    if found is None:
+        return outcome
+    low, high = (found.low, found.high) if found.has_interval else (math.nan, math.nan)
+    return replace(
+        outcome, estimate=found.value, low=low, high=high, n=found.n, networks=found.networks, p_holm=judged.p_holm,
+        seeds_needed=judged.seeds_needed or 0, left_out=found.left_out, by_seed=found.by_seed,
+    )  # fmt: skip
 
 
 def outcomes_table(outcomes: Iterable[Outcome]) -> pd.DataFrame:
     """The table that is written as ``claims.csv``."""
-    return pd.DataFrame([vars(outcome) for outcome in outcomes], columns=list(COLUMNS))
+    return pd.DataFrame([[getattr(outcome, name) for name in COLUMNS] for outcome in outcomes], columns=COLUMNS)
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
     """The primary outcomes in the ``claims.csv`` of a folder; InputError if it is no such table."""
-    table = read_table(folder, FILE, COLUMNS)
-    words = ("claim", "dataset", "outcome", "quantity")
-    table = table.fillna(dict.fromkeys(words, ""))
+    table = read_table(folder, FILE, COLUMNS)[COLUMNS]
+    table = table.fillna(dict.fromkeys(WORDS, "") | dict.fromkeys(COUNTS, 0))
     try:
-        table = table.astype({name: str if name in words else float for name in COLUMNS})
-        for name in COUNTS:
-            counts = table[name].fillna(0.0)
-            if not counts.between(0, MOST).all():
-                raise ValueError(f"a value of {name} is no count")
-            table[name] = counts.astype(int)
+        table = table.astype({name: str if name in WORDS else float for name in COLUMNS})
+        if not table[COUNTS].map(lambda count: 0 <= count <= MOST).all(axis=None):
+            raise ValueError(f"a value of {', '.join(COUNTS)} is no count")
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / FILE}.csv: {error}; run the study again") from None
-    rows = table[list(COLUMNS)][table.primary > 0].to_dict("records")
-    outcomes = [Outcome(**{str(name): value for name, value in row.items()}) for row in rows]
+    table = table.astype(dict.fromkeys(COUNTS, int))
+    outcomes = [Outcome(*row) for row in table[table.primary > 0].itertuples(index=False)]
     for outcome in outcomes:
         check_known("outcome", outcome.outcome, OUTCOME_COLORS)
     return outcomes
 
 
-def beside(folder: Path, measured: Collection[str]) -> tuple[dict[str, list[Outcome]], list[str]]:
+def beside(folder: Path, measured: Collection[str]) -> tuple[list[Outcome], list[str]]:
     """Outcomes on data sets that are not among `measured`, from folders beside `folder`; what could not be read, in a line each.
 
-    Returns:
-        By name of a folder its outcomes; of a data set that several folders have, only those of the first by name.
-        The lines.
+    Of a data set that several folders have, only those of the first folder by name.
     """
-    found: dict[str, list[Outcome]] = {}
+    found: list[Outcome] = []
     lines = []
-    known = set(measured)
     here = folder.resolve()
-    for file in sorted(here.parent.glob(f"*/{FILE}.csv")):
-        if file.parent == here:
-            continue
+    for other in sorted(file.parent for file in here.parent.glob(f"*/{FILE}.csv") if file.parent != here):
         try:
-            rows = read_outcomes(file.parent)
+            rows = read_outcomes(other)
         except (InputError, OSError) as error:
             reason = str(error).replace(str(here.parent), "..")
-            lines.append(one_line(f"The outcomes beside this folder, in ../{file.parent.name}, are left out: {reason}"))
+            lines.append(one_line(f"The outcomes beside this folder, in ../{other.name}, are left out: {reason}"))
             continue
-        new = {row.dataset for row in rows if row.outcome != NOT_MEASURED} - known - {""}
-        if new:
-            found[file.parent.name] = [row for row in rows if row.dataset in new]
-            known |= new
+        known = {"", *measured, *(outcome.dataset for outcome in found)}
+        new = {row.dataset for row in rows if row.outcome != NOT_MEASURED} - known
+        found += [replace(row, folder=other.name) for row in rows if row.dataset in new]
     return found, lines

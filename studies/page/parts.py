@@ -3,76 +3,41 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from secondorder.errors import InputError, check_known
-from studies.judge import Claim, Judged
+from studies.judge import CONTRADICTED, SUPPORTED, Claim, Judged
 from studies.results import Provenance
 
-FILE = re.compile(r"[A-Za-z0-9_-]+")
 INDEX, PERFORMANCE = "index", "performance"
-HAS_EFFECT = ("supported", "contradicted")
-"""Outcomes after which controls say where the effect comes from."""
-
-
-def check_file(kind: str, name: str) -> None:
-    """InputError unless the name of a picture or a table can be that of a file and stand in a link."""
-    if not FILE.fullmatch(name):
-        raise InputError(f"{kind} {name[:80]!r}: the name of a file has letters, digits, - and _")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure, written as ``<name>.svg`` and ``<name>.png``; its caption says the conclusion first."""
+class Part:
+    """What is written into a file of its own, with a caption that says the conclusion first."""
 
     name: str
     caption: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise InputError(f"picture or table {self.name[:80]!r}: the name of a file has letters, digits, - and _")
+
+
+@dataclass(frozen=True)
+class Picture(Part):
+    """A figure, written as ``<name>.svg`` and ``<name>.png``."""
+
     figure: Figure
 
-    def __post_init__(self) -> None:
-        check_file("picture", self.name)
-
-    @property
-    def pixels(self) -> int:
-        """Width at which a page shows it, so that its letters have the size they were drawn with."""
-        return round(96 * self.figure.get_figwidth())
-
 
 @dataclass(frozen=True)
-class Table:
-    """A table with its caption, also written as ``<name>.csv``."""
+class Table(Part):
+    """A table, also written as ``<name>.csv``."""
 
-    name: str
-    caption: str
     data: pd.DataFrame
-
-    def __post_init__(self) -> None:
-        check_file("table", self.name)
-
-    @property
-    def header(self) -> list[str]:
-        """Names of the columns."""
-        return [str(column) for column in self.data.columns]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Whether a column holds numbers."""
-        return [pd.api.types.is_numeric_dtype(kind) for kind in self.data.dtypes]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Cells as a reader sees them, numbers with 4 digits."""
-        return [[_cell(value) for value in row] for row in self.data.itertuples(index=False)]
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, Real) and not isinstance(value, Integral):
-        return "–" if np.isnan(float(value)) else f"{float(value):.4g}".replace("-", "−")
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +101,7 @@ class Fold:
     @property
     def shown_controls(self) -> Sequence[Judged]:
         """The controls, if there is an effect to explain."""
-        return self.controls if any(item.outcome in HAS_EFFECT for item in self.judged) else ()
+        return self.controls if any(item.outcome in (SUPPORTED, CONTRADICTED) for item in self.judged) else ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +114,6 @@ class Page:
         preset: name of the preset that gave the numbers.
         claims: the primary claims; those that no fold judges are shown as not measured.
         commands: by name of a claim, the command that would measure it.
-        folds: those that belong to no study's tables.
     """
 
     title: str
@@ -157,4 +121,3 @@ class Page:
     preset: str
     claims: Sequence[Claim] = ()
     commands: Mapping[str, str] = field(default_factory=dict)
-    folds: Sequence[Fold] = ()

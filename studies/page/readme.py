@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from studies.draw.palette import label
-from studies.judge import PRIMARY
+from studies.judge import NOT_MEASURED, PRIMARY
 from studies.page.outcomes import Outcome, read_outcomes
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -18,15 +18,10 @@ def results_table(reports: Path) -> str:
     head = " | ".join(f"[{place}](reports/{name}/report.md)" for name, place in places.items())
     lines = [f"| | claim | {head} |", "| --- " * (2 + len(FOLDERS)) + "|"]
     for claim in PRIMARY:
-        cells = (_cell(found.get(claim.name)) for found in outcomes.values())
-        lines.append(f"| {claim.number} | {claim.statement} | {' | '.join(cells)} |")
+        cells = [found.get(claim.name, Outcome(claim.name, 0, "", NOT_MEASURED)) for found in outcomes.values()]
+        words = [f"**{cell.outcome}**, {cell.numbers}" if cell.numbers else cell.outcome for cell in cells]
+        lines.append(f"| {claim.number} | {claim.statement} | {' | '.join(words)} |")
     return "\n".join(lines)
-
-
-def _cell(outcome: Outcome | None) -> str:
-    if outcome is None or not outcome.numbers:
-        return "not measured" if outcome is None else outcome.outcome
-    return f"**{outcome.outcome}**, {outcome.numbers}"
 
 
 if __name__ == "__main__":
