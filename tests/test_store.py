@@ -142,7 +142,9 @@ def test_what_is_damaged_or_of_another_version_is_refused(data: ImageDataset, tm
     file = entry.folder / "trained.json"
     content = file.read_text()
     file.write_text(content.replace("digits_tiny", "digits_tinx"))
-    with pytest.raises(InputError, match=r"digits-digits_tiny-gap-s0-.*is damaged.*delete this folder, and the same command"):
+    with pytest.raises(
+        InputError, match=r"digits-digits_tiny-gap-s0-.*is damaged.*delete this folder, and the same command"
+    ):
         entry.ensure([])
     store_module.write_sealed(file, json.loads(content)["content"] | {"format": 0})
     with pytest.raises(InputError, match="another version, format 0; delete this folder"):
