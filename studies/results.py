@@ -1,77 +1,32 @@
-"""Result tables: tidy CSV files (long ones compressed), each with its provenance in a JSON file of the same name."""
+"""Files of results: tables as CSV, long ones compressed, and sealed JSON files, which are refused when anything in them changed.
+
+A sealed file is one JSON object, ``{"sha256": ..., "content": ...}``. The digest is of the content, number for number in the
+order it has there, and of the file's name with that of its folder: the file of another run does not pass for this one's.
+"""
 
 import gzip
+import hashlib
 import io
 import json
-import math
 import os
 import zlib
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pandas as pd
-import torch
 
 from secondorder.atomic import read_regular, write_atomically
 from secondorder.errors import InputError
-from studies.machine import machine
 
 DIGITS = ".10g"
 """Format of a table's numbers."""
+RECOMPUTE = "delete it, and the same command computes it again"
+"""What to do with a sealed file that cannot be used."""
 LONG = 200_000
 """Characters of a table above which its file is compressed."""
 TABLE_ENDS = (".csv.gz", ".csv")
 """Endings of a table's file, compressed and plain; the first that is there counts."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a result comes from: enough to run it again."""
-
-    study: str
-    config: dict[str, Any]
-    seeds: list[int]
-    data: dict[str, Any]
-    device: str
-    threads: int
-    """CPU threads of each process, shared by those that it starts itself."""
-    seconds: float
-    git_commit: str
-    versions: dict[str, str]
-    machine: str
-    processes: int = 1
-    """Of one training, by torchrun."""
-
-
-def provenance(
-    study: str,
-    config: Mapping[str, Any],
-    seeds: list[int],
-    data: Mapping[str, Any],
-    device: torch.device,
-    seconds: float,
-    commits: Iterable[str] = (),
-) -> Provenance:
-    """The provenance of a result computed now, here; `seconds` is the wall-clock time that it took.
-
-    `commits` are those of the code that computed the parts, when not all were computed by the code that runs.
-    """
-    here = machine(device)
-    return Provenance(
-        study=study,
-        config=dict(config),
-        seeds=seeds,
-        data=dict(data),
-        device=here["device"],
-        threads=here["threads"],
-        seconds=round(seconds, 2),
-        git_commit=" ".join(sorted({*commits} or {here["commit"]})),
-        versions=here["versions"],
-        machine=here["machine"],
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
-    )
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -84,29 +39,16 @@ def write_file(path: Path, content: str | bytes) -> None:
         ) from None
 
 
-def write_table(
-    folder: Path, name: str, table: pd.DataFrame, origin: Provenance | None = None, *, compressed: bool = False
-) -> None:
-    """``<name>.csv`` with ``<name>.json`` beside it when `origin` is given.
-
-    ``<name>.csv.gz`` instead if `compressed`, and for more than LONG characters; a file of the other kind is removed.
-    """
+def write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    """``<name>.csv``, or ``<name>.csv.gz`` for more than LONG characters; a file of the other kind is removed."""
     text = table.to_csv(index=False, float_format=f"%{DIGITS}", lineterminator="\n")
     plain, packed = folder / f"{name}.csv", folder / f"{name}.csv.gz"
-    if compressed or len(text) > LONG:
+    if len(text) > LONG:
         write_file(packed, gzip.compress(text.encode(), mtime=0))
         plain.unlink(missing_ok=True)
     else:
         write_file(plain, text)
         packed.unlink(missing_ok=True)
-    if origin is not None:
-        write_file(folder / f"{name}.json", json.dumps(asdict(origin), indent=2, default=str) + "\n")
-
-
-def remove_table(folder: Path, name: str) -> None:
-    """Remove the file of a table, of either kind, if there is one."""
-    for end in TABLE_ENDS:
-        (folder / f"{name}{end}").unlink(missing_ok=True)
 
 
 def table_file(folder: Path, name: str) -> Path | None:
@@ -151,28 +93,30 @@ def _check_cells(path: Path, cells: "pd.Series[Any]") -> None:
         )
 
 
-def read_provenance(folder: Path, name: str) -> Provenance:
-    """The provenance that `write_table` wrote beside a table; InputError unless all of it is there, each of its type."""
-    path = folder / f"{name}.json"
+def write_sealed(file: Path, content: Any) -> None:
+    """Write content that JSON can hold, with its digest; InputError that names the file when it cannot be written."""
+    text = json.dumps(content)
+    write_file(file, f'{{"sha256": "{_digest(file, text)}", "content": {text}}}\n')
+
+
+def read_sealed(file: Path, way_out: str = RECOMPUTE) -> Any:
+    """The content of a file that `write_sealed` wrote.
+
+    InputError, which names the file and ends with `way_out`, when it is missing, unreadable or no file, when it is not JSON or
+    has no digest (it was written before there were digests), and when digest and content do not belong together.
+    """
     try:
-        origin = Provenance(**json.loads(read_regular(path)))
-        for field, type_of_field in get_type_hints(Provenance).items():
-            _check_type(field, getattr(origin, field), type_of_field)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is no provenance file ({error}); run the study again") from None
-    return origin
+        sealed = json.loads(read_regular(file).decode())
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}; {way_out}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}); {way_out}") from None
+    if not isinstance(sealed, dict) or sealed.keys() != {"sha256", "content"}:
+        raise InputError(f"{file} has no digest: it is damaged, or an earlier version wrote it; {way_out}")
+    if sealed["sha256"] != _digest(file, json.dumps(sealed["content"])):
+        raise InputError(f"{file} is damaged: it is not what was written there; {way_out}")
+    return sealed["content"]
 
 
-def _check_type(name: str, value: object, wanted: Any) -> None:
-    """TypeError unless the value of a field, and what a list or a dictionary holds, has the type."""
-    kind, inner = get_origin(wanted) or wanted, get_args(wanted)
-    if kind is Any:
-        return
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r:.60}, no {kind.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise TypeError(f"{name} is {value}")
-    if isinstance(value, list | dict):
-        for item in value if isinstance(value, list) else value.values():
-            _check_type(name, item, inner[-1])
+def _digest(file: Path, text: str) -> str:
+    return hashlib.sha256(f"{file.absolute().parent.name}/{file.name}\n{text}".encode()).hexdigest()

@@ -9,6 +9,7 @@ import pandas as pd
 
 from studies.draw import forest_row, seed_rows
 from studies.judge import Claim, Comparison, Estimate, Judged, Ratio, complete
+from studies.judge.estimates import Mean
 from studies.page import outcome_of
 from studies.statistics import geometric_interval, mean_interval
 
@@ -39,7 +40,7 @@ CENTERS = {
 
 def made_up(value: float, low: float, high: float, by_seed: pd.DataFrame) -> Estimate:
     n, networks = len(by_seed) // by_seed.network.nunique(), by_seed.network.nunique()
-    return Estimate(value, low, high, low, high, 0.02, 0.5, n, networks, 0, by_seed)
+    return Estimate(value, low, high, n, networks, 0, by_seed, 0, Mean(value, error=1.0), (0.0, 0.0))
 
 
 def estimate(center: float, log: bool, spread: float, seeds: int, random: np.random.Generator) -> Estimate:

@@ -46,7 +46,6 @@ from studies.curvature.study import STUDY, Settings
 from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import judge
-from studies.results import provenance
 
 LIMITS = Limits(images=6, precision="float64")
 SMOKE = ["curvature", "--preset", "smoke", "--no-progress", "--threads", "1"]
@@ -211,8 +210,7 @@ def records(
 
 def results(table: pd.DataFrame, **changes: Any) -> Results:
     origins = Origins("curvature", asdict(Settings(**changes)) | {"preset": "quick"}, {"label": "Digits (8x8)"})
-    where = provenance("curvature", {}, [0], {"label": "Digits (8x8)"}, torch.device("cpu"), 1.0)
-    return Results(table, origins, judge(CLAIMS, table), where)
+    return Results(table, origins, judge(CLAIMS, table))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from secondorder.atomic import read_regular, write_atomically
 from secondorder.data import files
 from secondorder.errors import InputError
 from studies.engine.store import kept
-from studies.sealed import read_sealed
+from studies.results import read_sealed
 
 CONTENT = {"rows": [{"step": 3, "loss": 0.125, "name": "gap"}, {"step": 5, "loss": float("inf")}], "diverged": ""}
 

@@ -16,7 +16,6 @@ from studies import landscape
 from studies.engine.records import Origins, frame
 from studies.engine.study import Results
 from studies.judge import judge
-from studies.results import provenance
 
 RUN = Run("digits_tiny", "gcp", "digits", 2, 32, 0.05, train_limit=96, dropout=0.3, threads=1)
 
@@ -125,15 +124,14 @@ def test_folds_of_whatever_came_out() -> None:
         "rho": [0.1],
     }
     records = made_up(0.8)
-    origin = provenance("landscape", settings, [0], {"label": "fake"}, torch.device("cpu"), 1.0)
     judged = judge(landscape.CLAIMS, records)
-    folds = landscape.folds(Results(records, Origins("landscape", settings), judged, origin))
+    folds = landscape.folds(Results(records, Origins("landscape", settings), judged))
     assert [fold.judged[0].claim.primary for fold in folds[:2]] == [1, 2]
     assert len(folds[0].shown_controls) == len(landscape.PAIRS)
     assert "correlate at 1.0000" in folds[2].sentences[0]
     assert sum(len(fold.pictures) for fold in folds) == 5
     published = records[records.layer != landscape.DESCENT]  # of a table that lacks the line along -g
     judged = judge(landscape.CLAIMS, published)
-    folds = landscape.folds(Results(published, Origins("landscape", settings), judged, origin))
+    folds = landscape.folds(Results(published, Origins("landscape", settings), judged))
     assert [len(fold.pictures) for fold in folds] == [0, 0, 1]
     assert folds[0].judged[0].outcome == "not measured"

@@ -30,7 +30,6 @@ from studies.optimisers.problems import OF_SGD
 from studies.optimisers.settings import PRESETS, TUNING_SEED
 from studies.optimisers.study import tuning_rows
 from studies.optimisers.tuning import DEEP_LATTICES, LATTICES, Lattice, Range, Search
-from studies.results import Provenance
 
 SMOKE = ["optimisers", "--preset", "smoke", "--no-progress", "--threads", "1", "--processes", "1"]
 RUN = Run("digits_tiny", "gcp", "digits", epochs=4, batch_size=16, learning_rate=1e-3, schedule="cosine", threads=1)
@@ -370,8 +369,7 @@ def test_the_claim_has_the_outcome_that_was_built_in(speed: float, outcome: str,
 def results(records: pd.DataFrame) -> Results:
     settings = dataclasses.asdict(PRESETS["quick"]) | {"optimizers": list(SPEEDS), "others": []}
     origins = Origins("optimisers", settings, {"label": "made up"})
-    provenance = Provenance("optimisers", settings, [0], {}, "cpu", 1, 1.0, "c", {}, "m")
-    return Results(records, origins, judge(CLAIMS, records), provenance)
+    return Results(records, origins, judge(CLAIMS, records))
 
 
 def test_the_interaction_is_drawn_where_all_runs_get() -> None:

@@ -10,16 +10,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from fake_results import CLAIMS, OUTCOMES, controls, judged_claims
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from secondorder.errors import InputError
-from studies.page import Fold, Page, Picture, Table, outcome_of, outcomes_table, read_outcomes, write_page
-from studies.results import Provenance, provenance
+from studies.judge.estimates import Mean
+from studies.page import Fold, Page, Picture, Provenance, Table, outcome_of, outcomes_table, read_outcomes, write_page
 
-ORIGIN = provenance("landscape", {"preset": "digits"}, [0, 1], {"label": "Digits"}, torch.device("cpu"), 312.4)
+ORIGIN = Provenance("landscape", "Measured with torch 2; commit abc; cpu, 1 thread(s); 312 s; seeds 0, 1.")
 PAGE = Page("What is GCP?", "Nine claims.", "digits", CLAIMS, {"transfers": "python -m studies transfer"})
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -257,9 +256,8 @@ def test_a_claim_that_is_measured_nowhere_and_one_without_an_interval(tmp_path: 
     first, second, *_ = folds()[0].judged[0], *judged_claims("digits", 4)[1:]
     assert second.estimate is not None
     nowhere = dataclasses.replace(first, dataset="", estimate=None, outcome="not measured", sentence="It is planned.")
-    single = dataclasses.replace(
-        second, estimate=dataclasses.replace(second.estimate, p_supported=float("nan"), n=1, left_out=2)
-    )
+    without = dataclasses.replace(second.estimate, mean=Mean(second.estimate.value), n=1, left_out=2)
+    single = dataclasses.replace(second, estimate=without)
     page, markdown = written(tmp_path / "here", landscape=lambda _: [Fold(judged=[nowhere]), Fold(judged=[single])])
     rows = first_table(markdown)
     assert len(rows[0]) == 5  # one data set
@@ -387,17 +385,13 @@ def poisoned(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]
     elif isinstance(value, pd.DataFrame):
         if path[-1] == "data":
             yield ".".join(map(str, path)), value.rename(columns={"head": ALL}).replace({"gcp": ALL})
-    elif dataclasses.is_dataclass(value) and not isinstance(value, Provenance):
+    elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             for place, changed in poisoned(getattr(value, field.name), (*path, field.name)):
                 try:
                     yield place, dataclasses.replace(value, **{field.name: changed})  # type: ignore[type-var]
                 except InputError:
                     assert field.name in ("name", "page", "claimed")  # names of files, which page, which side
-    elif isinstance(value, Provenance):
-        for name in ("device", "git_commit"):
-            yield ".".join((*path, name)), dataclasses.replace(value, **{name: ALL})
-        yield "versions", dataclasses.replace(value, versions={ALL: ALL})
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             for place, changed in poisoned(item, (*path, index)):
@@ -412,12 +406,10 @@ CHANGED = dict(poisoned(TARGET))
 def test_every_text_of_a_fold_is_shown_as_text(tmp_path: Path, place: str) -> None:
     plain, _ = written(tmp_path / "plain", landscape=lambda _: [TARGET])
     page, _ = written(tmp_path / "odd" / "er", landscape=lambda _: [CHANGED[place]])
-    if place.endswith(("claim.name", "outcome", "dataset")):  # other rows, columns and controls
+    if place.endswith(("claim.name", "outcome", "dataset", "study")):  # other rows, columns, controls and links
         return
     assert page.tags == plain.tags
-    hidden = place.endswith(
-        ("study", "git_commit", "pictures.0.name", "tables.0.name", "exploratory.0.claim.statement")
-    )
+    hidden = place.endswith(("provenance.words", "pictures.0.name", "tables.0.name", "exploratory.0.claim.statement"))
     if "alert(1)" not in page.text:
         assert hidden or ".claim." in place or ".sentence" in place, place
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from secondorder.errors import InputError
 from studies.engine.records import frame
+from studies.page import Provenance
 from studies.performance import page
 from studies.performance.curvature_costs import QUANTITIES, actions, cost_network, measure_curvature, work
 from studies.performance.heads import BOUND, TEXTBOOK, VARIANTS, measure_heads, textbook
 from studies.performance.kfac_costs import KINDS, METHODS, PERIODS, PLAIN, TARGETS, WHOLE, measure_kfac, shares
 from studies.performance.study import STUDY, Settings
-from studies.results import provenance
 from studies.statistics import median_interval
 
 CASE = {"network": "digits_tiny", "head": "gap", "images": 4, "repeats": 2, "device": "cpu"}
@@ -160,7 +160,7 @@ def test_speed_up_and_folds() -> None:
 
 
 def origin() -> Any:
-    return provenance("performance", {}, [0], {"label": "random"}, torch.device("cpu"), 1.0)
+    return Provenance("performance", "Measured here.")
 
 
 def test_the_median_lies_between_order_statistics() -> None:

@@ -1,6 +1,5 @@
-"""Tables and provenance on disk."""
+"""Tables on disk, and what computes here."""
 
-import json
 import resource
 import signal
 import subprocess
@@ -14,13 +13,11 @@ import pytest
 import torch
 
 from secondorder.errors import InputError
-from studies.machine import git_commit
+from studies.engine.records import read_records
+from studies.machine import git_commit, machine
 from studies.results import (
     LONG,
-    provenance,
-    read_provenance,
     read_table,
-    remove_table,
     table_file,
     write_file,
     write_table,
@@ -44,17 +41,17 @@ def tiny_disk() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_table_and_provenance_come_back(tmp_path: Path) -> None:
+def test_a_table_comes_back(tmp_path: Path) -> None:
     table = pd.DataFrame({"seed": [0, 1], "loss": [0.1, 1 / 3], "pooling": ["gap", "gcp"]})
-    origin = provenance("landscape", {"epochs": 3}, [0, 1], {"label": "Digits"}, torch.device("cpu"), 1.234)
-    write_table(tmp_path, "landscape", table, origin)
-    read = read_table(tmp_path, "landscape")
-    pd.testing.assert_frame_equal(read, table, rtol=1e-7)
-    assert read_provenance(tmp_path, "landscape") == origin
-    assert origin.git_commit == git_commit()
-    assert origin.versions["torch"] == torch.__version__
-    assert origin.device.startswith("cpu: ")
-    assert json.loads((tmp_path / "landscape.json").read_text())["config"] == {"epochs": 3}
+    write_table(tmp_path, "landscape", table)
+    pd.testing.assert_frame_equal(read_table(tmp_path, "landscape"), table, rtol=1e-7)
+
+
+def test_what_computes_here_is_told() -> None:
+    here = machine(torch.device("cpu"))
+    assert here["commit"] == git_commit()
+    assert here["versions"]["torch"] == torch.__version__
+    assert here["device"].startswith("cpu: ")
 
 
 def test_long_tables_are_compressed_and_only_the_last_is_kept(tmp_path: Path) -> None:
@@ -64,10 +61,6 @@ def test_long_tables_are_compressed_and_only_the_last_is_kept(tmp_path: Path) ->
         file = tmp_path / ("a.csv.gz" if rows * 9 > LONG else "a.csv")
         assert list(tmp_path.iterdir()) == [file] == [table_file(tmp_path, "a")]
         pd.testing.assert_frame_equal(read_table(tmp_path, "a"), table)
-    write_table(tmp_path, "b", table, compressed=True)
-    for name in ("a", "b"):
-        remove_table(tmp_path, name)
-        assert table_file(tmp_path, name) is None
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
@@ -96,8 +89,8 @@ def test_missing_or_broken_files_are_named(tmp_path: Path, content: str | None) 
     if content != "{":
         with pytest.raises(InputError, match=r"landscape\.csv"):
             read_table(tmp_path, "landscape")
-    with pytest.raises(InputError, match=r"landscape\.json"):
-        read_provenance(tmp_path, "landscape")
+    with pytest.raises(InputError, match=r"landscape\.(csv|json)"):
+        read_records(tmp_path, "landscape")
 
 
 CELLS: dict[str, tuple[list[object], str | None]] = {

@@ -16,9 +16,8 @@ from studies.engine.records import Origins, frame, has_records, read_records
 from studies.engine.run import Table, carry_out
 from studies.engine.store import Store
 from studies.engine.study import Results, Study
-from studies.judge import Claim, complete, judge
+from studies.judge import complete, judge
 from studies.page import Fold, Page, write_page
-from studies.results import Provenance
 from studies.settings import Common
 
 TITLE = "What does global covariance pooling have to do with second-order optimisation?"
@@ -68,36 +67,14 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         records, origins = read[name] if name in read else read_records(folder, name)
         names = {claim.name for claim in studies[name].claims}
         mine = [case for case in judged if case.claim.name in names and case.dataset in set(records.dataset)]
-        return studies[name].folds(Results(records, origins, mine, provenance(name, records, origins)))
+        return studies[name].folds(Results(records, origins, mine))
 
     page = Page(
         title=TITLE,
         question=QUESTION,
         preset=preset,
         claims=primary,
-        commands={claim.name: command_of(claim) for claim in primary if claim.study},
+        commands={claim.name: f"python -m studies {claim.study}" for claim in primary if claim.study},
     )
     makers = {name: lambda _, name=name: folds(name) for name in studies}
     return write_page(folder, page, makers, must=must)
-
-
-def command_of(claim: Claim) -> str:
-    """The command that measures a claim."""
-    return f"python -m studies {claim.study}"
-
-
-def provenance(study: str, records: pd.DataFrame, origins: Origins) -> Provenance:
-    """Where the records of a study come from, in the form of a page."""
-    machines = origins.machines
-    return Provenance(
-        study=study,
-        config=origins.settings,
-        seeds=sorted({int(seed) for seed in records.seed}),
-        data=origins.data,
-        device="; ".join(sorted({machine["device"] for machine in machines})),
-        threads=max(machine["threads"] for machine in machines),
-        seconds=origins.seconds,
-        git_commit=" ".join(sorted({machine["commit"] for machine in machines})),
-        versions=machines[-1]["versions"],
-        machine="; ".join(sorted({machine["machine"] for machine in machines})),
-    )

@@ -52,6 +52,19 @@ class Origins:
         """Of all trainings and measurements together."""
         return sum(self.trainings.values()) + sum(seconds for seconds, _ in self.measurements.values())
 
+    def words(self, seeds: Iterable[float]) -> str:
+        """A sentence for a reader: versions, commits, devices, threads, seconds and seeds; "" before anything was computed."""
+        if not self.machines:
+            return ""
+        versions = ", ".join(f"{package} {version}" for package, version in self.machines[-1]["versions"].items())
+        commits = sorted({machine["commit"] for machine in self.machines})
+        short = ", ".join(commit[:12] + "+changes" * commit.endswith("+changes") for commit in commits)
+        devices = "; ".join(sorted({machine["device"] for machine in self.machines}))
+        return (
+            f"Measured with {versions}; commit {short}; {devices}, {max(machine['threads'] for machine in self.machines)} "
+            f"thread(s); {self.seconds:.0f} s; seeds {', '.join(map(str, sorted({int(seed) for seed in seeds})))}."
+        )
+
     def add(self, key: str, seconds: float, machine: Mapping[str, Any]) -> None:
         """Note who computed the records of a key."""
         if dict(machine) not in self.machines:

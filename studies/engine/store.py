@@ -33,7 +33,7 @@ from secondorder.training.checkpoint import CHECKPOINT, snapshot_name
 from secondorder.training.setup import first_model
 from secondorder.training.weights import Initial, OwnNetwork
 from studies.machine import device_name, git_commit
-from studies.sealed import read_sealed, write_sealed
+from studies.results import read_sealed, write_sealed
 
 FORMAT = 1
 TRAINED, MEASURED, COMMIT, AGAIN, LOCK = "trained.json", "measured", "commit.json", "again", ".entry.lock"

@@ -9,8 +9,7 @@ import pandas as pd
 from studies.engine.records import Origins
 from studies.engine.run import Plan
 from studies.judge import Claim, Judged
-from studies.page import Fold
-from studies.results import Provenance
+from studies.page import Fold, Provenance
 from studies.settings import Common
 
 
@@ -31,7 +30,11 @@ class Results:
     origins: Origins
     judged: Sequence[Judged]
     """The study's claims, as judged on the records."""
-    provenance: Provenance
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the records come from."""
+        return Provenance(self.origins.study, self.origins.words(self.records.seed))
 
     def of(self, *names: str) -> list[Judged]:
         """The claims of these names, on each data set."""

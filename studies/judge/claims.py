@@ -62,11 +62,6 @@ class Claim:
         for outcome in self.says:
             check_known(f"outcome in says of claim {self.name!r}", outcome, OUTCOMES)
 
-    @property
-    def number(self) -> int:
-        """Of the primary claim."""
-        return self.primary
-
     def measured(self, values: Values, says: Mapping[str, str] | None = None) -> "Claim":
         """The claim as a study measures it."""
         return replace(self, values=values, says=says or {})

@@ -5,7 +5,17 @@
 """
 
 from studies.page.outcomes import outcome_of, outcomes_table, read_outcomes
-from studies.page.parts import Fold, Page, Picture, Table
+from studies.page.parts import Fold, Page, Picture, Provenance, Table
 from studies.page.writing import write_page
 
-__all__ = ["Fold", "Page", "Picture", "Table", "outcome_of", "outcomes_table", "read_outcomes", "write_page"]
+__all__ = [
+    "Fold",
+    "Page",
+    "Picture",
+    "Provenance",
+    "Table",
+    "outcome_of",
+    "outcomes_table",
+    "read_outcomes",
+    "write_page",
+]

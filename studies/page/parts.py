@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from secondorder.errors import InputError, check_known
 from studies.judge import CONTRADICTED, SUPPORTED, Claim, Judged
-from studies.results import Provenance
 
 INDEX, PERFORMANCE = "index", "performance"
 
@@ -38,6 +37,14 @@ class Table(Part):
     """A table, also written as ``<name>.csv``."""
 
     data: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a study come from: its name, and a sentence about code, machines and seeds."""
+
+    study: str
+    words: str
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from studies.draw.palette import label
 from studies.messages import printable
-from studies.results import Provenance
 
 SIGNS = re.compile(
     r"[\\`*|]|<(?! )|~(?=~)|(?<=~)~"  # escapes, code, emphasis, cells, tags and addresses, struck text
@@ -68,16 +67,6 @@ def _inline(folder: Path, name: str) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(contents[kind]).decode()}")
 
 
-def _origin(p: Provenance) -> str:
-    """Where numbers come from, in a sentence."""
-    commits = ", ".join(c[:12] + "+changes" * c.endswith("+changes") for c in p.git_commit.split())
-    versions = ", ".join(f"{package} {version}" for package, version in p.versions.items())
-    return (
-        f"Measured with {versions}; commit {commits}; {p.device}, {p.processes} process(es) with {p.threads} thread(s); "
-        f"{p.seconds:.0f} s; seeds {', '.join(map(str, p.seeds))}."
-    )
-
-
 @cache
 def _templates(kind: str) -> jinja2.Environment:
     """The templates of this folder of a kind, "html" or "md"; what an expression gives is escaped for it."""
@@ -89,7 +78,7 @@ def _templates(kind: str) -> jinja2.Environment:
         autoescape=kind == "html",
         finalize=_line if kind == "html" else _text,
     )
-    filters = (_cell, _code, _folded, _inline, _linked, _origin, label)
+    filters = (_cell, _code, _folded, _inline, _linked, label)
     environment.filters |= {function.__name__.strip("_"): function for function in filters}
     return environment
 

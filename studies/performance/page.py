@@ -9,11 +9,10 @@ import pandas as pd
 from studies.draw import LABELS, Forest
 from studies.draw.numbers import estimate_words
 from studies.engine.study import Results
-from studies.page import Fold, Picture, Table
+from studies.page import Fold, Picture, Provenance, Table
 from studies.performance.curvature_costs import BASELINE, COPY, COPY_BYTES, PRODUCT, PRODUCT_OPERATIONS, QUANTITIES
 from studies.performance.heads import BOUND, TEXTBOOK, VARIANTS
 from studies.performance.kfac_costs import KINDS, METHODS, OF_PART, OF_SGD, PERIODS, PLAIN, STATE, TARGETS, shares
-from studies.results import Provenance
 from studies.statistics import Interval, median_interval
 from studies.timing import MILLISECONDS, PEAK
 

@@ -1,5 +1,6 @@
-"""Result files that were mutilated: tables, provenance, settings and kept results of runs."""
+"""Result files that were mutilated: tables, their origins, and kept results of runs."""
 
+import gzip
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,15 +10,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 
-from studies.engine.command import provenance as as_provenance
 from studies.engine.records import Origins, frame, has_records, read_records, write_records
 from studies.engine.store import kept
 from studies.engine.study import Results
 from studies.judge import judge
 from studies.page.writing import usable_tables
-from studies.results import provenance, read_provenance, read_table, write_table
+from studies.results import read_table, write_table
 from studies.study import STUDIES
 
 from .call import Call
@@ -29,8 +28,8 @@ MACHINE = {"commit": "c", "device": "cpu", "threads": 1, "machine": "m", "versio
 def write(folder: Path) -> None:
     """One file of each kind."""
     table = pd.DataFrame({"pooling": ["gap", "gcp"], "value": [1.5, 2.5], "seed": [0, 1]})
-    write_table(folder, "table", table, provenance("x", {"a": 1}, [0], {"label": "x"}, torch.device("cpu"), 1.0))
-    write_table(folder, "long", table, compressed=True)
+    write_table(folder, "table", table)
+    (folder / "long.csv.gz").write_bytes(gzip.compress(table.to_csv(index=False).encode(), mtime=0))
     origins = Origins("records", {"epochs": 3})
     origins.add("k", 1.0, MACHINE)
     write_records(
@@ -42,7 +41,6 @@ def write(folder: Path) -> None:
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "table": ("table.csv", lambda f: read_table(f, "table", ("pooling", "value"))),
     "long": ("long.csv.gz", lambda f: read_table(f, "long", ("pooling", "value"))),
-    "provenance": ("table.json", lambda f: read_provenance(f, "table")),
     "records": ("records.csv", lambda f: read_records(f, "records")),
     "origins": ("records.json", lambda f: read_records(f, "records")),
     "result": ("runs/one/result.json", lambda f: kept(f / "runs" / "one" / "result.json", lambda: [{"loss": 1.5}])),
@@ -127,7 +125,7 @@ def section(random: Random) -> Call:
         try:
             with usable_tables(REPORTS / study):  # as in every page
                 judged = judge(STUDIES[study].claims, spoiled) if STUDIES[study].claims else []
-                return STUDIES[study].folds(Results(spoiled, origins, judged, as_provenance(study, records, origins)))
+                return STUDIES[study].folds(Results(spoiled, origins, judged))
         finally:
             plt.close("all")
 

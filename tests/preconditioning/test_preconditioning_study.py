@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from studies.__main__ import main
 from studies.engine.records import Origins, frame, read_records
@@ -19,7 +18,6 @@ from studies.preconditioning import backward, blocks, conditioning, gradients
 from studies.preconditioning.claims import BACKWARD, CONTROLS, FORMS, WITHOUT
 from studies.preconditioning.page import folds, unrelated
 from studies.preconditioning.study import STUDY
-from studies.results import provenance
 
 SMOKE = ["preconditioning", "--preset", "smoke", "--no-progress", "--threads", "1"]
 HEADS = ("gap", "gap_lifted", "covariance", "gcp", "gcp_exact")
@@ -145,8 +143,7 @@ def test_a_block_without_a_condition_leaves_its_seed_out() -> None:
 
 def results(records: pd.DataFrame) -> Results:
     settings = asdict(STUDY.presets["quick"])
-    origin = provenance("preconditioning", settings, [0], {"label": "fake"}, torch.device("cpu"), 1.0)
-    return Results(records, Origins("preconditioning", settings), judge(STUDY.claims, records), origin)
+    return Results(records, Origins("preconditioning", settings), judge(STUDY.claims, records))
 
 
 def test_folds_say_what_came_out() -> None:
