@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError, check_known, check_whole, failures_of
+from secondorder.errors import InputError, check_flag, check_known, check_whole, failures_of
 from secondorder.untouched import same_randomness, untouched
 
 DIRECTIONS = {"ascent": 1.0, "descent": -1.0}
@@ -86,9 +86,19 @@ def equally_spaced(low: float, high: float, points: int = 50) -> Tensor:
 
 
 def feature_landscape(
-    model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, etas: Tensor, direction: str = "ascent"
+    model: nn.Module,
+    loss: Loss,
+    images: Tensor,
+    labels: Tensor,
+    etas: Tensor,
+    direction: str = "ascent",
+    *,
+    predicted: bool = False,
 ) -> LandscapeLine:
     """The line ``X + eta g`` (ascent) or ``X - eta g`` (descent), X = ``model.stem(images)``, g = dL/dX.
+
+    predicted: whether `etas` are shares of the loss that g predicts as its change, eta |g|^2 = share L at the origin. At equal
+        shares networks are compared whatever the length of their g; the line's own etas are then eta = share L / |g|^2.
 
     `model` is any module with ``stem`` and ``rest`` (see StemAndRest). It is measured in its present mode, in training
     mode therefore with the statistics of the batch, with the same random draws (dropout) at every eta, and is left as
@@ -98,6 +108,7 @@ def feature_landscape(
     check_known("direction", direction, DIRECTIONS)
     _check_arguments(model, loss, images, labels)
     _check_etas(etas)
+    check_flag("predicted", predicted)
     if not (callable(getattr(model, "stem", None)) and callable(getattr(model, "rest", None))):
         raise InputError(f"{type(model).__name__} has no stem and rest; give it both, with model(x) = rest(stem(x))")
     parts = cast(StemAndRest, model)
@@ -112,6 +123,12 @@ def feature_landscape(
             return value.detach(), list(torch.autograd.grad(value, [activation], materialize_grads=True))
 
         value, gradient = gradient_at(None)
+        if predicted:
+            L, square = torch.stack([value.to(widest(value.device)), _dot(gradient, gradient)]).cpu().double()
+            etas = (
+                L * etas.double().cpu() / square.sqrt() ** 2
+            )  # as from the line's `loss_at_origin` and `gradient_norm`
+            _check_etas(etas)
         step = [DIRECTIONS[direction] * g for g in gradient]
         return _walk(lambda eta: gradient_at(eta * step[0]), etas, step, value, gradient)
 

@@ -18,24 +18,27 @@ nothing but |g|. At an equal predicted improvement the two questions are free of
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from itertools import product
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 import tyro
+from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.landscape import LandscapeLine, equally_spaced, feature_landscape, optimiser_step, weight_landscape
+from secondorder.landscape import equally_spaced, feature_landscape, optimiser_step, weight_landscape
 from secondorder.training import Snapshot
 from studies.checks import check_count, check_names
 from studies.draw import Curves, Scatter
 from studies.engine.plan import Measurement, Trained, every
+from studies.engine.records import Row
 from studies.engine.run import Plan
 from studies.engine.study import Context, Results, Study
 from studies.judge import Claim, contrast, primary
 from studies.page import Fold, Picture
-from studies.training import Training, TrainingFlags
+from studies.training import PRESETS, Training, TrainingFlags, trained_so
 
 DESCENT, PUBLISHED, STEP = "features, -g", "features, +g (published)", "weights, optimiser's step"
 FIRST_ORDER, CHANGE = "first-order error", "gradient change"
@@ -58,8 +61,8 @@ class Lines:
 
     def __post_init__(self) -> None:
         check_count("eta_points", self.eta_points, most=10_000)
-        for low, high in ((self.eta_low, self.eta_high), (self.step_low, self.step_high)):
-            equally_spaced(low, high, self.eta_points)
+        equally_spaced(self.eta_low, self.eta_high, self.eta_points)
+        equally_spaced(self.step_low, self.step_high, self.eta_points)
 
 
 @dataclass(frozen=True)
@@ -84,56 +87,44 @@ class Settings:
         check_count("measure_every", self.measure_every)
 
 
-def measure_published(at: Snapshot, lines: Lines) -> Iterator[Mapping[str, Any]]:
+def measure_published(at: Snapshot, lines: Lines) -> Iterator[Row]:
     """The lines at fixed eta and along the optimiser's step, on the next step's batch; the network is left as it was."""
-    batch = (at.images, at.labels)
+    on = (at.model, F.cross_entropy, at.images, at.labels)
     etas = equally_spaced(lines.eta_low, lines.eta_high, lines.eta_points)
-    yield from _rows(PUBLISHED, etas, feature_landscape(at.model, F.cross_entropy, *batch, etas, "ascent"))
-    step = optimiser_step(at.model, at.optimizer, F.cross_entropy, *batch)
     steps = equally_spaced(lines.step_low, lines.step_high, lines.eta_points)
-    yield from _rows(STEP, steps, weight_landscape(at.model, F.cross_entropy, *batch, steps, step))
+    step = optimiser_step(at.model, at.optimizer, F.cross_entropy, at.images, at.labels)
+    found = {PUBLISHED: feature_landscape(*on, etas, "ascent"), STEP: weight_landscape(*on, steps, step)}
+    for layer, line in found.items():
+        yield {"layer": layer, "quantity": "loss at origin", "value": line.loss_at_origin}
+        yield {"layer": layer, "quantity": "gradient norm", "value": line.gradient_norm}
+        distances = {"gradient distance": line.gradient_distance, "cosine": line.cosine, "beta": line.betas}
+        yield from _rows(layer, line.etas, {"loss": line.loss} | distances)
 
 
-def measure_descent(at: Snapshot, rho: tuple[float, ...]) -> Iterator[Mapping[str, Any]]:
+def measure_descent(at: Snapshot, rho: tuple[float, ...]) -> Iterator[Row]:
     """The line along -g at equal predicted improvements, on the next step's batch; the network is left as it was."""
-    batch = (at.images, at.labels)
-    origin = feature_landscape(at.model, F.cross_entropy, *batch, equally_spaced(1.0, 1.0, 1), "descent")
-    improvements = origin.loss_at_origin * np.array(rho)  # rho L = eta |g|^2
-    walks = torch.as_tensor(improvements / origin.gradient_norm**2)
-    line = feature_landscape(at.model, F.cross_entropy, *batch, walks, "descent")
-    error = np.abs(line.loss.numpy() - line.loss_at_origin + improvements) / improvements
-    change = line.gradient_distance.numpy() / line.gradient_norm
-    for quantity, values in ((FIRST_ORDER, error), (CHANGE, change)):
-        for index, (share, value) in enumerate(zip(rho, values, strict=True)):
-            yield {"layer": DESCENT, "quantity": quantity, "index": index, "setting": share, "value": value}
+    shares = torch.tensor(rho, dtype=torch.float64)
+    line = feature_landscape(at.model, F.cross_entropy, at.images, at.labels, shares, "descent", predicted=True)
+    improvements = line.loss_at_origin * shares  # = eta |g|^2
+    error = (line.loss - line.loss_at_origin + improvements).abs() / improvements
+    yield from _rows(DESCENT, shares, {FIRST_ORDER: error, CHANGE: line.gradient_distance / line.gradient_norm})
 
 
-def _rows(layer: str, etas: Any, line: LandscapeLine) -> Iterator[Mapping[str, Any]]:
-    yield {"layer": layer, "quantity": "loss at origin", "value": line.loss_at_origin}
-    yield {"layer": layer, "quantity": "gradient norm", "value": line.gradient_norm}
-    columns = {
-        "loss": line.loss,
-        "gradient distance": line.gradient_distance,
-        "cosine": line.cosine,
-        "beta": line.betas,
-    }
-    for quantity, values in columns.items():
-        for index, (eta, value) in enumerate(zip(etas.tolist(), values.tolist(), strict=True)):
-            yield {"layer": layer, "quantity": quantity, "index": index, "setting": eta, "value": value}
+def _rows(layer: str, settings: Tensor, quantities: Mapping[str, Tensor]) -> Iterator[Row]:
+    for quantity, values in quantities.items():
+        for index, (setting, value) in enumerate(zip(settings.tolist(), values.tolist(), strict=True)):
+            yield {"layer": layer, "quantity": quantity, "index": index, "setting": setting, "value": value}
 
 
 def plan(context: Context) -> Plan:
     """Every head with every seed, all heads of a seed before the next seed."""
     settings, common = context.settings, context.common
-    measurements = (
-        Measurement("published lines", measure_published, settings.lines),
-        Measurement("descent", measure_descent, settings.rho),
-    )
+    published = Measurement("published lines", measure_published, settings.lines)
+    descent = Measurement("descent", measure_descent, settings.rho)
     steps = every(settings.measure_every, settings.training.steps(common))
-    at = tuple((step, measurement) for step in steps for measurement in measurements)
-    yield [
-        Trained(settings.training.subject(common, head, seed), at) for seed in context.seeds for head in settings.heads
-    ]
+    at = tuple((step, measurement) for step in steps for measurement in (published, descent))
+    cases = product(context.seeds, settings.heads)
+    yield [Trained(settings.training.subject(common, head, seed), at) for seed, head in cases]
 
 
 KEYS = ["network", "dataset", "head", "seed"]
@@ -141,11 +132,9 @@ KEYS = ["network", "dataset", "head", "seed"]
 
 def by_step(records: pd.DataFrame, layer: str, quantity: str) -> pd.DataFrame:
     """A quantity of a line at each step (KEYS, step, value): geometric mean over its points; of a loss, max - min over them."""
-    part = records[(records.layer == layer) & (records.quantity == quantity)]
+    part = records[(records.layer == layer) & (records.quantity == quantity)].fillna({"value": np.inf})
     points = part.groupby([*KEYS, "step"], sort=False).value
-    if quantity == "loss":
-        return (points.max() - points.min()).reset_index()
-    return geometric(part, [*KEYS, "step"])
+    return (points.max() - points.min()).reset_index() if quantity == "loss" else geometric(part, [*KEYS, "step"])
 
 
 def late(records: pd.DataFrame, layer: str, quantity: str) -> pd.DataFrame:
@@ -155,31 +144,36 @@ def late(records: pd.DataFrame, layer: str, quantity: str) -> pd.DataFrame:
     """
     steps = by_step(records, layer, quantity)
     last = records[records.quantity == "train_loss"].groupby("network").step.max()
-    later = steps[steps.step >= steps.network.map(last) / 2]
-    return geometric(later, KEYS)
+    return geometric(steps[steps.step >= steps.network.map(last) / 2], KEYS)
 
 
 def geometric(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Geometric means of value by `keys`; zero or infinite where one of the values is."""
+    """Geometric means of value by `keys`; zero or infinite where one of the values is, infinite where one is missing."""
     with np.errstate(divide="ignore"):
-        return np.exp(np.log(table.value).groupby([table[key] for key in keys], sort=False).mean()).reset_index()
+        logs = np.log(table.value.fillna(np.inf))
+    return np.exp(logs.groupby([table[key] for key in keys], sort=False).mean()).reset_index()
 
 
-def _contrast(name: str, layer: str, quantity: str, of: str = "gcp", to: str = "gap") -> Claim:
+MEASURES = {
+    FIRST_ORDER: (DESCENT, FIRST_ORDER),
+    CHANGE: (DESCENT, CHANGE),
+    "loss variation along +g": (PUBLISHED, "loss"),
+    "gradient distance along +g": (PUBLISHED, "gradient distance"),
+    "effective beta along +g": (PUBLISHED, "beta"),
+    "loss variation along the optimiser's step": (STEP, "loss"),
+}
+"""Name of a comparison of heads -> the line, and the quantity on it."""
+PRIMARY = {"smoother loss": FIRST_ORDER, "predictive gradients": CHANGE}
+PAIRS = (("gcp", "gap_lifted"), ("gap_lifted", "gap"), ("gcp", "covariance"), ("gcp_exact", "gap"))
+
+
+def _contrast(name: str, of: str = "gcp", to: str = "gap") -> Claim:
+    layer, quantity = MEASURES[name]
     return contrast(name, "landscape", f"{name}, {layer}", partial(late, layer=layer, quantity=quantity), of, to)
 
 
-PRIMARY = {"smoother loss": FIRST_ORDER, "predictive gradients": CHANGE}
-PAIRS = (("gcp", "gap_lifted"), ("gap_lifted", "gap"), ("gcp", "covariance"), ("gcp_exact", "gap"))
-CONTROLS = {
-    quantity: [_contrast(quantity, DESCENT, quantity, *pair) for pair in PAIRS] for quantity in PRIMARY.values()
-}
-OTHER_MEASURES = [
-    _contrast("loss variation along +g", PUBLISHED, "loss"),
-    _contrast("gradient distance along +g", PUBLISHED, "gradient distance"),
-    _contrast("effective beta along +g", PUBLISHED, "beta"),
-    _contrast("loss variation along the optimiser's step", STEP, "loss"),
-]
+CONTROLS = {name: [_contrast(name, *pair) for pair in PAIRS] for name in PRIMARY.values()}
+OTHER_MEASURES = [_contrast(name) for name in MEASURES if name not in CONTROLS]
 OVER = "over a walk of the same predicted improvement"
 SMOOTHER = {
     "supported": f"The loss of GCP is smoother: {OVER} its linear prediction errs less.",
@@ -194,8 +188,7 @@ PREDICTIVE = {
 CLAIMS = [
     primary(1).measured(partial(late, layer=DESCENT, quantity=FIRST_ORDER), SMOOTHER),
     primary(2).measured(partial(late, layer=DESCENT, quantity=CHANGE), PREDICTIVE),
-    *(claim for controls in CONTROLS.values() for claim in controls),
-    *OTHER_MEASURES,
+    *(*CONTROLS[FIRST_ORDER], *CONTROLS[CHANGE], *OTHER_MEASURES),
 ]
 
 
@@ -209,15 +202,16 @@ def _claim(results: Results, number: int, name: str, quantity: str) -> Fold:
     steps, judged = by_step(results.records, DESCENT, quantity), results.of(name)
     gap = steps[steps["head"] == "gap"].rename(columns={"value": "gap"}).drop(columns="head")
     ratio = steps.merge(gap).assign(value=lambda table: table.value / table.gap)
-    curves = partial(Curves, "step", "value", x_label="training step", mean="geometric")
-    drawn = {f"landscape_{number}": curves(y_label=quantity).draw(steps)} if len(steps) else {}
-    if len(ratio):
-        relative = curves(y_label=f"{quantity} / that of GAP", zone=(0.9, 1.1)).draw(ratio)
-        drawn[f"landscape_{number}_ratio"] = relative
     words = "Means over seeds, bands are 95 % intervals, thin lines the seeds; grey counts as no effect."
+    curves = partial(Curves, "step", "value", x_label="training step", mean="geometric")
+    drawn = {
+        f"landscape_{number}": (steps, curves(y_label=quantity)),
+        f"landscape_{number}_ratio": (ratio, curves(y_label=f"{quantity} / that of GAP", zone=(0.9, 1.1))),
+    }
+    caption = f"{judged[0].sentence} {words}"
     return Fold(
         judged=judged,
-        pictures=[Picture(name, f"{judged[0].sentence} {words}", figure) for name, figure in drawn.items()],
+        pictures=[Picture(name, caption, to.draw(table)) for name, (table, to) in drawn.items() if len(table)],
         controls=results.of(*(claim.name for claim in CONTROLS[quantity])),
         method=[_method(results)] if number == 1 else ["As for claim 1."],
         provenance=results.provenance,
@@ -226,18 +220,16 @@ def _claim(results: Results, number: int, name: str, quantity: str) -> Fold:
 
 def _published(results: Results) -> Fold:
     """What Wang et al. measure, beside |g|^2, which it turns out to be."""
-    line = results.records[(results.records.layer == PUBLISHED) & (results.records.quantity == "loss")]
-    longest = line.setting.max()
-    variation = by_step(results.records, PUBLISHED, "loss").rename(columns={"value": "variation"})
-    table = variation.merge(by_step(results.records, PUBLISHED, "gradient norm"))
+    longest = results.records[results.records.layer == PUBLISHED].setting.max()
+    table = by_step(results.records, PUBLISHED, "loss").rename(columns={"value": "variation"})
+    table = table.merge(by_step(results.records, PUBLISHED, "gradient norm"))
     table["straight"] = longest * table.value**2
-    with np.errstate(divide="ignore"):
-        logs = np.log(table[["variation", "straight"]].to_numpy())
-    logs = logs[np.isfinite(logs).all(axis=1)]
+    positive = table[np.isfinite(table.variation) & (table.variation > 0) & (table.straight > 0)]
+    variation, straight = np.log(positive.variation), np.log(positive.straight)
     words = (
         f"Over all networks and steps the logarithms of the published loss variation and of {longest:g} |g|², that of a straight "
-        f"line, correlate at {np.corrcoef(logs.T)[0, 1]:.4f}; the median of their ratio is "
-        f"{np.exp(np.median(logs[:, 0] - logs[:, 1])):.3g}."
+        f"line, correlate at {np.corrcoef(variation, straight)[0, 1]:.4f}; the median of their ratio is "
+        f"{np.exp(np.median(variation - straight)):.3g}."
     )
     labels = {"x_label": f"{longest:g} |g|²", "y_label": "max L − min L"}
     figure = Scatter("straight", "variation", line="identity", log="xy", **labels).draw(table)
@@ -252,12 +244,9 @@ def _published(results: Results) -> Fold:
 
 
 def _method(results: Results) -> str:
-    settings = results.origins.settings
-    training, lines = settings["training"], settings["lines"]
-    data = results.origins.data.get("label", training["dataset"])
+    settings, lines = results.origins.settings, results.origins.settings["lines"]
     return (
-        f"{training['network']} on {data}, SGD, {training['epochs']} epochs, batch {training['batch_size']}, learning rate "
-        f"{training['learning_rate']:g} ({training['schedule']}). For each seed all heads start from the same weights below them "
+        f"{trained_so(results.origins)}. For each seed all heads start from the same weights below them "
         f"and see the same batches. Every {settings['measure_every']} steps, on the next step's batch, with its batch statistics "
         f"and dropout masks, L and g are taken at predicted improvements of {', '.join(map(str, settings['rho']))} L along -g, "
         f"at {lines['eta_points']} eta in [{lines['eta_low']:g}, {lines['eta_high']:g}] along +g, and at [{lines['step_low']:g}, "
@@ -270,26 +259,15 @@ STUDY = Study(
     title="is the loss smoother, are the gradients more predictive under GCP",
     presets={
         "smoke": Settings(
-            heads=("gap", "covariance", "gcp"),
-            training=Training(epochs=1, train_limit=192),
+            ("gap", "covariance", "gcp"),
+            Training(epochs=1, train_limit=192),
             measure_every=2,
             rho=(0.1, 0.5),
-            lines=Lines(eta_points=3),
+            lines=Lines(3),
         ),
         "quick": Settings(),
-        "cifar10": Settings(
-            training=Training(
-                "cifar_resnet8", "cifar10", stride="published", epochs=6, batch_size=128, channels_last=True
-            ),
-            measure_every=390,
-            lines=Lines(eta_points=8),
-        ),
-        "paper": Settings(
-            heads=("gap", "gcp"),
-            training=Training("resnet18", "imagefolder", epochs=100, batch_size=256, channels_last=True, amp="float16"),
-            measure_every=5000,
-            lines=Lines(eta_points=50),
-        ),
+        "cifar10": Settings(training=PRESETS["cifar10"], measure_every=390, lines=Lines(eta_points=8)),
+        "paper": Settings(("gap", "gcp"), PRESETS["paper"], measure_every=5000, lines=Lines(eta_points=50)),
     },
     seeds={"smoke": 2, "quick": 10, "cifar10": 3, "paper": 3},
     plan=plan,

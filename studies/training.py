@@ -9,6 +9,7 @@ from secondorder.data import ImageDataset, load_dataset
 from secondorder.networks import NETWORKS
 from secondorder.training import Run
 from studies.engine.fake_data import fake_data, images_of
+from studies.engine.records import Origins
 from studies.engine.store import Subject
 from studies.settings import Common
 
@@ -107,6 +108,23 @@ class Training:
         return images // self.batch_size * self.epochs
 
 
+def trained_so(origins: Origins, networks: str = "") -> str:
+    """How the networks of a table were trained, for a reader: ``digits_net on Digits (8x8), SGD, 10 epochs, batch 64, ...``."""
+    training = origins.settings["training"]
+    data = origins.data.get("label", training["dataset"])
+    return (
+        f"{networks or training['network']} on {data}, SGD, {training['epochs']} epochs, batch {training['batch_size']}, "
+        f"learning rate {training['learning_rate']:g} ({training['schedule']})"
+    )
+
+
+PRESETS = {
+    "smoke": Training("digits_tiny", epochs=1, train_limit=192),
+    "quick": Training(),
+    "cifar10": Training("cifar_resnet8", "cifar10", stride="published", epochs=6, batch_size=128, channels_last=True),
+    "paper": Training("resnet18", "imagefolder", epochs=100, batch_size=256, channels_last=True, amp="float16"),
+}
+"""Trainings that studies share, by the name of a preset."""
 TrainingFlags = Annotated[Training, tyro.conf.arg(name="")]
 """A training whose fields are flags of their own: ``--epochs 5``."""
 _loaded: dict[tuple[Any, ...], ImageDataset] = {}

@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import functional_call
 
 from secondorder.data import load_dataset
-from secondorder.errors import InputError
 from secondorder.networks import network
 from secondorder.training import Snapshot
 from studies.__main__ import main
@@ -22,7 +21,6 @@ from studies.curvature import claims, page
 from studies.curvature.claims import ACCURACY, CLAIMS
 from studies.curvature.measures import (
     CONDITION,
-    CONVOLUTIONS,
     EIGENVALUE,
     HEAD,
     HESSIAN,
@@ -31,22 +29,18 @@ from studies.curvature.measures import (
     SPREAD,
     SQUARED,
     Limits,
-    Problem,
     PutOn,
-    block_names,
-    condition,
-    descending,
     drawn,
     measure_blocks,
     measure_hessian,
     measure_put_on,
-    rank_of,
 )
 from studies.curvature.study import STUDY, Settings
 from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import judge
 
+ROLES = ("first", "middle", "last")
 LIMITS = Limits(images=6, precision="float64")
 SMOKE = ["curvature", "--preset", "smoke", "--no-progress", "--threads", "1"]
 
@@ -69,7 +63,7 @@ def test_blocks_are_those_of_the_loss_in_training_mode(head: str) -> None:
     snapshot = at(head)
     found = values([*measure_blocks(snapshot, LIMITS), *measure_hessian(snapshot, LIMITS)])
     images, labels = drawn(snapshot, 6)
-    name, model = block_names(snapshot.model, 10_000)["last"], snapshot.model.double().requires_grad_(False)
+    name, model = "features.3.weight", snapshot.model.double().requires_grad_(False)
     weight = dict(model.named_parameters())[name].detach().clone()
     rest = {k: v.clone() for k, v in model.state_dict().items() if "num_batches" not in k}
 
@@ -100,7 +94,7 @@ def test_blocks_are_those_of_the_loss_in_training_mode(head: str) -> None:
     difference = float((H - G).norm() / H.norm())
     assert difference > 0.1  # also under GAP: batch norm makes the loss no linear function of a weight
     assert found["last", HESSIAN, -1] == pytest.approx(difference, rel=0.2)  # eight random vectors
-    assert all(0 < found[role, KFAC, -1] < 1 for role in CONVOLUTIONS)
+    assert all(0 < found[role, KFAC, -1] < 1 for role in ROLES)
     assert (("", HEAD, -1) in found.index) is (head == "gcp")
 
 
@@ -135,47 +129,6 @@ def test_a_head_is_put_on_the_backbone_of_another() -> None:
     assert rows.value.gt(1).all()
 
 
-def test_an_eigenvalue_that_is_not_resolved_makes_the_condition_infinite() -> None:
-    assert condition(torch.tensor([4.0, 2.0, 1.0, 0.5]), 4) == 2.0
-    assert condition(torch.tensor([4.0, 2.0, 1.0]), 5) == 4.0  # rank 3 of 5
-    assert condition(torch.tensor([1.0, 1e-13, 0.0, 0.0]), 4) == float("inf")
-
-
-def test_the_possible_rank_is_that_of_the_softmax() -> None:
-    problem = Problem.of(
-        network("digits_net", "gcp", 10, 1), (torch.randn(3, 1, 8, 8), torch.arange(3)), LIMITS, ["last"]
-    )
-    blocks, J = problem.ggn()
-    spectrum = descending(blocks["last"])
-    assert rank_of(J["last"], outputs=-1) == 27
-    assert spectrum[26] > 1e-9 * spectrum[0] > spectrum[27].abs()
-
-
-@pytest.mark.parametrize(
-    ("backbone", "reduced", "first", "middle", "last"),
-    [
-        ("digits_tiny", 0, "stem.0", "features.0", "features.3"),
-        ("cifar_resnet8", 0, "stem.0", "features.stage2.0.conv1", "features.stage3.0.conv2"),
-        ("resnet18", 64, "stem.conv1", "features.layer3.0.conv1", "head.reduction.0"),
-        ("mobilenet_v2", 64, "stem.0.0", "features.10.conv.0.0", "head.reduction.0"),
-        ("shufflenet_v2_x0_5", 64, "stem.conv1.0", "features.stage3.4.branch2.0", "head.reduction.0"),
-    ],
-)
-def test_blocks_are_chosen_by_depth(backbone: str, reduced: int, first: str, middle: str, last: str) -> None:
-    for head in ("gap", "gcp"):
-        with torch.device("meta"):
-            names = block_names(network(backbone, head, 10, reduced_channels=reduced), 300_000)
-        assert [names[role] for role in ("first", "middle", "last")] == [f"{n}.weight" for n in (first, middle, last)]
-
-
-def test_a_large_convolution_is_replaced_by_the_nearest_small_one() -> None:
-    with torch.device("meta"):
-        names = block_names(network("cifar_resnet8", "gap", 10), 20_000)
-    assert names["last"] == "features.stage3.0.conv1.weight"  # conv2 has 36,864 weights, conv1 18,432
-    with pytest.raises(InputError, match="no convolution of at most 10 weights"):
-        block_names(network("digits_tiny", "gap", 10, 1), 10)
-
-
 # ------------------------------------------------------------------------------------------ claims and folds
 QUANTITIES = (CONDITION, SPREAD, SQUARED, KFAC)
 
@@ -192,7 +145,7 @@ def records(
                 labels = {"network": name, "dataset": "digits", "seed": seed, "head": head}
                 rows: list[dict[str, Any]] = [
                     {"layer": layer, "quantity": quantity, "value": 100 * size * noise}
-                    for layer in CONVOLUTIONS
+                    for layer in ROLES
                     for quantity in QUANTITIES
                 ]
                 rows += [{"layer": "last", "quantity": EIGENVALUE, "index": k, "value": 1 / k} for k in (1, 2, 5)]

@@ -72,6 +72,20 @@ def test_feature_landscape_of_a_quadratic_is_its_closed_form(direction: str, sig
     check_quadratic(line, start, sign * model.matrix @ start, model.matrix)
 
 
+def test_equal_predicted_improvements_of_a_quadratic() -> None:
+    model, shares = Quadratic(), torch.tensor([0.1, 0.5], dtype=torch.float64)
+    images = torch.randn(1, 5, dtype=torch.float64)
+    line = feature_landscape(model, as_loss, images, torch.zeros(1), shares, "descent", predicted=True)
+    torch.testing.assert_close(line.etas * line.gradient_norm**2, shares * line.loss_at_origin, rtol=1e-12, atol=0)
+    check_quadratic(line, 2.0 * images[0], -model.matrix @ (2.0 * images[0]), model.matrix)
+    same = feature_landscape(model, as_loss, images, torch.zeros(1), line.etas, "descent")
+    assert torch.equal(line.loss, same.loss)
+    with pytest.raises(InputError, match=r"etas .*: must be finite and other than zero"):  # no gradient, no walk
+        feature_landscape(model, as_loss, 0 * images, torch.zeros(1), shares, predicted=True)
+    with pytest.raises(InputError, match="predicted must be True or False"):
+        feature_landscape(model, as_loss, images, torch.zeros(1), shares, predicted="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_weight_landscape_of_a_quadratic_is_its_closed_form(given: bool) -> None:
     model = Quadratic()

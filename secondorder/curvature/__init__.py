@@ -1,6 +1,7 @@
 """Curvature of a network's loss: blocks as operators, their spectra, Kronecker approximations, and BackPACK through GCP.
 
 blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
+jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
 operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
 fidelity      how well an approximate block fits the exact one
@@ -10,6 +11,7 @@ backpack      BackPACK's quantities through covariance heads and the paper's net
 from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
+from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
 from secondorder.curvature.spectrum import (
     SpectralDensity,
     SpectralSummary,
@@ -25,13 +27,16 @@ __all__ = [
     "QUANTITIES",
     "CurvatureBlocks",
     "Fidelity",
+    "OutputJacobians",
     "SpectralDensity",
     "SpectralSummary",
     "TopEigenvalues",
     "curvature_blocks",
     "fidelity",
     "fidelity_table",
+    "half_rank_condition",
     "kronecker_parameters",
+    "output_jacobians",
     "relative_difference",
     "spectral_density",
     "spectral_summary",

@@ -10,6 +10,7 @@ from secondorder.preconditioning.alignment import (
 from secondorder.preconditioning.backward import FORMS, BackwardOperator, backward_operator, gcp_backward
 from secondorder.preconditioning.conjugate_gradients import CGSolution, conjugate_gradients
 from secondorder.preconditioning.directions import loss_gradient
+from secondorder.preconditioning.features import varying_images
 from secondorder.preconditioning.head_functions import HEAD_FUNCTIONS
 from secondorder.preconditioning.head_spectrum import HeadSpectrum, head_spectrum
 from secondorder.preconditioning.kfac_directions import KFACDirections, kfac_direction
@@ -36,5 +37,6 @@ __all__ = [
     "loss_gradient",
     "natural_gradient_direction",
     "partial_correlation",
+    "varying_images",
     "whitened_features",
 ]

@@ -9,6 +9,9 @@ from torch import Tensor
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.matrix_power.transforms import widened
 
+CONSTANT = 1e-12
+"""Features whose variance is at most this share of their mean square are constant."""
+
 
 def check_features(features: Tensor) -> None:
     """InputError unless features are finite real numbers `[N, C, H, W]` with at least 2 positions H W."""
@@ -23,6 +26,12 @@ def check_features(features: Tensor) -> None:
         raise InputError(f"features {list(features.shape)} have 1 position, their covariance is zero; use larger maps")
     if not features.isfinite().all():
         raise NonFiniteError(f"needs finite features, got {int((~features.isfinite()).sum())} non-finite entries")
+
+
+def varying_images(features: Tensor) -> Tensor:
+    """Which images `[N]` have features that are not the same at all positions: only these have a covariance."""
+    x = features.flatten(2)
+    return x.var(-1, correction=0).sum(1) > CONSTANT * x.square().mean(-1).sum(1)
 
 
 def centred(features: Tensor) -> Tensor:

@@ -6,21 +6,23 @@ backbones with every head put on them.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from secondorder.accelerator import check_float64
-from secondorder.errors import InputError, unknown
+from secondorder.errors import InputError, check_known
 from secondorder.networks import NETWORKS
 from secondorder.pooling import POOLINGS
 from secondorder.training import Snapshot
+from studies.backbones import check_sharing
 from studies.checks import check_count, check_names
 from studies.curvature.claims import ACCURACY, CLAIMS
-from studies.curvature.measures import Limits, PutOn, Row, measure_blocks, measure_hessian, measure_put_on
+from studies.curvature.measures import Limits, PutOn, measure_blocks, measure_hessian, measure_put_on
 from studies.curvature.page import folds
 from studies.engine.plan import Measurement, Trained
+from studies.engine.records import Row
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
-from studies.shared_backbone import check_sharing
-from studies.training import Training, TrainingFlags
+from studies.training import PRESETS, Training, TrainingFlags
 
 CLAIMED = ("gap", "gcp")
 
@@ -48,11 +50,9 @@ class Settings:
         check_names("heads", self.heads)
         check_names("networks", (self.training.network, *self.networks))
         for name in self.networks:
-            if name not in NETWORKS:
-                raise unknown("network", name, NETWORKS)
+            check_known("network", name, NETWORKS)
         for name in self.put_on:
-            if name not in POOLINGS:
-                raise unknown("pooling to put on", name, POOLINGS)
+            check_known("pooling to put on", name, POOLINGS)
         if not 0 <= self.accuracy <= 1:
             raise InputError(f"accuracy {self.accuracy:g}: a fraction of the test images, from 0 to 1")
         check_count("explored_seeds", self.explored_seeds, least=0)
@@ -64,26 +64,19 @@ def plan(context: Context) -> Plan:
     check_float64(common.torch_device, "the curvature study")
     if settings.put_on and settings.explored_seeds and not common.dry_run:
         check_sharing(settings.training.data(common), settings.training.weight_decay)
-    yield [
-        task(context, network, head, seed)
-        for network in (settings.training.network, *settings.networks)
-        for seed in context.seeds
-        for head in (CLAIMED if network in settings.networks else settings.heads)
-    ]
-
-
-def task(context: Context, network: str, head: str, seed: int) -> Trained:
-    """A network, trained, and what is measured of it."""
-    settings, common = context.settings, context.common
-    training = replace(settings.training, network=network)
-    blocks = Measurement("GGN blocks", measure_blocks, settings.limits)
-    last = training.steps(common)
-    at = [(last, blocks), (last, Measurement(ACCURACY, stated_accuracy, settings.accuracy))]
-    if network not in settings.networks and seed < settings.explored_seeds and head in CLAIMED:
-        at += [(0, blocks), (0, Measurement("Hessian", measure_hessian, settings.limits))]
-        if settings.put_on:
-            at.append((last, Measurement("heads put on", measure_put_on, PutOn(settings.put_on, settings.limits))))
-    return Trained(training.subject(common, head, seed), tuple(at))
+    last, limits = settings.training.steps(common), settings.limits
+    blocks = Measurement("GGN blocks", measure_blocks, limits)
+    usual = [(last, blocks), (last, Measurement(ACCURACY, stated_accuracy, settings.accuracy))]
+    explored = [*usual, (0, blocks), (0, Measurement("Hessian", measure_hessian, limits))]
+    if settings.put_on:
+        explored.append((last, Measurement("heads put on", measure_put_on, PutOn(settings.put_on, limits))))
+    tasks = []
+    for network in (settings.training.network, *settings.networks):
+        training, further = replace(settings.training, network=network), network in settings.networks
+        for seed, head in product(context.seeds, CLAIMED if further else settings.heads):
+            at = explored if not further and seed < settings.explored_seeds and head in CLAIMED else usual
+            tasks.append(Trained(training.subject(common, head, seed), tuple(at)))
+    yield tasks
 
 
 def stated_accuracy(at: Snapshot, accuracy: float) -> list[Row]:
@@ -96,29 +89,22 @@ STUDY = Study(
     title="conditioning of the GGN blocks of trained networks, and K-FAC and Hessian against them",
     presets={
         "smoke": Settings(
-            networks=("digits_small",),
+            PRESETS["smoke"],
+            ("digits_small",),
             accuracy=0.0,
-            explored_seeds=1,
             heads=("gap", "gcp", "gcp_exact"),
-            training=Training("digits_tiny", epochs=1, train_limit=192),
+            explored_seeds=1,
             limits=Limits(images=4, probes=2),
         ),
         "quick": Settings(),
-        "cifar10": Settings(
-            networks=("cifar_resnet20",),
-            accuracy=0.7,
-            training=Training(
-                "cifar_resnet8", "cifar10", stride="published", epochs=6, batch_size=128, channels_last=True
-            ),
-            limits=Limits(images=24),
-        ),
+        "cifar10": Settings(PRESETS["cifar10"], ("cifar_resnet20",), accuracy=0.7, limits=Limits(images=24)),
         "paper": Settings(
-            networks=("mobilenet_v2",),
+            PRESETS["paper"],
+            ("mobilenet_v2",),
             accuracy=0.6,
             heads=CLAIMED,
             explored_seeds=0,
             put_on=(),
-            training=Training("resnet18", "imagefolder", epochs=100, batch_size=256, channels_last=True, amp="float16"),
             limits=Limits(images=8, block=50_000),
         ),
     },

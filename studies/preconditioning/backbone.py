@@ -3,21 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.data import ImageDataset
 from secondorder.errors import InputError, check_known
-from secondorder.networks import Network
+from secondorder.networks import Network, SharedBackbone, frozen_at
 from secondorder.pooling import POOLINGS
-from secondorder.training import Snapshot
+from studies.backbones import evenly_spaced, shared_backbone
 from studies.checks import check_count, check_names
-from studies.frozen_statistics import frozen_at
-from studies.shared_backbone import SharedBackbone, evenly_spaced
 
-Row = Mapping[str, Any]
 PUBLISHED = 5
 """Newton-Schulz steps of the published head."""
 
@@ -75,21 +72,11 @@ class Backbone:
     measures: Measures
     seed: int
 
-    @classmethod
-    def at(cls, at: Snapshot, measures: Measures) -> "Backbone":
-        """The backbone of a network in training, which stays as it is."""
-        return cls(at.model, at.data, measures, at.run.seed)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the measures."""
-        return {"float32": torch.float32, "float64": torch.float64}[self.measures.precision]
-
     def images(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` evenly spaced training images (all if there are fewer) [n, C, H, W] and their labels [n]."""
         images, labels = self.data.train.plain(evenly_spaced(len(self.data.train), count))
         device = next(self.model.parameters()).device
-        return images.to(device, self.dtype), labels.to(device)
+        return images.to(device, getattr(torch, self.measures.precision)), labels.to(device)
 
     @cached_property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -97,24 +84,26 @@ class Backbone:
         return self.images(self.measures.images)
 
     @cached_property
-    def shared(self) -> SharedBackbone:
+    def frozen(self) -> nn.Module:
         """The network with the head that it was trained under, batch norm with the statistics of `batch` as constants."""
-        return SharedBackbone(frozen_at(self.model, self.batch[0], self.dtype), self.data, self.measures.penalty)
+        images, _ = self.batch
+        return frozen_at(self.model, images, images.dtype)
+
+    @cached_property
+    def shared(self) -> SharedBackbone:
+        """The frozen network under other heads."""
+        return shared_backbone(self.frozen, self.data, self.measures.penalty)
 
     def under(self, head: str, labels: Tensor | None = None) -> Network:
-        """The backbone in training mode under a head, the classifier fitted to its features (as a control, to other labels)."""
-        return self.shared.with_head(head, labels).train()
+        """The backbone in training mode under a head, the classifier fitted to its features.
+
+        `labels`, of all training images, are those that it is fitted to, as a control.
+        """
+        if labels is not None:
+            labels = labels[evenly_spaced(len(labels))]
+        return self.shared.under(head, labels).train()
 
     @cached_property
     def networks(self) -> Mapping[str, Network]:
         """The backbone under each of the heads; they share its values, not the tensors."""
         return {head: self.under(head) for head in self.measures.heads}
-
-
-def convolutions(network: Network) -> list[str]:
-    """Names of the weights of the convolutions below the pooling, first to last, but for those of shortcuts and with groups."""
-    return [
-        f"{name}.weight"
-        for name, part in network.named_modules()
-        if isinstance(part, nn.Conv2d) and part.groups == 1 and "downsample" not in name
-    ]

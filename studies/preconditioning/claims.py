@@ -1,16 +1,14 @@
 """What is claimed of preconditioning, and the numbers that decide it: one for each network, seed and cell."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pandas as pd
+from scipy.stats import gmean
 
 from secondorder.kfac.options import DAMPING
 from studies.judge import Bound, Claim, Comparison, Difference, Interaction, Ratio, primary
-from studies.judge.primary import GAP, GCP
-from studies.preconditioning import backward, blocks, conditioning
+from studies.judge.primary import GAP, GCP, Values
+from studies.preconditioning import blocks, heads
 from studies.preconditioning.backbone import PUBLISHED
 from studies.preconditioning.gradients import ALL, NATURAL, PARTIAL, PERMUTED, RANDOM
 
@@ -20,7 +18,7 @@ KEYS = ["network", "seed"]
 UNDER = {"gap": "trained under GAP", "gcp": "trained under GCP"}
 WITHOUT = "unpreconditioned"
 FORMS = {
-    backward.NEWTON_SCHULZ: "published head's own",
+    heads.NEWTON_SCHULZ: "published head's own",
     "trimmed": "approximation as printed",
     "trimmed_rotated": "approximation with eigenvectors",
     WITHOUT: "no preconditioner",
@@ -29,77 +27,60 @@ FORMS = {
 
 
 def means(part: pd.DataFrame, by: list[str], geometric: bool = False) -> "pd.Series[float]":
-    """Means over all but `by`, in the order of the table; not finite where one of the numbers is missing or infinite."""
-
-    def mean(values: "pd.Series[float]") -> float:
-        numbers = values.to_numpy(float)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(np.exp(np.log(numbers).mean()) if geometric else numbers.mean())
-
-    found: pd.Series[float] = part.groupby(by, sort=False).value.agg(mean)
-    return found
+    """Means of value over all but `by`, in the order of the table; not finite where one of the numbers is missing or infinite."""
+    values = part.groupby(by, sort=False).value
+    return values.agg(gmean) if geometric else values.agg(lambda numbers: numbers.mean(skipna=False))
 
 
-def published(records: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the condition of heads, of the published head with the published number of Newton-Schulz steps."""
-    return records[(records["head"] != "gcp") | (records.setting == PUBLISHED)]
+def head_conditions(records: pd.DataFrame, quantity: str = heads.CONDITION) -> pd.DataFrame:
+    """The rows of a quantity of heads, of the published head with the published number of Newton-Schulz steps."""
+    return records[(records.quantity == quantity) & ((records["head"] != "gcp") | (records.setting == PUBLISHED))]
 
 
-def head_conditions(records: pd.DataFrame) -> pd.DataFrame:
+def median_conditions(records: pd.DataFrame) -> pd.DataFrame:
     """The median condition number of each head, the geometric mean over trained backbones."""
-    part = published(records[(records.quantity == conditioning.CONDITION) & (records.trained_under != "")])
-    return means(part, [*KEYS, "head"], geometric=True).reset_index()
+    return means(head_conditions(records[records.trained_under != ""]), [*KEYS, "head"], geometric=True).reset_index()
 
 
 def worst_conditions(records: pd.DataFrame) -> pd.DataFrame:
     """The largest condition number of each head on any image and backbone, untrained ones too."""
-    part = published(records[records.quantity == conditioning.WORST])
-    return part.groupby([*KEYS, "head"]).value.max().reset_index()
+    return head_conditions(records, heads.WORST).groupby([*KEYS, "head"]).value.max().reset_index()
 
 
-def partials(records: pd.DataFrame, *which: str) -> pd.DataFrame:
+def partials(records: pd.DataFrame, which: str = "") -> pd.DataFrame:
     """Rows of partial correlations (with P of the name `which`, else K-FAC's), the variant of the head in its name."""
-    ends = ("", f", {RANDOM}", f", {PERMUTED}")
-    names = {", ".join((PARTIAL + end, *which)): end for end in ends}
+    names = {f"{PARTIAL}{variant}{which}": variant for variant in ("", f", {RANDOM}", f", {PERMUTED}")}
     part = records[records.quantity.isin(names)]
     return part.assign(head=part["head"] + part.quantity.map(names))
 
 
-def partial_correlations(
-    records: pd.DataFrame, under: str = "", which: Sequence[str] = (), whole: bool = False
-) -> pd.DataFrame:
-    """Partial correlations of each head and control (also as `layer`) at the optimiser's damping, means over convolutions.
+def partial_correlations(records: pd.DataFrame, under: str = "", which: str = "", whole: bool = False) -> pd.DataFrame:
+    """Partial correlations of each head and control (also as `layer`) at the optimiser's damping.
 
-    Args:
-        records: of the study.
-        under: head that the backbones are trained under; all of them when not given.
-        which: name of P if it is not K-FAC's.
-        whole: of all convolutions as one vector, not the mean over them.
+    They are means over convolutions, or with `whole` those of all convolutions as one vector, and over the backbones, or those
+    trained `under` one head.
     """
-    part = partials(records, *which)
+    part = partials(records, which)
     part = part[(part.setting == DAMPING) & ((part.layer == ALL) == whole)]
-    part = part[part.trained_under == under] if under else part
-    found = means(part, [*KEYS, "head"]).reset_index()
+    found = means(part[(part.trained_under == under) | (under == "")], [*KEYS, "head"]).reset_index()
     return found.assign(layer=found["head"])
 
 
 def backward_cosines(records: pd.DataFrame) -> pd.DataFrame:
     """The cosine of dL/dX to the exact one on trained backbones, by the form (`layer`)."""
-    part = records[records.quantity == f"{backward.COSINE}, {backward.FEATURES}"]
+    part = records[records.quantity == heads.COSINES["dL/dX"]]
     return means(part, [*KEYS, "layer"]).reset_index()
 
 
 def block_values(records: pd.DataFrame) -> pd.DataFrame:
     """The geometric mean over convolutions and trained backbones, by head and quantity."""
-    part = records[records.layer.isin(blocks.ROLES)]
+    part = records[records.quantity.isin(blocks.QUANTITIES)]
     return means(part, [*KEYS, "head", "quantity"], geometric=True).reset_index()
 
 
-def _explored(name: str, quantity: str, compare: Comparison, values: Callable[[pd.DataFrame], pd.DataFrame]) -> Claim:
-    """A claim that is not one of the paper's nine."""
-    return Claim(name, f"{quantity[0].upper()}{quantity[1:]}.", "preconditioning", quantity, compare, values)
-
-
+CONDITION = "median condition number of the head's Jacobian"
+SHARED = "partial correlation of g_GCP with P g_GAP given g_GAP"
+LIKE = primary(5).compare
 CONDITIONED = {
     "supported": "Five Newton-Schulz steps condition the head nearly as well as the exact root does.",
     "contradicted": "Five Newton-Schulz steps do not reach the conditioning of the exact root: the published head is not the "
@@ -110,25 +91,34 @@ LIKE_KFAC = {
     "contradicted": "Beyond the gradient of GAP, that of GCP goes against what K-FAC adds to it.",
     "no effect": "Beyond the gradient of GAP, that of GCP has next to nothing of what K-FAC adds to it.",
 }
-CONDITION, SHARED = (
-    "median condition number of the head's Jacobian",
-    "partial correlation of g_GCP with P g_GAP given g_GAP",
+
+
+def _explored(name: str, quantity: str, compare: Comparison, values: Values, proved: bool = False) -> Claim:
+    """A claim that is not one of the paper's nine."""
+    statement = f"{quantity[0].upper()}{quantity[1:]}."
+    return Claim(name, statement, "preconditioning", quantity, compare, values, proved=proved)
+
+
+THEOREM = _explored(
+    "exact root within √2",
+    "largest condition number of the exact root's Jacobian over images and backbones, against √2",
+    Bound({"head": "gcp_exact"}, "below", reference=2**0.5 + ROUNDING),
+    worst_conditions,
+    proved=True,
 )
-LIKE = primary(5).compare
-LARGEST = "largest condition number of the exact root's Jacobian over images and backbones, against √2"
-WITHIN = Bound({"head": "gcp_exact"}, "below", reference=2**0.5 + ROUNDING)
-THEOREM = replace(_explored("exact root within √2", LARGEST, WITHIN, worst_conditions), proved=True)
 ROOTS = [
-    _explored(f"head condition: {a} / {b}", f"{CONDITION}, {a} / {b}", Ratio({"head": a}, {"head": b}), head_conditions)
+    _explored(
+        f"head condition: {a} / {b}", f"{CONDITION}, {a} / {b}", Ratio({"head": a}, {"head": b}), median_conditions
+    )
     for a, b in (("gcp", "covariance"), ("gcp_exact", "gcp"))
 ]
 PARTIALS = [
     _explored(f"partial correlation: {words}", f"{SHARED}, {words}", LIKE, values)
-    for words, values in {
-        **{words: partial(partial_correlations, under=head) for head, words in UNDER.items()},
-        "one vector of all convolutions": partial(partial_correlations, whole=True),
-        "exact natural gradient": partial(partial_correlations, which=(NATURAL,)),
-    }.items()
+    for words, values in (
+        *((words, partial(partial_correlations, under=head)) for head, words in UNDER.items()),
+        ("one vector of all convolutions", partial(partial_correlations, whole=True)),
+        ("exact natural gradient", partial(partial_correlations, which=f", {NATURAL}")),
+    )
 ]
 CONTROLS = [
     _explored(
@@ -151,30 +141,30 @@ BACKWARD = [
 ]
 BEFORE, FIT = {"quantity": blocks.CONDITION}, {"quantity": blocks.COSINE}
 BLOCKS = [
-    _explored(
-        "block condition: gcp / gap",
-        "λ₁ / λₖ of GGN blocks on the same backbones, GCP / GAP",
-        Ratio(GCP | BEFORE, GAP | BEFORE, margin=0.2),
-        block_values,
-    ),
-    *(
-        _explored(
-            f"gain by {words}: gcp − gap",
-            f"log of λ₁ / λₖ before over after {words}, GCP − GAP",
-            Interaction(GCP, GAP, BEFORE, {"quantity": after}),
-            block_values,
-        )
-        for after, words in ((blocks.AFTER_KFAC, "K-FAC"), (blocks.AFTER_EXACT, "an exact preconditioner"))
-    ),
-    _explored(
-        "fit of K-FAC: gcp / gap",
-        "cosine of the K-FAC block to the GGN block, GCP / GAP",
-        Ratio(GCP | FIT, GAP | FIT, "above"),
-        block_values,
-    ),
+    _explored(name, quantity, compare, block_values)
+    for name, quantity, compare in (
+        (
+            "block condition: gcp / gap",
+            "λ₁ / λₖ of GGN blocks on the same backbones, GCP / GAP",
+            Ratio(GCP | BEFORE, GAP | BEFORE, margin=0.2),
+        ),
+        *(
+            (
+                f"gain by {words}: gcp − gap",
+                f"log of λ₁ / λₖ before over after {words}, GCP − GAP",
+                Interaction(GCP, GAP, BEFORE, {"quantity": after}),
+            )
+            for after, words in ((blocks.AFTER_KFAC, "K-FAC"), (blocks.AFTER_EXACT, "an exact preconditioner"))
+        ),
+        (
+            "fit of K-FAC: gcp / gap",
+            "cosine of the K-FAC block to the GGN block, GCP / GAP",
+            Ratio(GCP | FIT, GAP | FIT, "above"),
+        ),
+    )
 ]
 CLAIMS = [
-    primary(3).measured(head_conditions, CONDITIONED),
+    primary(3).measured(median_conditions, CONDITIONED),
     primary(5).measured(partial_correlations, LIKE_KFAC),
     *(THEOREM, *ROOTS, *PARTIALS, *CONTROLS, *BACKWARD, *BLOCKS),
 ]

@@ -15,7 +15,8 @@ gradients are taken with them too.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ from secondorder.preconditioning import (
     partial_correlation,
 )
 from secondorder.preconditioning.directions import Direction
-from studies.preconditioning.backbone import Backbone, Row, convolutions
-from studies.shared_backbone import evenly_spaced
+from studies.backbones import convolutions, evenly_spaced
+from studies.engine.records import Row
+from studies.preconditioning.backbone import Backbone
 
 PLAIN, WITH_P, TURN, PARTIAL = "cosine", "cosine with P", "turn by P", "partial correlation"
 ALL = "all convolutions"
@@ -43,34 +45,29 @@ RESIDUAL = "residual of the natural gradient"
 
 def gradient_rows(backbone: Backbone) -> Iterator[Row]:
     """Rows of all heads and controls, in float32: float64 changes no cosine by more than 1e-3."""
-    images, indices = backbone.batch[0].float(), evenly_spaced(len(backbone.data.train), backbone.measures.images)
-    cases = {name: (copy.deepcopy(network).float(), labels) for name, (network, labels) in every_head(backbone).items()}
-    gap, labels = cases["gap"]
-    names, reference = convolutions(gap), (images, labels[indices].to(images.device))
+    (images, labels), indices = backbone.batch, evenly_spaced(len(backbone.data.train), backbone.measures.images)
+    images, gap = images.float(), copy.deepcopy(backbone.networks["gap"]).float()
+    names = convolutions(gap)
     gradients = {
-        name: loss_gradient(network, (images, given[indices].to(images.device)), params=names)
-        for name, (network, given) in cases.items()
+        name: loss_gradient(copy.deepcopy(network).float(), (images, given[indices].to(images.device)), params=names)
+        for name, (network, given) in every_head(backbone).items()
     }
     g_gap = gradients.pop("gap")
-    for head, g in gradients.items():
-        yield from _rows(head, (PLAIN,), np.nan, g, g_gap)
-    kfac = KFACDirections(gap, reference, params=names)
-    for damping in sorted({*backbone.measures.dampings, DAMPING}):
-        yield from compared(gradients, g_gap, kfac.direction(g_gap, damping), damping)
+    kfac = KFACDirections(gap, (images, labels), params=names)
+    dampings = sorted({*backbone.measures.dampings, DAMPING})
+    turned = {(damping, ""): kfac.direction(g_gap, damping) for damping in dampings}
     if backbone.measures.natural_gradient:
-        solved = natural_gradient_direction(gap, reference, DAMPING, gradient=g_gap, tolerance=1e-3, iterations=300)
-        yield from compared(gradients, g_gap, solved.direction, DAMPING, NATURAL)
+        options: dict[str, Any] = {"gradient": g_gap, "tolerance": 1e-3, "iterations": 300}
+        solved = natural_gradient_direction(gap, (images, labels), DAMPING, **options)
+        turned[DAMPING, f", {NATURAL}"] = solved.direction
         yield {"quantity": RESIDUAL, "setting": DAMPING, "value": float(solved.solution.residual)}
-
-
-def compared(
-    gradients: Mapping[str, Direction], g_gap: Direction, P_g: Direction, damping: float, *which: str
-) -> Iterator[Row]:
-    """P g_gap against g_gap, and against the gradients under the other heads; `which` names P if it is not K-FAC."""
-    yield from _rows("gap", (TURN, *which), damping, g_gap, P_g)
     for head, g in gradients.items():
-        yield from _rows(head, (WITH_P, *which), damping, g, P_g)
-        yield from _rows(head, (PARTIAL, *which), damping, g, P_g, g_gap)
+        yield from _rows(head, PLAIN, "", np.nan, g, g_gap)
+    for (damping, which), P_g in turned.items():
+        yield from _rows("gap", TURN, which, damping, g_gap, P_g)
+        for head, g in gradients.items():
+            yield from _rows(head, WITH_P, which, damping, g, P_g)
+            yield from _rows(head, PARTIAL, which, damping, g, P_g, g_gap)
 
 
 def every_head(backbone: Backbone) -> dict[str, tuple[Network, Tensor]]:
@@ -95,14 +92,14 @@ def with_random_classifier(fitted: Network, random: np.random.Generator) -> Netw
     return network
 
 
-def _rows(head: str, words: tuple[str, ...], setting: float, *directions: Mapping[str, Tensor]) -> Iterator[Row]:
+def _rows(head: str, words: str, which: str, setting: float, *directions: Direction) -> Iterator[Row]:
     """The cosine of two directions, or the partial correlation given a third, of each layer and of all.
 
-    A layer of which a direction is zero has no angle and no row.
+    `which` names a P that is not K-FAC's. A layer of which a direction is zero has no angle and no row.
     """
     found = (alignment if len(directions) == 2 else partial_correlation)(*directions)
-    name, _, variant = head.partition(", ")
-    row = {"head": name, "quantity": ", ".join(filter(None, (words[0], variant, *words[1:]))), "setting": setting}
+    name, comma, variant = head.partition(",")
+    row = {"head": name, "quantity": f"{words}{comma}{variant}{which}", "setting": setting}
     for layer, value in found.layers.items():
         if all(bool(direction[f"{layer}.weight"].any()) for direction in directions):
             yield row | {"layer": layer, "value": value}

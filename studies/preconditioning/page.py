@@ -11,7 +11,7 @@ from studies.draw.palette import label
 from studies.engine.study import Results
 from studies.judge import Claim, Judged
 from studies.page import Fold, Picture, Table
-from studies.preconditioning import backward, blocks, conditioning, gradients
+from studies.preconditioning import blocks, gradients, heads
 from studies.preconditioning import claims as stated
 from studies.preconditioning.claims import FORMS, LIKE, UNDER, means
 
@@ -20,33 +20,39 @@ AS_BEFORE = "Backbones and classifiers are those of claim 3."
 
 
 def folds(results: Results) -> Sequence[Fold]:
-    """Four folds, each with a picture or a table."""
-    return [fold(results, with_backbones(results.records)) for fold in (heads, directions, backward_pass, curvature)]
+    """Four folds, each with a picture or a table, of records with the name of the backbone, untrained ones first."""
+    names = {head: UNDER.get(head, f"trained under {head}") for head in results.records.trained_under} | {
+        "": "untrained"
+    }
+    records = results.records.assign(backbone=results.records.trained_under.map(names)).sort_values(
+        "step", kind="stable"
+    )
+    return [fold(results, records) for fold in (_heads, _directions, _backward, _curvature)]
 
 
-def with_backbones(records: pd.DataFrame) -> pd.DataFrame:
-    """The records with the name of the backbone, untrained ones first."""
-    names = [UNDER.get(head, f"trained under {head}") if head else "untrained" for head in records.trained_under]
-    return records.assign(backbone=names).sort_values("step", kind="stable")
-
-
-def heads(results: Results, records: pd.DataFrame) -> Fold:
+def _heads(results: Results, records: pd.DataFrame) -> Fold:
     """Claim 3: the conditioning of heads."""
-    judged = results.of("head preconditions")
+    judged, theorem = results.of("head preconditions"), _of(results, [stated.THEOREM])
+    part = records[records.quantity == heads.CONDITION]
+    steps, level = part[part["head"] == "gcp"], part[part["head"].isin(("covariance", "gcp_exact"))]
+    level = level.drop(columns="setting").merge(steps[["setting"]].drop_duplicates(), how="cross")
     axes: dict[str, Any] = {"x_label": "Newton-Schulz steps", "y_label": "condition number"}
-    figure = Curves("setting", "value", panels="backbone", mean="geometric", log="xy", **axes).draw(by_steps(records))
-    features = means(records[records.quantity == conditioning.FEATURES], ["backbone"], geometric=True)
+    curves = Curves("setting", "value", panels="backbone", mean="geometric", log="xy", **axes)
+    figure = curves.draw(pd.concat([steps, level]))  # heads without steps as lines at every number of steps
+    features = means(records[records.quantity == heads.FEATURES], ["backbone"], geometric=True)
     spread = ", ".join(f"{value:.3g} ({name})" for name, value in features.items())
-    theorem = [f"With the exact root it is at most √2: {case.outcome}." for case in _of(results, [stated.THEOREM])]
-    part = stated.published(records[records.quantity == conditioning.CONDITION])
+    part = stated.head_conditions(records)
     table = means(part.assign(head=part["head"].map(label)), ["head", "backbone"], geometric=True).unstack("backbone")
     caption = "Condition numbers of each head by backbone: medians over images, geometric means over seeds."
     return Fold(
         judged=judged,
-        sentences=[*theorem, f"That of the features' covariance is {spread}; that of GAP is 1."],
+        sentences=[
+            *(f"With the exact root it is at most √2: {case.outcome}." for case in theorem),
+            f"That of the features' covariance is {spread}; that of GAP is 1.",
+        ],
         pictures=[Picture("preconditioning_heads", f"{judged[0].sentence} Medians over images. {BANDS}", figure)],
         controls=_of(results, stated.ROOTS),
-        exploratory=_of(results, [stated.THEOREM]),
+        exploratory=theorem,
         tables=[Table("preconditioning_conditions", caption, table[list(part.backbone.unique())].reset_index())],
         method=[
             "The head's Jacobian is d svec(Z) / dX at the features X of one image, on the range of their covariance. The claim's "
@@ -57,35 +63,26 @@ def heads(results: Results, records: pd.DataFrame) -> Fold:
     )
 
 
-def by_steps(records: pd.DataFrame) -> pd.DataFrame:
-    """The published head by its number of steps, and at each of them the heads that have none, covariance and exact root."""
-    part = records[records.quantity == conditioning.CONDITION]
-    steps = part[part["head"] == "gcp"]
-    level = part[part["head"].isin(("covariance", "gcp_exact"))].drop(columns="setting")
-    return pd.concat([steps, level.merge(pd.DataFrame({"setting": steps.setting.unique()}), how="cross")])
-
-
-def directions(results: Results, records: pd.DataFrame) -> Fold:
+def _directions(results: Results, records: pd.DataFrame) -> Fold:
     """Claim 5: gradients under two heads."""
-    judged = results.of("K-FAC-like gradient")
-    part = stated.partials(records[records.layer != gradients.ALL])
-    shown = part[part["head"].isin(("gcp", "covariance", f"gcp, {gradients.PERMUTED}"))]
+    judged, points = results.of("K-FAC-like gradient"), unrelated(records)
+    shown = stated.partials(records[records.layer != gradients.ALL])
+    shown = shown[shown["head"].isin(("gcp", "covariance", f"gcp, {gradients.PERMUTED}"))]
     axes: dict[str, Any] = {"x_label": "damping of P", "y_label": gradients.PARTIAL}
     by_damping = Curves("setting", "value", panels="backbone", log="x", reference=0.0, zone=LIKE.zone, **axes).draw(
         shown
     )
-    points = unrelated(records)
     axes = {"x_label": "predicted by an unrelated P", "y_label": "cos(g, P g_GAP)"}
     against = Scatter("predicted", "measured", panels="backbone", line="identity", **axes).draw(points)
     gcp = points[(points["head"] == "gcp") & (points.setting == DAMPING)]
-    words = (
-        f"At damping {DAMPING:g} the cosine of g_GCP with P g_GAP is {gcp.measured.mean():.3f}; a P that turns g_GAP as far but "
-        f"knows nothing of GCP predicts cos(g_GCP, g_GAP) cos(g_GAP, P g_GAP) = {gcp.predicted.mean():.3f}."
-    )
     above = f"Of GCP's points at damping {DAMPING:g}, {100 * (gcp.measured > gcp.predicted).mean():.0f} % lie above the line."
     return Fold(
         judged=judged,
-        sentences=[f"{words} Only the partial correlation is evidence."],
+        sentences=[
+            f"At damping {DAMPING:g} the cosine of g_GCP with P g_GAP is {gcp.measured.mean():.3f}; a P that turns g_GAP as far "
+            f"but knows nothing of GCP predicts cos(g_GCP, g_GAP) cos(g_GAP, P g_GAP) = {gcp.predicted.mean():.3f}. Only the "
+            "partial correlation is evidence."
+        ],
         pictures=[
             Picture("preconditioning_partial", f"{judged[0].sentence} Grey: the margin. {BANDS}", by_damping),
             Picture("preconditioning_cosines", f"{above} A point: one convolution, seed, damping.", against),
@@ -105,21 +102,23 @@ def directions(results: Results, records: pd.DataFrame) -> Fold:
 def unrelated(records: pd.DataFrame) -> pd.DataFrame:
     """Of each head, backbone, seed, damping and convolution cos(g, P g_GAP), `measured`, and the product `predicted`."""
     keys = ["network", "backbone", "seed", "layer"]
-    part = records[records.layer != gradients.ALL]
+    each = records[records.layer != gradients.ALL]
     plain, turn, points = (
-        part[part.quantity == quantity] for quantity in (gradients.PLAIN, gradients.TURN, gradients.WITH_P)
+        each[each.quantity == quantity].rename(columns={"value": name})[[*keys, *others, name]]
+        for quantity, name, others in (
+            (gradients.PLAIN, "plain", ["head"]),
+            (gradients.TURN, "turn", ["setting"]),
+            (gradients.WITH_P, "measured", ["head", "setting"]),
+        )
     )
-    points = points.rename(columns={"value": "measured"})[[*keys, "head", "setting", "measured"]]
-    points = points.merge(plain[[*keys, "head", "value"]], on=[*keys, "head"])
-    points = points.merge(turn[[*keys, "setting", "value"]], on=[*keys, "setting"], suffixes=("", "_turn"))
-    return points.assign(predicted=points.value * points.value_turn)
+    return points.merge(plain).merge(turn).assign(predicted=lambda table: table.plain * table.turn)
 
 
-def backward_pass(results: Results, records: pd.DataFrame) -> Fold:
+def _backward(results: Results, records: pd.DataFrame) -> Fold:
     """The published approximation of the backward pass."""
     sentences = []
-    for of in (backward.FEATURES, backward.WEIGHTS):
-        cosines = means(records[records.quantity == f"{backward.COSINE}, {of}"], ["layer"])
+    for of, quantity in heads.COSINES.items():
+        cosines = means(records[records.quantity == quantity], ["layer"])
         listed = "; ".join(f"{name} {cosines[form]:.3f}" for form, name in FORMS.items())
         sentences.append(f"Cosine of {of} to that of the exact root, mean over trained backbones and seeds: {listed}.")
     return Fold(
@@ -133,9 +132,9 @@ def backward_pass(results: Results, records: pd.DataFrame) -> Fold:
     )
 
 
-def curvature(results: Results, records: pd.DataFrame) -> Fold:
+def _curvature(results: Results, records: pd.DataFrame) -> Fold:
     """What K-FAC adds below each head."""
-    part = records[records.layer.isin(blocks.ROLES) & records["head"].isin(("gap", "covariance", "gcp"))]
+    part = records[records.quantity.isin(blocks.QUANTITIES) & records["head"].isin(("gap", "covariance", "gcp"))]
     table = means(part, ["backbone", "head", "quantity"], geometric=True).unstack("quantity").reset_index()
     pairs = means(part, ["backbone", "head", "seed", "layer", "quantity"]).unstack("quantity").reset_index()
     better = 100 * (pairs[blocks.AFTER_KFAC] < pairs[blocks.CONDITION]).mean()

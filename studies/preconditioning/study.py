@@ -1,7 +1,7 @@
 """The preconditioning study: its settings, and what is measured of which backbones."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
@@ -10,19 +10,19 @@ from secondorder.accelerator import check_float64
 from secondorder.errors import check_known
 from secondorder.pooling import POOLINGS
 from secondorder.training import Snapshot
+from studies.backbones import check_sharing
 from studies.checks import check_names
 from studies.engine.plan import Measurement, Trained
+from studies.engine.records import Row
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
-from studies.preconditioning.backbone import Backbone, Measures, Row
-from studies.preconditioning.backward import backward_rows
+from studies.preconditioning.backbone import Backbone, Measures
 from studies.preconditioning.blocks import block_rows
 from studies.preconditioning.claims import CLAIMS
-from studies.preconditioning.conditioning import head_rows
 from studies.preconditioning.gradients import gradient_rows
+from studies.preconditioning.heads import backward_rows, head_rows
 from studies.preconditioning.page import folds
-from studies.shared_backbone import check_sharing
-from studies.training import Training, TrainingFlags
+from studies.training import PRESETS, Training, TrainingFlags
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Settings:
 
 def measure_untrained(at: Snapshot, measures: Measures) -> Iterator[Row]:
     """The conditioning of heads on the features of initial weights."""
-    yield from head_rows(Backbone.at(at, measures))
+    yield from head_rows(Backbone(at.model, at.data, measures, at.run.seed))
 
 
 def measure_trained(at: Snapshot, measures: Measures) -> Iterator[Row]:
     """Everything, with classifiers that are fitted once to the features of a trained backbone."""
-    backbone = Backbone.at(at, measures)
+    backbone = Backbone(at.model, at.data, measures, at.run.seed)
     for rows in (head_rows, backward_rows, gradient_rows, block_rows):
         yield from rows(backbone)
 
@@ -60,9 +60,7 @@ def plan(context: Context) -> Plan:
     check_float64(common.torch_device, "the preconditioning study")
     first = (0, Measurement("untrained backbone", measure_untrained, settings.measures))
     last = (training.steps(common), Measurement("trained backbone", measure_trained, settings.measures))
-    wanted: dict[str, Any] = {
-        head: (first, last) if head == settings.trained[0] else (last,) for head in settings.trained
-    }
+    wanted: dict[str, Any] = dict.fromkeys(settings.trained, (last,)) | {settings.trained[0]: (first, last)}
     data = training.data(common)
     if common.dry_run and len(data.train.labels.unique()) < data.num_classes:
         wanted = dict.fromkeys(wanted, ())  # no classifier can be fitted to these fake images: training alone
@@ -76,22 +74,18 @@ STUDY = Study(
     title="is GCP a second-order method in disguise: its head, its gradients, its curvature",
     presets={
         "smoke": Settings(
-            training=Training("digits_tiny", epochs=1, train_limit=256),
+            replace(PRESETS["smoke"], train_limit=256),
             measures=Measures(
                 ("gap", "covariance", "gcp"), images=64, head_images=8, newton_schulz_steps=(1,), dampings=(1.0,)
             ),
         ),
         "quick": Settings(),
         "cifar10": Settings(
-            training=Training(
-                "cifar_resnet8", "cifar10", stride="published", epochs=6, batch_size=128, channels_last=True
-            ),
+            PRESETS["cifar10"],
             measures=Measures(curvature_images=24, natural_gradient=True, precision="float32"),
         ),
         "paper": Settings(
-            training=Training(
-                "resnet18", "imagefolder", reduced_channels=256, epochs=100, batch_size=256, amp="float16"
-            ),
+            replace(PRESETS["paper"], reduced_channels=256, channels_last=False),
             measures=Measures(images=512, curvature_images=2, precision="float32"),
         ),
     },

@@ -11,10 +11,11 @@ from devices import check, images_and_labels, moved, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature import QUANTITIES, curvature_blocks, fidelity, spectral_summary
+from secondorder.curvature import QUANTITIES, curvature_blocks, fidelity, output_jacobians, spectral_summary
 from secondorder.curvature.backpack import backpack_quantity
 from secondorder.errors import InputError
 from secondorder.landscape import LandscapeLine, equally_spaced, feature_landscape, optimiser_step, weight_landscape
+from secondorder.networks import SharedBackbone, frozen_at
 from secondorder.pooling import POOLINGS, pooling_head
 from secondorder.preconditioning import (
     FORMS,
@@ -45,6 +46,25 @@ def test_blocks(quantity: str, device: str) -> None:
 
     model, batch = tiny(), images_and_labels()
     check(measured(*moved((model, batch), device)), measured(model, batch), device)
+
+
+def test_output_jacobians(device: str) -> None:
+    def measured(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
+        found = output_jacobians(model, batch[0], NAMES)
+        return [found.outputs, *found.jacobians.values(), found.gauss_newton(NAMES[0], CE, batch[1]).eigenvalues()]
+
+    model, batch = tiny(), images_and_labels()
+    check(measured(*moved((model, batch), device)), measured(model, batch), device)
+
+
+def test_shared_backbones(device: str) -> None:
+    def measured(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        shared = SharedBackbone(frozen_at(model, images), [(images, labels)], penalty=0.1)
+        return shared.under("covariance")(images)
+
+    model, (images, labels) = tiny(), images_and_labels()
+    labels = torch.arange(len(labels)) % model.num_classes
+    check(measured(*moved((model, images, labels), device)), measured(model, images, labels), device, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
@@ -90,6 +110,7 @@ def lines(model: nn.Module, images: Tensor, labels: Tensor) -> list[LandscapeLin
     step = optimiser_step(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, images, labels)
     return [
         feature_landscape(model, F.cross_entropy, images, labels, etas, "descent"),
+        feature_landscape(model, F.cross_entropy, images, labels, etas, "descent", predicted=True),
         weight_landscape(model, F.cross_entropy, images, labels, etas, step),
     ]
 

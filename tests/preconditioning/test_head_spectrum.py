@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError
 from secondorder.pooling import RandomLift
-from secondorder.preconditioning import HEAD_FUNCTIONS, head_spectrum
+from secondorder.preconditioning import HEAD_FUNCTIONS, head_spectrum, varying_images
 
 HEADS = [
     ("gap", {}),
@@ -258,6 +258,13 @@ BAD = {
     "underflow": ((1e-250 * GOOD, "gcp"), {}, r"beyond float64"),
     "overflow": ((1e250 * GOOD, "gcp_power"), {"exponent": 2}, r"beyond float64"),
 }
+
+
+def test_images_that_have_a_covariance_are_told_from_constant_ones() -> None:
+    constant = torch.full((1, 3, 2, 2), 0.1, dtype=F64)
+    features = torch.cat([GOOD, constant, 1e-3 * GOOD, constant + 1e-9 * GOOD[:1], 0 * constant])
+    assert varying_images(features).tolist() == [True, True, False, True, True, False, False]
+    assert head_spectrum(features[varying_images(features)], "gcp").condition.isfinite().all()
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -19,12 +19,10 @@ from secondorder.kfac import Damping, Fisher, KFACPreconditioner
 from secondorder.networks import Network, network
 from secondorder.pooling import pooling_head
 from secondorder.preconditioning import head_spectrum
-from studies.preconditioning.backbone import Backbone, Measures, convolutions
-from studies.preconditioning.backward import COSINE, backward_rows
-from studies.preconditioning.blocks import AFTER_EXACT, AFTER_KFAC, CONDITION, ROLES, block_rows, condition
+from studies.backbones import convolutions
+from studies.preconditioning.backbone import Backbone, Measures
+from studies.preconditioning.blocks import AFTER_EXACT, AFTER_KFAC, CONDITION, ROLES, block_rows
 from studies.preconditioning.blocks import COSINE as FIT
-from studies.preconditioning.conditioning import CONDITION as HEAD_CONDITION
-from studies.preconditioning.conditioning import FEATURES, WORST, head_rows
 from studies.preconditioning.gradients import (
     ALL,
     NATURAL,
@@ -38,6 +36,8 @@ from studies.preconditioning.gradients import (
     every_head,
     gradient_rows,
 )
+from studies.preconditioning.heads import CONDITION as HEAD_CONDITION
+from studies.preconditioning.heads import COSINES, FEATURES, WORST, backward_rows, head_rows
 
 LAYERS = ["stem.0", "features.0", "features.3"]
 IMAGES = 4
@@ -99,20 +99,11 @@ def test_classifiers_fit_the_features_of_training_mode_and_the_model_stays() -> 
     assert fitted.classifier.weight.dtype == torch.float64
     images, labels = measured.batch
     assert images.shape[0] == 64
-    frozen = measured.shared.model
+    frozen = measured.frozen
     torch.testing.assert_close(  # training mode has the statistics of this very batch
         fitted.features(fitted.stem(images)), frozen.features(frozen.stem(images)), rtol=1e-9, atol=1e-9
     )
     assert float((fitted(images).argmax(1) == labels).double().mean()) > 0.6
-
-
-def test_convolutions_are_those_of_the_main_path() -> None:
-    resnet = network("cifar_resnet20", "gcp", 10, 3, reduced_channels=8)
-    names = convolutions(resnet)
-    assert names[0] == "stem.0.weight"
-    assert names[-1] == "head.reduction.0.weight"
-    assert len(names) == 20
-    assert not any("downsample" in name for name in names)
 
 
 # ----------------------------------------------------------------------------------------------------------------- heads
@@ -120,7 +111,7 @@ def test_convolutions_are_those_of_the_main_path() -> None:
 
 def test_every_head_is_measured_on_the_features_that_it_reads(measured: Backbone) -> None:
     rows = pd.DataFrame(head_rows(measured))
-    frozen, images = measured.shared.model, measured.images(8)[0]
+    frozen, images = measured.frozen, measured.images(8)[0]
     with torch.no_grad():
         features = frozen.features(frozen.stem(images))
     cases: list[tuple[str, Mapping[str, Any], float | None]] = [("covariance", {}, None), ("gcp_exact", {}, None)]
@@ -160,7 +151,7 @@ def test_backward_passes_against_autograd_of_the_whole_network(measured: Backbon
     exact = torch.autograd.grad((pooling_head("gcp_exact", X.shape[1])(X) * g).sum(), (X, weight), retain_graph=True)
     plain = torch.autograd.grad((pooling_head("covariance", X.shape[1])(X) * g).sum(), (X, weight))
     for of, ours, root, none in zip(("dL/dX", "dL/dW"), published, exact, plain, strict=True):
-        quantity = f"{COSINE}, {of}"
+        quantity = COSINES[of]
         assert value(rows, layer="newton_schulz", quantity=quantity) == pytest.approx(cosine(ours, root), abs=1e-9)
         assert value(rows, layer="unpreconditioned", quantity=quantity) == pytest.approx(cosine(none, root), abs=1e-9)
 
@@ -280,12 +271,6 @@ def test_blocks_against_dense_matrices(measured: Backbone, blocks: "pd.Series[fl
     for quantity, values in spectra.items():
         assert at[quantity] == pytest.approx(float(values[-1] / values[-k]), rel=1e-5), quantity
     assert at[FIT] == pytest.approx(float((K * ggn).sum() / (K.norm() * ggn.norm())), rel=1e-9)
-
-
-def test_an_eigenvalue_of_rounding_gives_no_condition() -> None:
-    assert condition(torch.tensor([4.0, 2.0, 1.0]).double(), 3) == 2.0
-    assert np.isnan(condition(torch.tensor([1.0, 1e-20, 0.0]).double(), 3))
-    assert np.isnan(condition(torch.zeros(3).double(), 3))
 
 
 def test_float32_agrees(measured: Backbone, blocks: "pd.Series[float]") -> None:

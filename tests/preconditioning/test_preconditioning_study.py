@@ -14,7 +14,7 @@ from studies.__main__ import main
 from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import CONTRADICTED, NO_EFFECT, PROVED, SUPPORTED, UNDECIDED, Judged, judge
-from studies.preconditioning import backward, blocks, conditioning, gradients
+from studies.preconditioning import blocks, gradients, heads
 from studies.preconditioning.claims import BACKWARD, CONTROLS, FORMS, WITHOUT
 from studies.preconditioning.page import folds, unrelated
 from studies.preconditioning.study import STUDY
@@ -44,8 +44,8 @@ def made_up(
             for setting in (1.0, 5.0) if head == "gcp" else (np.nan,):
                 size = number * (noise if head != "gcp_exact" else 1.0) * (10.0 if setting == 1.0 else 1.0)
                 row = at | {"head": head, "setting": setting}
-                rows += [row | {"quantity": q, "value": size} for q in (conditioning.CONDITION, conditioning.WORST)]
-        rows.append(at | {"head": under or "gap", "quantity": conditioning.FEATURES, "value": 900.0})
+                rows += [row | {"quantity": q, "value": size} for q in (heads.CONDITION, heads.WORST)]
+        rows.append(at | {"head": under or "gap", "quantity": heads.FEATURES, "value": 900.0})
         for layer in (*blocks.ROLES, gradients.ALL) if under else ():
             rows += [
                 at | row | {"layer": layer} for row in gradient_rows_of(partial + scatter * random.standard_normal())
@@ -53,9 +53,8 @@ def made_up(
         for head, layer in product(HEADS, blocks.ROLES) if under else ():
             values = gcp_blocks if head == "gcp" else BLOCKS
             rows += [at | {"head": head, "layer": layer, "quantity": q, "value": v * noise} for q, v in values.items()]
-        for form, of in product(FORMS, (backward.FEATURES, backward.WEIGHTS)) if under else ():
+        for form, quantity in product(FORMS, heads.COSINES.values()) if under else ():
             cosine = 0.85 if form == WITHOUT else 0.9
-            quantity = f"{backward.COSINE}, {of}"
             rows.append(at | {"head": "gcp", "layer": form, "quantity": quantity, "value": cosine / noise**0.1})
     return frame("preconditioning", rows, {}, "fake")
 
@@ -198,13 +197,13 @@ def test_everything_is_measured_where_it_should_be(finished: Path) -> None:
     records = read_records(finished, "preconditioning")[0]
     measured = records[~records.quantity.str.contains("train|test|seconds|learning")]
     assert set(measured[measured.step == 0].quantity) == {
-        conditioning.CONDITION,
-        conditioning.WORST,
-        conditioning.FEATURES,
+        heads.CONDITION,
+        heads.WORST,
+        heads.FEATURES,
     }
     for under in ("gap", "gcp"):
         part = measured[measured.trained_under == under]
-        assert {conditioning.CONDITION, gradients.PARTIAL, blocks.CONDITION} <= set(part.quantity)
+        assert {heads.CONDITION, gradients.PARTIAL, blocks.CONDITION} <= set(part.quantity)
         assert set(part[part.quantity == gradients.PARTIAL]["head"]) == {"covariance", "gcp"}
         assert set(part.seed) == {0}
     primary = [case for case in judge(STUDY.claims, records) if case.claim.primary]

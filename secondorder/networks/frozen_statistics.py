@@ -6,19 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from secondorder.errors import InputError
 
-def frozen_at(model: nn.Module, images: Tensor, precision: torch.dtype) -> nn.Module:
-    """A copy of the model in eval mode whose batch-norm statistics are those of `images` [N, C, H, W], in `precision`.
+
+def frozen_at(model: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the model in eval mode whose batch-norm statistics are those of `images` [N, C, H, W].
 
     On these images it computes what the model computes in training mode, but each sample on its own: a Jacobian of one
-    sample exists, and so does the Gauss-Newton matrix of a mean over samples. Dropout is off.
+    sample exists, and so does the Gauss-Newton matrix of a mean over samples. Dropout is off. `dtype` is that of the copy, by
+    default the model's. Raises InputError for what is no module.
     """
-    frozen = copy.deepcopy(model).to(precision).eval()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model {type(model).__name__}: must be a torch.nn.Module")
+    frozen = copy.deepcopy(model).eval()
+    if dtype is not None:
+        frozen, images = frozen.to(dtype), images.to(dtype)
     norms = [part for part in frozen.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
     hooks = [part.register_forward_pre_hook(_take_statistics) for part in norms]
     try:
         with torch.no_grad():
-            frozen(images.to(precision))
+            frozen(images)
     finally:
         for hook in hooks:
             hook.remove()
