@@ -11,7 +11,7 @@ from scipy.stats import gmean
 from studies.curvature import claims as stated
 from studies.curvature.claims import AFTER, WEIGHTS, accuracies, of_weights, trained
 from studies.curvature.measures import EIGENVALUE, HEAD, HESSIAN, KFAC
-from studies.draw import Curves, Forest, forest_table
+from studies.draw import Curves, Forest, forest_row, seed_rows
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import label
 from studies.engine.study import Results
@@ -124,13 +124,16 @@ def _forest(results: Results, judged: Sequence[Judged]) -> Iterator[Picture]:
         for weights, values in WEIGHTS.items():
             table = values(results.records[results.records.dataset == case.dataset])
             for network, part in table.groupby("network", sort=False):
-                one = replace(case, outcome="", estimate=estimate(case.claim.compare, part))
-                rows.append(forest_table([one]).assign(weights=weights, network=label(network)))
-            if weights == AFTER and table.network.nunique() > 1:
-                rows.append(forest_table([case])[:1].assign(weights=weights, network=ALL))
-    found = pd.concat(rows).dropna(subset="estimate") if rows else pd.DataFrame()
-    if len(found):
-        figure = Forest("network", groups="weights", x_label="λ₁ / λₖ, GCP / GAP").draw(found)
+                one = estimate(case.claim.compare, part)
+                if one is not None:
+                    row = forest_row(case.claim, case.dataset, "", one.seen) | {"weights": weights}
+                    own = [row, *seed_rows(row, one.by_seed)]
+                    rows += [one_row | {"network": label(network)} for one_row in own]
+            if weights == AFTER and table.network.nunique() > 1 and case.estimate is not None:
+                row = forest_row(case.claim, case.dataset, case.outcome, case.estimate.seen)
+                rows.append(row | {"weights": weights, "network": ALL})
+    if rows:
+        figure = Forest("network", groups="weights", x_label="λ₁ / λₖ, GCP / GAP").draw(pd.DataFrame(rows))
         yield Picture(
             "curvature_4",
             f"{judged[0].sentence} λ₁ / λₖ of GGN blocks at half of the possible rank, geometric mean over three convolutions, "

@@ -93,6 +93,11 @@ class Estimate:
         """Whether the interval comes from scatter that was seen."""
         return bool(np.isfinite(self.mean.error))
 
+    @property
+    def seen(self) -> tuple[float, float, float]:
+        """Value and both ends of the interval, nan where no scatter was seen."""
+        return (self.value, self.low, self.high) if self.has_interval else (self.value, np.nan, np.nan)
+
 
 def estimate(compare: Comparison, values: pd.DataFrame) -> Estimate | None:
     """The estimate of a comparison from a table of values (columns network, seed, its own, value, perhaps censored).

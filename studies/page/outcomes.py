@@ -79,7 +79,7 @@ def outcome_of(judged: Judged) -> Outcome:
     outcome = Outcome(claim.name, claim.primary, judged.dataset, judged.outcome, quantity=claim.quantity)
     if found is None:
         return outcome
-    low, high = (found.low, found.high) if found.has_interval else (math.nan, math.nan)
+    _, low, high = found.seen
     return replace(
         outcome, estimate=found.value, low=low, high=high, n=found.n, networks=found.networks, p_holm=judged.p_holm,
         seeds_needed=judged.seeds_needed or 0, left_out=found.left_out, by_seed=found.by_seed,
