@@ -73,6 +73,8 @@ class Settings:
     """Pooling heads to compare."""
     training: TrainingFlags = field(default_factory=Training)
     """How they are trained."""
+    control_seeds: int = 5
+    """Seeds of the controls, every head but gap and gcp; at most those of gap and gcp."""
     measure_every: int = 40
     """Training steps between two measurements."""
     rho: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
@@ -84,6 +86,7 @@ class Settings:
         check_names("heads", self.heads)
         check_names("rho", [str(share) for share in self.rho])
         equally_spaced(min(self.rho), max(self.rho), 1)
+        check_count("control_seeds", self.control_seeds)
         check_count("measure_every", self.measure_every)
 
 
@@ -123,8 +126,11 @@ def plan(context: Context) -> Plan:
     descent = Measurement("descent", measure_descent, settings.rho)
     steps = every(settings.measure_every, settings.training.steps(common))
     at = tuple((step, measurement) for step in steps for measurement in (published, descent))
-    cases = product(context.seeds, settings.heads)
-    yield [Trained(settings.training.subject(common, head, seed), at) for seed, head in cases]
+    yield [
+        Trained(settings.training.subject(common, head, seed), at)
+        for seed, head in product(context.seeds, settings.heads)
+        if head in ("gap", "gcp") or seed < settings.control_seeds
+    ]
 
 
 KEYS = ["network", "dataset", "head", "seed"]
@@ -273,4 +279,5 @@ STUDY = Study(
     plan=plan,
     claims=CLAIMS,
     folds=folds,
+    may_grow=("heads", "control_seeds"),
 )
