@@ -1,7 +1,7 @@
 """The damped inverses of all layers: made from the factors, applied to gradients."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,11 +66,12 @@ class Blocks:
             if isinstance(inverse, CorrectedEigenbasis) and one.squares is not None:
                 inverse.update(one.squares, ema_decay)
 
-    def solve(self, gradients: Directions, events: Counter[str]) -> Directions:
-        """P grad for layers with an inverse, the gradient itself for all other parameters."""
+    def solve(self, gradients: Directions, events: Counter[str], names: Collection[str] | None = None) -> Directions:
+        """P grad for layers with an inverse (those of `names`), the gradient itself for all other parameters."""
         directions = dict(gradients)
-        for name, layer in self.layers.items():
-            W = self._matrix(layer, directions)
+        for name in self.layers if names is None else names:
+            layer = self.layers[name]
+            W = self.matrix(layer, directions)
             if W is None:
                 continue
             if name not in self.inverses:
@@ -88,7 +89,7 @@ class Blocks:
         """sum of tr(W^T B W A) over the layers, W a direction: d^T F d of K-FAC's model, undamped."""
         total = torch.zeros((), device=self.device)
         for name, layer in self.layers.items():
-            W = self._matrix(layer, directions)
+            W = self.matrix(layer, directions)
             if W is None or self.statistics[name].B is None:
                 continue
             factors = self.factors(name)
@@ -100,7 +101,7 @@ class Blocks:
         """a^T (lambda I) b over the layers, with the lambda of each group."""
         total = torch.zeros((), device=self.device)
         for name, layer in self.layers.items():
-            V, W = self._matrix(layer, a), self._matrix(layer, b)
+            V, W = self.matrix(layer, a), self.matrix(layer, b)
             if V is not None and W is not None:
                 total = total + (self.tikhonov(name) * V * W).sum()
         return total
@@ -158,7 +159,7 @@ class Blocks:
             if isinstance(inverse, CorrectedEigenbasis):
                 self.statistics[name].bases = (inverse.Q_A, inverse.Q_B)
 
-    def _matrix(self, layer: KroneckerLayer, directions: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
+    def matrix(self, layer: KroneckerLayer, directions: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
         """[G, O, D], or None for a layer that was not used; a bias without gradient counts as zero."""
         if layer.weight not in directions:
             return None

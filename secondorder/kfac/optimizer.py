@@ -25,8 +25,10 @@ from secondorder.kfac.options import (
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
+from secondorder.kfac.step_rule import StepRule, adam, as_step_rule, updates
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
+from secondorder.matrix_power.transforms import full_precision
 
 BUFFERS = ("momentum_buffer", "square", "squares", "update")
 """Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
@@ -35,9 +37,9 @@ CLIP = 0.01
 
 
 class KFAC(torch.optim.Optimizer):
-    """v <- momentum v + P grad,  w <- (1 - lr weight_decay) w - lr v,  with P = (B kron A + lambda I)^-1 of each layer.
+    """w <- (1 - lr weight_decay) w - lr u,  u from the gradient, its momentum and K-FAC's factors by a step rule.
 
-        opt = KFAC(model, lr=0.1)
+        opt = KFAC(model)
         for images, labels in loader:
             opt.zero_grad()
             logits = model(images)
@@ -52,16 +54,20 @@ class KFAC(torch.optim.Optimizer):
 
     Args:
         model: the network, also wrapped by DistributedDataParallel or torch.compile.
-        lr: learning rate; of the order of SGD's without momentum.
-        momentum: heavy-ball momentum of the preconditioned gradients.
+        lr: learning rate at the top of the schedule; that of the step rule when not given: 0.03, natural 0.1.
+        step_rule: "adam" (Adam in the eigenbasis of the factors, each layer's update with a root mean square of 0.2 lr);
+            "natural" (the published step, v <- momentum v + P grad, u = v, with P = (B kron A + lambda I)^-1 of each layer; for
+            theory, and where the quadratic model is right); "natural_fixed", "adam_free", "natural_adam"; or a `StepRule`.
+        momentum: of the gradients, 0 to 1; heavy-ball momentum of P grad for "natural".
         weight_decay: decoupled by default (`Options.decoupled`).
         damping, ema_decay, factor_interval, inverse_interval, fisher, sharing: see `KFACPreconditioner`.
         approximation: see `KFACPreconditioner`. Layers with "ekfac" are damped in their eigenbases, also with
             `Damping(inverse="cholesky")`, which concerns those with "kfac" only.
-        clip: trust region of the direction d, before momentum: d is scaled down so that lr^2 d^T (F + lambda I) d <= clip, with
-            K-FAC's own F and lambda for layers and the identity for the other parameters. Without momentum that is about
-            twice the KL divergence between the model before and after the step, as far as the layers change it; with momentum
-            m the velocity, and so the update, can be 1 / (1 - m) times as long. None: no limit.
+        clip: trust region of a natural step's direction d, before momentum: d is scaled down so that
+            lr^2 d^T (F + lambda I) d <= clip, with K-FAC's own F and lambda for layers and the identity for other parameters.
+            Without momentum that is about twice the KL divergence between the model before and after the step, as far as the
+            layers change it; with momentum m the velocity, and so the update, can be 1 / (1 - m) times as long. None: no limit.
+            Other rules have none.
         options: the rest, parameter groups among them.
 
     Raises:
@@ -71,8 +77,9 @@ class KFAC(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | None = None,
         *,
+        step_rule: str | StepRule = "adam",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float | Damping = Damping(),  # noqa: B008  a frozen dataclass
@@ -98,8 +105,9 @@ class KFAC(torch.optim.Optimizer):
         )
         self.options = options
         self.model = model
+        self.step_rule = as_step_rule(step_rule)
         settings = {
-            "lr": lr,
+            "lr": self.step_rule.learning_rate if lr is None else lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "damping": self.preconditioner.damping.value,
@@ -142,6 +150,10 @@ class KFAC(torch.optim.Optimizer):
         adapt = self.preconditioner.damping.adapt
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
+        if adapt is not None and not self.step_rule.is_plain:
+            raise InputError(
+                "Levenberg-Marquardt damping needs a quadratic model: use step_rule='natural' or quadratic_step"
+            )
         loss = None
         random = RandomState() if self._adapts else None
         if closure is not None:
@@ -149,9 +161,10 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         if random is not None:
             loss_value(loss)
-        directions = self._directions()
-        if directions is None:
+        gradients = self._gradients()
+        if gradients is None:
             return loss
+        directions = self.preconditioner.solve(gradients) if self.step_rule.is_plain else gradients
         trial = None if random is None else Trial(self, loss, random)
         with self.preconditioner.stopwatch("update"), torch.no_grad():
             self._update(directions)
@@ -240,8 +253,8 @@ class KFAC(torch.optim.Optimizer):
         names = {treatment.parameter: treatment.name for treatment in self.preconditioner.treatments}
         return [[names[parameter] for parameter in group["params"]] for group in self.param_groups]
 
-    def _directions(self) -> Directions | None:
-        """P grad with the dampings of the groups, and weight decay in the gradient where it is not decoupled."""
+    def _gradients(self) -> Directions | None:
+        """The gradients, with the dampings of the groups set, and weight decay in them where it is not decoupled."""
         for treatment in self.preconditioner.treatments:
             if treatment.how == "frozen" and treatment.parameter.requires_grad:
                 raise InputError(
@@ -253,7 +266,7 @@ class KFAC(torch.optim.Optimizer):
             if self.options.decoupled
             else {p: float(g["weight_decay"]) for p, g in group_of.items() if g["weight_decay"]}
         )
-        return self.preconditioner.directions(decay)
+        return self.preconditioner.gradients(decay)
 
     def set_dampings(self) -> dict[nn.Parameter, dict[str, Any]]:
         """Give the layers the dampings of their weights' groups; returns the group of each parameter."""
@@ -269,11 +282,26 @@ class KFAC(torch.optim.Optimizer):
         return adapt is not None and (self.preconditioner.intervals.step + 1) % adapt.every == 0
 
     def _update(self, directions: Directions) -> None:
-        """Directions become steps, in place, and steps new weights."""
+        """Directions P grad, or gradients where the step rule wants these, become steps, and steps new weights."""
         treatments, options = self.preconditioner.treatments, self.options
+        if not self.step_rule.is_plain:
+            momenta = {p: float(group["momentum"]) for group in self.param_groups for p in group["params"]}
+            steps = self._steps(directions, momenta)
+            move(steps, self.param_groups, self.state, options.decoupled, momentum=False)
+            return
         others = [t.parameter for t in treatments if t.how == "fallback" and t.parameter in directions]
         fall_back(directions, others, self.state, options.fallback, options.fallback_lr)
         if self.clip is not None:
             scale = self.preconditioner.mean_scale
             shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
         move(directions, self.param_groups, self.state, options.decoupled)
+
+    def _steps(self, gradients: Directions, momenta: Mapping[nn.Parameter, float]) -> Directions:
+        """The update of every parameter by a step rule that is not plain: Adam's of those without factors."""
+        pre = self.preconditioner
+        with full_precision(next(iter(gradients.values()))):
+            steps = updates(self.step_rule, gradients, pre.blocks, self.state, momenta, pre.events)
+        for parameter in (p for p in gradients if p not in steps):
+            update = adam(gradients[parameter], self.state[parameter], momenta[parameter])
+            steps[parameter] = update * self.options.fallback_lr
+        return steps

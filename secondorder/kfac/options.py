@@ -117,7 +117,8 @@ class Options:
 
     groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}.
         A layer's damping is that of its weight's group.
-    fallback: update of parameters without Kronecker structure (batch norm, embeddings, ...): "sgd", or "adam".
+    fallback: update of parameters without Kronecker structure (batch norm, embeddings, ...) beside natural steps: "sgd", or
+        "adam"; beside all others it is Adam's.
     fallback_lr: their learning rate in units of lr.
     decoupled: weight decay acts on the weights, w <- (1 - lr weight_decay) w; otherwise it is added to the gradient, and
         preconditioned with it.

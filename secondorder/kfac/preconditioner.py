@@ -134,11 +134,25 @@ class KFACPreconditioner:
                     parameter.grad.copy_(direction)
         return directions is not None
 
-    @torch.no_grad()
     def directions(self, decay: Mapping[nn.Parameter, float] | None = None) -> Directions | None:
         """P (grad + decay w) of every parameter with a gradient; None, and nothing has changed, when a gradient is not finite.
 
         InputError when no parameter has a gradient, or `update_curvature` was due and not called.
+        """
+        gradients = self.gradients(decay)
+        return None if gradients is None else self.solve(gradients)
+
+    @torch.no_grad()
+    def solve(self, gradients: Directions) -> Directions:
+        """P times the gradients that `gradients` gave."""
+        with self.stopwatch("preconditioning"), full_precision(next(iter(gradients.values()))):
+            return self.blocks.solve(gradients, self.events)
+
+    @torch.no_grad()
+    def gradients(self, decay: Mapping[nn.Parameter, float] | None = None) -> Directions | None:
+        """grad + decay w, of the mean loss, of every parameter with a gradient, once factors and inverses are those of this step.
+
+        None, and InputError, as `directions`.
         """
         gradients = {t.parameter: dense(t.parameter.grad) for t in self.treatments if t.parameter.grad is not None}
         if not gradients:
@@ -160,11 +174,9 @@ class KFACPreconditioner:
             due = [name for name in self.intervals.inverses_due() if self.statistics[name].B is not None]
             self.blocks.invert(due, self.events)
             self.intervals.last_inverse |= dict.fromkeys(due, self.intervals.step)
-        with self.stopwatch("preconditioning"), full_precision(values[0]):
-            directions = self.blocks.solve(self._regularised(gradients, decay or {}), self.events)
         self.intervals.step += 1
         self.gathering.begin(self.factor_step, self.intervals.step)
-        return directions
+        return self._regularised(gradients, decay or {})
 
     def _commit(self) -> None:
         used = self.gathering.commit(self.ema_decay, self.events)

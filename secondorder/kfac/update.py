@@ -54,16 +54,16 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
     directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
 
 
-def move(directions: Directions, groups: Groups, state: State, decoupled: bool) -> None:
+def move(directions: Directions, groups: Groups, state: State, decoupled: bool, momentum: bool = True) -> None:
     """v <- momentum v + d,  w <- (1 - lr weight_decay) w - lr v; without momentum v is d."""
     for group in groups:
         parameters = [p for p in group["params"] if p in directions]
         if not parameters:
             continue
         steps = [directions[p] for p in parameters]
-        lr, momentum, weight_decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
-        if momentum:
-            steps = _with_momentum(state, parameters, steps, momentum)
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        if momentum and group["momentum"]:
+            steps = _with_momentum(state, parameters, steps, float(group["momentum"]))
         if decoupled and weight_decay:
             torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, steps, alpha=-lr)

@@ -95,15 +95,23 @@ def adamw(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
 
 
 def kfac(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
-    """K-FAC with this package's defaults where the options say nothing: `secondorder.kfac.KFAC`."""
-    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay}
-    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))
+    """K-FAC with the published step, else this package's defaults where the options say nothing: `secondorder.kfac.KFAC`."""
+    return _kfac(model, run, {"step_rule": "natural"})
+
+
+def kfac_adam(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
+    """K-FAC with its default step, Adam in its eigenbasis, of fixed length: `secondorder.kfac.KFAC`."""
+    return _kfac(model, run, {})
 
 
 def ekfac(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
-    """EKFAC: K-FAC with second moments corrected in its eigenbasis."""
-    settings: dict[str, Any] = {"momentum": run.momentum, "weight_decay": run.weight_decay, "approximation": "ekfac"}
-    return KFAC(model, run.learning_rate, **settings, **dict(run.optimizer_options))
+    """EKFAC: K-FAC with second moments corrected in its eigenbasis, and the published step."""
+    return _kfac(model, run, {"step_rule": "natural", "approximation": "ekfac"})
+
+
+def _kfac(model: nn.Module, run: OptimizerSettings, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    settings = {"momentum": run.momentum, "weight_decay": run.weight_decay} | settings
+    return KFAC(model, run.learning_rate, **settings | dict(run.optimizer_options))
 
 
 def gauss_newton(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
@@ -191,6 +199,7 @@ OPTIMIZERS: dict[str, Builder] = {
     "sgd": named_errors(sgd),
     "adamw": named_errors(adamw),
     "kfac": named_errors(kfac),
+    "kfac_adam": named_errors(kfac_adam),
     "ekfac": named_errors(ekfac),
     "gauss_newton": named_errors(gauss_newton),
     "soap": named_errors(soap),

@@ -24,6 +24,7 @@ HEADS: dict[str, Look] = {
 OPTIMIZERS: dict[str, Look] = {
     "sgd": ("SGD", "#000000", ()),
     "kfac": ("K-FAC", "#6644BB", ()),
+    "kfac_adam": ("K-FAC, Adam step", "#BBDD00", (4, 1.5, 1, 1.5)),
     "ekfac": ("EKFAC", "#6688FF", (3, 1)),
     "adamw": ("AdamW", "#884400", (5, 1.5)),
     "muon": ("Muon", "#CC5577", (1, 1)),

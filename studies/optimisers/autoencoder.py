@@ -30,7 +30,7 @@ def _sgd(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim
 
 
 def _kfac(model: nn.Module, learning_rate: float, momentum: float) -> torch.optim.Optimizer:
-    return KFAC(model, learning_rate, momentum=momentum, fisher=BERNOULLI)
+    return KFAC(model, learning_rate, step_rule="natural", momentum=momentum, fisher=BERNOULLI)
 
 
 def _quadratic(model: nn.Module, damping: float, ema_decay: float) -> torch.optim.Optimizer:

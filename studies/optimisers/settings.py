@@ -61,7 +61,7 @@ class Settings:
     """Pooling heads of the factorial: gap and gcp, and the controls."""
     optimizers: tuple[str, ...] = ("sgd", "kfac")
     """Optimisers of the factorial: sgd, kfac and perhaps gauss_newton, K-FAC's exact counterpart (some 20 times as slow)."""
-    others: tuple[str, ...] = ("adamw", "ekfac", "soap", "shampoo", "muon", "singd")
+    others: tuple[str, ...] = ("kfac_adam", "adamw", "ekfac", "soap", "shampoo", "muon", "singd")
     """Optimisers that are compared besides, under gap and gcp."""
     training: TrainingFlags = field(
         default_factory=lambda: Training("digits_tiny", train_limit=512, epochs=4, batch_size=32, schedule="cosine")
@@ -120,9 +120,11 @@ PRESETS = {
             ("sgd", "kfac"), images=128, widths=(12, 4), batch_size=64, updates=20, tuning_seeds=1, evaluations=4
         ),
     ),
-    "quick": Settings(others=("adamw", "ekfac", "soap", "muon"), autoencoder=AutoencoderSettings(tuning_seeds=1)),
+    "quick": Settings(
+        others=("kfac_adam", "adamw", "ekfac", "soap", "muon"), autoencoder=AutoencoderSettings(tuning_seeds=1)
+    ),
     "cifar10": Settings(
-        others=("adamw", "soap", "muon"),
+        others=("kfac_adam", "adamw", "soap", "muon"),
         training=Training(
             "cifar_resnet8", "cifar10", None, 10_000, epochs=4, batch_size=128, schedule="cosine", channels_last=True
         ),

@@ -65,7 +65,10 @@ def _steppers(settings: Mapping[str, Any], device: torch.device) -> dict[tuple[s
         model = network(settings["network"], settings["head"], CLASSES, 3).to(device)
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
         if kind:
-            own = METHODS[name] | {"options": Options(warm_up=False, stagger=False, timing=kind == WHOLE)}
+            own = METHODS[name] | {
+                "step_rule": "natural",
+                "options": Options(warm_up=False, stagger=False, timing=kind == WHOLE),
+            }
             factors, inverses, _ = KINDS[kind]
             optimizer = KFAC(model, LEARNING_RATE, factor_interval=factors, inverse_interval=inverses, **own)
         found[name, kind] = Stepper(model, optimizer, F.cross_entropy, [batch])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.gauss_newton import GaussNewton
-from secondorder.kfac import KFAC, Damping, Fisher, Options
+from secondorder.kfac import KFAC, STEP_RULES, Damping, Fisher, Options
 
 KINDS: dict[str, dict[str, Any]] = {
     "kfac": {},
@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "adam fallback": {"options": Options(fallback="adam", fallback_lr=0.1)},
     "no clip": {"clip": None, "weight_decay": 0.1},
 }
+KINDS = {kind: {"step_rule": "natural"} | settings for kind, settings in KINDS.items()}
+KINDS |= {f"step rule {name}": {"step_rule": name} for name in STEP_RULES}
 
 
 def trained(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, steps: int) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def test_steps_of_kfac(kind: str, device: str) -> None:
 
 def test_quadratic_and_adaptive_steps_of_kfac(device: str) -> None:
     def after_steps(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        optimizer = KFAC(model, 0.1)
+        optimizer = KFAC(model, 0.1, step_rule="natural")
         for _ in range(2):
             optimizer.quadratic_step(F.cross_entropy, images, labels)
         return dict(model.named_parameters())

@@ -17,7 +17,7 @@ from .values import absurd, bad_tensor, named, normal
 
 FIELDS: dict[Any, tuple[str, ...]] = {
     KFAC: (
-        "lr", "momentum", "weight_decay", "damping", "ema_decay", "factor_interval", "inverse_interval", "fisher",
+        "lr", "step_rule", "momentum", "weight_decay", "damping", "ema_decay", "factor_interval", "inverse_interval", "fisher",
         "approximation", "sharing", "clip", "options", "model", "no_such_option",
     ),
     KFACPreconditioner: (

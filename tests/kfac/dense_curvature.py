@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
+from natural import KFAC
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from secondorder.kfac import KFAC, Damping, Fisher, Options
+from secondorder.kfac import Damping, Fisher, Options
 from secondorder.untouched import untouched
 
 Loss = Callable[[Tensor, Tensor], Tensor]

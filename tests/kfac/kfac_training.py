@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.kfac import KFAC, Damping, Fisher, Options
+from secondorder.kfac import Damping, Fisher, Options
 
 Batch = tuple[Tensor, Tensor]
 

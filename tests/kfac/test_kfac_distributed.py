@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from dense_curvature import relative, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt, Options
+from secondorder.kfac import Damping, Fisher, LevenbergMarquardt, Options
 
 EXACT = 1e-9
 STEPS = 7
@@ -40,6 +41,7 @@ CASES = {
     "ekfac": Case(  # as many samples as make A of full rank: the bases are unique
         STAGGERED | {"fisher": "empirical", "approximation": "ekfac"}, {"warm_up": False}, samples=16
     ),
+    "adam": Case({"step_rule": "adam", "weight_decay": 0.1}, samples=16),
     "wide": Case(STAGGERED, {"wide_inputs": 12}),  # 8 rows of both processes, 13 inputs
     "rows that become dense": Case({"sharing": "reduce"}, {"wide_inputs": 5}),  # 4 rows of each process, 6 inputs
     "adapted in closures": Case({"damping": ADAPTIVE, "clip": 1e-2}, take="closure"),

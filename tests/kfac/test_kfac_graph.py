@@ -1,9 +1,9 @@
 """Where a backward pass has to end so that it passes all recorded nodes, and the memory that passing them takes."""
 
 import torch
+from natural import KFAC
 from torch import nn
 
-from secondorder.kfac import KFAC
 from secondorder.kfac.graph import last_of
 from studies.timing import peak_bytes
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from kfac_training import batches, convnet, same, train, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
-from secondorder.kfac import KFAC, Fisher, Options
+from secondorder.kfac import Fisher, Options
 
 # --------------------------------------------------------------------------------------------- schedulers and closures
 

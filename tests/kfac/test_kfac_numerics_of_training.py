@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from kfac_training import KINDS, Batch, batches, convnet, same, snapshot, train, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.kfac import KFAC, Damping, Fisher, KFACPreconditioner, Options
+from secondorder.kfac import Damping, Fisher, KFACPreconditioner, Options
 
 SKIPPED = "step with gradients that are not finite, skipped"
 DROPPED = "factors that are not finite, dropped"

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from kfac_training import batches, convnet, difference, same, train, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn import functional as F
 
 from secondorder.data import load_dataset
 from secondorder.errors import InputError
-from secondorder.kfac import KFAC, Damping, Fisher, Options
+from secondorder.kfac import Damping, Fisher, Options
 from secondorder.networks import network
 
 EVERY_STEP: dict[str, Any] = {"factor_interval": 1, "inverse_interval": 1}

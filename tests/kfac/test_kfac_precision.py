@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from kfac_training import KINDS, batches, convnet, difference, same, snapshot, train, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
-from secondorder.kfac import KFAC, Fisher, Options
+from secondorder.kfac import Fisher, Options
 
 
 def relative(a: Tensor, b: Tensor) -> float:

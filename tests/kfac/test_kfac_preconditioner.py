@@ -6,10 +6,11 @@ import pytest
 import torch
 import torchvision
 from kfac_training import KINDS, batches, convnet, same, train, weights
+from natural import KFAC
 from torch import nn
 from torch.nn import functional as F
 
-from secondorder.kfac import KFAC, Fisher, KFACPreconditioner, Options
+from secondorder.kfac import Fisher, KFACPreconditioner, Options
 from secondorder.kfac.report import Report
 from secondorder.networks import network
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from kfac_training import KINDS, batches, convnet, same, snapshot, train, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
 from secondorder.gauss_newton import GaussNewton
-from secondorder.kfac import KFAC, KFACPreconditioner, Options
+from secondorder.kfac import KFACPreconditioner, Options
 
 STEPS = 14
 MID_INTERVAL: dict[str, Any] = {"factor_interval": 3, "inverse_interval": 4}

@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from dense_curvature import Loss, gauss_newton, gradient, relative, weights
+from natural import KFAC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.kfac import KFAC, Damping, Fisher, LevenbergMarquardt, Options, step_size
+from secondorder.kfac import Damping, Fisher, LevenbergMarquardt, Options, step_size
 
 CE, MSE = F.cross_entropy, F.mse_loss
 Change = tuple[float, float]

@@ -29,9 +29,16 @@ class Rotated(Inverse):
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
-        M = (self.Q_B.mT @ gradient.to(self.Q_B.dtype)) @ self.Q_A
-        M.div_(self.damped_eigenvalues(self.tikhonov(damping, relative)))
-        return ((self.Q_B @ M) @ self.Q_A.mT).to(gradient.dtype)
+        M = self.rotated(gradient).div_(self.damped_eigenvalues(self.tikhonov(damping, relative)))
+        return self.rotated_back(M).to(gradient.dtype)
+
+    def rotated(self, W: Tensor) -> Tensor:
+        """Q_B^T W Q_A, `W` in the eigenbasis."""
+        return (self.Q_B.mT @ W.to(self.Q_B.dtype)) @ self.Q_A
+
+    def rotated_back(self, M: Tensor) -> Tensor:
+        """Q_B M Q_A^T, the inverse of `rotated`."""
+        return (self.Q_B @ M) @ self.Q_A.mT
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
