@@ -47,9 +47,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
-
-
 class Block(nn.Module):
     """A pre-norm transformer block with causal attention of 4 heads, `[N, T, D]`."""
 
@@ -170,9 +167,6 @@ TASKS: dict[str, tuple[Callable[[torch.Generator], Task], int, int, str]] = {
     "transformer": (characters, 32, 250, "cross_entropy"),
 }
 """Name -> maker, batch, steps and loss."""
-
-
-# -------------------------------------------------------------------------------------------------------- optimisers
 
 
 def _soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ import torch
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.data.files import shown
 from secondorder.errors import InputError
-from secondorder.training import Moment, Run, Trained, checkpoint, load_checkpoint, loop, setup, train
+from secondorder.training import Moment, Run, Trained, checkpoint, load_checkpoint, setup, steps, train
 
 # Both sources of randomness in a forward pass are on: dropout before the classifier and in the head.
 RUN = Run(
@@ -91,8 +91,8 @@ SUICIDES: list[tuple[object, str, int, bool]] = [
     (os, "fsync", 3, False),  # a partial file is being written (files and folder take turns)
     (Path, "replace", 2, False),  # written, not yet renamed
     (Path, "replace", 2, True),  # renamed, the folder not yet brought to the disk
-    (loop, "evaluate", 1, False),  # an epoch's steps are done, its evaluation is not
-    (loop, "evaluate", 1, True),
+    (steps, "evaluate", 1, False),  # an epoch's steps are done, its evaluation is not
+    (steps, "evaluate", 1, True),
 ]
 
 
@@ -162,7 +162,7 @@ def test_finished_run_returns_at_once(
     finished: tuple[Trained, Path], data: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, folder = finished
-    monkeypatch.delattr(loop._Training, "_step")
+    monkeypatch.delattr(steps.Training, "_step")
     again = fit(folder, data, resume=True)
     assert_same_bits(again, trained)
     assert again.history == trained.history
@@ -320,7 +320,7 @@ def test_full_disk_keeps_the_previous_checkpoint(
 def test_folder_that_cannot_be_written_is_refused_before_training(
     data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(loop._Training, "_step")
+    monkeypatch.delattr(steps.Training, "_step")
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="cannot save a checkpoint in"):

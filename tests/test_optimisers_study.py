@@ -15,7 +15,7 @@ import torch
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.networks.autoencoder import INCOMING, autoencoder
-from secondorder.training import OPTIMIZERS, Run, Trained, initial_network, loop, train
+from secondorder.training import OPTIMIZERS, Run, Trained, initial_network, steps, train
 from secondorder.training.optimizer_state import plain, with_objects
 from studies.__main__ import main
 from studies.engine.plan import SMOOTHED, smoothed
@@ -46,14 +46,14 @@ class StoppedError(Exception):
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop._Training._step
+    original = steps.Training._step
 
     def stopping(self: Any, *arguments: Any) -> None:
         if self.progress.step == step:
             raise StoppedError
         original(self, *arguments)
 
-    monkeypatch.setattr(loop._Training, "_step", stopping)
+    monkeypatch.setattr(steps.Training, "_step", stopping)
 
 
 # ----------------------------------------------------------------------------------------- optimisers in the training loop

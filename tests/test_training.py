@@ -182,7 +182,7 @@ def test_divergence_keeps_the_last_good_checkpoint(data: ImageDataset, tmp_path:
 
 
 def test_non_finite_test_loss_stops(data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secondorder.training.loop.evaluate", lambda *_, **__: Evaluation(float("nan"), 0.1, 0.5))
+    monkeypatch.setattr("secondorder.training.steps.evaluate", lambda *_, **__: Evaluation(float("nan"), 0.1, 0.5))
     with pytest.raises(NonFiniteLossError, match="the test loss is nan at epoch 1, after 4 of 8 steps"):
         fit(RUN, data, tmp_path)
     assert load_checkpoint(tmp_path) is None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secondorder.curvature.relative_damping import safe_scale, tikhonov
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, check_state, invert, restored
+from secondorder.kfac.inverses.eigenbasis import Rotated
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
 from secondorder.kfac.state_check import check_entries, check_float, refused
@@ -84,6 +85,10 @@ class Blocks:
                 assert bias is not None
                 directions[layer.bias] = bias
         return directions
+
+    def eigenbases(self) -> dict[str, Rotated]:
+        """The present inverses that are diagonal in an eigenbasis."""
+        return {name: inverse for name, inverse in self.inverses.items() if isinstance(inverse, Rotated)}
 
     def quadratic_form(self, directions: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """sum of tr(W^T B W A) over the layers, W a direction: d^T F d of K-FAC's model, undamped."""

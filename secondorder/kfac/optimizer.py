@@ -25,10 +25,9 @@ from secondorder.kfac.options import (
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
-from secondorder.kfac.step_rule import StepRule, adam, as_step_rule, updates
+from secondorder.kfac.step_rule import StepRule, as_step_rule, updates
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
 from secondorder.kfac.update import fall_back, move, shorten
-from secondorder.matrix_power.transforms import full_precision
 
 BUFFERS = ("momentum_buffer", "square", "squares", "update")
 """Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
@@ -106,13 +105,9 @@ class KFAC(torch.optim.Optimizer):
         self.options = options
         self.model = model
         self.step_rule = as_step_rule(step_rule)
-        settings = {
-            "lr": self.step_rule.learning_rate if lr is None else lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "damping": self.preconditioner.damping.value,
-        }
-        settings = checked_settings(settings, options.decoupled)
+        rate = self.step_rule.learning_rate if lr is None else lr
+        settings = {"lr": rate, "momentum": momentum, "weight_decay": weight_decay}
+        settings = checked_settings(settings | {"damping": self.preconditioner.damping.value}, options.decoupled)
         if clip is not None:
             check_positive("clip", clip)
         self.clip = None if clip is None else float(clip)
@@ -151,9 +146,7 @@ class KFAC(torch.optim.Optimizer):
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
         if adapt is not None and not self.step_rule.is_plain:
-            raise InputError(
-                "Levenberg-Marquardt damping needs a quadratic model: use step_rule='natural' or quadratic_step"
-            )
+            raise InputError("Levenberg-Marquardt damping needs step_rule='natural', or quadratic_step")
         loss = None
         random = RandomState() if self._adapts else None
         if closure is not None:
@@ -286,7 +279,8 @@ class KFAC(torch.optim.Optimizer):
         treatments, options = self.preconditioner.treatments, self.options
         if not self.step_rule.is_plain:
             momenta = {p: float(group["momentum"]) for group in self.param_groups for p in group["params"]}
-            steps = self._steps(directions, momenta)
+            blocks, events = self.preconditioner.blocks, self.preconditioner.events
+            steps = updates(self.step_rule, directions, blocks, self.state, momenta, options.fallback_lr, events)
             move(steps, self.param_groups, self.state, options.decoupled, momentum=False)
             return
         others = [t.parameter for t in treatments if t.how == "fallback" and t.parameter in directions]
@@ -295,13 +289,3 @@ class KFAC(torch.optim.Optimizer):
             scale = self.preconditioner.mean_scale
             shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
         move(directions, self.param_groups, self.state, options.decoupled)
-
-    def _steps(self, gradients: Directions, momenta: Mapping[nn.Parameter, float]) -> Directions:
-        """The update of every parameter by a step rule that is not plain: Adam's of those without factors."""
-        pre = self.preconditioner
-        with full_precision(next(iter(gradients.values()))):
-            steps = updates(self.step_rule, gradients, pre.blocks, self.state, momenta, pre.events)
-        for parameter in (p for p in gradients if p not in steps):
-            update = adam(gradients[parameter], self.state[parameter], momenta[parameter])
-            steps[parameter] = update * self.options.fallback_lr
-        return steps

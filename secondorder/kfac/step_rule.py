@@ -16,7 +16,7 @@ not shrink at a minimum, which is what a schedule that ends at 0 is for.
 
 Adam in an eigenbasis: Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam", 2024, there of Shampoo's factors, here
 of those of the Fisher matrix. The length: Liu et al., "Muon is scalable for LLM training", 2025. Where the length is fixed,
-momentum is Nesterov's.
+momentum is Nesterov's. When the bases are renewed v stays as it is: to carry it over changed no result of the development tasks.
 """
 
 from collections import Counter
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from secondorder.errors import check_known
 from secondorder.kfac.blocks import Blocks, Directions
-from secondorder.kfac.inverses.eigenbasis import Rotated
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import check_number, check_positive
+from secondorder.matrix_power.transforms import full_precision
 
 DIRECTIONS = ("natural", "eigenbasis", "preconditioned")
 LENGTHS = ("free", "fixed")
@@ -99,11 +99,13 @@ def updates(
     blocks: Blocks,
     state: State,
     momenta: Mapping[nn.Parameter, float],
+    fallback_lr: float,
     events: Counter[str],
 ) -> Directions:
-    """The update of each layer's parameters by a rule that is not plain: lr times it is subtracted.
+    """The update of every parameter by a rule that is not plain: lr times it is subtracted.
 
-    Layers without an eigenbasis (wide inputs, damping of Cholesky factors, no factors yet) go in the natural direction.
+    Layers without an eigenbasis (wide inputs, damping of Cholesky factors, no factors yet) go in the natural direction;
+    parameters without factors take Adam's step.
 
     Args:
         rule: direction and length.
@@ -111,10 +113,24 @@ def updates(
         blocks: the layers and their inverses.
         state: the optimiser's of each parameter; gets the buffers momentum_buffer, square and squares.
         momenta: of each parameter, 0 to 1: the decay of the mean of gradients.
+        fallback_lr: of parameters without factors, in units of lr.
         events: counts what goes wrong.
     """
-    rotated = rule.direction == "eigenbasis"
-    bases = {name: inverse for name, inverse in blocks.inverses.items() if rotated and isinstance(inverse, Rotated)}
+    with full_precision(next(iter(gradients.values()))):
+        found = _of_layers(rule, gradients, blocks, state, momenta, events)
+    others = [parameter for parameter in gradients if parameter not in found]
+    return found | {p: fallback_lr * _adam(gradients[p], state[p], momenta[p]) for p in others}
+
+
+def _of_layers(
+    rule: StepRule,
+    gradients: Directions,
+    blocks: Blocks,
+    state: State,
+    momenta: Mapping[nn.Parameter, float],
+    events: Counter[str],
+) -> Directions:
+    bases = blocks.eigenbases() if rule.direction == "eigenbasis" else {}
     natural = blocks.solve(gradients, events, [name for name in blocks.layers if name not in bases])
     found: Directions = {}
     for name, layer in blocks.layers.items():
@@ -170,7 +186,7 @@ def _store(layer: KroneckerLayer, name: str, matrix: Tensor, state: State) -> No
         state[layer.bias][name].copy_(bias)
 
 
-def adam(gradient: Tensor, state: dict[str, Any], beta: float) -> Tensor:
+def _adam(gradient: Tensor, state: dict[str, Any], beta: float) -> Tensor:
     """Adam's update of a parameter without factors: m / (sqrt(v) + eps), running means of g and g^2, bias-corrected."""
     for name in ("momentum_buffer", "square"):
         state.setdefault(name, torch.zeros_like(gradient))

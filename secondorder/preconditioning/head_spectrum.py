@@ -121,13 +121,11 @@ def head_spectrum(
             "differentiable; use eps > 0"
         )
     if exact:
-        svec = coordinates == "svec" and not isinstance(function, MeanFunction)
-        values = jacobian_singular_values(x, head, svec)
+        values = jacobian_singular_values(x, head, coordinates == "svec" and not isinstance(function, MeanFunction))
     else:
         images = max(1, BLOCK_BYTES // (8 * C**2 * x.dtype.itemsize))
         if isinstance(function, MeanFunction):
-            means = x.mean((2, 3)).split(images)
-            values = torch.cat([function.singular_values(z, M) for z in means])
+            values = torch.cat([function.singular_values(z, M) for z in x.mean((2, 3)).split(images)])
             values = pad(values, (0, head.out_features - C))
         else:
             parts = zip(a.split(images), t.split(images), strict=True)

@@ -4,36 +4,19 @@ The state after step s is a function of the state before it and of (run, s) alon
 (seed, epoch), dropout masks on (seed, s). So a resumed run repeats the uninterrupted one bit for bit.
 """
 
-import contextlib
-import math
-import time
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from secondorder.accelerator import wait_for
-from secondorder.data import ImageDataset
-from secondorder.data.files import expanded, shown
-from secondorder.data.own import is_own
-from secondorder.errors import InputError, NonFiniteError, check_whole, first_line
+from secondorder.data.files import expanded
 from secondorder.training import checkpoint, processes
-from secondorder.training.batch_norm import desynchronise, without_synchronisation
-from secondorder.training.batches import batches
-from secondorder.training.device import autocast, check_device, isolated, resolve_device, seed_step
-from secondorder.training.divergence import NonFiniteLossError, all_finite, divergence, left_range
-from secondorder.training.evaluation import evaluate, to_device
-from secondorder.training.losses import UnreadLosses, step_loss
-from secondorder.training.observers import Moment, Observer, Row, intervals, observe
-from secondorder.training.parts import set_learning_rate, train_mode
+from secondorder.training.device import check_device, isolated, resolve_device
+from secondorder.training.observers import Observer
 from secondorder.training.run import Run
-from secondorder.training.schedules import SCHEDULES
-from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of, first_state
-from secondorder.training.state import Progress, Trained
+from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of
+from secondorder.training.state import Trained
+from secondorder.training.steps import Training
 from secondorder.training.weights import Initial, OwnNetwork
 
 
@@ -66,17 +49,16 @@ def train(
         folder: keeps the last good checkpoint.
         network: with ``run.backbone`` "own" or "own-...": the network, of which a copy is trained, or a function without
             arguments that builds it, called with torch's generator seeded by ``run.seed``. It gives logits
-            ``[B, classes]``; parameters that need no gradient stay bit for bit as they are.
+            ``[B, classes]``; parameters that need no gradient stay as they are.
         initial: with a name in ``run.initial``: weights to begin with, a state_dict of the whole network, a file with one, or
             the checkpoint (folder or file) of another training. Optimiser and schedule begin afresh.
         observers: measurements during training, by name.
-        snapshots: numbers of steps done (0: before the first) at which the whole state is kept for ever, each as
-            ``step-<number>.pt``: a checkpoint, with which `snapshot` gives training as it was there.
+        snapshots: numbers of steps done (0: none yet) after which the whole state is kept for ever as ``step-<number>.pt``,
+            from which `snapshot` gives training as it was there.
         until: stop when so many steps are done, with a checkpoint; resuming continues. None: at the end of the run.
-        resume: continue the checkpoint in the folder: a finished run is returned at once, a folder without a checkpoint
-            starts from the beginning. Without it a checkpoint there is replaced at the first saving. The run must be the
-            checkpoint's in everything but the number of epochs, which may differ where the steps done so far have the same
-            learning rates under both (always with the schedule "constant"): the result is that of a run of so many
+        resume: continue the checkpoint in the folder, if there is one; else it is replaced at the first saving. The run must
+            be the checkpoint's in everything but the number of epochs, which may differ where the steps done so far have the
+            same learning rates under both (always with the schedule "constant"): the result is that of a run of so many
             epochs from the beginning. Own data and networks are recognised by a digest of samples and initial weights.
         checkpoint_every: seconds from one saving to the next (0: after every step); one more is at the end.
         progress: show a bar.
@@ -86,8 +68,8 @@ def train(
     Raises:
         InputError: for settings that do not fit the data, the network, the device or the number of processes, a folder that
             cannot be written, and a checkpoint that is damaged or of another run.
-        NonFiniteLossError: when the loss is not finite, naming the step; no checkpoint has taken it. (On an accelerator,
-            where losses are read at the end of an epoch, for observers and checkpoints and every 100 steps, it comes then.)
+        NonFiniteLossError: when the loss is not finite, naming the step, which no checkpoint has taken; on an accelerator when
+            losses are read: every 100 steps, at the end of an epoch, for observers and checkpoints.
     """
     check_settings(run, resume, checkpoint_every, progress, workers)
     device = resolve_device(run.device)
@@ -96,225 +78,11 @@ def train(
         check_given(run, network, initial)
         dataset = dataset_of(run, data)
         check_fit(run, dataset)
-        training = _Training(run, dataset, expanded(folder, "folder"), observers, device, network, initial)
-        with contextlib.ExitStack() as held:
+        training = Training(run, dataset, expanded(folder, "folder"), observers, device, network, initial)
+        with ExitStack() as held:
             processes.on_main(lambda: held.enter_context(checkpoint.own_folder(training.folder)))
             if resume:
                 training.resume()
             training.keep(snapshots, until)
             training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
         return training.trained()
-
-
-class _Training:
-    """One training in progress."""
-
-    def __init__(
-        self,
-        run: Run,
-        data: ImageDataset,
-        folder: Path,
-        observers: Mapping[str, Observer],
-        device: torch.device,
-        network: OwnNetwork | None,
-        initial: Initial | None,
-    ) -> None:
-        self.run, self.data, self.folder, self.observers, self.device = run, data, folder, observers, device
-        self.intervals = intervals(observers)
-        self.own_data = is_own(data.name)
-        self.schedule = SCHEDULES[run.schedule]
-        self.steps_per_epoch = len(data.train) // run.batch_size
-        self.total = self.end = self.steps_per_epoch * run.epochs
-        self.snapshots: frozenset[int] = frozenset()
-        self.model, self.optimizer, origin = first_state(run, data, device, network, initial)
-        self.identity = checkpoint.identity(run, data, self.intervals, origin)
-        self.learning_rate = run.learning_rate
-        self.update_curvature = getattr(self.optimizer, "update_curvature", None)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "float16")
-        self.progress = Progress(records={name: [] for name in observers})
-        self.unread = UnreadLosses(device)
-
-    def continue_to_the_end(self, checkpoint_every: float, show: bool, workers: int) -> None:
-        """All steps that are left, with a checkpoint every so many seconds and after the last step."""
-        state, train = self.progress, self.data.train
-        model = processes.parallel(self.model, self.device)
-        started, saved = time.perf_counter() - state.seconds, time.perf_counter()
-        with tqdm(
-            desc=self.run.name, total=self.total, initial=state.step, unit="step", leave=False, disable=not show
-        ) as bar:
-            while state.step < self.end:
-                epoch, first = divmod(state.step, self.steps_per_epoch)
-                train_mode(self.model, self.run.frozen)
-                train.set_epoch(self.run.seed, epoch)
-                order = train.order(self.run.seed, epoch)
-                fetching = time.perf_counter()
-                for indices, images, labels in batches(train, order, self.run.batch_size, first, workers):
-                    state.training_seconds += time.perf_counter() - fetching
-                    if state.step in self.snapshots:
-                        self._save(checkpoint.snapshot_name(state.step))
-                    self._step(model, indices, images, labels)
-                    bar.update()
-                    if state.step % self.steps_per_epoch == 0:
-                        bar.set_postfix_str(self._finish_epoch())
-                    state.seconds = time.perf_counter() - started
-                    if self._due(saved + checkpoint_every):
-                        self._save()
-                        saved = time.perf_counter()
-                    fetching = time.perf_counter()
-                    if state.step == self.end:
-                        break
-        if state.step in self.snapshots:
-            self._save(checkpoint.snapshot_name(state.step))
-        desynchronise(self.model)
-
-    def keep(self, snapshots: Collection[int], until: int | None) -> None:
-        """Set which states are kept and where to stop; InputError for steps that are over and were not kept, or no steps."""
-        done = self.progress.step
-        for step in (*snapshots, *(() if until is None else (until,))):
-            check_whole("a step of snapshots or until", step, least=0, most=self.total)
-        kept = self.folder
-        lost = processes.on_main(
-            lambda: [step for step in snapshots if step < done and not (kept / checkpoint.snapshot_name(step)).exists()]
-        )
-        if lost:
-            raise InputError(
-                f"snapshot at step {lost[0]}: {done} steps are done and it was not kept; resume from an earlier one, copied "
-                f"into a folder of its own as {checkpoint.CHECKPOINT}"
-            )
-        self.snapshots, self.end = frozenset(snapshots), self.total if until is None else until
-
-    def _due(self, time_of_next: float) -> bool:
-        """Whether to save a checkpoint now; the clock of the main process counts."""
-        return self.progress.step == self.end or processes.on_main(lambda: time.perf_counter() >= time_of_next)
-
-    def _step(self, model: nn.Module, indices: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Observe, then one step of the optimiser on this process's images and labels of the batch ``indices``."""
-        state = self.progress
-        factor = self.schedule.factor_at(state.step, self.steps_per_epoch, self.run.epochs)
-        self.learning_rate = self.run.learning_rate * factor
-        set_learning_rate(self.optimizer, self.learning_rate)
-        self.optimizer.zero_grad(set_to_none=True)
-        seed_step(self.run.seed, state.step, processes.rank())  # an observer draws what the step will draw
-        self._observe(indices)
-        started = time.perf_counter()
-        images, targets = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
-        seed_step(self.run.seed, state.step, processes.rank())
-        loss, right, logits = self._loss(model, images, targets, labels)
-        self.unread.add(state.step, self.learning_rate, loss, right)
-        if self.unread.due():
-            self._read_losses()
-        if self.update_curvature is not None:
-            self.update_curvature(logits)
-        self.scaler.scale(loss).backward()
-        self._apply_update()
-        self.scaler.update()
-        state.step += 1
-        state.training_seconds += time.perf_counter() - started
-
-    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`step_loss` in the run's precision."""
-        try:
-            with autocast(self.device, self.run.amp):
-                return step_loss(model, images, targets, labels, self.own_data)
-        except (NonFiniteError, torch.linalg.LinAlgError) as error:
-            self._read_losses()  # an earlier step may be the first to blame
-            raise self._diverged("the features before the pooling head are not finite", under_way=True) from error
-
-    def _apply_update(self) -> None:
-        """The optimiser's step; one that has left the range of its numbers is divergence."""
-        try:
-            self.scaler.step(self.optimizer)
-        except InputError:
-            raise
-        except RuntimeError as error:
-            if not left_range(error):
-                raise
-            self._read_losses()
-            reason = f"{self.run.optimizer}: {shown(first_line(error), 60)}"
-            raise self._diverged(f"the step cannot be taken ({reason})", under_way=True) from error
-
-    def _read_losses(self) -> None:
-        """Losses and right predictions of the steps since the last time, all at once; an accelerator is waited for.
-
-        Raises:
-            NonFiniteLossError: naming the first step whose loss is not finite. On the CPU, where every step is read, the
-                weights have not taken it; elsewhere they may have taken it and later ones, but no checkpoint has.
-        """
-        for step, learning_rate, loss, right in self.unread.read():
-            if not math.isfinite(loss):
-                self.progress.step, self.learning_rate = step, learning_rate
-                raise self._diverged(f"the training loss is {loss}", under_way=True)
-            self.progress.step_losses.append(loss)
-            self.progress.epoch_correct += right
-
-    def _catch_up(self) -> None:
-        """Wait for the steps under way and read their losses; the time counts as theirs."""
-        started = time.perf_counter()
-        self._read_losses()
-        wait_for(self.device)
-        self.progress.training_seconds += time.perf_counter() - started
-
-    def _observe(self, indices: Tensor) -> None:
-        """Let the main process call the observers that are due, with the whole batch."""
-        step = self.progress.step
-        if not any(step % every == 0 for every in self.intervals.values()):
-            return
-        self._catch_up()
-
-        def rows() -> dict[str, list[Row]]:
-            images, labels = self.data.train.batch(indices)
-            images, labels = to_device(images, self.device, self.run.channels_last), labels.to(self.device)
-            epoch = step // self.steps_per_epoch + 1
-            moment = Moment(self.model, self.optimizer, images, labels, step, epoch, self.learning_rate, self.run)
-            with without_synchronisation(self.model):
-                return observe(self.observers, moment)
-
-        for name, new in processes.on_main(rows).items():
-            self.progress.records[name].extend(new)
-        train_mode(self.model, self.run.frozen)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _finish_epoch(self) -> str:
-        """Evaluate and add the epoch's row to the history; the epoch in a few words."""
-        state, run = self.progress, self.run
-        self._catch_up()
-        try:
-            test = evaluate(self.model, self.data.test, amp=run.amp, channels_last=run.channels_last)
-        except (NonFiniteError, torch.linalg.LinAlgError) as error:
-            raise self._diverged("the features of a test image are not finite") from error
-        if not math.isfinite(test.loss):
-            raise self._diverged(f"the test loss is {test.loss}")
-        row = state.finish_epoch(self.steps_per_epoch, run.batch_size, self.learning_rate, test)
-        return f"epoch {row['epoch']}/{run.epochs}, loss {row['train_loss']:.3f}, top-1 {test.top1:.1%}"
-
-    def _diverged(self, what: str, under_way: bool = False) -> NonFiniteLossError:
-        """The error for the step under way, or for the last one done."""
-        done, learning_rate = self.progress.step, self.learning_rate
-        return divergence(what, self.run, self.folder, done, self.steps_per_epoch, learning_rate, under_way)
-
-    def _parts(self) -> dict[str, Any]:
-        """What a checkpoint holds the state of."""
-        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-
-    def _save(self, name: str = checkpoint.CHECKPOINT) -> None:
-        self._catch_up()
-
-        def save() -> None:
-            state = {name: part.state_dict() for name, part in self._parts().items()}
-            if not all_finite(state):
-                raise self._diverged("a weight, statistic or momentum is not finite")
-            checkpoint.save(self.identity | state | {"progress": dict(vars(self.progress))}, self.folder, name)
-
-        processes.on_main(save)
-
-    def resume(self) -> None:
-        """Continue from the folder's checkpoint, if there is one; raises InputError when it does not fit."""
-        content = processes.on_main(lambda: checkpoint.read(self.folder / checkpoint.CHECKPOINT))
-        if content is not None:
-            self.progress = checkpoint.resumed(
-                content, self.folder, self.run, self.steps_per_epoch, self.identity, self._parts()
-            )
-
-    def trained(self) -> Trained:
-        state = self.progress
-        return Trained(self.run, self.model.eval(), state.history, state.step_losses, state.records, state.seconds)
