@@ -58,6 +58,8 @@ Map = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[Any]]
 def workers(processes: int, attempts: int = ATTEMPTS) -> Iterator[Map]:
     """A `Map` whose jobs are done by processes, which begin with its first job, stay for the next ones and end with this context.
 
+    A single job is done by this process.
+
     Args:
         processes: how many jobs run at a time, with one in this process; each has as many threads as this process has now. With
             more, function, arguments and results are pickled (by cloudpickle); what several jobs share is written once, and
@@ -167,7 +169,8 @@ class _Queue:
                     if not outcomes[number][0]:
                         self.waiting.clear()
                         self.suspects.clear()
-            number = turn if turn in outcomes else min(outcomes)  # a suspect that was not begun again after an error
+            failed = (n for n, (good, _) in outcomes.items() if not good)
+            number = turn if turn in outcomes else min(failed)  # a suspect that was not begun again after an error
             good, value = outcomes.pop(number)
             if not good:
                 raise value

@@ -106,6 +106,11 @@ class KFAC(torch.optim.Optimizer):
         self.model = model
         self.step_rule = as_step_rule(step_rule)
         rate = self.step_rule.learning_rate if lr is None else lr
+        small = [t.name for t in self.preconditioner.treatments if t.parameter.dtype == torch.float16]
+        if small and not self.step_rule.is_plain:
+            raise InputError(
+                f"{small[0]} is float16, whose squares underflow: use float32 with autocast, or step_rule='natural'"
+            )
         settings = {"lr": rate, "momentum": momentum, "weight_decay": weight_decay}
         settings = checked_settings(settings | {"damping": self.preconditioner.damping.value}, options.decoupled)
         if clip is not None:
@@ -143,10 +148,10 @@ class KFAC(torch.optim.Optimizer):
         check_closure(closure)
         self.check_groups()
         adapt = self.preconditioner.damping.adapt
-        if adapt is not None and closure is None:
-            raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
         if adapt is not None and not self.step_rule.is_plain:
             raise InputError("Levenberg-Marquardt damping needs step_rule='natural', or quadratic_step")
+        if adapt is not None and closure is None:
+            raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
         loss = None
         random = RandomState() if self._adapts else None
         if closure is not None:
@@ -172,8 +177,8 @@ class KFAC(torch.optim.Optimizer):
 
         The update is delta = -alpha P grad + mu delta_before with (alpha, mu) minimising grad . delta + delta^T C delta / 2,
         C = exact GGN + damping (+ weight decay), from two products with the Jacobian (Martens & Grosse, ICML 2015, section 7).
-        For full batches, or large ones: lr and momentum of the groups are not used, weight decay is part of the loss. The
-        forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
+        For full batches, or large ones, whatever the step rule: lr and momentum of the groups are not used, weight decay is part
+        of the loss. Forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
         """
         check_batch(loss_function, inputs, targets)
         self.check_groups()
@@ -188,7 +193,8 @@ class KFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with the entry "kfac": factors, inverses, counters, random state."""
-        return super().state_dict() | {"kfac": self.preconditioner.state_dict() | {"groups": self._group_names()}}
+        own = {"groups": self._group_names(), "step_rule": self.step_rule.words}
+        return super().state_dict() | {"kfac": self.preconditioner.state_dict() | own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -200,6 +206,8 @@ class KFAC(torch.optim.Optimizer):
         if not isinstance(state, Mapping) or not isinstance(state.get("groups"), list):
             raise InputError("state_dict without the entry 'kfac': it is not of a KFAC optimiser")
         self.preconditioner.check_state(state)
+        if (theirs := state.get("step_rule")) != self.step_rule.words:
+            raise InputError(f"state of another step rule: {theirs!s:.60}, and it is {self.step_rule.words} now")
         for i, names in enumerate(state["groups"]):
             check_list(f"kfac.groups.{i}", names, str)
         for i, (theirs, own) in enumerate(zip_longest(state["groups"], self._group_names())):

@@ -64,7 +64,7 @@ class Damping:
     inputs that are always zero. Otherwise lambda = value.
     inverse: "eigen" damps exactly, in the eigenbasis of the factors; "cholesky" damps each factor, (A + pi sqrt(lambda) I) and
     (B + sqrt(lambda) / pi I) with pi^2 = (tr A / D) / (tr B / O): cheaper, and an approximation.
-    adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` or `quadratic_step`.
+    adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` with step_rule="natural", or `quadratic_step`.
     """
 
     value: float = DAMPING
@@ -116,7 +116,7 @@ class Options:
     `sharing="reduce"` would average over samples, and "ekfac" would square sums over them.
 
     groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}.
-        A layer's damping is that of its weight's group.
+        A layer's damping is that of its weight's group; so is its momentum, unless step_rule="natural".
     fallback: update of parameters without Kronecker structure (batch norm, embeddings, ...) beside natural steps: "sgd", or
         "adam"; beside all others it is Adam's.
     fallback_lr: their learning rate in units of lr.

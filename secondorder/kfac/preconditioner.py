@@ -246,7 +246,7 @@ class KFACPreconditioner:
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != VERSION:
             raise InputError(f"not a state of K-FAC in version {VERSION}")
-        check_entries("kfac", state, ENTRIES, ("groups",))
+        check_entries("kfac", state, ENTRIES, ("groups", "step_rule"))
         self._check_same(state)
         self.intervals.check_state(state["intervals"])
         if not isinstance(state["events"], Mapping):

@@ -40,6 +40,9 @@ EPS = 1e-5
 in which the loss is flat (a shift of all logits) the step is not that of rounding errors."""
 FALLBACK_EPS = 1e-8
 """Of Adam for parameters without factors, as in torch."""
+FADED = 0.01
+"""Root mean square of m / sqrt(v) below which a fixed length is in proportion shorter: of noise it is about 0.2, and it goes to 0
+once a gradient has vanished."""
 FALLBACK_DECAY = 0.999
 """Of the running mean of squares of parameters without factors."""
 State = Mapping[Any, dict[str, Any]]
@@ -68,6 +71,11 @@ class StepRule:
     def is_plain(self) -> bool:
         """Whether the step is K-FAC's own, that of a quadratic model."""
         return self.direction == "natural" and self.length == "free"
+
+    @property
+    def words(self) -> str:
+        """Direction and length, for a state: buffers of one rule mean nothing to another."""
+        return f"{self.direction}, {self.length}"
 
     @property
     def learning_rate(self) -> float:
@@ -104,8 +112,8 @@ def updates(
 ) -> Directions:
     """The update of every parameter by a rule that is not plain: lr times it is subtracted.
 
-    Layers without an eigenbasis (wide inputs, damping of Cholesky factors, no factors yet) go in the natural direction;
-    parameters without factors take Adam's step.
+    Layers without an eigenbasis (wide inputs, damping of Cholesky factors, no factors yet) go in the natural direction, with a
+    fixed length; parameters without factors take Adam's step.
 
     Args:
         rule: direction and length.
@@ -137,30 +145,40 @@ def _of_layers(
         g = blocks.matrix(layer, natural)
         if g is None:
             continue
+        if rule.direction == "eigenbasis" and (name in bases) != ("square" in state[layer.weight]):
+            _forget(layer, state)  # gradients of another kind
         own = state[layer.weight]
         own["squares"] = steps = own.get("squares", 0) + 1
-        m = _momentum(layer, g, state, momenta[layer.weight], rule, steps)
+        fixed = rule.length == "fixed" or (rule.direction == "eigenbasis" and name not in bases)
+        m = _momentum(layer, g, state, momenta[layer.weight], steps, nesterov=fixed)
+        least = 0.0
         if name in bases:
             v = _root_mean_square(layer, bases[name].rotated(g), state, rule.decay, steps)
-            m = bases[name].rotated_back(bases[name].rotated(m) / v).to(m.dtype)
+            m, least = bases[name].rotated_back(bases[name].rotated(m) / v).to(m.dtype), FADED
         elif rule.direction == "preconditioned":
             m = m / _root_mean_square(layer, g, state, rule.decay, steps)
-        if rule.length == "fixed":
-            size = m.square().mean(dtype=torch.promote_types(m.dtype, torch.float32)).sqrt()
-            m = m * (rule.rms / size.clamp_min(torch.finfo(size.dtype).tiny)).to(m.dtype)
+        if fixed:
+            m = _of_length(m, rule.rms, least) * g.any()  # without a gradient it stays
         found[layer.weight], bias = layer.parts(m)
         if bias is not None and layer.bias in gradients:
             found[layer.bias] = bias
     return found
 
 
-def _momentum(layer: KroneckerLayer, g: Tensor, state: State, beta: float, rule: StepRule, steps: int) -> Tensor:
-    """m <- beta m + (1 - beta) g; with it Nesterov's beta m + (1 - beta) g where the length is fixed, else bias-corrected."""
-    if beta == 0:
-        return g
+def _of_length(m: Tensor, rms: float, least: float) -> Tensor:
+    """m with this root mean square; in proportion shorter where its own is below `least`."""
+    largest = m.abs().amax().clamp_min(torch.finfo(m.dtype).tiny)
+    unit = m / largest  # whose squares are numbers
+    size = unit.square().mean().sqrt().clamp_min(torch.finfo(m.dtype).tiny)  # 1 / sqrt(entries) to 1, unless m is zero
+    factor = rms / size
+    return unit * (factor * (largest * size / least).clamp_max(1) if least else factor)
+
+
+def _momentum(layer: KroneckerLayer, g: Tensor, state: State, beta: float, steps: int, nesterov: bool) -> Tensor:
+    """m <- beta m + (1 - beta) g; with it Nesterov's beta m + (1 - beta) g, or m bias-corrected."""
     m = _buffer(layer, "momentum_buffer", state).mul_(beta).add_(g, alpha=1 - beta)
     _store(layer, "momentum_buffer", m, state)
-    return torch.lerp(g, m, beta) if rule.length == "fixed" else m / (1 - beta**steps)
+    return torch.lerp(g, m, beta) if nesterov else m / (1 - beta**steps)
 
 
 def _root_mean_square(layer: KroneckerLayer, g: Tensor, state: State, decay: float, steps: int) -> Tensor:
@@ -179,11 +197,17 @@ def _buffer(layer: KroneckerLayer, name: str, state: State) -> Tensor:
 
 
 def _store(layer: KroneckerLayer, name: str, matrix: Tensor, state: State) -> None:
-    """Keep a buffer that was changed; without a bias it is a view of what is kept."""
-    if layer.bias is not None:
-        weight, bias = layer.parts(matrix)
-        state[layer.weight][name].copy_(weight)
+    """Keep a buffer that was changed: it is a view of what is kept, or not (with a bias, or channels last)."""
+    weight, bias = layer.parts(matrix)
+    state[layer.weight][name].copy_(weight)
+    if layer.bias is not None and bias is not None:
         state[layer.bias][name].copy_(bias)
+
+
+def _forget(layer: KroneckerLayer, state: State) -> None:
+    for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
+        for name in ("momentum_buffer", "square", "squares"):
+            state[parameter].pop(name, None)
 
 
 def _adam(gradient: Tensor, state: dict[str, Any], beta: float) -> Tensor:

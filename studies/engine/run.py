@@ -62,8 +62,9 @@ class Table:
 
     def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
         """The records of a job, of those measurements that are wanted here."""
-        for key in {*wanted} & job.wanted.keys() & done.results.keys():
-            result, labels = done.results[key], job.labels_at(job.wanted[key][0])
+        mine = {*wanted}
+        for key, result in ((k, r) for k, r in done.results.items() if k in mine):
+            labels = job.labels_at(job.wanted[key][0])
             if not result["rows"]:
                 raise ValueError(f"a measurement of {self.study} gave no records")
             self.parts[key] = frame(self.study, result["rows"], labels, key)

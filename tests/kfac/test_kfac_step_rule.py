@@ -195,6 +195,34 @@ def test_a_layer_without_gradient_stays(name: str, dtype: torch.dtype) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_a_gradient_that_vanishes_ends_the_walk(name: str) -> None:
+    """Its momentum is not scaled up for ever, to rounding errors and beyond the range of numbers."""
+    for vanished in (0.0, 1e-30):
+        model = small(torch.float32, norm=False)
+        optimizer = KFAC(model, step_rule=name, options=Options(check=False), factor_interval=2000)
+        every = list(batches(torch.float32))
+        for batch in every:
+            step(model, optimizer, batch)
+        for _ in range(1000):
+            step(model, optimizer, every[0], scale=vanished)
+        assert all(bool((p.abs() < 100).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", STEP_RULES)
+def test_the_memory_format_makes_no_difference(name: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    one, two = (KFAC(m, 0.01, step_rule=name) for m in (model, other))
+    for batch in batches():
+        step(model, one, batch)
+        step(other, two, batch)
+    for own, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own, same, rtol=1e-6, atol=1e-8)
+
+
 def no_eigenbasis() -> dict[str, dict[str, Any]]:
     return {"cholesky": {"damping": Damping(inverse="cholesky")}, "wide": {"options": Options(wide_inputs=2)}}
 
@@ -284,6 +312,21 @@ def test_weights_decay_whatever_the_rule() -> None:
         step(plain, two, next(batches()))
         for decayed, other, before in zip(model.parameters(), plain.parameters(), start, strict=True):
             torch.testing.assert_close(decayed, other - 0.05 * before)
+
+
+def test_a_state_of_another_rule_is_refused() -> None:
+    model = small()
+    optimizer = KFAC(model, step_rule="natural")
+    step(model, optimizer, next(batches()))
+    state = optimizer.state_dict()
+    with pytest.raises(InputError, match="state of another step rule: natural, free, and it is eigenbasis, fixed now"):
+        KFAC(small()).load_state_dict(state)
+    KFAC(small(), step_rule="natural").load_state_dict(state)
+
+
+def test_half_precision_weights_are_refused() -> None:
+    with pytest.raises(InputError, match=r"0\.weight is float16, .* or step_rule='natural'"):
+        KFAC(small().half())
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
