@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # which sets a variable of the environment when it is first imported, by a torch optimiser say
 from torch import Tensor, nn
 
 
