@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import sklearn  # noqa: F401  sets variables of the environment when it is first imported, by a data set say
 import torch
-import torch._dynamo  # which sets a variable of the environment when it is first imported, by a torch optimiser say
+import torch._dynamo  # sets a variable of the environment when it is first imported, by a torch optimiser say
 from torch import Tensor, nn
 
 
