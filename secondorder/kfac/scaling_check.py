@@ -25,6 +25,9 @@ from secondorder.kfac.vectors import batched, weight_gradient
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 1e-1
 """Relative errors of the whole gradient of a layer; autocast rounds inputs, gradients and the sum to three digits or fewer."""
+SUM, HALF_SUM, SURE = 1e-3, 2e-2, 1e-5
+"""How far from zero the gradient at the logits may sum over the classes: shares of its size, and of that of one class, which a
+network that is sure of every label rounds away."""
 
 
 @dataclass(eq=False)
@@ -36,12 +39,14 @@ class Watched:
     batch: Hashable
     gradients: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def ratio(self, backwards: set[int]) -> float | None:
-        """`loss_ratio` of the sum over these backward passes; None: there was none."""
+    def gradient(self, backwards: set[int]) -> Tensor | None:
+        """The sum over these backward passes; None: there was none."""
         terms = [gradient for backward, gradient in self.gradients if backward in backwards]
-        if not terms:
-            return None
-        return loss_ratio(self.logits, sum(terms[1:], terms[0]), self.fisher.likelihood, self.fisher.reduction)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def ratio(self, gradient: Tensor) -> float | None:
+        """`loss_ratio` of a gradient at the logits."""
+        return loss_ratio(self.logits, gradient, self.fisher.likelihood, self.fisher.reduction)
 
 
 class ScalingCheck:
@@ -113,7 +118,12 @@ class ScalingCheck:
 
         A gradient at the logits counts that went on to the weights, not one that the user asked for with autograd.grad.
         """
-        ratios = [(watched, watched.ratio(self._backwards)) for watched in self._losses]
+        found = [(watched, watched.gradient(self._backwards)) for watched in self._losses]
+        ratios = []
+        for watched, gradient in found:
+            if gradient is not None:
+                verify_likelihood(gradient, watched.fisher.likelihood, watched.fisher.reduction)
+                ratios.append((watched, watched.ratio(gradient)))
         rows = {w.batch: len(w.logits) for w in self._losses if any(task in self._backwards for task, _ in w.gradients)}
         for watched, ratio in ratios:
             if ratio is None:
@@ -222,6 +232,30 @@ def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str
     if not bool((residual <= 1e-2 * mean.abs()).all()) or not float(mean) > 0:
         return None
     return float(mean) * (len(z) if reduction == "mean" else 1) / scale
+
+
+def verify_likelihood(gradient: Tensor, likelihood: str, reduction: str = "mean") -> None:
+    """InputError for a gradient at the outputs that no cross-entropy has, where that is the likelihood.
+
+    Over the classes, dim 1, it sums to zero, whatever the labels are: soft, smoothed, weighted or ignored.
+    """
+    if likelihood != "cross_entropy" or gradient.ndim < 2:
+        return
+    d = gradient.to(widest(gradient.device))
+    least = SURE * (d.numel() / d.shape[1] if reduction == "sum" else 1)
+    most = (HALF_SUM if gradient.dtype.itemsize < 4 else SUM) * float(d.abs().sum()) + least
+    if not math.isfinite(most) or float(d.sum(1).abs().sum()) <= most:
+        return
+    if d.ndim > 2 and float(d.sum(-1).abs().sum()) <= most:
+        raise InputError(
+            f"outputs {list(gradient.shape)} have their classes in the last dimension: pass them as F.cross_entropy takes them, "
+            "update_curvature(logits.flatten(0, 1)) or logits.movedim(-1, 1)"
+        )
+    raise InputError(
+        "the loss's gradient at the outputs does not sum to zero over dim 1, as that of a cross-entropy of logits does: pass "
+        "fisher=Fisher(likelihood='mse') or 'bce', or logits without a softmax of the model's own; Options(check=False) accepts "
+        "a further term of the loss on the logits"
+    )
 
 
 def verify_loss(
