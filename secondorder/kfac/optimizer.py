@@ -1,6 +1,7 @@
 """The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import zip_longest
@@ -27,12 +28,12 @@ from secondorder.kfac.report import Report
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
 from secondorder.kfac.step_rule import StepRule, as_step_rule, updates
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
-from secondorder.kfac.update import fall_back, move, shorten
+from secondorder.kfac.update import Shortened, fall_back, move, shorten
 
 BUFFERS = ("momentum_buffer", "square", "squares", "update")
 """Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
 CLIP = 0.01
-"""Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; seldom active later."""
+"""Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; `report()` counts when it acts."""
 
 
 class KFAC(torch.optim.Optimizer):
@@ -115,7 +116,7 @@ class KFAC(torch.optim.Optimizer):
         settings = checked_settings(settings | {"damping": self.preconditioner.damping.value}, options.decoupled)
         if clip is not None:
             check_positive("clip", clip)
-        self.clip = None if clip is None else float(clip)
+        self.clip, self._shortened = None if clip is None else float(clip), Shortened()
         super().__init__(self._groups(options.groups), settings)
         for group in self.param_groups:
             check_group(group, options.decoupled)
@@ -137,7 +138,7 @@ class KFAC(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """What every parameter is treated as, sizes, memory, time by phase, and what went wrong how often."""
-        return self.preconditioner.report()
+        return replace(self.preconditioner.report(), shortened=self._shortened.read())
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
@@ -295,5 +296,5 @@ class KFAC(torch.optim.Optimizer):
         fall_back(directions, others, self.state, options.fallback, options.fallback_lr)
         if self.clip is not None:
             scale = self.preconditioner.mean_scale
-            shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
+            self._shortened.add(shorten(directions, self.param_groups, self.clip, scale, options.decoupled))
         move(directions, self.param_groups, self.state, options.decoupled)

@@ -40,13 +40,17 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Parameters, seconds and calls of each phase, events (what went wrong, how often), and steps done; `print` shows a table."""
+    """Parameters, seconds and calls of each phase, events (what went wrong, how often), and steps done; `print` shows a table.
+
+    shortened: how many steps the trust region shortened, and the geometric mean of the factors, since the optimiser was made.
+    """
 
     parameters: list[ParameterRow]
     seconds: Mapping[str, float]
     calls: Mapping[str, int]
     events: Mapping[str, int]
     steps: int
+    shortened: tuple[int, float] = (0, 1.0)
 
     @property
     def bytes(self) -> int:
@@ -66,6 +70,11 @@ class Report:
         ]
         for phase, seconds in self.seconds.items():
             lines.append(f"{phase}: {seconds:.3f} s in {self.calls[phase]} calls")
+        if self.shortened[0]:
+            count, factor = self.shortened
+            lines.append(
+                f"trust region: {count} steps shortened, to {factor:.2g} of their length in the geometric mean"
+            )
         lines.extend(f"{count} x {EVENTS.get(event, event)}" for event, count in self.events.items())
         return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 `groups` are torch's parameter groups, `state` is the optimiser's state of each parameter.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,25 @@ def _adam(state: dict[str, Any], gradient: Tensor, beta: float = 0.999, eps: flo
     return gradient / ((state["square"] / (1 - beta ** state["squares"])).sqrt() + eps)
 
 
-def shorten(directions: Directions, groups: Groups, most: float, scale: float, decoupled: bool) -> None:
-    """Scale all directions d by one number so that lr^2 d^T (F + lambda I) d <= most.
+class Shortened:
+    """How often and how strongly a trust region has acted: counted on the device, read when a report asks."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, factor: Tensor) -> None:
+        """Count a step that was shortened by this factor, 1 where it was not."""
+        new = torch.stack([(factor < 1).to(factor.dtype), factor.log()])
+        self._sums = new if self._sums is None else self._sums + new
+
+    def read(self) -> tuple[int, float]:
+        """The number of shortened steps, and the geometric mean of their factors."""
+        count, logs = (0.0, 0.0) if self._sums is None else self._sums.tolist()
+        return int(count), math.exp(logs / max(count, 1.0))
+
+
+def shorten(directions: Directions, groups: Groups, most: float, scale: float, decoupled: bool) -> Tensor:
+    """Scale all directions d by one number so that lr^2 d^T (F + lambda I) d <= most; returns the number.
 
     For d = P grad that is lr^2 d . grad, without a product; the metric of a parameter without factors is the identity for
     "sgd", and Adam's for "adam". `scale` makes the gradients those of the mean loss.
@@ -52,6 +70,7 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
         total = total + float(group["lr"]) ** 2 * slope
     shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
     directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
+    return shorter
 
 
 def move(directions: Directions, groups: Groups, state: State, decoupled: bool, momentum: bool = True) -> None:

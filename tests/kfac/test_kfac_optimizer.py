@@ -199,6 +199,21 @@ def test_learning_rate_zero_moves_nothing_and_breaks_nothing(clip: float | None)
     assert all(bool(torch.isfinite(w).all()) and not torch.equal(w, before[name]) for name, w in weights(model).items())
 
 
+def test_the_report_counts_the_steps_that_the_trust_region_shortened() -> None:
+    first, factors = KFAC(convnet(), 0.1, clip=None), []
+    for clip, expected in ((1e6, 0), (1e-6, 3)):
+        model = convnet()
+        optimizer = KFAC(model, 0.1, clip=clip, momentum=0.0)
+        train(model, optimizer, batches(3))
+        count, factor = optimizer.report().shortened
+        assert count == expected
+        assert (factor < 1) == (expected > 0)
+        assert ("trust region: 3 steps shortened, to 0.0" in str(optimizer.report())) == (expected > 0)
+        factors.append(factor)
+    assert factors[0] == 1.0
+    assert first.report().shortened == (0, 1.0)
+
+
 def test_a_wide_trust_region_changes_nothing_and_a_narrow_one_bounds_the_divergence() -> None:
     data = batches(5, 64)
     free, wide = convnet(), convnet()
