@@ -285,7 +285,10 @@ def test_a_scatter_has_its_line_and_equal_ranges() -> None:
         ((2.62, 0.188, 36.7), "2.6 [0.19, 37]"),
         ((0.05, 0.01, 0.25), "0.05 [0.01, 0.25]"),
         ((137.0, 3.0, 6000.0), "140 [3, 6000]"),
-        ((0.0365, 0.003, 0.07), "0.04 [0.00, 0.07]"),  # a correlation: symmetric as it is, not on a logarithmic scale
+        (
+            (0.0365, 0.003, 0.07),
+            "0.036 [0.003, 0.070]",
+        ),  # a correlation: symmetric as it is, not on a logarithmic scale
     ],
 )
 def test_numbers_have_the_digits_that_their_interval_is_worth(interval: tuple[float, ...], words: str) -> None:

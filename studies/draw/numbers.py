@@ -8,14 +8,14 @@ WIDE = 10.0
 
 
 def rounded(error: float, *values: float) -> list[str]:
-    """The values with the decimals that their error is worth: its first digit, and the second where the first is 1 or 2.
+    """The values with the decimals that their error is worth: its first digit, and the second below 0.355, 0.0355 and so on.
 
-    Three digits each where the error is zero, not finite or tiny.
+    That is the rule of the Particle Data Group. Three digits each where the error is zero, not finite or tiny.
     """
     places = MOST_DECIMALS + 1
     if math.isfinite(error) and error > 0:
         power = math.floor(math.log10(error))
-        places = max(0, -power + (error / 10.0**power < 3))  # 0.018 has 3, 0.4 has 1
+        places = max(0, -power + (error / 10.0**power < 3.55))  # 0.018 has 3, 0.4 has 1
     kind = ".3g" if places > MOST_DECIMALS or max(map(abs, values)) >= 1e6 else f".{places}f"
     return [f"{value:{kind}}".replace("-", "−") for value in values]
 
