@@ -150,7 +150,7 @@ class KFAC(torch.optim.Optimizer):
         self.check_groups()
         adapt = self.preconditioner.damping.adapt
         if adapt is not None and not self.step_rule.is_plain:
-            raise InputError("Levenberg-Marquardt damping needs step_rule='natural', or quadratic_step")
+            raise InputError("Damping(adapt=...) needs a quadratic model: step_rule='natural', or quadratic_step")
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
         loss = None

@@ -24,6 +24,8 @@ def check_features(features: Tensor) -> None:
         raise InputError(f"needs features [N, C, H, W] with no empty dimension, got shape {list(features.shape)}")
     if features.shape[2] * features.shape[3] < 2:
         raise InputError(f"features {list(features.shape)} have 1 position, their covariance is zero; use larger maps")
+    if features.is_meta:
+        raise InputError("needs features with values, got a tensor on the meta device; compute them on another")
     if not features.isfinite().all():
         raise NonFiniteError(f"needs finite features, got {int((~features.isfinite()).sum())} non-finite entries")
 

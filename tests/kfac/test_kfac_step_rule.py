@@ -350,5 +350,5 @@ def test_bad_rules_are_refused(case: str) -> None:
 def test_levenberg_marquardt_needs_the_quadratic_model() -> None:
     model = small()
     optimizer = KFAC(model, damping=Damping(adapt=LevenbergMarquardt()))
-    with pytest.raises(InputError, match="needs step_rule='natural', or quadratic_step"):
+    with pytest.raises(InputError, match="needs a quadratic model: step_rule='natural', or quadratic_step"):
         optimizer.step(lambda: torch.zeros(()))

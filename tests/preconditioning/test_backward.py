@@ -189,6 +189,7 @@ BAD = {
     "gradient of one image": (GOOD, GRAD[:1], "trimmed", r"got \[1, 3, 3\]"),
     "infinite gradient": (GOOD, GRAD / 0, "exact", r"needs a finite dL/dZ, got 18"),
     "infinite features": (GOOD / 0, GRAD, "exact", r"needs finite features"),
+    "features without values": (GOOD.to("meta"), GRAD, "exact", r"needs features with values"),
 }  # fmt: skip
 
 
