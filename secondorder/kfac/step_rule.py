@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from secondorder.errors import check_known
 from secondorder.kfac.blocks import Blocks, Directions
+from secondorder.kfac.inverses.eigenbasis import Rotated
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import check_number, check_positive
+from secondorder.kfac.update import State, adam_scale
 from secondorder.matrix_power.transforms import full_precision
 
 DIRECTIONS = ("natural", "eigenbasis", "preconditioned")
@@ -38,14 +40,9 @@ LENGTHS = ("free", "fixed")
 EPS = 1e-5
 """Of Adam's denominators, relative to their root mean square in a layer: the scale of the loss does not matter, and in directions
 in which the loss is flat (a shift of all logits) the step is not that of rounding errors."""
-FALLBACK_EPS = 1e-8
-"""Of Adam for parameters without factors, as in torch."""
 FADED = 0.01
 """Root mean square of m / sqrt(v) below which a fixed length is in proportion shorter: of noise it is about 0.2, and it goes to 0
 once a gradient has vanished."""
-FALLBACK_DECAY = 0.999
-"""Of the running mean of squares of parameters without factors."""
-State = Mapping[Any, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -124,45 +121,37 @@ def updates(
         fallback_lr: of parameters without factors, in units of lr.
         events: counts what goes wrong.
     """
+    bases = blocks.eigenbases() if rule.direction == "eigenbasis" else {}
+    found: Directions = {}
     with full_precision(next(iter(gradients.values()))):
-        found = _of_layers(rule, gradients, blocks, state, momenta, events)
+        natural = blocks.solve(gradients, events, [name for name in blocks.layers if name not in bases])
+        for name, layer in blocks.layers.items():
+            g = blocks.matrix(layer, natural)
+            if g is not None:
+                update = _of_layer(rule, layer, g, bases.get(name), state, momenta[layer.weight])
+                parts = zip((layer.weight, layer.bias), layer.parts(update), strict=True)
+                found |= {p: part for p, part in parts if p in gradients and part is not None}
     others = [parameter for parameter in gradients if parameter not in found]
     return found | {p: fallback_lr * _adam(gradients[p], state[p], momenta[p]) for p in others}
 
 
-def _of_layers(
-    rule: StepRule,
-    gradients: Directions,
-    blocks: Blocks,
-    state: State,
-    momenta: Mapping[nn.Parameter, float],
-    events: Counter[str],
-) -> Directions:
-    bases = blocks.eigenbases() if rule.direction == "eigenbasis" else {}
-    natural = blocks.solve(gradients, events, [name for name in blocks.layers if name not in bases])
-    found: Directions = {}
-    for name, layer in blocks.layers.items():
-        g = blocks.matrix(layer, natural)
-        if g is None:
-            continue
-        if rule.direction == "eigenbasis" and (name in bases) != ("square" in state[layer.weight]):
-            _forget(layer, state)  # gradients of another kind
-        own = state[layer.weight]
-        own["squares"] = steps = own.get("squares", 0) + 1
-        fixed = rule.length == "fixed" or (rule.direction == "eigenbasis" and name not in bases)
-        m = _momentum(layer, g, state, momenta[layer.weight], steps, nesterov=fixed)
-        least = 0.0
-        if name in bases:
-            v = _root_mean_square(layer, bases[name].rotated(g), state, rule.decay, steps)
-            m, least = bases[name].rotated_back(bases[name].rotated(m) / v).to(m.dtype), FADED
-        elif rule.direction == "preconditioned":
-            m = m / _root_mean_square(layer, g, state, rule.decay, steps)
-        if fixed:
-            m = _of_length(m, rule.rms, least) * g.any()  # without a gradient it stays
-        found[layer.weight], bias = layer.parts(m)
-        if bias is not None and layer.bias in gradients:
-            found[layer.bias] = bias
-    return found
+def _of_layer(
+    rule: StepRule, layer: KroneckerLayer, g: Tensor, basis: Rotated | None, state: State, beta: float
+) -> Tensor:
+    """The update `[G, O, D]` from the gradient g in its eigenbasis or, where there is none, from P g."""
+    own, rotates = state[layer.weight], rule.direction == "eigenbasis"
+    if rotates and (basis is not None) != ("square" in own):
+        _forget(layer, state)  # gradients of another kind
+    own["squares"] = steps = own.get("squares", 0) + 1
+    fixed = rule.length == "fixed" or (rotates and basis is None)
+    m = _momentum(layer, g, state, beta, steps, nesterov=fixed)
+    least = 0.0
+    if basis is not None:
+        v = _root_mean_square(layer, basis.rotated(g), state, rule.decay, steps)
+        m, least = basis.rotated_back(basis.rotated(m) / v).to(m.dtype), FADED
+    elif rule.direction == "preconditioned":
+        m = m / _root_mean_square(layer, g, state, rule.decay, steps)
+    return _of_length(m, rule.rms, least) * g.any() if fixed else m  # without a gradient it stays
 
 
 def _of_length(m: Tensor, rms: float, least: float) -> Tensor:
@@ -211,11 +200,7 @@ def _forget(layer: KroneckerLayer, state: State) -> None:
 
 
 def _adam(gradient: Tensor, state: dict[str, Any], beta: float) -> Tensor:
-    """Adam's update of a parameter without factors: m / (sqrt(v) + eps), running means of g and g^2, bias-corrected."""
-    for name in ("momentum_buffer", "square"):
-        state.setdefault(name, torch.zeros_like(gradient))
-    state["squares"] = steps = state.get("squares", 0) + 1
-    m = state["momentum_buffer"].mul_(beta).add_(gradient, alpha=1 - beta)
-    v = state["square"].mul_(FALLBACK_DECAY).addcmul_(gradient, gradient, value=1 - FALLBACK_DECAY)
-    root = (v / (1 - FALLBACK_DECAY**steps)).sqrt()
-    return (m / (1 - beta**steps)) / root.add_(FALLBACK_EPS)
+    """Adam's update of a parameter without factors: a bias-corrected running mean of g over `adam_scale`."""
+    scale = adam_scale(state, gradient)
+    m = state.setdefault("momentum_buffer", torch.zeros_like(gradient)).mul_(beta).add_(gradient, alpha=1 - beta)
+    return (m / (1 - beta ** state["squares"])) / scale

@@ -23,17 +23,17 @@ def fall_back(
     """Directions of parameters without factors, in place: lr times them is their update; kind "sgd" or "adam"."""
     for parameter in parameters:
         if kind == "adam":
-            directions[parameter] = _adam(state[parameter], directions[parameter])
+            directions[parameter] = directions[parameter] / adam_scale(state[parameter], directions[parameter])
         if relative_lr != 1:
             directions[parameter] = directions[parameter] * relative_lr
 
 
-def _adam(state: dict[str, Any], gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
-    """g / (sqrt(v) + eps) with v the bias-corrected running mean of g^2; momentum is that of the group."""
+def adam_scale(state: dict[str, Any], gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
+    """sqrt(v) + eps of a parameter without factors, v the bias-corrected running mean of g^2, which takes this gradient in."""
     state["square"] = state["square"] if "square" in state else torch.zeros_like(gradient)
     state["squares"] = state.get("squares", 0) + 1
     state["square"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
-    return gradient / ((state["square"] / (1 - beta ** state["squares"])).sqrt() + eps)
+    return (state["square"] / (1 - beta ** state["squares"])).sqrt() + eps
 
 
 class Shortened:
