@@ -1,4 +1,5 @@
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from jobs_to_map import (
 )
 from terminal import signals_of_a_terminal
 
-from studies.jobs import LostJobError, job_name, map_jobs
+from studies.jobs import LostJobError, _Queue, job_name, map_jobs
 
 ROOT = Path(__file__).parent.parent
 LONG = 100.0
@@ -82,6 +83,21 @@ def test_an_error_tells_where_it_happened() -> None:
 def test_an_error_that_cannot_be_read_again_is_told_in_words() -> None:
     with pytest.raises(RuntimeError, match="1 and 7"):
         list(map_jobs(fails_unreadably, [(1,), (1,)], processes=2))
+
+
+def test_no_result_takes_the_place_of_a_job_that_was_not_begun(tmp_path: Path) -> None:
+    """The first job is to be begun again, the second is done, and the third fails: nothing is given for the first."""
+    queue = _Queue(None, tmp_path, ["a", "b", "c"], room=2, attempts=3)  # type: ignore[arg-type]
+    outcomes = {1: (True, "b"), 2: (False, ValueError("c"))}
+
+    def finished() -> list[int]:
+        number = min(outcomes)
+        (tmp_path / str(number)).write_bytes(pickle.dumps(outcomes.pop(number)))
+        return [number]
+
+    queue._finished = finished  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="c"):
+        next(queue.results())
 
 
 def test_nothing_is_begun_after_an_error(tmp_path: Path) -> None:

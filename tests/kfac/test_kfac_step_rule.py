@@ -204,7 +204,16 @@ def test_a_gradient_that_vanishes_ends_the_walk(name: str) -> None:
         every = list(batches(torch.float32))
         for batch in every:
             step(model, optimizer, batch)
-        for _ in range(1000):
+        before = weights(model)
+        for _ in range(300):
+            step(model, optimizer, every[0], scale=vanished)
+        if (
+            STEP_RULES[name].direction == "eigenbasis"
+        ):  # a tiny gradient that stays is followed again, once m and v are of its size
+            assert max(lengths(model, before)) < 80 * 0.2 * 0.03
+        if vanished == 0.0:
+            assert lengths(model, before) == [0.0, 0.0]
+        for _ in range(700):
             step(model, optimizer, every[0], scale=vanished)
         assert all(bool((p.abs() < 100).all()) for p in model.parameters())
 
@@ -236,6 +245,27 @@ def test_layers_without_an_eigenbasis_go_in_the_natural_direction(case: str) -> 
     step(other, two, next(batches()))
     assert torch.equal(model[4].weight, other[4].weight)
     assert torch.equal(model[4].bias, other[4].bias)
+
+
+@pytest.mark.parametrize("case", no_eigenbasis())
+def test_the_natural_direction_has_no_free_length_beside_an_eigenbasis(case: str) -> None:
+    model = small(norm=False)
+    optimizer, before = KFAC(model, 0.01, step_rule="adam_free", **no_eigenbasis()[case]), weights(model)
+    step(model, optimizer, next(batches()))
+    assert lengths(model, before)[1] == pytest.approx(0.2 * 0.01, rel=1e-6)
+
+
+def test_a_layer_that_gets_an_eigenbasis_begins_anew() -> None:
+    """The momentum of P g means nothing to g. With fewer rows than inputs the layer has no eigenbasis."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 3)).double()
+    optimizer = KFAC(model, options=Options(wide_inputs=2, warm_up=False), factor_interval=1, inverse_interval=1)
+    counts = []
+    for rows in (8, 8, 8, 40, 40):
+        batch = torch.randn(rows, 17, dtype=torch.float64), torch.arange(rows) % 3
+        step(model, optimizer, batch)
+        counts.append(optimizer.state[model[0].weight]["squares"])
+    assert counts == [1, 2, 3, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ what they are for
