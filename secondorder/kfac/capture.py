@@ -55,6 +55,8 @@ class Capture:
         self.uses = 0
         self.rows: int | None = 0
         """Of the outputs of the forwards that backward passes of the user went through; None: an output is not a tensor."""
+        self.differentiable: set[int] = set()
+        """Backward passes of the user with create_graph=True."""
         self._key = object()
         self._forward = Forward()
         self._order = 0
@@ -90,7 +92,7 @@ class Capture:
         """Forget everything recorded and go on recording: between two steps."""
         for use in list(self._waiting):
             self._drop(use)
-        self._arrived, self.uses, self.rows = {}, 0, 0
+        self._arrived, self.uses, self.rows, self.differentiable = {}, 0, 0, set()
         self._forward = Forward()
         self._step += 1
 
@@ -231,8 +233,13 @@ class Capture:
     def _arrive(self, use: Use, index: int, gradients: tuple[Tensor | None, ...]) -> None:
         """The gradient at the output of a use, in a backward of the user."""
         g = gradients[index]
-        if g is not None and not is_pulling() and use.layer in self._delivered:
-            self._arrived.setdefault(use.layer, []).append((torch._C._current_graph_task_id(), use, g))
+        if g is None or is_pulling():
+            return
+        backward = torch._C._current_graph_task_id()
+        if torch.is_grad_enabled():
+            self.differentiable.add(backward)
+        if use.layer in self._delivered:
+            self._arrived.setdefault(use.layer, []).append((backward, use, g))
 
     def _deliver_all(self) -> None:
         for layer in self.layers:

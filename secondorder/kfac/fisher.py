@@ -24,6 +24,7 @@ BACKPROPAGATED = ("mc", "exact")
 """Those with gradients of their own; "empirical" has the loss's."""
 MOST_COLUMNS = 4096
 """Columns of an exact root: each takes a backward pass."""
+ONE_OUTPUT = "use Fisher(likelihood='bce') or 'mse', whichever the loss is"
 
 
 def output_gradients(
@@ -33,8 +34,11 @@ def output_gradients(
     reduction: str = "mean",
     generator: torch.Generator | None = None,
     samples: int = 1,
+    weight: float = 1.0,
 ) -> Tensor:
     """g `[V, *logits.shape]`: V = samples draws over sqrt(samples) for "mc", the columns of a root of H for "exact".
+
+    Of one output; weight: a factor of its loss, and so of H.
 
     generator: on the CPU, for "mc". Half precision is widened to float32. Raises InputError for unknown words, for logits
     that are not `[N, ...]`, for a softmax over a single output, and for exact roots of more than MOST_COLUMNS columns.
@@ -48,9 +52,10 @@ def output_gradients(
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     if z.ndim < 2:
         if likelihood == "cross_entropy" or z.ndim == 0:
-            raise InputError(f"logits of shape {list(z.shape)}; {likelihood} needs [N, K, ...]")
-        return output_gradients(z[:, None], kind, likelihood, reduction, generator, samples)[..., 0]
-    return LIKELIHOODS[likelihood](z, kind, reduction, generator, samples)
+            raise InputError(f"logits of shape {list(z.shape)}; {likelihood} needs [N, K, ...]; {ONE_OUTPUT}")
+        return output_gradients(z[:, None], kind, likelihood, reduction, generator, samples, weight)[..., 0]
+    g = LIKELIHOODS[likelihood](z, kind, reduction, generator, samples)
+    return g if weight == 1 else g * weight**0.5
 
 
 def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
@@ -58,7 +63,7 @@ def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Genera
     if K == 1:
         raise InputError(
             f"logits of shape {list(z.shape)}: the softmax of one output is always 1, so cross_entropy has no curvature; "
-            "use Fisher(likelihood='bce')"
+            + ONE_OUTPUT
         )
     last = z.movedim(1, -1)  # [N, ..., K]
     rows = last.reshape(-1, K)

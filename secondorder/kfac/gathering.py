@@ -66,9 +66,11 @@ class Gathering:
     def update(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Statistics from the graph of the outputs, of several heads in one call.
 
-        InputError when they have none, or it holds no layer, or a forward pass that has been counted.
+        InputError when they have none, or it holds no layer, or a forward pass that has been counted, or when the Fisher is that
+        of another number of outputs.
         """
         outputs = as_outputs(logits)
+        fishers = dict(zip(outputs, self.fisher.outputs(len(outputs)), strict=True))
         if not any(z.requires_grad for z in outputs):
             raise InputError(
                 "update_curvature(logits): the logits have no graph; call it outside torch.no_grad(), before backward()"
@@ -88,23 +90,23 @@ class Gathering:
             for _, together in batches:
                 batch = object()
                 for z in together:
-                    self.check.watch(self.capture, z, self.fisher, batch)
+                    self.check.watch(self.capture, z, fishers[z][0], batch, fishers[z][1])
         uses = {output.use: output for _, found in below for output in found}
-        heads = [z for z, _ in below]
-        self.capture.pull(heads, sorted(uses.values(), key=lambda output: output.use.order), self._passes(heads))
+        heads = {z: fishers[z] for z, _ in below}
+        ordered = sorted(uses.values(), key=lambda output: output.use.order)
+        self.capture.pull(list(heads), ordered, self._passes(heads))
         self._rows += sum(rows for rows, _ in batches)
         self._watch_backward(heads)
 
-    def _passes(self, heads: Sequence[Tensor]) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
+    def _passes(self, heads: Mapping[Tensor, tuple[Fisher, float]]) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
         """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not."""
-        fisher = self.fisher
         gradients = [
             output_gradients(
-                z.detach(), fisher.kind, fisher.likelihood, fisher.reduction, self.generator, fisher.samples
+                z.detach(), own.kind, str(own.likelihood), own.reduction, self.generator, own.samples, weight
             )
-            for z in heads
+            for z, (own, weight) in heads.items()
         ]
-        if fisher.kind == "exact":
+        if self.fisher.kind == "exact":
             return ([(z, column)] for z, columns in zip(heads, gradients, strict=True) for column in columns)
         return (list(zip(heads, drawn, strict=True)) for drawn in zip(*gradients, strict=True))
 
@@ -120,7 +122,7 @@ class Gathering:
         self._noting = True
         self._watch_backward([z for z in outputs if z.requires_grad])
 
-    def _watch_backward(self, outputs: Sequence[Tensor]) -> None:
+    def _watch_backward(self, outputs: Iterable[Tensor]) -> None:
         self._backward_seen = False
         for z in outputs:
             z.register_hook(Hook(self, Gathering._note_backward))

@@ -1,8 +1,38 @@
-"""Which nodes of an autograd graph a backward pass has to reach so that it runs through all of some others."""
+"""Nodes of an autograd graph: those a backward pass has to reach to run through all of some others, and what made a tensor."""
 
 from collections.abc import Collection
 
+from torch import Tensor
 from torch.autograd.graph import Node
+
+RESHAPING = (
+    *(
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "T",
+        "Permute",
+        "Select",
+        "Slice",
+        "Expand",
+    ),
+    *("Alias", "Clone", "ToCopy"),
+)
+"""Nodes that pass numbers on as they are."""
+
+
+def made_by(tensor: Tensor) -> str:
+    """The operation that computed the numbers of a tensor, "Softmax" for SoftmaxBackward0, whatever has reshaped them since."""
+    node = tensor.grad_fn
+    while node is not None:
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name not in RESHAPING:
+            return name
+        node = node.next_functions[0][0]
+    return ""
 
 
 def last_of(root: Node, nodes: Collection[Node]) -> set[Node]:

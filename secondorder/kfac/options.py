@@ -1,14 +1,14 @@
 """Options of the K-FAC optimiser: validated when they are made, each with what it is and why its default is what it is."""
 
 import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from secondorder.curvature.kronecker.factors import SHARINGS
-from secondorder.errors import InputError, check_flag, check_known, check_seed, check_whole
+from secondorder.errors import InputError, check_flag, check_known, check_seed, check_whole, short
 from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
 INVERSES = ("eigen", "cholesky")
@@ -83,29 +83,62 @@ class Damping:
 
 @dataclass(frozen=True)
 class Fisher:
-    """Whose gradients enter the factor B.
+    """Whose gradients enter the factor B: of sum_k weights_k loss_k, a loss for each output of the model.
 
     kind: "mc" of labels that the model draws (the Fisher matrix, unbiased), "exact" of all labels (as many backward passes as
-    outputs), "empirical" of the given labels (no extra backward pass, and not the Fisher matrix: Kunstner et al. 2019).
-    likelihood and reduction: the loss: F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits.
+        outputs), "empirical" of the given labels (no extra backward pass, and not the Fisher matrix: Kunstner et al. 2019).
+    likelihood: the loss: "cross_entropy" (F.cross_entropy), "mse" (F.mse_loss), "bce" (F.binary_cross_entropy_with_logits).
+        A list for a model of several outputs, in the order in which `update_curvature` gets them: ["cross_entropy", "mse"] for
+        policy and value; one word is that of every output. "empirical" asks for none.
+    reduction: "mean" or "sum", of all losses.
+    weights: constant factors of the losses, one for all or a list of one for each output: 0.5 for 0.5 * F.mse_loss(...). Without
+        them a factor s that all losses have changes no direction of "mc" and "exact", whose factors do not see it. A step of
+        step_rule="natural" is s times as long, and so its trust region acts earlier; weight decay that is not decoupled counts
+        1/s as much; an absolute damping is that of the loss without s; what compares the quadratic model with the loss
+        (`Damping(adapt=...)`, `quadratic_step`) needs the factor. "empirical" sees s^2 in its factors: with relative damping a
+        natural step is 1/s times as long, with an absolute one the direction changes, too.
     samples: drawn labels for each sample, of "mc". seed: of the draws.
     grad_scaler: the torch.amp.GradScaler that scales the losses; only "empirical" needs to know it.
     """
 
     kind: str = "mc"
-    likelihood: str = "cross_entropy"
+    likelihood: str | Sequence[str] = "cross_entropy"
     reduction: str = "mean"
     samples: int = 1
     seed: int = 0
     grad_scaler: Any = None
+    weights: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", FISHERS), ("likelihood", LIKELIHOODS), ("reduction", REDUCTIONS)):
-            check_known("fisher" if name == "kind" else name, getattr(self, name), allowed)
+        check_known("fisher", self.kind, FISHERS)
+        check_known("reduction", self.reduction, REDUCTIONS)
+        for word in _each("likelihood", self.likelihood):
+            check_known("likelihood", word, LIKELIHOODS)
+        for weight in _each("weights", self.weights):
+            check_positive("weights", weight)
+        for name in ("likelihood", "weights"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.likelihood, tuple) and isinstance(self.weights, tuple):
+            self.outputs(len(self.likelihood))
         check_whole("samples", self.samples)
         check_seed(self.seed)
         if self.grad_scaler is not None and not hasattr(self.grad_scaler, "get_scale"):
             raise InputError(f"grad_scaler {self.grad_scaler!r}: must be a torch.amp.GradScaler")
+
+    def outputs(self, count: int) -> list[tuple["Fisher", float]]:
+        """That of each of `count` outputs by itself, and its weight; InputError when likelihoods or weights are for others."""
+        for name, values in (("likelihood", self.likelihood), ("weights", self.weights)):
+            if isinstance(values, tuple) and len(values) != count:
+                raise InputError(
+                    f"{name} {short(list(values))} is for {len(values)} outputs, and there are {count}: give update_curvature "
+                    "all outputs of one forward pass in one call, in that order"
+                )
+        likelihoods, weights = (
+            values if isinstance(values, tuple) else (values,) * count for values in (self.likelihood, self.weights)
+        )
+        pairs = zip(likelihoods, weights, strict=True)
+        return [(replace(self, likelihood=likelihood, weights=weight), float(weight)) for likelihood, weight in pairs]
 
 
 @dataclass(frozen=True)
@@ -127,7 +160,8 @@ class Options:
     warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every
         max(1, t / 4) steps until that reaches the interval.
     stagger: layers are inverted at different steps, so that no step is much longer than the others.
-    check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients.
+    check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients, and that
+        the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant factor.
     synchronise: under torch.distributed, factors and inverses are those of all processes; False: each trains its own model.
     timing: report() has times on a GPU, too, at the price of a synchronisation for each phase.
     """
@@ -155,6 +189,15 @@ class Options:
         check_whole("wide_inputs", self.wide_inputs)
         for name in ("decoupled", "warm_up", "stagger", "check", "synchronise", "timing"):
             check_flag(name, getattr(self, name))
+
+
+def _each(name: str, value: Any) -> Sequence[Any]:
+    """The entries of a list for several outputs, or the one value of all; InputError for an empty list."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    if not value:
+        raise InputError(f"{name} {value!r}: must have an entry for each output of the model")
+    return value
 
 
 def check_number(name: str, value: object, least: float, below: float = LARGEST) -> None:

@@ -1,13 +1,14 @@
 """Verification on the first factor step that the factors' inputs and gradients are those of the loss: sum_nt g a^T = dL/dW.
 
 What enters the factors, the recorded inputs a and the gradients g of the user's own backward, has to reproduce the gradient
-of weight and bias; the ratio <expected, actual> / <actual, actual> says by how much it does not. The gradient at the logits
-of a cross-entropy with hard labels, c (p - e_y), tells the loss's scale c: 1/N for reduction "mean", 1 for "sum". What a
-gradient has lost between backward and step, to the unscaling of a GradScaler or to clipping, does not count against the loss.
+of weight and bias; the ratio <expected, actual> / <actual, actual> says by how much it does not. The gradient at the outputs
+tells whether the loss is the declared likelihood, and its scale (`likelihood_check`). What a gradient has lost between backward
+and step, to the unscaling of a GradScaler or to clipping, does not count against the loss.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,38 +16,38 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError
+from secondorder.errors import InputError, one_line
 from secondorder.kfac.capture import Capture
+from secondorder.kfac.graph import made_by
 from secondorder.kfac.hooks import Hook, handles_of, is_pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
+from secondorder.kfac.likelihood_check import BOUND, is_close, loss_ratio, terms, verify_likelihood, verify_loss
 from secondorder.kfac.uses import Use
 from secondorder.kfac.vectors import batched, weight_gradient
 
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 1e-1
 """Relative errors of the whole gradient of a layer; autocast rounds inputs, gradients and the sum to three digits or fewer."""
-SUM, HALF_SUM, SURE = 1e-3, 2e-2, 1e-5
-"""How far from zero the gradient at the logits may sum over the classes: shares of its size, and of that of one class, which a
-network that is sure of every label rounds away."""
 
 
 @dataclass(eq=False)
 class Watched:
-    """Logits, the loss's gradients at them by backward pass, and the batch they belong to: heads share one."""
+    """Outputs, the loss's gradients at them by backward pass, and the batch they belong to: the outputs of a model share one.
+
+    fisher: its likelihood is that of this output. weight: the declared factor of its loss. made_by: the operation of the graph.
+    """
 
     logits: Tensor
     fisher: Any
     batch: Hashable
+    weight: float = 1.0
+    made_by: str = ""
     gradients: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def gradient(self, backwards: set[int]) -> Tensor | None:
         """The sum over these backward passes; None: there was none."""
         terms = [gradient for backward, gradient in self.gradients if backward in backwards]
         return sum(terms[1:], terms[0]) if terms else None
-
-    def ratio(self, gradient: Tensor) -> float | None:
-        """`loss_ratio` of a gradient at the logits."""
-        return loss_ratio(self.logits, gradient, self.fisher.likelihood, self.fisher.reduction)
 
 
 class ScalingCheck:
@@ -65,12 +66,17 @@ class ScalingCheck:
         self._backwards: set[int] = set()
 
     def watch(
-        self, capture: Capture, logits: Tensor | None = None, fisher: Any = None, batch: Hashable | None = None
+        self,
+        capture: Capture,
+        logits: Tensor | None = None,
+        fisher: Any = None,
+        batch: Hashable | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Watch the backward passes to come of what `capture` records.
 
-        logits and fisher (its likelihood and reduction): watch the loss's gradient at these logits, too. batch: the same for
-        several outputs of one forward pass.
+        logits and fisher (its likelihood and reduction): watch the loss's gradient at these logits, too, a loss with a factor of
+        `weight`. batch: the same for several outputs of one forward pass.
         """
         self._capture = capture
         if not capture.has(self._compare):
@@ -80,7 +86,8 @@ class ScalingCheck:
                     self._biases.add(layer)
                     self._handles.append(layer.bias.register_hook(Hook(self, ScalingCheck._add_bias, layer)))
         if logits is not None:
-            watched = Watched(logits.detach(), fisher, object() if batch is None else batch)
+            batch = object() if batch is None else batch
+            watched = Watched(logits.detach(), fisher, batch, weight, made_by(logits))
             self._handles.append(logits.register_hook(Hook(self, ScalingCheck._add_loss, watched)))
 
     def stop(self) -> None:
@@ -118,22 +125,28 @@ class ScalingCheck:
 
         A gradient at the logits counts that went on to the weights, not one that the user asked for with autograd.grad.
         """
-        found = [(watched, watched.gradient(self._backwards)) for watched in self._losses]
-        ratios = []
-        for watched, gradient in found:
+        rows: dict[Hashable, int] = {}
+        ratios: list[tuple[Watched, float]] = []
+        for watched in self._losses:
+            gradient = watched.gradient(self._backwards)
             if gradient is not None:
-                verify_likelihood(gradient, watched.fisher.likelihood, watched.fisher.reduction)
-                ratios.append((watched, watched.ratio(gradient)))
-        rows = {w.batch: len(w.logits) for w in self._losses if any(task in self._backwards for task, _ in w.gradients)}
-        for watched, ratio in ratios:
-            if ratio is None:
-                continue
-            declared, shares = watched.fisher, [1.0]
-            if declared.reduction == "mean":
-                shares = [1 / len(rows), rows[watched.batch] / sum(rows.values())]
-            share = min(shares, key=lambda share: abs(ratio / share - 1))
-            seen = ratio if ratio <= share else max(share, ratio * min(1.0, rescaled))
-            verify_loss(seen, declared.likelihood, declared.reduction, len(rows), share)
+                given = watched.logits, gradient, watched.fisher.likelihood, watched.fisher.reduction
+                verify_likelihood(*given, rescaled, watched.made_by)
+                rows[watched.batch] = len(watched.logits)
+                if (ratio := loss_ratio(*given)) is not None:
+                    ratios.append((watched, ratio))
+        if not ratios:
+            return
+        declared = ratios[0][0].fisher
+        by_rows = {batch: n / sum(rows.values()) for batch, n in rows.items()}
+        ways = (
+            [dict.fromkeys(rows, 1 / len(rows)), by_rows]
+            if declared.reduction == "mean"
+            else [dict.fromkeys(rows, 1.0)]
+        )
+        factors = min((_factors(ratios, shares, rescaled) for shares in ways), key=_spread)
+        count = terms(ratios[0][0].logits, declared.likelihood)
+        verify_factors(factors, declared.likelihood, declared.reduction, count, len(rows))
 
     def _rescaled(self) -> float:
         """Norm of the gradients as they are now over that of the gradients that backward made."""
@@ -174,7 +187,7 @@ class ScalingCheck:
         if not is_pulling():
             if watched not in self._losses:
                 self._losses.append(watched)
-            made = gradient.detach() / known_scale(watched.fisher)
+            made = gradient.detach() / (known_scale(watched.fisher) * watched.weight)
             watched.gradients.append((torch._C._current_graph_task_id(), made))
 
     def _verify_layer(self, layer: KroneckerLayer) -> None:
@@ -190,7 +203,60 @@ class ScalingCheck:
         if bool(error <= tolerance * norm + rounding):
             return
         ratio = float((expected * actual).sum() / actual.square().sum()) if layer in self._actual else 0.0
-        raise InputError(_message(layer, ratio, float(error / norm), layer in self._actual))
+        derived = self._capture is not None and any(one < max(self._backwards) for one in self._capture.differentiable)
+        raise InputError(_message(layer, ratio, float(error / norm), layer in self._actual, derived))
+
+
+def _factors(
+    ratios: Sequence[tuple[Watched, float]], shares: Mapping[Hashable, float], rescaled: float
+) -> list[list[float]]:
+    """What is left of the ratios of each batch's outputs when the batch has this share."""
+    batches: dict[Hashable, list[float]] = {}
+    for watched, ratio in ratios:
+        factor = ratio / shares[watched.batch]
+        factor = factor if factor <= 1 else max(1.0, factor * min(1.0, rescaled))
+        batches.setdefault(watched.batch, []).append(factor)
+    return list(batches.values())
+
+
+def _spread(factors: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """How different the factors are, and how far from 1."""
+    found = [factor for batch in factors for factor in batch]
+    return round(max(found) / min(found), 2), max(abs(math.log(factor)) for factor in found)
+
+
+def verify_factors(
+    factors: Sequence[Sequence[float]], likelihood: str, reduction: str, count: int, batches: int
+) -> None:
+    """InputError for factors of the loss that are a mistake or differ, a warning for one that all have.
+
+    Args:
+        factors: of the outputs of each accumulated batch where they are known; 1: as declared.
+        likelihood, reduction: what they are factors of.
+        count: terms of one of the losses, the ratio of a sum to a mean.
+        batches: that were accumulated.
+    """
+    found = [factor for batch in factors for factor in batch]
+    low, high = min(found), max(found)
+    if max(high - 1, 1 - low) <= BOUND:
+        return
+    for batch in factors:
+        if not is_close(max(batch), min(batch)):
+            raise InputError(
+                f"the losses of the outputs are {', '.join(f'{factor:.4g}' for factor in batch)} times those of the declared "
+                "reduction: pass these as Fisher(weights=[...]), 1 for a loss without a factor"
+            )
+    worst = max(found, key=lambda factor: abs(math.log(factor)))
+    slip = count if reduction == "mean" else 1 / count
+    if not is_close(high, low) or is_close(worst, slip) or (batches > 1 and is_close(worst, batches)):
+        verify_loss(worst, likelihood, reduction, batches, 1.0)
+    warnings.warn(
+        one_line(
+            f"the loss's gradient is {worst:.4g} times that of {likelihood} with reduction {reduction!r}; a constant factor does "
+            f"not change K-FAC's direction: Fisher(weights={worst:.4g}) takes it into the curvature, too"
+        ),
+        stacklevel=2,
+    )
 
 
 def known_scale(fisher: Any) -> float:
@@ -209,74 +275,14 @@ def verify_unscaled(rescaled: float) -> None:
         )
 
 
-def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str, scale: float = 1.0) -> float | None:
-    """How many times larger the loss's gradient at the logits is than that of F.cross_entropy with this reduction.
-
-    scale: a factor of the loss that is known. None: not a cross-entropy with hard labels (smoothed, mixed, weighted or ignored
-    labels), or half precision, where the loss is likely scaled.
-    """
-    if likelihood != "cross_entropy" or logits.ndim < 2 or logits.dtype.itemsize < 4:
-        return None
-    z, d = (t.movedim(1, -1).flatten(0, -2).to(widest(t.device)) for t in (logits, gradient))
-    p = z.softmax(-1)
-    y = d.argmin(-1, keepdim=True)
-    direction = p.scatter_add(-1, y, -torch.ones_like(y, dtype=p.dtype))  # p - e_y
-    length = direction.square().sum(-1)
-    sure = length > 1e-4
-    if not bool(sure.any()):
-        return None
-    d, direction, length = d[sure], direction[sure], length[sure]
-    c = (d * direction).sum(-1) / length
-    mean = c.mean()
-    residual = (d - mean * direction).norm(dim=-1) / length.sqrt()
-    if not bool((residual <= 1e-2 * mean.abs()).all()) or not float(mean) > 0:
-        return None
-    return float(mean) * (len(z) if reduction == "mean" else 1) / scale
-
-
-def verify_likelihood(gradient: Tensor, likelihood: str, reduction: str = "mean") -> None:
-    """InputError for a gradient at the outputs that no cross-entropy has, where that is the likelihood.
-
-    Over the classes, dim 1, it sums to zero, whatever the labels are: soft, smoothed, weighted or ignored.
-    """
-    if likelihood != "cross_entropy" or gradient.ndim < 2:
-        return
-    d = gradient.to(widest(gradient.device))
-    least = SURE * (d.numel() / d.shape[1] if reduction == "sum" else 1)
-    most = (HALF_SUM if gradient.dtype.itemsize < 4 else SUM) * float(d.abs().sum()) + least
-    if not math.isfinite(most) or float(d.sum(1).abs().sum()) <= most:
-        return
-    if d.ndim > 2 and float(d.sum(-1).abs().sum()) <= most:
-        raise InputError(
-            f"outputs {list(gradient.shape)} have their classes in the last dimension: pass them as F.cross_entropy takes them, "
-            "update_curvature(logits.flatten(0, 1)) or logits.movedim(-1, 1)"
+def _message(layer: KroneckerLayer, ratio: float, error: float, called: bool, derived: bool) -> str:
+    """What is wrong; derived: the loss was made with autograd.grad(create_graph=True)."""
+    if derived:
+        return (
+            f"layer {layer.name}: the gradient of its weight is not that of its inputs and outputs: the loss has derivatives of the "
+            "model in it, autograd.grad(create_graph=True), as PINNs and gradient penalties do, which K-FAC's factors leave out: "
+            "use finite differences and fisher='empirical', or another optimiser"
         )
-    raise InputError(
-        "the loss's gradient at the outputs does not sum to zero over dim 1, as that of a cross-entropy of logits does: pass "
-        "fisher=Fisher(likelihood='mse') or 'bce', or logits without a softmax of the model's own; Options(check=False) accepts "
-        "a further term of the loss on the logits"
-    )
-
-
-def verify_loss(
-    ratio: float | None, likelihood: str, reduction: str, batches: int = 1, expected: float | None = None
-) -> None:
-    """InputError for a loss whose scale is off by more than 1 % from `expected`: 1, or 1 / batches for accumulated means."""
-    if expected is None:
-        expected = 1 / batches if reduction == "mean" else 1.0
-    if ratio is None or abs(ratio / expected - 1) <= 1e-2:
-        return
-    other = "sum" if reduction == "mean" else "mean"
-    advice = f"pass reduction={other!r} if that is the loss's, or divide the loss by the factor"
-    if batches > 1:
-        advice = f"divide the loss of each of the {batches} accumulated batches by {batches}, or weight it by its share of rows"
-    raise InputError(
-        f"the loss's gradient is {ratio / expected:.4g} times that of {likelihood} with reduction {reduction!r}; {advice}; "
-        "a deliberate factor on the loss is harmless with relative damping: Options(check=False) accepts it"
-    )
-
-
-def _message(layer: KroneckerLayer, ratio: float, error: float, called: bool) -> str:
     out = f"use approximation={{{layer.name!r}: 'fallback'}}, or switch this check off with Options(check=False)"
     if not called:
         return (
