@@ -24,7 +24,7 @@ BACKPROPAGATED = ("mc", "exact")
 """Those with gradients of their own; "empirical" has the loss's."""
 MOST_COLUMNS = 4096
 """Columns of an exact root: each takes a backward pass."""
-ONE_OUTPUT = "use Fisher(likelihood='bce') or 'mse', whichever the loss is"
+ONE_OUTPUT = "use Fisher(likelihood='bce') or 'mse', or a list with one for each of several outputs"
 
 
 def output_gradients(
@@ -38,10 +38,9 @@ def output_gradients(
 ) -> Tensor:
     """g `[V, *logits.shape]`: V = samples draws over sqrt(samples) for "mc", the columns of a root of H for "exact".
 
-    Of one output; weight: a factor of its loss, and so of H.
-
-    generator: on the CPU, for "mc". Half precision is widened to float32. Raises InputError for unknown words, for logits
-    that are not `[N, ...]`, for a softmax over a single output, and for exact roots of more than MOST_COLUMNS columns.
+    weight: a factor of the loss of this output, and so of H. generator: on the CPU, for "mc". Half precision is widened to
+    float32. Raises InputError for unknown words, for logits that are not `[N, ...]`, for a softmax over a single output, and
+    for exact roots of more than MOST_COLUMNS columns.
     """
     if kind not in BACKPROPAGATED:
         raise unknown("fisher", kind, BACKPROPAGATED)

@@ -10,7 +10,7 @@ values or are of one size. A squared error is another loss where the labels y th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,13 +55,13 @@ def verify_likelihood(
             f"the outputs are probabilities, made by a {made_by.lower()}, and likelihood={likelihood!r} takes logits: leave it "
             "to the loss (F.cross_entropy, F.binary_cross_entropy_with_logits have their own); Options(check=False) accepts it"
         )
-    z, d = (tensor.to(widest(tensor.device)) for tensor in (logits.detach(), gradient))
     half = min(logits.dtype.itemsize, gradient.dtype.itemsize) < 4
-    CHECKS[likelihood](z, d * min(1.0, shrunk) if likelihood == "bce" else d, reduction, half)
+    CHECKS[likelihood](logits, gradient * min(1.0, shrunk) if likelihood == "bce" else gradient, reduction, half)
 
 
 def _verify_cross_entropy(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
     """Over the classes, dim 1, the gradient sums to zero, whatever the labels are: soft, smoothed, weighted or ignored."""
+    d = _wide(d)
     least = SURE * (d.numel() / d.shape[1] if reduction == "sum" else 1)
     most = (HALF_SUM if half else SUM) * float(d.abs().sum()) + least
     if float(d.sum(1).abs().sum()) <= most:
@@ -79,47 +79,68 @@ def _verify_cross_entropy(z: Tensor, d: Tensor, reduction: str, half: bool) -> N
 
 
 def _verify_bernoulli(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
-    """The gradient lies in c (sigmoid - 1, sigmoid), or in that times weights as losses have them."""
-    u = d / _constant(z, "bce", reduction)
-    far = _other(z, d)
+    """The gradient lies in c (sigmoid - 1, sigmoid), c of the elements that are not masked, or in that times weights."""
+    z, d = _wide(z), _wide(d)
+    u, far = d.abs() / _constant(z, "bce", reduction), _other(z, d)
+    masked = d.numel() / int((d != 0).sum()) if reduction == "mean" else 1.0
     tolerance = HALF_BOUND if half else BOUND
-    if bool((u.abs() <= (1 + tolerance) * far + (tolerance if half else SURE)).all()):
+    if bool((u <= masked * ((1 + tolerance) * far + (tolerance if half else SURE))).all()):
         return
-    w, far, targets = (_some(x, half) for x in (u.abs() / far.clamp_min(SATURATED), far, z - u / 2))
-    known = (w > 0) & (far > SATURATED)
-    w = w[known]
-    one_size = len(w) == 0 or float(w.max()) < WEIGHTS * float(w.min())
-    square = _take_few_values(targets, half) and not _take_few_values(_some(z, half), half)
-    if len(w) < LEAST_VALUES or _take_few_values(w, half) or (one_size and not square):
+    w = _some(torch.where(far > SATURATED, u / far, 0.0), half)
+    w = w[w > 0]
+    if len(w) < LEAST_VALUES or _take_few_values(w, half):
+        return
+    if float(w.max()) < WEIGHTS * float(w.min()) and not _other_likelihood(
+        z, d, ("cross_entropy", "mse"), reduction, half
+    ):
         return
     raise InputError(
         "the loss's gradient at the outputs is not c (sigmoid - label), that of a binary cross-entropy of logits: pass "
-        "fisher=Fisher(likelihood='mse') or 'cross_entropy', or logits without the model's own sigmoid; Options(check=False) "
-        "accepts uneven weights of elements"
+        "Fisher(likelihood='mse') or 'cross_entropy', logits without the model's own sigmoid, or the factor of the loss as "
+        "Fisher(weights=...); Options(check=False) accepts uneven weights"
     )
 
 
 def _verify_squared_error(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
     """The gradient is not that of another likelihood with hard or smoothed labels."""
-    if _take_few_values(_some(z, half), half):
-        return  # labels of any loss would take few values
-    for other in ("cross_entropy", "bce"):
-        if other == "cross_entropy" and (z.ndim < 2 or z.shape[1] == 1):
-            continue
-        ratio = loss_ratio(z, d, other, reduction) or 1.0
-        p = z.softmax(1) if other == "cross_entropy" else z.sigmoid()
-        if _take_few_values(_some(p - d / (ratio * _constant(z, other, reduction)), half), half):
-            raise InputError(
-                f"the loss's gradient at the outputs is that of a {other} of logits, and likelihood='mse': pass "
-                f"fisher=Fisher(likelihood={other!r}); Options(check=False) accepts it"
-            )
+    other = _other_likelihood(_wide(z), _wide(d), ("cross_entropy", "bce"), reduction, half)
+    if other:
+        raise InputError(
+            f"the loss's gradient at the outputs is that of likelihood {other!r}, and likelihood='mse' is declared: pass "
+            f"fisher=Fisher(likelihood={other!r}); Options(check=False) accepts it"
+        )
 
+
+def _other_likelihood(z: Tensor, d: Tensor, others: Sequence[str], reduction: str, half: bool) -> str | None:
+    """The likelihood whose labels would take few values, as outputs do not."""
+    if _take_few_values(_some(z, half), half):
+        return None  # labels of any loss would take few values
+    for other in others:
+        if other != "cross_entropy" or (z.ndim > 1 and z.shape[1] > 1):
+            means, slope = MEANS[other]
+            ratio = loss_ratio(z, d, other, reduction) or 1.0
+            labels = means(z) - d / (slope * ratio * _constant(z, other, reduction))
+            if _take_few_values(_some(labels, half), half):
+                return other
+    return None
+
+
+MEANS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "cross_entropy": (lambda z: z.softmax(1), 1.0),
+    "mse": (lambda z: z, 2.0),
+    "bce": (torch.sigmoid, 1.0),
+}
+"""m and s of each likelihood's gradient, d = s c (m(z) - y)."""
 
 CHECKS: dict[str, Callable[[Tensor, Tensor, str, bool], None]] = {
     "cross_entropy": _verify_cross_entropy,
     "mse": _verify_squared_error,
     "bce": _verify_bernoulli,
 }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(widest(tensor.device))
 
 
 def terms(logits: Tensor, likelihood: str) -> int:
@@ -161,7 +182,7 @@ def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str
     """
     if likelihood not in HARD_WEIGHTS or logits.dtype.itemsize < 4:
         return None
-    z, d = (tensor.detach().to(widest(tensor.device)) for tensor in (logits, gradient))
+    z, d = _wide(logits), _wide(gradient)
     mean = HARD_WEIGHTS[likelihood](z, d)
     return None if mean is None else mean / _constant(z, likelihood, reduction) / scale
 

@@ -243,8 +243,8 @@ def verify_factors(
     for batch in factors:
         if not is_close(max(batch), min(batch)):
             raise InputError(
-                f"the losses of the outputs are {', '.join(f'{factor:.4g}' for factor in batch)} times those of the declared "
-                "reduction: pass these as Fisher(weights=[...]), 1 for a loss without a factor"
+                f"the losses of the outputs have factors from {min(batch):.4g} to {max(batch):.4g}: pass them as "
+                "Fisher(weights=[...]), one for each output, 1 for a loss without a factor"
             )
     worst = max(found, key=lambda factor: abs(math.log(factor)))
     slip = count if reduction == "mean" else 1 / count
@@ -279,9 +279,9 @@ def _message(layer: KroneckerLayer, ratio: float, error: float, called: bool, de
     """What is wrong; derived: the loss was made with autograd.grad(create_graph=True)."""
     if derived:
         return (
-            f"layer {layer.name}: the gradient of its weight is not that of its inputs and outputs: the loss has derivatives of the "
-            "model in it, autograd.grad(create_graph=True), as PINNs and gradient penalties do, which K-FAC's factors leave out: "
-            "use finite differences and fisher='empirical', or another optimiser"
+            f"layer {layer.name}: the gradient of its weight is not that of its inputs and outputs: the loss has derivatives of "
+            "the model in it, autograd.grad(create_graph=True), as PINNs and gradient penalties, which K-FAC's factors leave "
+            "out: use finite differences and fisher='empirical', or another optimiser"
         )
     out = f"use approximation={{{layer.name!r}: 'fallback'}}, or switch this check off with Options(check=False)"
     if not called:

@@ -178,6 +178,8 @@ def _factors(
         gathering.begin(True, 0)
         for images, labels in zip(batch[0].split(chunk), batch[1].split(chunk), strict=True):
             logits = network(images.clone())
+            if not isinstance(logits, Tensor):
+                raise InputError(f"the network returns a {type(logits).__name__}; K-FAC's direction needs one tensor of logits")
             if fisher.kind == "empirical":
                 loss(logits, labels).backward()
             else:
@@ -198,7 +200,7 @@ def likelihood_of(loss: Loss) -> str:
         nn.BCEWithLogitsLoss: "bce",
     }
     functions = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse", F.binary_cross_entropy_with_logits: "bce"}
-    word = functions.get(loss) or kinds.get(type(loss))  # type: ignore[arg-type]
+    word = (functions.get(loss) if callable(loss) else None) or kinds.get(type(loss))  # type: ignore[arg-type]
     plain = getattr(loss, "reduction", "mean") == "mean" and getattr(loss, "weight", None) is None
     if word is None or not plain or getattr(loss, "pos_weight", None) is not None:
         raise InputError(
