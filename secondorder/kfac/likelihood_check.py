@@ -29,6 +29,8 @@ SATURATED = 0.05
 """Probabilities of the other label below which a gradient is mostly rounding."""
 LEAST_VALUES, MOST_VALUES, HALF_VALUES = 8, 256, 32
 """Elements that are compared: with fewer there is no verdict, among more some values are equal by chance."""
+MOST = 0.8
+"""Share of equal values that hard or smoothed labels have."""
 WEIGHTS = 10.0
 """Ratio of the largest to the smallest weight of an element that is believed."""
 PROBABILITIES = ("Sigmoid", "Softmax")
@@ -111,16 +113,22 @@ def _verify_squared_error(z: Tensor, d: Tensor, reduction: str, half: bool) -> N
         )
 
 
+def _is_of_classes(d: Tensor, half: bool) -> bool:
+    """Whether the gradient sums to zero over dim 1."""
+    sums = d.ndim > 1 and d.shape[1] > 1
+    return sums and float(d.sum(1).abs().sum()) <= (HALF_SUM if half else SUM) * float(d.abs().sum())
+
+
 def _other_likelihood(z: Tensor, d: Tensor, others: Sequence[str], reduction: str, half: bool) -> str | None:
-    """The likelihood whose labels would take few values, as outputs do not."""
-    if _take_few_values(_some(z, half), half):
-        return None  # labels of any loss would take few values
+    """The likelihood with mean m(z) whose labels, m(z) less the gradient, would take few values while m(z) does not."""
     for other in others:
         if other != "cross_entropy" or (z.ndim > 1 and z.shape[1] > 1):
-            means, slope = MEANS[other]
+            mean, slope = MEANS[other]
             ratio = loss_ratio(z, d, other, reduction) or 1.0
-            labels = means(z) - d / (slope * ratio * _constant(z, other, reduction))
-            if _take_few_values(_some(labels, half), half):
+            m = mean(z)
+            labels = _some(m - d / (slope * ratio * _constant(z, other, reduction)), half)
+            m = _some(m, half)
+            if not _take_few_values(m, half) and _take_few_values(labels, half, MOST, float(m.abs().median())):
                 return other
     return None
 
@@ -166,12 +174,15 @@ def _some(x: Tensor, half: bool) -> Tensor:
     return x[:rows, : max(1, most // rows)].flatten()
 
 
-def _take_few_values(x: Tensor, half: bool) -> bool:
-    """Whether at least half of the numbers are equal to another one; False for fewer than LEAST_VALUES."""
+def _take_few_values(x: Tensor, half: bool, share: float = 0.5, unit: float = 0.0) -> bool:
+    """Whether this share of the numbers are equal to another one, given a size of them if they may all be rounding.
+
+    False for fewer than LEAST_VALUES.
+    """
     if len(x) < LEAST_VALUES:
         return False
-    same = (HALF_SAME if half else SAME) * x.abs().max()
-    return float((x.sort().values.diff() <= same).double().mean()) >= 0.5
+    same = (HALF_SAME if half else SAME) * max(unit, float(x.abs().max()))
+    return float((x.sort().values.diff() <= same).double().mean()) >= share
 
 
 def loss_ratio(logits: Tensor, gradient: Tensor, likelihood: str, reduction: str, scale: float = 1.0) -> float | None:

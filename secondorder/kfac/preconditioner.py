@@ -100,8 +100,9 @@ class KFACPreconditioner:
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Take the factors' statistics from the graph of the outputs `logits` `[N, K, ...]`, before `loss.backward()`.
 
-        A network with several outputs whose losses are added gives all of them in one call. InputError when the factors are
-        due and no layer was called, the outputs have no graph, or their forward pass has been counted.
+        A network with several outputs whose losses are added gives all of them in one call, in the order of `Fisher.likelihood`.
+        InputError when the factors are due and no layer was called, the outputs have no graph or are not as many as the
+        likelihoods, or their forward pass has been counted.
         """
         if self.fisher.kind == "empirical" or self.gathering.quiet:
             return

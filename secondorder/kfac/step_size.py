@@ -78,7 +78,9 @@ def quadratic_step(
         with failures_of(f"quadratic_step: the model on inputs {list(inputs.shape)}"):
             outputs = optimizer.model(inputs)
         if not isinstance(outputs, Tensor):
-            raise InputError(f"quadratic_step: the model returned a {type(outputs).__name__}; it must return one tensor")
+            raise InputError(
+                f"quadratic_step: the model returned a {type(outputs).__name__}; it must return one tensor"
+            )
         preconditioner.update_curvature(outputs)
         with failures_of(
             f"quadratic_step: the loss of outputs {list(outputs.shape)} and targets {list(targets.shape)}"

@@ -179,7 +179,9 @@ def _factors(
         for images, labels in zip(batch[0].split(chunk), batch[1].split(chunk), strict=True):
             logits = network(images.clone())
             if not isinstance(logits, Tensor):
-                raise InputError(f"the network returns a {type(logits).__name__}; K-FAC's direction needs one tensor of logits")
+                raise InputError(
+                    f"the network returns a {type(logits).__name__}; K-FAC's direction needs one tensor of logits"
+                )
             if fisher.kind == "empirical":
                 loss(logits, labels).backward()
             else:

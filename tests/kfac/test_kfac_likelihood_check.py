@@ -1,5 +1,6 @@
 """The first step notices a loss that is not the declared likelihood, and no other."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,10 @@ from secondorder.errors import InputError
 from secondorder.kfac import KFAC, Fisher, Options
 
 LABELS = torch.arange(16) % 5
+BINARY = (torch.arange(80).view(16, 5) % 3 == 0).float()
+SOFT = torch.rand(16, 5, generator=torch.Generator().manual_seed(1))
+REAL = torch.randn(16, 5, generator=torch.Generator().manual_seed(2))
+BCE, MSE = Fisher(likelihood="bce"), Fisher(likelihood="mse")
 
 
 def taken(
@@ -87,11 +92,164 @@ def test_another_loss_is_refused(name: str, dtype: torch.dtype | None) -> None:
 def test_classes_in_the_last_dimension() -> None:
     labels = LABELS.reshape(4, 4)
     with pytest.raises(
-        InputError, match=r"outputs \[4, 4, 5\] have their classes in the last .*logits.flatten\(0, 1\)"
+        InputError, match=r"outputs \[4, 4, 5\] have their classes in the last .*pass logits.flatten\(0, 1\) to update"
     ):
         taken(lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten()), shape=(4, 4, 7))
+    with pytest.raises(InputError, match=r"pass logits.flatten\(0, 2\)"):
+        taken(lambda z: F.cross_entropy(z.flatten(0, 2), labels.flatten()), shape=(4, 2, 2, 7))
 
 
-def test_the_declared_likelihood_of_another_loss_is_fine() -> None:
-    taken(lambda z: F.mse_loss(z, torch.ones_like(z)), Fisher(likelihood="mse"))
-    taken(lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), Fisher(likelihood="bce"))
+@pytest.mark.parametrize("shape", [(16,), (16, 1)])
+def test_one_output_is_no_cross_entropy(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"logits of shape .*use Fisher\(likelihood='bce'\) or 'mse'"):
+        taken(
+            lambda z: F.mse_loss(z, torch.ones(shape)), last=nn.Sequential(nn.Linear(5, 1), nn.Flatten(len(shape) - 1))
+        )
+
+
+def bce(z: Tensor, y: Tensor = BINARY, **options: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, y, **options)  # type: ignore[arg-type]
+
+
+def over_mask(z: Tensor, y: Tensor) -> Tensor:
+    mask = SOFT > 0.6
+    return (F.binary_cross_entropy_with_logits(z, y, reduction="none") * mask).sum() / mask.sum()
+
+
+def focal(z: Tensor) -> Tensor:
+    p = z.sigmoid()
+    weight = torch.where(BINARY > 0, 0.25 * (1 - p).square(), 0.75 * p.square())
+    return (weight * F.binary_cross_entropy_with_logits(z, BINARY, reduction="none")).mean()
+
+
+RIGHT_OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Fisher]] = {
+    "labels": (bce, BCE),
+    "soft labels": (lambda z: bce(z, SOFT), BCE),
+    "smoothed labels": (lambda z: bce(z, BINARY * 0.9 + 0.05), BCE),
+    "weight of positive labels": (lambda z: bce(z, pos_weight=torch.tensor(7.0)), BCE),
+    "weights of positive labels": (lambda z: bce(z, pos_weight=torch.tensor([2.0, 7.0, 0.5, 1.0, 20.0])), BCE),
+    "weights of classes": (lambda z: bce(z, weight=torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])), BCE),
+    "weights of samples": (lambda z: bce(z, weight=torch.linspace(0.1, 3, 16)[:, None]), BCE),
+    "weights of elements": (lambda z: bce(z, weight=0.5 + 3 * SOFT), BCE),
+    "mean over a mask": (lambda z: over_mask(z, BINARY), BCE),
+    "mean over a mask, soft": (lambda z: over_mask(z, REAL.sigmoid()), BCE),
+    "focal": (focal, BCE),
+    "sure": (lambda z: bce(z + 40 * (2 * BINARY - 1)), BCE),
+    "sum": (lambda z: bce(z) * z.numel(), Fisher(likelihood="bce", reduction="sum")),
+    "real targets": (lambda z: F.mse_loss(z, REAL), MSE),
+    "labels as targets": (lambda z: F.mse_loss(z, BINARY), MSE),
+    "half": (lambda z: 0.5 * F.mse_loss(z, 2 * BINARY - 1), MSE),
+    "hardly any outputs": (lambda z: F.mse_loss(1e-3 * z, 2 * BINARY - 1), MSE),
+    "Huber": (lambda z: F.huber_loss(z, 3 * REAL), MSE),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT_OTHERS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_silent_on_every_bernoulli_and_squared_error(name: str, dtype: torch.dtype | None) -> None:
+    loss, fisher = RIGHT_OTHERS[name]
+    taken(lambda z: loss(z.float()), fisher, dtype=dtype)
+
+
+def test_silent_on_probabilities_with_a_squared_error() -> None:
+    taken(lambda z: F.mse_loss(z, F.one_hot(LABELS, 5).float()), MSE, nn.Softmax(1))
+    taken(lambda z: F.mse_loss(z, SOFT), MSE, nn.Sigmoid())
+
+
+WRONG_OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Fisher]] = {
+    "real targets": (lambda z: F.mse_loss(z, REAL), BCE),
+    "targets in [0, 1]": (lambda z: F.mse_loss(z, SOFT), BCE),
+    "one target": (lambda z: F.mse_loss(z, torch.ones_like(z)), BCE),
+    "labels as targets": (lambda z: F.mse_loss(z, BINARY), BCE),
+    "classes": (lambda z: F.cross_entropy(z, LABELS), BCE),
+    "soft classes": (lambda z: F.cross_entropy(z, REAL.softmax(1)), BCE),
+    "classes and squared error": (lambda z: F.cross_entropy(z, LABELS), MSE),
+    "smoothed classes": (lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.1), MSE),
+    "labels and squared error": (bce, MSE),
+    "smoothed labels": (lambda z: bce(z, BINARY * 0.9 + 0.05), MSE),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OTHERS)
+def test_another_loss_than_the_declared_one_is_refused(name: str) -> None:
+    loss, fisher = WRONG_OTHERS[name]
+    with pytest.raises(InputError, match=r"pass (fisher=)?Fisher\(likelihood='.*Options\(check=False\) accepts"):
+        taken(loss, fisher)
+    taken(loss, fisher, check=False)
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "fisher"),
+    [
+        (nn.Sigmoid(), lambda p: F.binary_cross_entropy(p, BINARY), BCE),
+        (nn.Sigmoid(), lambda p: F.binary_cross_entropy(p, BINARY), Fisher()),
+        (nn.Sigmoid(), bce, BCE),
+        (nn.Sequential(nn.Sigmoid(), nn.Flatten()), bce, BCE),
+        (nn.Softmax(1), lambda p: F.nll_loss(p.log(), LABELS), Fisher()),
+        (nn.Softmax(1), lambda p: F.cross_entropy(p, LABELS), Fisher()),
+    ],
+)
+def test_probabilities_are_no_logits(last: nn.Module, loss: Callable[[Tensor], Tensor], fisher: Fisher) -> None:
+    with pytest.raises(InputError, match=r"the outputs are probabilities, made by a s.*likelihood='.*takes logits"):
+        taken(loss, fisher, last)
+    taken(loss, fisher, last, check=False)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+@pytest.mark.parametrize("name", ["hard labels", "labels"])
+def test_a_constant_factor_warns_once(name: str, factor: float) -> None:
+    loss, likelihood = (RIGHT[name], "cross_entropy") if name in RIGHT else (bce, "bce")
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5))
+    optimizer = KFAC(model, fisher=Fisher(likelihood=likelihood))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            outputs = model(torch.randn(16, 7))
+            optimizer.zero_grad()
+            optimizer.update_curvature(outputs)
+            (factor * loss(outputs)).backward()
+            optimizer.step()
+    [message] = [str(one.message) for one in caught]
+    assert f"is {factor:g} times that of {likelihood} with reduction 'mean'" in message
+    assert f"Fisher(weights={factor:g})" in message
+    taken(lambda z: factor * loss(z), Fisher(likelihood=likelihood, weights=factor))  # silent
+
+
+def test_a_constant_factor_of_accumulated_batches() -> None:
+    def accumulated(*factors: float) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(7, 5)
+        optimizer = KFAC(model)
+        for factor, labels in zip(factors, LABELS.chunk(len(factors)), strict=True):
+            logits = model(torch.randn(len(labels), 7))
+            optimizer.update_curvature(logits)
+            (factor * F.cross_entropy(logits, labels)).backward()
+        optimizer.step()
+
+    accumulated(0.25, 0.25, 0.25, 0.25)
+    with pytest.warns(UserWarning, match="is 0.5 times that of cross_entropy"):
+        accumulated(0.125, 0.125, 0.125, 0.125)
+    for factors in ([1.0, 1.0, 1.0, 1.0], [0.25, 0.25, 0.25, 0.5]):
+        with pytest.raises(InputError, match="divide the loss of each of the 4 accumulated batches by 4"):
+            accumulated(*factors)
+
+
+@pytest.mark.parametrize("rule", ["adam", "natural", "natural_fixed", "adam_free", "natural_adam"])
+def test_what_a_constant_factor_does_to_the_steps(rule: str) -> None:
+    """Nothing where lengths do not depend on the gradient's; natural steps are longer by it."""
+
+    def trained(factor: float) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)).double()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = KFAC(model, step_rule=rule, clip=None, options=Options(check=False))
+        for _ in range(1 if rule == "natural" else 5):
+            outputs = model(torch.randn(16, 7).double())
+            optimizer.zero_grad()
+            optimizer.update_curvature(outputs)
+            (factor * F.cross_entropy(outputs, LABELS)).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    length = 4.0 if rule == "natural" else 1.0
+    torch.testing.assert_close(trained(4.0), length * trained(1.0), rtol=1e-8, atol=1e-12)
