@@ -201,7 +201,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "muon": (0.005, 0.01, 0.02, 0.05),
     **{f"kfac {name}": (rule.learning_rate,) for name, rule in STEP_RULES.items()},
 }
-RATES["kfac adam"] = (0.03, 0.015, 0.06)
+RATES["kfac adam"] = (0.06, 0.03, 0.12)
 """Learning rates by optimiser: tuned where there are several, but for "kfac adam", whose first is the default."""
 
 

@@ -1,6 +1,7 @@
 """The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,13 +26,12 @@ from secondorder.kfac.options import (
 )
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
+from secondorder.kfac.rule_updates import BUFFERS, carry, updates
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
-from secondorder.kfac.step_rule import StepRule, as_step_rule, updates
+from secondorder.kfac.step_rule import StepRule, as_step_rule
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
 from secondorder.kfac.update import Shortened, fall_back, move, shorten
 
-BUFFERS = ("momentum_buffer", "square", "squares", "update")
-"""Of a parameter: the velocity, Adam's squared gradients and their number, the last update of `quadratic_step`."""
 CLIP = 0.01
 """Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; `report()` counts when it acts."""
 
@@ -54,10 +54,11 @@ class KFAC(torch.optim.Optimizer):
 
     Args:
         model: the network, also wrapped by DistributedDataParallel or torch.compile.
-        lr: learning rate at the top of the schedule; that of the step rule when not given: 0.03, natural 0.1.
-        step_rule: "adam" (Adam in the eigenbasis of the factors, each layer's update with a root mean square of 0.2 lr);
-            "natural" (the published step, v <- momentum v + P grad, u = v, with P = (B kron A + lambda I)^-1 of each layer; for
-            theory, and where the quadratic model is right); "natural_fixed", "adam_free", "natural_adam"; or a `StepRule`.
+        lr: learning rate at the top of the schedule; that of the step rule when not given: 0.06, natural 0.1.
+        step_rule: "adam" (Adam in the eigenbasis of the factors, the root mean square of a layer's update 0.2 lr, less where
+            gradients disagree); "natural" (the published step, v <- momentum v + P grad, u = v, with P = (B kron A + lambda I)^-1
+            of each layer; for theory, and where the quadratic model is right); "adam_fixed", "natural_fixed", "adam_free",
+            "natural_adam"; or a `StepRule`.
         momentum: of the gradients, 0 to 1; heavy-ball momentum of P grad for "natural".
         weight_decay: decoupled by default (`Options.decoupled`).
         damping, ema_decay, factor_interval, inverse_interval, fisher, sharing: see `KFACPreconditioner`.
@@ -160,7 +161,8 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         if random is not None:
             loss_value(loss)
-        gradients = self._gradients()
+        with self._momenta_carried():
+            gradients = self._gradients()
         if gradients is None:
             return loss
         directions = self.preconditioner.solve(gradients) if self.step_rule.is_plain else gradients
@@ -185,7 +187,8 @@ class KFAC(torch.optim.Optimizer):
         self.check_groups()
         self.zero_grad()
         self.set_dampings()
-        return quadratic_step(self, loss_function, inputs, targets)
+        with self._momenta_carried():
+            return quadratic_step(self, loss_function, inputs, targets)
 
     def check_groups(self) -> None:
         """InputError for settings of a group that have been changed to something that cannot be used."""
@@ -218,7 +221,10 @@ class KFAC(torch.optim.Optimizer):
                 )
         rest = {key: value for key, value in state_dict.items() if key != "kfac"}
         check_entries("the state", rest, ("state", "param_groups"))
-        check_optimizer(rest, self.param_groups, SETTINGS, partial(checked_settings, decoupled=False), BUFFERS)
+        layers = {} if self.step_rule.is_plain else self.preconditioner.layers
+        shapes = {one.weight: (one.groups, one.outputs, one.inputs) for one in layers.values()}
+        check = partial(checked_settings, decoupled=False)
+        check_optimizer(rest, self.param_groups, SETTINGS, check, (*BUFFERS, "update"), shapes)
         super().load_state_dict(rest)
         self.preconditioner.continue_with(state)
 
@@ -276,6 +282,17 @@ class KFAC(torch.optim.Optimizer):
         for name, layer in self.preconditioner.layers.items():
             self.preconditioner.blocks.dampings[name] = float(group_of[layer.weight]["damping"])
         return group_of
+
+    @contextmanager
+    def _momenta_carried(self) -> Iterator[None]:
+        """Momenta in the eigenbases that are renewed inside go over to the new ones."""
+        blocks = self.preconditioner.blocks
+        before = blocks.eigenbases() if self.step_rule.direction == "eigenbasis" else {}
+        try:
+            yield
+        finally:
+            if self.step_rule.direction == "eigenbasis":
+                carry(before, blocks, self.state)
 
     @property
     def _adapts(self) -> bool:

@@ -5,6 +5,7 @@ Each check raises InputError that names the entry, as a path from the state: ``k
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from secondorder.errors import InputError
 WAY_OUT = "the state is damaged or of another version; load that of an earlier checkpoint"
 COUNTS = ("squares",)
 """Buffers of a parameter that are a whole number, not a tensor."""
+SCALARS = ("size",)
+"""Buffers that are a tensor of one number."""
+MATRICES = ("momentum_buffer", "square")
+"""Buffers that have the shape of a layer where a weight stands for one."""
 
 
 def refused(entry: str, reason: str) -> InputError:
@@ -71,10 +76,11 @@ def check_optimizer(
     settings: Collection[str],
     check_settings: Callable[[Mapping[str, Any]], Any],
     buffers: Collection[str],
+    shapes: Mapping[nn.Parameter, Sequence[int]] = MappingProxyType({}),
 ) -> None:
     """What torch saves of an optimiser: the settings of its groups, and `buffers` of parameters, each of the parameter's shape.
 
-    A schedule may have added settings of its own to a group.
+    shapes: of the layers whose weights have `MATRICES`. A schedule may have added settings of its own to a group.
     """
     saved, content = state.get("param_groups"), state.get("state")
     if not isinstance(saved, list) or not isinstance(content, Mapping) or len(saved) != len(groups):
@@ -99,4 +105,6 @@ def check_optimizer(
             if name in COUNTS:
                 check_count(f"state.{index}.{name}", value)
             else:
-                check_tensor(f"state.{index}.{name}", value, parameters[index].shape, parameters[index].dtype)
+                p = parameters[index]
+                shape = () if name in SCALARS else shapes.get(p, p.shape) if name in MATRICES else p.shape
+                check_tensor(f"state.{index}.{name}", value, shape, p.dtype)

@@ -21,19 +21,45 @@ def fall_back(
     directions: Directions, parameters: Sequence[nn.Parameter], state: State, kind: str, relative_lr: float
 ) -> None:
     """Directions of parameters without factors, in place: lr times them is their update; kind "sgd" or "adam"."""
+    found = [directions[parameter] for parameter in parameters]
+    if kind == "adam" and found:
+        found = list(torch._foreach_div(found, adam_scales(parameters, found, state)))
+    if relative_lr != 1 and found:
+        found = list(torch._foreach_mul(found, relative_lr))
+    directions.update(zip(parameters, found, strict=True))
+
+
+def adam_scales(
+    parameters: Sequence[nn.Parameter],
+    gradients: list[Tensor],
+    state: State,
+    beta: float = 0.999,
+    eps: float = 1e-8,
+) -> list[Tensor]:
+    """sqrt(v) + eps of parameters without factors, v the bias-corrected running means of g^2, which take these gradients in."""
     for parameter in parameters:
-        if kind == "adam":
-            directions[parameter] = directions[parameter] / adam_scale(state[parameter], directions[parameter])
-        if relative_lr != 1:
-            directions[parameter] = directions[parameter] * relative_lr
+        state[parameter]["squares"] = state[parameter].get("squares", 0) + 1
+    buffers = [state[p].setdefault("square", torch.zeros_like(p)) for p in parameters]
+    new = list(torch._foreach_mul(gradients, gradients))
+    torch._foreach_mul_(new, 1 - beta)
+    v = accumulated(buffers, new, [beta] * len(buffers))
+    scales = list(torch._foreach_div(v, [1 - beta ** state[p]["squares"] for p in parameters]))
+    torch._foreach_sqrt_(scales)
+    torch._foreach_add_(scales, eps)
+    return list(scales)
 
 
-def adam_scale(state: dict[str, Any], gradient: Tensor, beta: float = 0.999, eps: float = 1e-8) -> Tensor:
-    """sqrt(v) + eps of a parameter without factors, v the bias-corrected running mean of g^2, which takes this gradient in."""
-    state["square"] = state["square"] if "square" in state else torch.zeros_like(gradient)
-    state["squares"] = state.get("squares", 0) + 1
-    state["square"].mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
-    return (state["square"] / (1 - beta ** state["squares"])).sqrt() + eps
+def accumulated(
+    buffers: Sequence[Tensor], new: list[Tensor] | tuple[Tensor, ...], decays: Sequence[float]
+) -> list[Tensor]:
+    """b <- decay b + new, returned in the number format of `new`, which that of the buffers may be coarser than."""
+    sums = [buffer.to(one.dtype) for buffer, one in zip(buffers, new, strict=True)]
+    torch._foreach_mul_(sums, list(decays))
+    torch._foreach_add_(sums, new)
+    for buffer, total in zip(buffers, sums, strict=True):
+        if buffer is not total:
+            buffer.copy_(total)
+    return sums
 
 
 class Shortened:

@@ -68,7 +68,7 @@ def _momentum(effective_rate: float, centre: float = 0.9) -> Lattice:
 LATTICES = {
     "sgd": _momentum(4.0, 0.8),
     "kfac": _momentum(0.5),
-    "kfac_adam": Lattice(Range("learning_rate", 0.03), Range("momentum", 0.9)),
+    "kfac_adam": Lattice(Range("learning_rate", 0.06), Range("momentum", 0.9)),
     "ekfac": _momentum(0.5),
     "gauss_newton": _momentum(2.0),
     "adamw": Lattice(Range("learning_rate", 0.06), Range("weight_decay", 1e-3, 10.0, 1e-5, 1.0)),

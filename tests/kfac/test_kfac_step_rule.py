@@ -22,9 +22,10 @@ from secondorder.kfac import (
     StepRule,
 )
 from secondorder.kfac.inverses.eigenbasis import Rotated
-from secondorder.kfac.step_rule import EPS
+from secondorder.kfac.rule_updates import EPS
 
 RULES = [name for name in STEP_RULES if name != "natural"]
+BOUNDED = [name for name, rule in STEP_RULES.items() if rule.length != "free"]
 FIXED = [name for name, rule in STEP_RULES.items() if rule.length == "fixed"]
 
 
@@ -78,17 +79,18 @@ class Dense:
         self.v = [decay * v + (1 - decay) * (Q.T @ x) ** 2 for v, x, Q in zip(self.v, g, bases, strict=True)]
         nesterov = [self.beta * m + (1 - self.beta) * x for m, x in zip(self.m, g, strict=True)]
         corrected = [m / (1 - self.beta**self.steps) for m in self.m]
-        directions = nesterov if self.rule.length == "fixed" else corrected
+        directions = corrected if self.rule.length == "free" else nesterov
         v = [x / (1 - decay**self.steps) for x in self.v]
         least = EPS * torch.cat(v).mean().sqrt()
         found = [Q @ ((Q.T @ m) / (x.sqrt() + least)) for m, x, Q in zip(directions, v, bases, strict=True)]
-        if self.rule.length == "fixed":
-            size = torch.cat(found).square().mean().sqrt()
-            found = [self.rule.rms * u / size for u in found]
+        size = torch.cat(found).square().mean().sqrt()
+        if self.rule.length != "free":
+            agreement = size.clamp_max(1) if self.rule.length == "signal" else 1.0
+            found = [self.rule.rms * agreement * u / size for u in found]
         return [u.view_as(matrix) for u, matrix in zip(found, matrices, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["adam", "adam_free"])
+@pytest.mark.parametrize("name", ["adam", "adam_fixed", "adam_free"])
 @pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_it_is_adam_in_the_eigenbasis(name: str, approximation: str, momentum: float) -> None:
@@ -171,6 +173,46 @@ def test_a_fixed_length_depends_on_nothing_but_the_learning_rate(name: str, scal
         assert lengths(model, before) == pytest.approx([0.2 * 0.03 / (turn + 1)] * 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("direction", ["natural", "eigenbasis"])
+@pytest.mark.parametrize(("signs", "agreement"), [((1.0, 1.0), 1.0), ((1.0, -1.0), 0.9 * 0.1 / 1.9 + 0.1)])
+def test_a_signal_length_is_how_far_the_gradients_agree(
+    direction: str, signs: tuple[float, float], agreement: float
+) -> None:
+    """Of gradients that are all the same, and of those that turn around in every step, for which m is (-1)^t g 0.1 / 1.9."""
+    model = small(norm=False)
+    rule, options = StepRule(direction, "signal", decay=0.9), Options(check=False, warm_up=False)
+    optimizer = KFAC(model, 1e-9, step_rule=rule, factor_interval=1000, inverse_interval=1000, options=options)
+    batch = next(batches())
+    for turn in range(80):
+        before = weights(model)
+        step(model, optimizer, batch, scale=signs[turn % 2])
+    found = lengths(model, before)
+    assert found[0] == pytest.approx(0.2 * 1e-9 * agreement, rel=1e-3)
+    assert found[1] <= 0.2 * 1e-9 * agreement * 1.001  # in an eigenbasis it has directions without gradient
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_free", "adam_fixed"])
+def test_the_momentum_goes_over_to_a_renewed_eigenbasis(name: str) -> None:
+    """It is the running mean of the gradients, whatever the basis it is kept in."""
+    model = small(norm=False)
+    optimizer = KFAC(model, 0.01, step_rule=name, factor_interval=1, inverse_interval=2)
+    blocks, seen = optimizer.preconditioner.blocks, []
+    for batch in batches():
+        step(model, optimizer, batch)
+        name_of, layer = next(iter(blocks.layers.items()))
+        basis = blocks.eigenbases()[name_of]
+        seen.append(
+            (
+                layer.matrix(layer.weight.grad, None),
+                basis.rotated_back(optimizer.state[layer.weight]["momentum_buffer"]),
+            )
+        )  # type: ignore[arg-type]
+    m = torch.zeros_like(seen[0][1])
+    for g, own in seen:
+        m = 0.9 * m + 0.1 * g
+        torch.testing.assert_close(own, m)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_learning_rate_acts_on_every_step(name: str) -> None:
     sizes = []
@@ -195,12 +237,12 @@ def test_a_layer_without_gradient_stays(name: str, dtype: torch.dtype) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", BOUNDED)
 def test_a_gradient_that_vanishes_ends_the_walk(name: str) -> None:
     """Its momentum is not scaled up for ever, to rounding errors and beyond the range of numbers."""
     for vanished in (0.0, 1e-30):
         model = small(torch.float32, norm=False)
-        optimizer = KFAC(model, step_rule=name, options=Options(check=False), factor_interval=2000)
+        optimizer = KFAC(model, 0.03, step_rule=name, options=Options(check=False), factor_interval=2000)
         every = list(batches(torch.float32))
         for batch in every:
             step(model, optimizer, batch)
@@ -240,7 +282,7 @@ def no_eigenbasis() -> dict[str, dict[str, Any]]:
 def test_layers_without_an_eigenbasis_go_in_the_natural_direction(case: str) -> None:
     model, other = small(norm=False), small(norm=False)
     one = KFAC(model, step_rule="adam", **no_eigenbasis()[case])
-    two = KFAC(other, step_rule="natural_fixed", **no_eigenbasis()[case])
+    two = KFAC(other, step_rule=StepRule("natural", "signal"), **no_eigenbasis()[case])
     step(model, one, next(batches()))
     step(other, two, next(batches()))
     assert torch.equal(model[4].weight, other[4].weight)
@@ -349,7 +391,7 @@ def test_a_state_of_another_rule_is_refused() -> None:
     optimizer = KFAC(model, step_rule="natural")
     step(model, optimizer, next(batches()))
     state = optimizer.state_dict()
-    with pytest.raises(InputError, match="state of another step rule: natural, free, and it is eigenbasis, fixed now"):
+    with pytest.raises(InputError, match="state of another step rule: natural, free, and it is eigenbasis, signal now"):
         KFAC(small()).load_state_dict(state)
     KFAC(small(), step_rule="natural").load_state_dict(state)
 
