@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secondorder.curvature.kronecker.factors import SHARINGS
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError, check_known
 from secondorder.kfac.modules import Place, modules_by_parameter, reason_without_factors, unsupported_modules
 from secondorder.kfac.options import WIDE_INPUT
-from secondorder.kfac.vectors import Geometry, factor_dtype, geometry
 
 APPROXIMATIONS = ("kfac", "ekfac", "fallback")
 
@@ -41,24 +42,24 @@ class KroneckerLayer:
         return self.modules[0]
 
     @cached_property
-    def geometry(self) -> Geometry:
-        """The module as a linear layer or 2d convolution."""
-        return geometry(self.module)
+    def kind(self) -> LayerKind:
+        """What the module does with its weight."""
+        return layer_kind(self.module)
 
     @cached_property
     def groups(self) -> int:
         """G."""
-        return getattr(self.module, "groups", 1)
+        return self.kind.groups
 
     @cached_property
     def inputs(self) -> int:
         """D, with the one for the bias."""
-        return self.weight[0].numel() + (self.bias is not None)
+        return self.kind.inputs + (self.bias is not None)
 
     @cached_property
     def outputs(self) -> int:
         """O."""
-        return len(self.weight) // self.groups
+        return self.kind.outputs
 
     @property
     def wide(self) -> bool:
@@ -67,19 +68,19 @@ class KroneckerLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the factors."""
-        return factor_dtype(self.weight)
+        """That of the factors: the weight's, at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[G, O, D]` of tensors shaped like weight and bias; a view where there is no bias."""
-        W = weight.reshape(self.groups, self.outputs, -1)
+        W = self.kind.matrix(weight)
         return W if bias is None else torch.cat([W, bias.reshape(self.groups, self.outputs, 1)], -1)
 
     def parts(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         """The part `[G, O, D]` of weight and bias, in their shapes."""
         if self.bias is None:
-            return matrix.reshape(self.weight.shape), None
-        return matrix[..., :-1].reshape(self.weight.shape), matrix[..., -1].reshape(self.bias.shape)
+            return self.kind.weight(matrix), None
+        return self.kind.weight(matrix[..., :-1]), matrix[..., -1].reshape(self.bias.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,6 @@ from secondorder.kfac.hooks import Hook, handles_of, is_pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.likelihood_check import BOUND, is_close, loss_ratio, terms, verify_likelihood, verify_loss
 from secondorder.kfac.uses import Use
-from secondorder.kfac.vectors import batched, weight_gradient
 
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 1e-1
@@ -168,13 +167,13 @@ class ScalingCheck:
         _add(self._expected, layer, layer.matrix(weight, bias).clone())
         for use, g in zip(uses, gradients, strict=True):
             self._half |= g.dtype.itemsize < 4
-            x = batched(layer.module, use.input.to(layer.dtype))
-            g = batched(layer.module, g.to(layer.dtype))
-            actual = weight_gradient(layer.geometry, x, g, layer.bias is not None)
+            x = layer.kind.batched(layer.kind.numbers(use.input, layer.dtype))
+            g = layer.kind.batched(g.to(layer.dtype))
+            actual = layer.kind.weight_gradient(x, g, layer.bias is not None)
             if layer.bias is not None and layer not in self._biases:
                 actual[..., -1] = 0.0  # frozen since
             _add(self._actual, layer, actual)
-            _add(self._size, layer, x.norm() * g.norm())
+            _add(self._size, layer, layer.kind.input_norm(x) * g.norm())
 
     def _add_bias(self, layer: KroneckerLayer, gradient: Tensor) -> None:
         if not layer.weight.requires_grad:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secondorder.curvature.kronecker.factors import joint_gradient_sum, joint_input_rows, joint_input_sum
+from secondorder.curvature.kronecker.squares import squared_products
 from secondorder.kfac.layers import KroneckerLayer
-from secondorder.kfac.products import gradient_products, input_products, input_rows
-from secondorder.kfac.squares import squared_products
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
-from secondorder.kfac.vectors import batched, positions
 
 AVERAGED = ("A", "B")
 
@@ -74,25 +73,25 @@ class LayerStatistics:
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Add the inputs of all uses in one forward."""
-        layer = self.layer
+        layer, kind, bias = self.layer, self.layer.kind, self.layer.bias is not None
         xs = [self._batched(x) for x in inputs]
-        T = [positions(layer.geometry, x) for x in xs]
         N = len(xs[0])
-        counted = sum(len(x) * t for x, t in zip(xs, T, strict=True)) if layer.sharing == "expand" else N
+        counted = sum(len(x) * kind.positions(x) for x in xs) if layer.sharing == "expand" else N
         if self.dense or "A" in self._staged or counted + self._row_count >= layer.inputs:
-            self._stage("A", input_products(layer, xs, T))
+            self._stage("A", joint_input_sum(kind, xs, layer.sharing, bias))
             self._rows_to_factor()
         else:
-            self._staged_rows.append(input_rows(layer, xs, T))
+            self._staged_rows.append(joint_input_rows(kind, xs, layer.sharing, bias))
         self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.dtype).to(layer.weight.device))
 
     def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""
-        layer = self.layer
-        gs = [batched(layer.module, g.to(layer.dtype), leading=1) for g in gradients]
-        self._stage("B", gradient_products(layer, gs))
+        layer, kind = self.layer, self.layer.kind
+        gs = [kind.batched(g.to(layer.dtype), leading=1) for g in gradients]
+        self._stage("B", joint_gradient_sum(kind, gs, layer.sharing))
         if self.bases is not None:
-            self._stage("S", squared_products(layer, [self._batched(x) for x in inputs], gs, *self.bases))
+            xs = [self._batched(x) for x in inputs]
+            self._stage("S", squared_products(kind, xs, gs, *self.bases, layer.bias is not None))
 
     def staged_tensors(self) -> list[Tensor]:
         """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
@@ -236,7 +235,7 @@ class LayerStatistics:
         self._staged[name] = self._staged[name].add_(value) if name in self._staged else value
 
     def _batched(self, x: Tensor) -> Tensor:
-        return batched(self.layer.module, x.to(self.layer.dtype))
+        return self.layer.kind.batched(self.layer.kind.numbers(x, self.layer.dtype))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.layer.weight.device, self.layer.dtype, copy=True)

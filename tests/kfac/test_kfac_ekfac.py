@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, invert, restored, squared_gradients
-from secondorder.kfac.inverses.ekfac import CHUNK_BYTES
+from secondorder.curvature.kronecker.squares import CHUNK_BYTES, squared_gradients
+from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, invert, restored
 
 CLASSES = 3
 NETWORKS = {
@@ -131,7 +131,7 @@ def test_the_best_diagonal_in_its_basis(kind):
 )
 @pytest.mark.parametrize("chunk", [1, CHUNK_BYTES])
 def test_squared_gradients(monkeypatch, shape, chunk):
-    monkeypatch.setattr("secondorder.kfac.inverses.ekfac.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("secondorder.curvature.kronecker.squares.CHUNK_BYTES", chunk)
     N, G, T, D, O = shape  # noqa: E741
     a, g = torch.randn(N, G, T, D, dtype=torch.float64), torch.randn(N, G, T, O, dtype=torch.float64)
     Q_A, Q_B = (torch.linalg.qr(torch.randn(G, n, n, dtype=torch.float64)).Q for n in (D, O))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError
-from secondorder.kfac import scaling_check
 from secondorder.kfac.capture import Capture
 from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.layers import find_layers
@@ -145,13 +145,10 @@ def test_a_layer_that_is_not_called() -> None:
 
 
 def test_wrong_vectors_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = lambda layer, x, g, bias: 2 * _right(layer, x, g, bias)  # noqa: E731
-    monkeypatch.setattr(scaling_check, "weight_gradient", wrong)
+    right = LayerKind.weight_gradient
+    monkeypatch.setattr(LayerKind, "weight_gradient", lambda *args: 2 * right(*args))
     with pytest.raises(InputError, match=r"layer 0: the gradient of its weight is 0\.5 times"):
         checked(small(), *data(), cross_entropy).verify()
-
-
-_right = scaling_check.weight_gradient
 
 
 @pytest.mark.parametrize("kind", ["mc", "empirical"])

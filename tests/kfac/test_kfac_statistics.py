@@ -178,8 +178,8 @@ def test_squared_gradients_of_samples(name: str, monkeypatch: pytest.MonkeyPatch
     own = torch.einsum("ntgd,vntgo->vngod", a, s)
     truth = torch.einsum("goi,vngod,gdj->vngij", Q_B, own, Q_A).square().sum((0, 1))
     for most in (2**26, 1):
-        monkeypatch.setattr("secondorder.kfac.squares.CACHED_BYTES", most)
-        monkeypatch.setattr("secondorder.kfac.squares.CHUNK_BYTES", most)
+        monkeypatch.setattr("secondorder.curvature.kronecker.squares.CACHED_BYTES", most)
+        monkeypatch.setattr("secondorder.curvature.kronecker.squares.CHUNK_BYTES", most)
         statistics.bases = (Q_A, Q_B)
         statistics.add_inputs([x, y])
         statistics.add_gradients([x, y], [g, h])

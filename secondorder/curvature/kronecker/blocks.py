@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from secondorder.curvature.kronecker.factors import (
     KRONECKER_LAYERS,
     WIDE_INPUT,
-    gradient_factor,
-    input_factor,
-    input_rows,
-    input_width,
+    joint_gradient_sum,
+    joint_input_rows,
+    joint_input_sum,
 )
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.kronecker.storage import factor_bytes
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
 from secondorder.curvature.matrix_free.jacobian import Jacobian
@@ -90,54 +91,38 @@ class KroneckerFactors:
 
     def add_inputs(self, uses: Sequence[LayerUse]) -> None:
         """The inputs of one part of the batch."""
-        n = len(uses[0].input)
-        positions = [_positions(use) for use in uses]
-        self.counted += n * (sum(positions) if self.sharing == "expand" else 1)
-        vectors = self.samples * (sum(positions) if self.sharing == "expand" else 1)
-        layer = uses[0].layer
-        assert isinstance(layer, KRONECKER_LAYERS)
-        wide = self.wide < input_width(layer) > vectors
-        if wide or (self.sharing == "reduce" and len(uses) > 1):
-            rows = self._rows(uses, positions)
-            if wide:
-                self.rows = [*(self.rows or []), rows]
-            else:
-                self.A = _sum(self.A, rows.mT @ rows)
-            return
-        for use, T in zip(uses, positions, strict=True):
-            A = input_factor(use.layer, use.input, self.sharing, self.block_bytes)  # type: ignore[arg-type]
-            self.A = _sum(self.A, A.mul_(n * (T if self.sharing == "expand" else 1)))
+        kind, inputs = self.kind, [use.input for use in uses]
+        positions = sum(kind.positions(x) for x in inputs) if self.sharing == "expand" else 1
+        self.counted += len(inputs[0]) * positions
+        if self.wide < kind.inputs > self.samples * positions:
+            self.rows = [*(self.rows or []), joint_input_rows(kind, inputs, self.sharing)]
+        else:
+            A = joint_input_sum(kind, inputs, self.sharing, most_bytes=self.block_bytes)
+            self.A = A if self.A is None else self.A.add_(A)
 
-    def _rows(self, uses: Sequence[LayerUse], positions: Sequence[int]) -> Tensor:
-        """a of all positions and uses, or mean_t a over all of them, `[..., R, D]`."""
-        rows = [input_rows(use.layer, use.input, self.sharing) for use in uses]  # type: ignore[arg-type]
-        rows = [row * math.sqrt(row.shape[-2]) for row in rows]
-        if self.sharing == "expand":
-            return torch.cat(rows, -2)
-        return sum((row * (T / sum(positions)) for row, T in zip(rows, positions, strict=True)), start=0 * rows[0])
+    def add_gradients(self, s: Sequence[Tensor]) -> None:
+        """The gradients `[n, r, *out]` of some columns at the outputs of all uses."""
+        B = joint_gradient_sum(self.kind, s, self.sharing, self.block_bytes)
+        self.B = B if self.B is None else self.B.add_(B)
 
-    def add_gradients(self, uses: Sequence[LayerUse], s: Sequence[Tensor]) -> None:
-        """The gradients `[n, r, *out]` of some columns at the outputs of the uses."""
-        if self.sharing == "reduce" and len(uses) > 1:
-            s = [sum((_summed(use, g) for use, g in zip(uses[1:], s[1:], strict=True)), start=_summed(uses[0], s[0]))]
-        for use, g in zip(uses, s, strict=False):
-            self.B = _sum(self.B, gradient_factor(use.layer, g, self.sharing, self.block_bytes))  # type: ignore[arg-type]
+    @property
+    def kind(self) -> LayerKind:
+        """What the layers do with their weight."""
+        return layer_kind(self.layers[0])
 
     @property
     def input(self) -> list[SymmetricOperator]:
         """A of each group."""
         if self.rows is not None:
-            rows = torch.cat(self.rows, -2) / math.sqrt(self.counted)
-            return [FactoredOperator(r) for r in (rows if rows.ndim == 3 else rows[None])]
+            return [FactoredOperator(rows) for rows in torch.cat(self.rows, -2) / math.sqrt(self.counted)]
         assert self.A is not None
-        A = self.A / self.counted
-        return [DenseOperator(a) for a in (A if A.ndim == 3 else A[None])]
+        return [DenseOperator(a) for a in self.A / self.counted]
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
         """B of each group."""
         assert self.B is not None
-        return [DenseOperator(symmetric(b)) for b in (self.B if self.B.ndim == 3 else self.B[None])]
+        return [DenseOperator(symmetric(b)) for b in self.B]
 
     def block(self, kind: str) -> SymmetricOperator:
         """B kron A for a weight; B for a bias, whose input is 1."""
@@ -183,7 +168,7 @@ def kronecker_factors(
         for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most):
             gradients = iter(s)
             for shared, found in uses.items():
-                factors[shared].add_gradients(found, [next(gradients) for _ in found])
+                factors[shared].add_gradients([next(gradients) for _ in found])
     return factors
 
 
@@ -210,20 +195,3 @@ def flat(uses: Mapping[Layers, list[LayerUse]]) -> list[LayerUse]:
 def joined(groups: Sequence[SymmetricOperator]) -> SymmetricOperator:
     """Block diagonal over the groups of a convolution."""
     return groups[0] if len(groups) == 1 else BlockDiagonalOperator(groups)
-
-
-def _positions(use: LayerUse) -> int:
-    """T of one use."""
-    shape = use.output_shape
-    return math.prod(shape[1:-1] if isinstance(use.layer, nn.Linear) else shape[2:])
-
-
-def _summed(use: LayerUse, s: Tensor) -> Tensor:
-    """sum_t s, shaped as the output at a single position."""
-    if isinstance(use.layer, nn.Linear):
-        return s.flatten(2, -2).sum(2) if s.ndim > 3 else s
-    return s.flatten(3).sum(-1)[..., None, None]
-
-
-def _sum(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total.add_(term)

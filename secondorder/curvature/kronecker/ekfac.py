@@ -14,7 +14,7 @@ Index letters: n samples, r columns, T positions, G groups, D inputs and O outpu
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secondorder.curvature.kronecker.blocks import (
     KroneckerFactors,
@@ -25,7 +25,7 @@ from secondorder.curvature.kronecker.blocks import (
     kronecker_layers,
     uses_of,
 )
-from secondorder.curvature.kronecker.factors import patches
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.kronecker.storage import factor_bytes
 from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
@@ -40,7 +40,7 @@ WIDE_BASIS = 0
 """Inputs above which A is kept as rows if there are fewer of them: a basis of their span is all that is needed."""
 
 
-class CorrectedEigenbasis:
+class EigenbasisMoments:
     """The eigenbases `[G, O, O]` and `[G, D, D']` of a layer's factors, and the scales `[G, O, D']` summed in them."""
 
     def __init__(self, factors: KroneckerFactors, kind: str) -> None:
@@ -59,7 +59,7 @@ class CorrectedEigenbasis:
         for rows in slices(n, numbers * s[0].itemsize, most_bytes):
             projected: Tensor | None = None
             for use, g in zip(uses, s, strict=True):
-                left = self.Q_B.mT @ _by_group(use, g[rows], len(self.Q_B))
+                left = self.Q_B.mT @ layer_kind(use.layer).output_vectors(g[rows], 2).mT
                 if self.kind == "bias":
                     term = left.sum(-1, keepdim=True)
                 else:
@@ -78,7 +78,7 @@ def ekfac_blocks(
 ) -> dict[str, SymmetricOperator]:
     """The EKFAC block of each parameter: a pass over the batch for the bases, another one for the scales."""
     factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS)
-    bases = {name: CorrectedEigenbasis(factors[shared], kind) for name, (shared, kind) in layers.items()}
+    bases = {name: EigenbasisMoments(factors[shared], kind) for name, (shared, kind) in layers.items()}
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
@@ -106,13 +106,4 @@ def _eigenbasis(factor: SymmetricOperator) -> Tensor:
 
 def _vectors(use: LayerUse, a: Tensor) -> Tensor:
     """What the weight multiplies at each position, `[n, G, D, T]`."""
-    if isinstance(use.layer, nn.Conv2d):
-        return patches(use.layer, a)
-    return a.reshape(len(a), 1, -1, a.shape[-1]).mT
-
-
-def _by_group(use: LayerUse, s: Tensor, groups: int) -> Tensor:
-    """Output gradients `[n, r, *out]` as `[n, r, G, O, T]`."""
-    if isinstance(use.layer, nn.Conv2d):
-        return s.flatten(3).unflatten(2, (groups, -1))
-    return s.reshape(*s.shape[:2], 1, -1, s.shape[-1]).mT
+    return layer_kind(use.layer).input_vectors(a).mT

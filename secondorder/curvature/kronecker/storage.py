@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from secondorder.curvature.kronecker.factors import KRONECKER_LAYERS, input_width
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
 
 WORK_SPACE = {"kfac": 1, "ekfac": 4}
 """Copies of a layer's factors while they are computed: a new term; a scaled copy, LAPACK's two matrices, eigenvectors."""
@@ -34,13 +34,10 @@ def factor_sizes(
 
     A of inputs wider than `wide` and than the number of rows is kept as rows.
     """
-    assert isinstance(layer, KRONECKER_LAYERS)
-    linear = isinstance(layer, nn.Linear)
-    G = 1 if isinstance(layer, nn.Linear) else layer.groups
-    outputs = len(layer.weight) // G
+    described, linear = layer_kind(layer), isinstance(layer, nn.Linear)
+    G, outputs, D = described.groups, described.outputs, described.inputs
     if kind == "bias":
         return FactorSizes(0, G * outputs**2, G * outputs, 0)
-    D = input_width(layer)
     T = sum(math.prod(shape[1:-1] if linear else shape[2:]) for shape in shapes)
     vectors = samples * (T if sharing == "expand" else 1)
     rows = vectors if wide < D > vectors else D

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.factors import input_width, patches
+from secondorder.curvature.kronecker.factors import input_width
+from secondorder.curvature.kronecker.patches import patches
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 
 

@@ -4,7 +4,7 @@
 """
 
 from secondorder.kfac.inverses.build import CLASSES, KINDS, NO_CURVATURE, check_state, invert, restored
-from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, squared_gradients
+from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis
 from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, State
 from secondorder.kfac.inverses.numerics import EVENTS
 
@@ -21,5 +21,4 @@ __all__ = [
     "check_state",
     "invert",
     "restored",
-    "squared_gradients",
 ]

@@ -7,7 +7,7 @@ Kronecker-factored Eigenbasis", NeurIPS 2018. S is a bias-corrected moving avera
 When the bases are renewed, from Q to Q', S is carried over: the diagonal of Q diag(S) Q^T in the new bases is
 (Q'_B^T Q_B)^2 S (Q_A^T Q'_A)^2, squared entry by entry, the nearest diagonal in Frobenius norm.
 
-Index letters: N samples, T positions, G groups, D inputs and O outputs of a group.
+Index letters: N samples, T positions, G groups, D inputs and O outputs of a group. `squared_gradients` makes the sums.
 """
 
 from collections import Counter
@@ -21,9 +21,6 @@ from torch import Tensor
 from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
 from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
 from secondorder.kfac.inverses.inverse import Factors, Inverse
-
-CHUNK_BYTES = 16 * 2**20
-"""Of the products of single samples at a time."""
 
 
 @dataclass(eq=False)
@@ -73,28 +70,3 @@ def corrected_eigenbases(
             made.carried(before)
         found.append(made)
     return found
-
-
-def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:
-    """sum_n (Q_B^T (sum_t g a^T) Q_A)^2 `[G, O, D]` for inputs a `[N, G, T, D]` and output gradients g `[N, G, T, O]`.
-
-    A part of the samples at a time. Inputs or products are projected on Q_A, whichever is cheaper: T D^2 or O D^2
-    multiplications a sample.
-    """
-    (N, G, T, D), outputs = a.shape, g.shape[-1]
-    total = Q_A.new_zeros(G, outputs, D)
-    step = max(1, CHUNK_BYTES // (G * D * (outputs + min(T, outputs)) * total.element_size())) if T > 1 else N
-    for inputs, gradients in zip(a.to(Q_A.dtype).split(step), g.to(Q_B.dtype).split(step), strict=True):
-        left = _projected(gradients, Q_B)
-        if T == 1:
-            total += torch.einsum("ngo,ngd->god", left[:, :, 0].square(), _projected(inputs, Q_A)[:, :, 0].square())
-        elif outputs >= T:
-            total += (left.mT @ _projected(inputs, Q_A)).square_().sum(0)
-        else:
-            total += _projected(left.mT @ inputs, Q_A).square_().sum(0)
-    return total
-
-
-def _projected(x: Tensor, Q: Tensor) -> Tensor:
-    """x Q for x `[n, G, T, K]`, Q `[G, K, K]`; one product for one group."""
-    return (x.flatten(0, 2) @ Q[0]).view(x.shape) if len(Q) == 1 else x @ Q

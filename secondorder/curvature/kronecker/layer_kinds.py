@@ -1,0 +1,175 @@
+"""The kinds of layers, each a record of what its weight multiplies: see `weight_sharing`, also for the index letters."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature.kronecker.normalisation import Normalisation
+from secondorder.curvature.kronecker.patches import map_positions, mean_patches, patches
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
+from secondorder.errors import InputError
+
+
+class Linear(LayerKind):
+    """`z = W x + b` over the last dimension."""
+
+    sample = 1
+
+    def positions(self, x: Tensor) -> int:
+        """T, one where there is no dimension between."""
+        return math.prod(x.shape[1:-1])
+
+    def input_vectors(self, x: Tensor) -> Tensor:
+        """The inputs."""
+        return x.reshape(len(x), 1, -1, x.shape[-1])
+
+    def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
+        """The gradients."""
+        return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
+
+
+class Convolution(LayerKind):
+    """A convolution of one to three dimensions; any stride, padding, padding mode, dilation and groups."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.sample = 1 + len(module.kernel_size)
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.module.groups
+
+    def positions(self, x: Tensor) -> int:
+        """T, those of the output."""
+        return map_positions(self.module, x)
+
+    def input_vectors(self, x: Tensor) -> Tensor:
+        """The patches."""
+        return patches(self.module, x).mT
+
+    def mean_vectors(self, x: Tensor) -> Tensor:
+        """The mean patches, without unfolding."""
+        return mean_patches(self.module, x)
+
+    def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
+        """The gradients by position."""
+        return s.flatten(leading + 1).unflatten(leading, (self.groups, -1)).mT
+
+
+class TransposedConvolution(Convolution):
+    """Its weight `[C, O, *kernel]`, C = G D / |kernel|, is turned round; the output's size is that of `output_padding`."""
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.weight_shape[1]
+
+    @property
+    def inputs(self) -> int:
+        """D."""
+        return self.weight_shape.numel() // (self.groups * self.outputs)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W `[G, O, D]`."""
+        kernels = weight.flip(self._axes).unflatten(0, (self.groups, -1))  # [G, C / G, O, *kernel]
+        return kernels.transpose(1, 2).flatten(2)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The weight."""
+        kernels = matrix.unflatten(2, (-1, *self.weight_shape[2:])).transpose(1, 2)
+        return kernels.flatten(0, 1).flip(self._axes)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(range(2, len(self.weight_shape)))
+
+
+class Embedding(LayerKind):
+    """Rows `[V, O]` looked up by tokens: D = V, a = e_k, zero for the padding token, whose row has no gradient."""
+
+    sample = 0
+    diagonal_input = True
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.weight_shape[1]
+
+    @property
+    def inputs(self) -> int:
+        """D = V."""
+        return self.weight_shape[0]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W `[1, O, V]`."""
+        return weight.mT[None]
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The weight `[V, O]`."""
+        return matrix[0].mT
+
+    def numbers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens stay whole numbers."""
+        return x
+
+    def positions(self, x: Tensor) -> int:
+        """T, padding included: there the input is zero."""
+        return math.prod(x.shape[1:])
+
+    def input_vectors(self, x: Tensor) -> Tensor:
+        """Refused: they are as many numbers as tokens times V."""
+        raise InputError("the input vectors of an embedding are not built; its input factor is the tokens' counts")
+
+    def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
+        """The gradients."""
+        return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
+
+    def counts(self, x: Tensor) -> Tensor:
+        """sum_nt a, the diagonal of sum_nt a a^T `[1, V]`: how often each token occurs."""
+        dtype = torch.promote_types(self.module.weight.dtype, torch.float32)
+        ones = self._seen(x).to(dtype)
+        return torch.zeros(1, self.inputs, dtype=dtype, device=x.device).index_add_(1, x.flatten(), ones[None])
+
+    def weight_gradient(self, x: Tensor, g: Tensor, bias: bool) -> Tensor:
+        """sum_nt g a^T `[1, O, V]`: the gradients added up by token."""
+        rows = g.reshape(-1, self.outputs) * self._seen(x)[:, None]
+        return self.matrix(g.new_zeros(self.weight_shape).index_add_(0, x.flatten(), rows))
+
+    def input_norm(self, x: Tensor) -> Tensor:
+        """That of unit vectors."""
+        return torch.tensor(math.sqrt(x.numel()), device=x.device)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """`[N T]`, False for the padding token."""
+        padding = self.module.padding_idx
+        return torch.ones_like(x, dtype=torch.bool).flatten() if padding is None else x.flatten() != padding
+
+
+LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
+    nn.Linear: Linear,
+    nn.Conv1d: Convolution,
+    nn.Conv2d: Convolution,
+    nn.Conv3d: Convolution,
+    nn.ConvTranspose1d: TransposedConvolution,
+    nn.ConvTranspose2d: TransposedConvolution,
+    nn.ConvTranspose3d: TransposedConvolution,
+    nn.Embedding: Embedding,
+    nn.LayerNorm: Normalisation,
+    nn.RMSNorm: Normalisation,
+    nn.GroupNorm: Normalisation,
+    nn.BatchNorm1d: Normalisation,
+    nn.BatchNorm2d: Normalisation,
+    nn.BatchNorm3d: Normalisation,
+}
+"""A new kind of layer is one record."""
+
+
+def layer_kind(module: nn.Module) -> LayerKind:
+    """The description of a layer; InputError for a module of no kind in LAYER_KINDS."""
+    for kind, description in LAYER_KINDS.items():
+        if isinstance(module, kind):
+            return description(module)
+    raise InputError(f"{type(module).__name__} is no kind of layer with a description of what its weight multiplies")
