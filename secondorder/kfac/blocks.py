@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.relative_damping import safe_scale, tikhonov
+from secondorder.kfac.diagonal_statistics import DiagonalStatistics
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, check_state, invert, restored
+from secondorder.kfac.inverses.diagonal import times_right
 from secondorder.kfac.inverses.eigenbasis import Rotated
+from secondorder.kfac.inverses.own_diagonal import OwnDiagonal, own_scale
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Damping
 from secondorder.kfac.state_check import check_entries, check_float, refused
@@ -58,7 +61,7 @@ class Blocks:
             chosen = [name for name in names if self.layers[name].approximation == approximation]
             factors, dampings = [self.factors(name) for name in chosen], [self.dampings[name] for name in chosen]
             found |= invert(factors, kind, dampings, self.damping.relative, self.inverses, events)
-        return found
+        return found | {name: OwnDiagonal.of(S) for name in names if (S := self.squares(name)) is not None}
 
     def correct(self, statistics: Sequence[LayerStatistics], ema_decay: float) -> None:
         """Take the squared gradients of a step into EKFAC's second moments."""
@@ -95,10 +98,13 @@ class Blocks:
         total = torch.zeros((), device=self.device)
         for name, layer in self.layers.items():
             W = self.matrix(layer, directions)
-            if W is None or self.statistics[name].B is None:
+            if W is None or not self.statistics[name].ready:
+                continue
+            if (S := self.squares(name)) is not None:
+                total = total + (S * W * W).sum()
                 continue
             factors = self.factors(name)
-            WA = W @ factors.A if factors.A is not None else (W @ factors.given.mT) @ factors.given
+            WA = W @ factors.given.mT @ factors.given if factors.A is None else times_right(W, factors.A)
             total = total + ((factors.B @ W) * WA).sum()
         return total
 
@@ -116,9 +122,16 @@ class Blocks:
         damping, relative = self.dampings[name], self.damping.relative
         if name in self.inverses:
             return self.inverses[name].tikhonov(damping, relative)
-        if not relative or self.statistics[name].B is None:
+        if not relative or not self.statistics[name].ready:
             return damping
+        if (S := self.squares(name)) is not None:
+            return tikhonov(own_scale(S), damping, relative)
         return tikhonov(safe_scale(self.factors(name).scale), damping, relative)
+
+    def squares(self, name: str) -> Tensor | None:
+        """S of a layer of which only a diagonal is kept, None of all others."""
+        statistics = self.statistics[name]
+        return statistics.S if isinstance(statistics, DiagonalStatistics) else None
 
     def factors(self, name: str) -> Factors:
         """A or its rows, and B, of a layer that has been used."""
@@ -144,7 +157,8 @@ class Blocks:
         for name, content in state["inverses"].items():
             layer = self.layers[name]
             sizes = {"G": layer.groups, "O": layer.outputs, "D": layer.inputs}
-            check_state(f"kfac.inverses.{name}", content, sizes, layer.dtype)
+            diagonal = ("D",) if layer.kind.diagonal_input else ()
+            check_state(f"kfac.inverses.{name}", content, sizes, layer.dtype, diagonal)
 
     def restored(self, state: Mapping[str, Mapping]) -> dict[str, Inverse]:
         """The inverses in a state that `check_state` has found right."""
@@ -176,5 +190,7 @@ class Blocks:
 
 def _cost(layer: KroneckerLayer) -> float:
     """About proportional to the time of an inversion."""
-    inputs = 0 if layer.wide else layer.inputs
+    if layer.diagonal:
+        return float(layer.groups * layer.inputs * layer.outputs)
+    inputs = 0 if layer.wide or layer.kind.diagonal_input else layer.inputs
     return layer.groups * (inputs**3 + layer.outputs**3)

@@ -187,6 +187,7 @@ class Capture:
         if recomputed and not self._filling:
             return  # a checkpointed segment: the graph of its first forward is the one that counts
         x = args[0] if args else next(iter(kwargs.values()))
+        layer.kind.check_call(x, output)
         self._order += 1
         use = Use(layer, x.detach(), x._version, self._forward, self._order)
         edge = get_gradient_edge(output)

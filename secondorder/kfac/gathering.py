@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secondorder.errors import InputError
 from secondorder.kfac.capture import Capture, Output
+from secondorder.kfac.diagonal_statistics import layer_statistics
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.hooks import Hook, is_pulling
@@ -35,7 +36,7 @@ class Gathering:
     ) -> None:
         self.fisher, self.processes = fisher, processes
         self.layers, self._checked = list(layers), not check
-        self.statistics = {layer.name: LayerStatistics(layer) for layer in layers}
+        self.statistics = {layer.name: layer_statistics(layer) for layer in layers}
         self.samples = 0.0
         self.capture = Capture(layers, self.statistics, model)
         self.check: ScalingCheck | None = ScalingCheck(layers) if check else None
@@ -229,7 +230,7 @@ class Gathering:
 
     def restored(self, state: Mapping[str, Any]) -> dict[str, LayerStatistics]:
         """The statistics in a state that `check_state` has found right, on the device."""
-        found = {layer.name: LayerStatistics(layer) for layer in self.layers}
+        found = {layer.name: layer_statistics(layer) for layer in self.layers}
         for name, statistics in found.items():
             statistics.load_state_dict(state["statistics"][name])
         return found

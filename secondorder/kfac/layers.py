@@ -21,12 +21,12 @@ from secondorder.errors import InputError, check_known
 from secondorder.kfac.modules import Place, modules_by_parameter, reason_without_factors, unsupported_modules
 from secondorder.kfac.options import WIDE_INPUT
 
-APPROXIMATIONS = ("kfac", "ekfac", "fallback")
+APPROXIMATIONS = ("kfac", "ekfac", "fallback", "diagonal")
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerLayer:
-    """One weight with its bias, and the modules, most often one, that use them."""
+    """One weight with its bias, and the modules, most often one, that use them; also one of which only a diagonal is kept."""
 
     name: str
     modules: tuple[nn.Module, ...]
@@ -64,7 +64,12 @@ class KroneckerLayer:
     @property
     def wide(self) -> bool:
         """Whether there are so many inputs that A may be kept as rows."""
-        return self.inputs > self.wide_inputs
+        return self.inputs > self.wide_inputs and not self.kind.diagonal_input and not self.diagonal
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the block is the diagonal of the layer's own, without Kronecker factors."""
+        return self.approximation == "diagonal"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +90,7 @@ class KroneckerLayer:
 
 @dataclass(frozen=True, eq=False)
 class Treatment:
-    """How a parameter is treated ("kfac", "ekfac", "fallback" or "frozen"), why, and in which layer."""
+    """How a parameter is treated ("kfac", "ekfac", "diagonal", "fallback" or "frozen"), why, and in which layer."""
 
     name: str
     parameter: nn.Parameter
@@ -102,9 +107,10 @@ def find_layers(
 ) -> tuple[list[KroneckerLayer], list[Treatment]]:
     """The layers with Kronecker factors, in the order of the model, and the treatment of every parameter.
 
-    approximation: "kfac", "ekfac" or "fallback" for all layers, or for patterns of layer names ("features.*": "ekfac", the
-    first that matches counts; "kfac" where none does). Raises InputError for unknown words, a pattern without layer,
-    uninitialised parameters, two parameters of one name, and a model without any supported layer.
+    approximation: "kfac", "ekfac", "diagonal" or "fallback" for all layers, or for patterns of layer names ("features.*":
+    "ekfac", the first that matches counts; "kfac" where none does). Normalisations have the fallback unless they are "diagonal".
+    Raises InputError for unknown words, a pattern without layer, uninitialised parameters, two parameters of one name, and a
+    model without any supported layer.
     """
     policy = _policy(approximation)
     check_known("sharing", sharing, SHARINGS)
@@ -119,24 +125,25 @@ def find_layers(
         why = reason_without_factors(weight, holders, unsupported)
         if holders[0].attribute != "weight" or why or not weight.requires_grad:
             continue
-        candidates += 1
         names = [holder.path for holder in holders]
         word, pattern = _word(policy, names)
-        matched.update(p for p in policy if any(fnmatchcase(name, p) for name in names))
-        bias = _bias(holders, places)
+        bias, described = _bias(holders, places), layer_kind(holders[0].module)
+        name, why = None, type(holders[0].module).__name__
+        if described.has_factors or word in ("diagonal", "fallback"):
+            candidates += described.has_factors
+            matched.update(p for p in policy if any(fnmatchcase(name, p) for name in names))
         if word == "fallback":
-            reason = f"approximation {pattern!r}: 'fallback'"
-            treatments[weight] = (word, reason, None)
-            if bias is not None:
-                treatments[bias] = (word, reason, None)
-            continue
-        layers.append(
-            KroneckerLayer(names[0], tuple(h.module for h in holders), word, sharing, weight, bias, wide_inputs)
-        )
-        kind = type(holders[0].module).__name__
+            why = f"approximation {pattern!r}: 'fallback'"
+        elif word != "diagonal" and not described.has_factors:
+            word = "fallback"
+        else:
+            name = names[0]
+            positions = "expand" if described.diagonal_input else sharing
+            modules = tuple(holder.module for holder in holders)
+            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, wide_inputs))
         for parameter in (weight, bias):
             if parameter is not None:
-                treatments[parameter] = (word, kind, names[0])
+                treatments[parameter] = (word, why, name)
     _check_patterns(policy, matched)
     if not layers:
         raise InputError(_nothing(candidates))
@@ -187,7 +194,7 @@ def _check_patterns(policy: Mapping[str, str], matched: set[str]) -> None:
 def _nothing(candidates: int) -> str:
     if candidates:
         return "approximation leaves every layer to the fallback; use 'kfac' or 'ekfac' for at least one"
-    return "the model has no layer that K-FAC can treat: no Linear, Conv1d or Conv2d of its own with a trainable weight"
+    return "the model has no layer that K-FAC can treat: no Linear, convolution or Embedding of its own with a trainable weight"
 
 
 def _bias(holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]]) -> nn.Parameter | None:

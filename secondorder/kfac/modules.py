@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from secondorder.curvature.kronecker.layer_kinds import LAYER_KINDS
 from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
 
-KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
-"""What has Kronecker factors, unless it computes something else than its kind does."""
+KINDS: tuple[type[nn.Module], ...] = tuple(LAYER_KINDS)
+"""What has a curvature block, unless it computes something else than its kind does."""
+OPTIONS = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "padding_idx"),
+    *("normalized_shape", "num_groups", "eps", "momentum", "track_running_stats"),
+)
+"""What decides on the output of a module beside its weight and bias."""
+EMBEDDING_OPTIONS = ("sparse", "scale_grad_by_freq", "max_norm")
+"""Of an embedding whose weight's gradient is not the sum of the gradients at its output by token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +88,24 @@ def _plain(module: nn.Module) -> bool:
         return False
     if "weight" not in module._parameters:  # reparametrised by hooks or properties
         return False
+    if _embedding_option(module):
+        return False
     return getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
 
 
 def _what_differs(module: nn.Module) -> str:
     if not isinstance(module, KINDS):
         return ""
-    return ", its weight is parametrised" if "weight" not in module._parameters else ", with a forward of its own"
+    if "weight" not in module._parameters:
+        return ", its weight is parametrised"
+    option = _embedding_option(module)
+    return f" with {option}" if option else ", with a forward of its own"
+
+
+def _embedding_option(module: nn.Module) -> str:
+    """The first option that makes an embedding another kind of layer, or nothing."""
+    chosen = (name for name in EMBEDDING_OPTIONS if getattr(module, name))
+    return next(chosen, "") if isinstance(module, nn.Embedding) else ""
 
 
 def reason_without_factors(
@@ -106,5 +125,4 @@ def _alike(a: Place, b: Place) -> bool:
 
 def _options(module: nn.Module) -> list[object]:
     """Everything that decides on the output beside the weight."""
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return [getattr(module, name, None) for name in names] + [id(module._parameters.get("bias"))]
+    return [getattr(module, name, None) for name in OPTIONS] + [id(module._parameters.get("bias"))]

@@ -172,7 +172,7 @@ class KFACPreconditioner:
                 self.gathering.discard()
                 return None
         with self.stopwatch("inverses"):
-            due = [name for name in self.intervals.inverses_due() if self.statistics[name].B is not None]
+            due = [name for name in self.intervals.inverses_due() if self.statistics[name].ready]
             self.blocks.invert(due, self.events)
             self.intervals.last_inverse |= dict.fromkeys(due, self.intervals.step)
         self.intervals.step += 1
@@ -258,7 +258,7 @@ class KFACPreconditioner:
         self.gathering.check_state(state)
         self.blocks.check_state(state)
         intervals = state["intervals"]
-        if intervals["last_factors"] is None and any("B" in one for one in state["statistics"].values()):
+        if intervals["last_factors"] is None and any({"B", "S"} & one.keys() for one in state["statistics"].values()):
             raise refused("kfac.intervals.last_factors", "is None, and there are factors")
         if intervals["last_inverse"].keys() != state["inverses"].keys():
             raise refused("kfac.intervals.last_inverse", "does not name the layers that have an inverse")

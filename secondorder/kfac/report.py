@@ -142,6 +142,8 @@ def parameter_rows(
 
 
 def _input_size(layer: KroneckerLayer, statistics: Mapping[str, LayerStatistics]) -> str:
+    if layer.diagonal or layer.kind.diagonal_input:
+        return f"{layer.inputs} diagonal"
     if statistics[layer.name].dense:
         return _size(layer.groups, layer.inputs)
     rows = statistics[layer.name].rows

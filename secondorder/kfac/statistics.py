@@ -13,7 +13,7 @@ Index letters: V backpropagated vectors a sample, N samples, T positions, G grou
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,16 @@ from secondorder.curvature.kronecker.squares import squared_products
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 
-AVERAGED = ("A", "B")
-
 
 class LayerStatistics:
     """The factors of one layer: A `[G, D, D]` or its rows `[G, R, D]` with A = rows^T rows, and B `[G, O, O]`.
 
     bases: eigenvectors (Q_A `[G, D, D]`, Q_B `[G, O, O]`) in which squared gradients are summed, too (EKFAC), or None.
-    squares: those of the last step, `[G, O, D]`. samples: N of the last step. dense: whether A is kept, not its rows.
+    squares: those of the last step, `[G, O, D]`. samples: N of the last step. dense: whether A is kept, not its rows. A of an
+    embedding is its diagonal `[G, D]`.
     """
+
+    averaged: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def __init__(self, layer: KroneckerLayer) -> None:
         self.layer = layer
@@ -54,6 +55,11 @@ class LayerStatistics:
     def B(self) -> Tensor | None:
         """The averaged gradient factor; None before the first step."""
         return self._averaged("B")
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to make an inverse of."""
+        return self.averaged[-1] in self._sums
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +101,8 @@ class LayerStatistics:
 
     def staged_tensors(self) -> list[Tensor]:
         """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
-        names = [*(["A"] if self.dense else []), "B", *([] if self.bases is None else ["S"]), "counts"]
+        names = [name for name in self.averaged if self.dense or name != "A"]
+        names += [*([] if self.bases is None else ["S"]), "counts"]
         for name in names:
             if name not in self._staged:
                 self._staged[name] = self._zeros(*self._shapes[name])
@@ -125,7 +132,8 @@ class LayerStatistics:
     def is_finite(self) -> Tensor:
         """Whether everything staged is finite, a scalar that stays on the device: the diagonals tell for A and B."""
         staged = self._staged
-        sums = [torch.diagonal(staged[name], dim1=-2, dim2=-1).sum() for name in AVERAGED if name in staged]
+        matrices = [staged[name] for name in ("A", "B") if name in staged]
+        sums = [(F if F.ndim == 2 else F.diagonal(dim1=-2, dim2=-1)).sum() for F in matrices]
         sums += [rows.sum() for rows in self._staged_rows] + ([staged["S"].sum()] if "S" in staged else [])
         return torch.isfinite(torch.stack(sums).sum()) if sums else torch.tensor(True)
 
@@ -163,13 +171,13 @@ class LayerStatistics:
 
     def check_state(self, entry: str, state: object) -> None:
         """InputError, which names `entry`, unless a state has whole factors of this layer's sizes and number format."""
-        weights = tuple(f"{name}_weight" for name in AVERAGED)
-        check_entries(entry, state, ("samples", "dense"), (*AVERAGED, *weights, "rows"))
+        weights = tuple(f"{name}_weight" for name in self.averaged)
+        check_entries(entry, state, ("samples", "dense"), (*self.averaged, *weights, "rows"))
         assert isinstance(state, Mapping)
         check_float(f"{entry}.samples", state["samples"])
         if not isinstance(state["dense"], bool):
             raise refused(f"{entry}.dense", f"is {state['dense']!r:.40}, not True or False")
-        for name, weight in zip(AVERAGED, weights, strict=True):
+        for name, weight in zip(self.averaged, weights, strict=True):
             if (name in state) != (weight in state):
                 raise refused(entry, f"has only one of {name!r} and {weight!r}")
             if name in state:
@@ -186,7 +194,7 @@ class LayerStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; InputError, and nothing has changed, for a state that `check_state` refuses."""
         self.check_state(f"kfac.statistics.{self.layer.name}", state)
-        self._sums = {name: self._moved(state[name]) for name in AVERAGED if name in state}
+        self._sums = {name: self._moved(state[name]) for name in self.averaged if name in state}
         self._weights = {name: float(state[f"{name}_weight"]) for name in self._sums}
         self.rows = self._moved(state["rows"]) if "rows" in state else None
         self.samples, self.dense, self.squares = float(state["samples"]), state["dense"], None
@@ -201,7 +209,8 @@ class LayerStatistics:
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
-        return {"A": (G, D, D), "B": (G, outputs, outputs), "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
+        A = (G, D) if self.layer.kind.diagonal_input else (G, D, D)
+        return {"A": A, "B": (G, outputs, outputs), "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
 
     @property
     def _many_rows(self) -> bool:

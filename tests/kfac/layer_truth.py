@@ -6,25 +6,27 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
+
 Run = Callable[[Tensor], Tensor]
 
 
 def weighted(module: nn.Module, x: Tensor, bias: bool) -> Tensor:
     """a [N, T, G, D]: the outputs of the layer for a weight that is 1 at one input and 0 at the others, 1 last for a bias."""
-    weight, G = module.get_parameter("weight"), getattr(module, "groups", 1)
+    weight, kind = module.get_parameter("weight"), layer_kind(module)
     nothing = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
-    units = torch.eye(weight[0].numel(), dtype=x.dtype).view(-1, *weight.shape[1:])
     columns = []
-    for unit in units:
-        out = functional_call(module, nothing | {"weight": unit.expand_as(weight)}, (x,)).detach()
-        columns.append(positions_last(module, out)[..., :: len(weight) // G])  # [N, T, G]
+    for unit in torch.eye(kind.inputs, dtype=weight.dtype):
+        ones = kind.weight(unit.repeat(kind.groups, kind.outputs, 1))
+        out = functional_call(module, nothing | {"weight": ones}, (x,)).detach()
+        columns.append(positions_last(module, out)[..., :: kind.outputs])  # [N, T, G]
     a = torch.stack(columns, -1)
     return torch.cat([a, torch.ones_like(a[..., :1])], -1) if bias else a
 
 
 def positions_last(module: nn.Module, out: Tensor) -> Tensor:
     """[N, T, channels] of an output."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Embedding):
         return out.reshape(len(out), -1, out.shape[-1])
     return out.flatten(2).transpose(1, 2)
 

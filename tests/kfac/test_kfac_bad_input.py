@@ -126,7 +126,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     ),  # type: ignore[arg-type]
     "no layer": (
         lambda: KFAC(nn.LayerNorm(3), 0.1),
-        "the model has no layer that K-FAC can treat: no Linear, Conv1d or",
+        "the model has no layer that K-FAC can treat: no Linear, convolution or",
     ),
     "all frozen": (
         lambda: KFAC(convnet().requires_grad_(False), 0.1),

@@ -21,7 +21,8 @@ from secondorder.kfac.statistics import LayerStatistics
 from secondorder.networks import network
 
 EVEN = "ignore:Using padding='same' with even kernel lengths"
-MAPS = {"1d": (4, 9), "2d": (4, 7, 6)}
+MAPS = {"1d": (4, 9), "2d": (4, 7, 6), "3d": (4, 4, 5, 3)}
+SMALL_MAPS = {"1d": (4, 5), "2d": (4, 3, 4), "3d": (4, 2, 3, 2)}
 CONVOLUTIONS = {
     "3": {"kernel_size": 3, "padding": 1},
     "1": {"kernel_size": 1},
@@ -34,6 +35,15 @@ CONVOLUTIONS = {
     "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
     "depthwise": {"kernel_size": 3, "padding": "same", "groups": 4, "stride": 1},
 }
+TRANSPOSED = {
+    "plain": {"kernel_size": 2},
+    "stride": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    "gaps": {"kernel_size": 1, "stride": 2},
+    "cut": {"kernel_size": 2, "padding": 2, "stride": 2, "output_padding": 1},
+    "dilation": {"kernel_size": 2, "stride": 2, "dilation": 3, "padding": 1},
+    "groups": {"kernel_size": 3, "stride": 2, "groups": 2},
+    "depthwise": {"kernel_size": 2, "groups": 4},
+}
 LAYERS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda bias: nn.Linear(4, 3, bias), (4,)),
     "linear on sequences": (lambda bias: nn.Linear(4, 3, bias), (5, 4)),
@@ -44,9 +54,23 @@ LAYERS: dict[str, tuple[Callable[[bool], nn.Module], tuple[int, ...]]] = {
         lambda bias, kind=kind, options=options: kind(4, 8, **options, bias=bias),
         MAPS[dimension],
     )
-    for dimension, kind in (("1d", nn.Conv1d), ("2d", nn.Conv2d))
+    for dimension, kind in (("1d", nn.Conv1d), ("2d", nn.Conv2d), ("3d", nn.Conv3d))
     for name, options in CONVOLUTIONS.items()
+    if dimension != "3d" or name not in ("same", "circular", "depthwise")
 }
+LAYERS |= {
+    f"transposed{dimension} {name}": (
+        lambda bias, kind=kind, options=options: kind(4, 8, **options, bias=bias),
+        SMALL_MAPS[dimension],
+    )
+    for dimension, kind in (("1d", nn.ConvTranspose1d), ("2d", nn.ConvTranspose2d), ("3d", nn.ConvTranspose3d))
+    for name, options in TRANSPOSED.items()
+    if dimension != "3d" or name in ("stride", "groups")
+}
+LAYERS["transposed uneven"] = (
+    lambda bias: nn.ConvTranspose2d(4, 6, (3, 1), (1, 2), (2, 0), (0, 1), 2, bias, (2, 1)),
+    (4, 4, 3),
+)
 
 
 class Captured:

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from secondorder.curvature.kronecker.layer_kinds import TransposedConvolution
 from secondorder.errors import InputError
 from secondorder.kfac.layers import find_layers
 from secondorder.kfac.modules import clean_paths
@@ -68,6 +69,9 @@ class Mixed(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.cube = nn.Conv3d(1, 1, 2)
         self.upwards = nn.ConvTranspose2d(1, 1, 2)
+        self.table, self.bag = nn.Embedding(5, 4), nn.EmbeddingBag(5, 4)
+        self.sparse, self.bounded = nn.Embedding(5, 4, sparse=True), nn.Embedding(5, 4, max_norm=1.0)
+        self.bilinear, self.lstm = nn.Bilinear(2, 2, 2), nn.LSTM(2, 2)
         self.scale = nn.Parameter(torch.ones(()))
         self.parametrised = parametrizations.weight_norm(nn.Linear(4, 4))
         self.frozen = nn.Linear(4, 4)
@@ -104,8 +108,14 @@ def test_reasons() -> None:
         "norm.bias": ("fallback", "LayerNorm", None),
         "attention.in_proj_weight": ("fallback", attention, None),
         "attention.out_proj.weight": ("fallback", attention, None),
-        "cube.weight": ("fallback", "Conv3d", None),
-        "upwards.weight": ("fallback", "ConvTranspose2d", None),
+        "cube.weight": ("kfac", "Conv3d", "cube"),
+        "upwards.weight": ("kfac", "ConvTranspose2d", "upwards"),
+        "table.weight": ("kfac", "Embedding", "table"),
+        "sparse.weight": ("fallback", "Embedding with sparse", None),
+        "bounded.weight": ("fallback", "Embedding with max_norm", None),
+        "bag.weight": ("fallback", "EmbeddingBag", None),
+        "bilinear.weight": ("fallback", "Bilinear", None),
+        "lstm.weight_ih_l0": ("fallback", "LSTM", None),
         "scale": ("fallback", "Mixed", None),
         "parametrised.parametrizations.weight.original0": ("fallback", "parametrised", None),
         "parametrised.bias": ("fallback", "ParametrizedLinear, its weight is parametrised", None),
@@ -228,6 +238,9 @@ def test_patterns_mind_upper_and_lower_case() -> None:
         lambda bias: nn.Linear(3, 4, bias),
         lambda bias: nn.Conv2d(4, 6, (2, 3), groups=2, bias=bias),
         lambda bias: nn.Conv1d(2, 3, 2, bias=bias),
+        lambda bias: nn.Conv3d(2, 4, (2, 1, 3), groups=2, bias=bias),
+        lambda bias: nn.ConvTranspose2d(4, 6, (2, 3), groups=2, bias=bias),
+        lambda bias: nn.ConvTranspose1d(2, 3, 2, bias=bias),
     ],
 )
 def test_matrix_and_its_parts(module: Any, bias: bool) -> None:
@@ -241,7 +254,7 @@ def test_matrix_and_its_parts(module: Any, bias: bool) -> None:
     if bias:
         assert torch.equal(matrix[..., -1].flatten(), made.bias)
     else:
-        assert matrix.data_ptr() == made.weight.data_ptr()
+        assert matrix.data_ptr() == made.weight.data_ptr() or isinstance(layer.kind, TransposedConvolution)
 
 
 def test_wide_layers() -> None:

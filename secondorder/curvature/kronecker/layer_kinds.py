@@ -1,6 +1,7 @@
 """The kinds of layers, each a record of what its weight multiplies: see `weight_sharing`, also for the index letters."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,14 @@ class TransposedConvolution(Convolution):
         """D."""
         return self.weight_shape.numel() // (self.groups * self.outputs)
 
+    def check_call(self, x: Tensor, output: Tensor) -> None:
+        """InputError for an output of another size, which a call can ask for."""
+        if map_positions(self.module, self.batched(x)) != math.prod(output.shape[1 - self.sample :]):
+            raise InputError(
+                f"{type(self.module).__name__} called with an output_size that is not that of its output_padding: give the layer "
+                "output_padding, or approximation={its name: 'fallback'}"
+            )
+
     def matrix(self, weight: Tensor) -> Tensor:
         """W `[G, O, D]`."""
         kernels = weight.flip(self._axes).unflatten(0, (self.groups, -1))  # [G, C / G, O, *kernel]
@@ -137,6 +146,17 @@ class Embedding(LayerKind):
         """sum_nt g a^T `[1, O, V]`: the gradients added up by token."""
         rows = g.reshape(-1, self.outputs) * self._seen(x)[:, None]
         return self.matrix(g.new_zeros(self.weight_shape).index_add_(0, x.flatten(), rows))
+
+    def squared_gradients(self, xs: Sequence[Tensor], gs: Sequence[Tensor]) -> Tensor:
+        """sum_n (sum_t g a^T)^2 `[1, O, V]` of all tokens `[N, *]` and gradients `[N, *, O]`: sums by sample and token."""
+        tokens = torch.cat([x.reshape(len(x), -1) for x in xs], 1)
+        g = torch.cat([g.reshape(len(g), -1, self.outputs) for g in gs], 1).flatten(0, 1)
+        places = tokens + self.inputs * torch.arange(len(tokens), device=tokens.device)[:, None]
+        places, which = torch.unique(places, return_inverse=True)
+        sums = g.new_zeros(len(places), self.outputs)
+        sums.index_add_(0, which.flatten(), g * self._seen(tokens)[:, None])
+        total = g.new_zeros(self.weight_shape)
+        return self.matrix(total.index_add_(0, places % self.inputs, sums.square_()))
 
     def input_norm(self, x: Tensor) -> Tensor:
         """That of unit vectors."""

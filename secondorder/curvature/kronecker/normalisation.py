@@ -45,6 +45,10 @@ class Normalisation(LayerKind):
         """T."""
         return math.prod(x.shape[1 : x.ndim - self._last] if self._last else x.shape[2:])
 
+    def samples_at_a_time(self, x: Tensor) -> int:
+        """All of them: the mean and variance may be those of the batch."""
+        return max(1, len(x))
+
     def input_vectors(self, x: Tensor) -> Tensor:
         """The input, normalised as the layer does it."""
         return self.output_vectors(_normalised(self.module, x))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secondorder.curvature.kronecker.factors import CACHED_BYTES
-from secondorder.curvature.kronecker.layer_kinds import Convolution
+from secondorder.curvature.kronecker.layer_kinds import Convolution, Embedding
 from secondorder.curvature.kronecker.patches import moves, padded
 from secondorder.curvature.kronecker.weight_sharing import LayerKind, with_ones
 
@@ -27,16 +27,40 @@ CHUNK_BYTES = 16 * 2**20
 def squared_products(
     kind: LayerKind, xs: Sequence[Tensor], gs: Sequence[Tensor], Q_A: Tensor, Q_B: Tensor, bias: bool
 ) -> Tensor:
-    """The sum for the inputs `[N, *in]` and the gradients `[V, N, *out]` at the outputs of all uses."""
+    """The sum for the inputs `[N, *in]` and the gradients `[V, N, *out]` at the outputs of all uses.
+
+    Q_A `[G, D, D]`, or `[G, D]` for an embedding, whose eigenvectors are the unit vectors; Q_B `[G, O, O]`.
+    """
     total = Q_B.new_zeros(kind.groups, kind.outputs, Q_A.shape[-1])
     for v in range(len(gs[0])):
         gradients = [g[v] for g in gs]
-        if isinstance(kind, Convolution):
+        if isinstance(kind, Embedding):
+            parts = iter([kind.squared_gradients(xs, [g @ Q_B[0] for g in gradients])])
+        elif isinstance(kind, Convolution):
             parts = _of_convolution(kind, xs, gradients, Q_A, Q_B, bias)
         else:
             parts = _of_vectors(kind, xs, gradients, Q_A, Q_B, bias)
         for part in parts:
             total += part
+    return total
+
+
+def squared_sample_gradients(kind: LayerKind, xs: Sequence[Tensor], gs: Sequence[Tensor], bias: bool) -> Tensor:
+    """sum_vn (sum_t g a^T)^2 `[G, O, D]`: the diagonal of the layer's own block, T the positions of all uses in one forward."""
+    if isinstance(kind, Embedding):
+        return _sum(kind.squared_gradients(xs, [g[v] for g in gs]) for v in range(len(gs[0])))
+    D = kind.inputs + bias
+    total = gs[0].new_zeros(kind.groups, kind.outputs, D)
+    few = max(1, CHUNK_BYTES // (total.numel() * total.element_size()))
+    at_once = min(kind.samples_at_a_time(x) for x in xs)
+    for first in range(0, len(xs[0]), at_once):
+        samples = slice(first, first + at_once)
+        vectors = [with_ones(kind.input_vectors(x[samples]), bias) for x in xs]
+        for v in range(len(gs[0])):
+            gradients = [kind.output_vectors(g[v, samples]).mT for g in gs]
+            for start in range(0, len(vectors[0]), few):
+                part = slice(start, start + few)
+                total += _sum(g[part] @ a[part] for g, a in zip(gradients, vectors, strict=True)).square_().sum(0)
     return total
 
 
@@ -113,3 +137,7 @@ def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:
 def _projected(x: Tensor, Q: Tensor) -> Tensor:
     """x Q for x `[n, G, T, K]`, Q `[G, K, K]`; one product for one group."""
     return (x.flatten(0, 2) @ Q[0]).view(x.shape) if len(Q) == 1 else x @ Q
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    return sum(terms, start=next(terms))

@@ -76,6 +76,9 @@ class LayerKind(ABC):
         """An input in the number format of the factors."""
         return x.to(dtype)
 
+    def check_call(self, x: Tensor, output: Tensor) -> None:  # noqa: B027  most kinds have nothing to check
+        """InputError for a call whose output is not what the layer's own settings say."""
+
     @abstractmethod
     def positions(self, x: Tensor) -> int:
         """T of an input."""

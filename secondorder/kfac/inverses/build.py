@@ -1,7 +1,7 @@
 """How the inverses of all layers are made at once, and rebuilt from their states."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -13,12 +13,14 @@ from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
 from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
 from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
 from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse
+from secondorder.kfac.inverses.own_diagonal import OwnDiagonal
 from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 from secondorder.matrix_power.transforms import full_precision, widened
 
 CLASSES: dict[str, type[Inverse]] = {
-    made.kind: made for made in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, Identity)
+    made.kind: made
+    for made in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, OwnDiagonal, Identity)
 }
 """The class of each state's kind."""
 KINDS = ("eigen", "cholesky", "ekfac")
@@ -77,8 +79,13 @@ def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
     return CLASSES[kind].from_tensors(state)
 
 
-def check_state(entry: str, state: object, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
-    """InputError, which names `entry`, unless a state is that of an inverse with these sizes (of G, O, D) and number format."""
+def check_state(
+    entry: str, state: object, sizes: Mapping[str, int], dtype: torch.dtype, diagonal: Collection[str] = ()
+) -> None:
+    """InputError, which names `entry`, unless a state is that of an inverse with these sizes (of G, O, D) and number format.
+
+    diagonal: those of O and D whose factor is kept as its diagonal.
+    """
     if not isinstance(state, Mapping) or not isinstance(state.get("kind"), str):
         raise refused(entry, "is no state of an inverse")
     if state["kind"] not in CLASSES:
@@ -90,8 +97,11 @@ def check_state(entry: str, state: object, sizes: Mapping[str, int], dtype: torc
         if field.name not in made.shapes:
             check_float(f"{entry}.{field.name}", value, most=1.0)
             continue
-        check_tensor(f"{entry}.{field.name}", value, [lengths.get(letter) for letter in made.shapes[field.name]], dtype)
-        lengths |= dict(zip(made.shapes[field.name], value.shape, strict=True))  # R is the same in all
+        letters = made.shapes[field.name]
+        for letter in diagonal:
+            letters = letters.replace(2 * letter, letter)
+        check_tensor(f"{entry}.{field.name}", value, [lengths.get(letter) for letter in letters], dtype)
+        lengths |= dict(zip(letters, value.shape, strict=True))  # R is the same in all
 
 
 def _made(

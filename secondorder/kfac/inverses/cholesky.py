@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.relative_damping import min_scale, safe_scale, tikhonov
+from secondorder.kfac.inverses.diagonal import times, times_right
 from secondorder.kfac.inverses.inverse import Factors, Inverse
 from secondorder.kfac.inverses.numerics import inverses
 
@@ -35,7 +36,7 @@ class Cholesky(Inverse):
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W; the damping was fixed when P was made."""
-        return ((self.B_inverse @ gradient.to(self.B_inverse.dtype)) @ self.A_inverse).to(gradient.dtype)
+        return times_right(times(self.B_inverse, gradient.to(self.B_inverse.dtype)), self.A_inverse).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor:
         """lambda when P was made."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from secondorder.curvature.relative_damping import safe_scale, tikhonov
+from secondorder.kfac.inverses.diagonal import times, times_right, transposed
 from secondorder.kfac.inverses.inverse import Factors, Inverse
 from secondorder.kfac.inverses.numerics import eigen
 
@@ -34,11 +35,11 @@ class Rotated(Inverse):
 
     def rotated(self, W: Tensor) -> Tensor:
         """Q_B^T W Q_A, `W` in the eigenbasis."""
-        return (self.Q_B.mT @ W.to(self.Q_B.dtype)) @ self.Q_A
+        return times_right(times(transposed(self.Q_B), W.to(self.Q_B.dtype)), self.Q_A)
 
     def rotated_back(self, M: Tensor) -> Tensor:
         """Q_B M Q_A^T, the inverse of `rotated`."""
-        return (self.Q_B @ M) @ self.Q_A.mT
+        return times_right(times(self.Q_B, M), transposed(self.Q_A))
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
+from secondorder.kfac.inverses.diagonal import product, times, times_right, transposed
 from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
 from secondorder.kfac.inverses.inverse import Factors, Inverse
 
@@ -49,8 +50,8 @@ class CorrectedEigenbasis(Rotated):
 
     def carried(self, other: "CorrectedEigenbasis") -> None:
         """Take over S of other bases."""
-        left, right = self.Q_B.mT @ other.Q_B, other.Q_A.mT @ self.Q_A
-        self.S = (left.square_() @ other.S) @ right.square_()
+        left, right = product(transposed(self.Q_B), other.Q_B), product(transposed(other.Q_A), self.Q_A)
+        self.S = times_right(times(left.square_(), other.S), right.square_())
         self.scale = safe_scale(weighted_mean_eigenvalue(self.S, self.S.sum((1, 2))))
         self.weight = other.weight
 

@@ -21,7 +21,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from secondorder.curvature.relative_damping import tikhonov, weighted_mean_eigenvalue
+from secondorder.curvature.relative_damping import tikhonov
+from secondorder.kfac.inverses.diagonal import mean_eigenvalue, weighted_eigenvalue
 
 State = dict[str, Tensor | float | str]
 """What a checkpoint keeps of an inverse."""
@@ -29,7 +30,10 @@ State = dict[str, Tensor | float | str]
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The Kronecker factors of a layer: B `[G, O, O]`, and A `[G, D, D]` or rows `[G, R, D]` with A = rows^T rows."""
+    """The Kronecker factors of a layer: B `[G, O, O]`, and A `[G, D, D]` or rows `[G, R, D]` with A = rows^T rows.
+
+    A or B that is diagonal is its diagonal, `[G, D]` or `[G, O]`.
+    """
 
     name: str
     A: Tensor | None
@@ -104,13 +108,3 @@ class Identity(Inverse):
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
         return tikhonov(self.scale, damping, relative)
-
-
-def mean_eigenvalue(matrices: Tensor) -> Tensor:
-    """tr S / n `[G]` of symmetric matrices `[G, n, n]`."""
-    return matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
-
-
-def weighted_eigenvalue(matrices: Tensor) -> Tensor:
-    """|S|_F^2 / tr S `[G]` of symmetric positive semi-definite matrices `[G, n, n]`, 0 for zero ones."""
-    return weighted_mean_eigenvalue(matrices, matrices.diagonal(dim1=-2, dim2=-1).sum(-1))

@@ -3,6 +3,8 @@
 inverse        Cholesky -> Cholesky with growing jitter on the diagonal -> eigenvalues in float64, on the CPU
 eigenvalues    in the matrix's own precision -> in float64, on the CPU
 either         -> the layer's last good inverse -> W / lambda when there was none yet
+
+A diagonal matrix, given by its diagonal `[G, n]`, is its own decomposition, and its eigenvectors are a diagonal of ones.
 """
 
 from collections import Counter
@@ -80,6 +82,8 @@ def _of_one_size(matrices: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _eigh(S: Tensor) -> Result | None:
+    if S.ndim == 2:
+        return S.clamp(min=0), torch.ones_like(S)
     try:
         values, vectors = torch.linalg.eigh(S)
     except torch.linalg.LinAlgError:
@@ -94,6 +98,8 @@ def _eigh_float64(S: Tensor, report: Counter[str]) -> Result | None:
 
 
 def _cholesky_inverse(S: Tensor) -> Result | None:
+    if S.ndim == 2:
+        return (S.reciprocal(),)
     L, info = torch.linalg.cholesky_ex(S)
     if info.any():
         return None
@@ -122,6 +128,8 @@ def _spectral_inverse(S: Tensor, shift: Tensor, report: Counter[str]) -> Result 
 
 def _shifted(S: Tensor, shift: Tensor) -> Tensor:
     """S + shift I."""
+    if S.ndim == 2:
+        return S + shift[:, 0]
     total = S.clone()
     total.diagonal(dim1=-2, dim2=-1).add_(shift[:, 0])
     return total
