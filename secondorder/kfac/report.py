@@ -29,10 +29,10 @@ class ParameterRow:
     parameter: str
     shape: tuple[int, ...]
     treatment: str
-    """kfac, ekfac, fallback or frozen."""
+    """kfac, ekfac, diagonal, fallback or frozen."""
     reason: str
     input_factor: str
-    """Size of A: groups x D x D, or "R x D rows" of a wide layer."""
+    """Size of A: groups x D x D, or "R x D rows" of a wide layer, "D diagonal"."""
     gradient_factor: str
     factor_bytes: int
     inverse_bytes: int
@@ -133,7 +133,7 @@ def parameter_rows(
                 treatment.how,
                 treatment.why,
                 _input_size(layer, statistics) if layer is not None else "",
-                _size(layer.groups, layer.outputs) if layer is not None else "",
+                _size(layer.groups, layer.outputs) if layer is not None and not layer.diagonal else "",
                 statistics[layer.name].nbytes if layer is not None and weight else 0,
                 inverse.nbytes if inverse is not None and weight else 0,
             )
@@ -143,7 +143,7 @@ def parameter_rows(
 
 def _input_size(layer: KroneckerLayer, statistics: Mapping[str, LayerStatistics]) -> str:
     if layer.diagonal or layer.kind.diagonal_input:
-        return f"{layer.inputs} diagonal"
+        return f"{layer.inputs if layer.groups == 1 else f'{layer.groups} x {layer.inputs}'} diagonal"
     if statistics[layer.name].dense:
         return _size(layer.groups, layer.inputs)
     rows = statistics[layer.name].rows

@@ -22,7 +22,7 @@ from secondorder.networks import network
 
 EVEN = "ignore:Using padding='same' with even kernel lengths"
 MAPS = {"1d": (4, 9), "2d": (4, 7, 6), "3d": (4, 4, 5, 3)}
-SMALL_MAPS = {"1d": (4, 5), "2d": (4, 3, 4), "3d": (4, 2, 3, 2)}
+SMALL_MAPS = {"1d": (4, 5), "2d": (4, 3, 4), "3d": (4, 2, 2, 1)}
 CONVOLUTIONS = {
     "3": {"kernel_size": 3, "padding": 1},
     "1": {"kernel_size": 1},
