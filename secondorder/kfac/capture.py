@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from secondorder.errors import InputError
+from secondorder.kfac.attention import AttentionWatch
 from secondorder.kfac.graph import last_of, nodes_below
 from secondorder.kfac.hooks import Hook, handles_of, is_pulling, pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
@@ -63,7 +63,7 @@ class Capture:
         self._step = 1
         self._filling = False
         self._delivered: set[KroneckerLayer] = set()
-        self._handles: list[RemovableHandle] = handles_of(self)
+        self._handles: list[Any] = handles_of(self)
         self._listeners: list[weakref.WeakMethod[Any]] = []
         self._recorded: weakref.WeakSet[Use] = weakref.WeakSet()
         self._waiting: weakref.WeakSet[Use] = weakref.WeakSet()  # whose gradient may come
@@ -77,6 +77,7 @@ class Capture:
             for module in layer.modules:
                 hook = Hook(self, Capture._record, layer)
                 self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        self._handles.append(AttentionWatch({layer: Hook(self, Capture._record, layer) for layer in self.layers}))
         if self.model is not None:
             self._handles.append(self.model.register_forward_pre_hook(Hook(self, Capture._begin_forward)))
             self._handles.append(self.model.register_forward_hook(Hook(self, Capture._end_forward)))

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
-
 
 class Hook:
     """Calls `function(owner, *given, *args)` as long as the owner lives; a copy or pickle of a hook does nothing."""
@@ -25,14 +23,14 @@ class Hook:
         return Hook, ()
 
 
-def handles_of(owner: Any) -> list[RemovableHandle]:
+def handles_of(owner: Any) -> list[Any]:
     """A list for the handles of an object's hooks, which are removed when the object dies."""
-    handles: list[RemovableHandle] = []
+    handles: list[Any] = []
     weakref.finalize(owner, remove, handles).atexit = False
     return handles
 
 
-def remove(handles: list[RemovableHandle]) -> None:
+def remove(handles: list[Any]) -> None:
     """Remove the hooks, and empty the list."""
     for handle in handles:
         handle.remove()

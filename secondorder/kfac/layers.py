@@ -18,7 +18,14 @@ from secondorder.curvature.kronecker.factors import SHARINGS
 from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError, check_known
-from secondorder.kfac.modules import Place, modules_by_parameter, reason_without_factors, unsupported_modules
+from secondorder.kfac.modules import (
+    WEIGHTS,
+    Place,
+    attention_modules,
+    modules_by_parameter,
+    reason_without_factors,
+    unsupported_modules,
+)
 from secondorder.kfac.options import WIDE_INPUT
 
 APPROXIMATIONS = ("kfac", "ekfac", "fallback", "diagonal")
@@ -35,6 +42,9 @@ class KroneckerLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     wide_inputs: int
+    attribute: str = "weight"
+    callers: tuple[nn.Module, ...] = ()
+    """Modules that use the weight without a call of `modules`: see `attention`."""
 
     @property
     def module(self) -> nn.Module:
@@ -44,7 +54,7 @@ class KroneckerLayer:
     @cached_property
     def kind(self) -> LayerKind:
         """What the module does with its weight."""
-        return layer_kind(self.module)
+        return layer_kind(self.module, self.attribute)
 
     @cached_property
     def groups(self) -> int:
@@ -116,18 +126,20 @@ def find_layers(
     check_known("sharing", sharing, SHARINGS)
     places = modules_by_parameter(model)
     _check_parameters(places)
-    unsupported = unsupported_modules(model)
+    unsupported, attention = unsupported_modules(model), attention_modules(model)
     layers: list[KroneckerLayer] = []
     treatments: dict[nn.Parameter, tuple[str, str, str | None]] = {}
     candidates = 0
     matched: set[str] = set()
     for weight, holders in places.items():
         why = reason_without_factors(weight, holders, unsupported)
-        if holders[0].attribute != "weight" or why or not weight.requires_grad:
+        attribute = holders[0].attribute
+        if attribute not in WEIGHTS or why or not weight.requires_grad:
             continue
-        names = [holder.path for holder in holders]
+        part = attribute.removesuffix("_weight") if attribute != "weight" else ""
+        names = [f"{holder.path}.{part}".strip(".") if part else holder.path for holder in holders]
         word, pattern = _word(policy, names)
-        bias, described = _bias(holders, places), layer_kind(holders[0].module)
+        bias, described = _bias(holders, places), layer_kind(holders[0].module, attribute)
         name, why = None, type(holders[0].module).__name__
         if described.has_factors or word in ("diagonal", "fallback"):
             candidates += described.has_factors
@@ -140,7 +152,8 @@ def find_layers(
             name = names[0]
             positions = "expand" if described.diagonal_input else sharing
             modules = tuple(holder.module for holder in holders)
-            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, wide_inputs))
+            callers = tuple(attention[module] for module in modules if module in attention)
+            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, wide_inputs, attribute, callers))
         for parameter in (weight, bias):
             if parameter is not None:
                 treatments[parameter] = (word, why, name)
@@ -199,11 +212,12 @@ def _nothing(candidates: int) -> str:
 
 def _bias(holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]]) -> nn.Parameter | None:
     """The trainable bias that these modules, and no others, add."""
-    bias = holders[0].module._parameters.get("bias")
+    attribute = WEIGHTS[holders[0].attribute]
+    bias = holders[0].module._parameters.get(attribute)
     if bias is None or not bias.requires_grad:
         return None
     users = [(place.module, place.attribute) for place in places[bias]]
-    return bias if users == [(holder.module, "bias") for holder in holders] else None
+    return bias if users == [(holder.module, attribute) for holder in holders] else None
 
 
 def _other(

@@ -20,6 +20,16 @@ EMBEDDING_OPTIONS = ("sparse", "scale_grad_by_freq", "max_norm")
 """Of an embedding whose weight's gradient is not the sum of the gradients at its output by token."""
 
 
+WEIGHTS = {
+    "weight": "bias",
+    "in_proj_weight": "in_proj_bias",
+    "q_proj_weight": "",
+    "k_proj_weight": "",
+    "v_proj_weight": "",
+}
+"""Names of weights, and of the bias that is added after each; one for three weights is none of theirs."""
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """A module that holds a parameter, under the name `attribute`; path: without what wrappers add."""
@@ -70,8 +80,8 @@ def unsupported_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Modules whose own kind, or that of a module around them, excludes them, with the reason."""
     found: dict[nn.Module, str] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            reason = "MultiheadAttention uses its weights without calling its layers"
+        if isinstance(module, nn.MultiheadAttention) and not _plain(module):
+            reason = f"{type(module).__name__} uses its weights without calling its layers"
             found |= dict.fromkeys(module.modules(), reason)
     for module in model.modules():
         if isinstance(module, ParametrizationList):
@@ -81,12 +91,20 @@ def unsupported_modules(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def attention_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The attention module that uses the weights of a module, itself or its output projection, without calling it."""
+    found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return {module: module for module in found} | {module.out_proj: module for module in found}
+
+
 def _plain(module: nn.Module) -> bool:
     """Whether a module computes what its type, one of KINDS, does."""
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     if kind is None or "forward" in vars(module) or type(module).forward is not kind.forward:
         return False
-    if "weight" not in module._parameters:  # reparametrised by hooks or properties
+    if not any(name in module._parameters for name in WEIGHTS):  # reparametrised by hooks or properties
+        return False
+    if isinstance(module, nn.MultiheadAttention) and not _plain(module.out_proj):
         return False
     if _embedding_option(module):
         return False

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.kronecker.autocorrelation import autocorrelation_factor, autocorrelation_is_faster
-from secondorder.curvature.kronecker.layer_kinds import Convolution, Embedding, layer_kind
+from secondorder.curvature.kronecker.layer_kinds import Convolution, Embedding, InProjection, layer_kind
 from secondorder.curvature.kronecker.patches import patches
 from secondorder.curvature.kronecker.weight_sharing import UNFOLDED_BYTES, LayerKind, with_ones
 from secondorder.errors import unknown
@@ -76,6 +76,10 @@ def joint_input_sum(
     if sharing == "reduce":
         a = _mean_rows(kind, xs, bias)
         return a.mT @ a
+    if isinstance(kind, InProjection):
+        alike = all(x.stride(2) == 0 for x in xs)  # self-attention: query, key and value are the same
+        a = joint_input_rows(kind, xs, sharing, bias)
+        return _gram(a[:1]).repeat(3, 1, 1) if alike else _gram(a)
     return _sum(_expanded(kind, x, bias, most_bytes) for x in xs)
 
 
@@ -83,8 +87,9 @@ def joint_input_rows(kind: LayerKind, xs: Sequence[Tensor], sharing: str, bias: 
     """The vectors a `[G, R, D]` of all uses in one forward: R = N T (expand), N (reduce)."""
     if sharing == "reduce":
         return _mean_rows(kind, xs, bias)
-    rows = [with_ones(kind.input_vectors(x), bias).transpose(0, 1).flatten(1, 2) for x in xs]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    rows = [kind.joint_vectors(x, bias).transpose(0, 1).flatten(1, 2) for x in xs]
+    joint = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    return joint * kind.weights_of_positions(xs).sqrt() if isinstance(kind, InProjection) else joint
 
 
 def joint_gradient_sum(kind: LayerKind, gs: Sequence[Tensor], sharing: str, most_bytes: int | None = None) -> Tensor:
@@ -123,6 +128,9 @@ def _expanded(kind: LayerKind, x: Tensor, bias: bool, most_bytes: int | None) ->
 def _mean_rows(kind: LayerKind, xs: Sequence[Tensor], bias: bool) -> Tensor:
     """mean_t a `[G, N, D]` over the positions of all uses."""
     T = [kind.positions(x) for x in xs]
+    if isinstance(kind, InProjection):
+        mean = _sum(kind.joint_vectors(x, bias).sum(2) / sum(T) for x in xs)
+        return mean.transpose(0, 1) * kind.weights_of_positions(xs)
     means = [with_ones(kind.mean_vectors(x), bias) for x in xs]
     if len(xs) > 1:
         means = [mean.mul_(t / sum(T)) for mean, t in zip(means, T, strict=True)]

@@ -34,8 +34,8 @@ class Linear(LayerKind):
 class Convolution(LayerKind):
     """A convolution of one to three dimensions; any stride, padding, padding mode, dilation and groups."""
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
+    def __init__(self, module: Any, attribute: str = "weight") -> None:
+        super().__init__(module, attribute)
         self.sample = 1 + len(module.kernel_size)
 
     @property
@@ -168,6 +168,46 @@ class Embedding(LayerKind):
         return torch.ones_like(x, dtype=torch.bool).flatten() if padding is None else x.flatten() != padding
 
 
+class InProjection(LayerKind):
+    """The projections of query, key and value by one weight `[3 E, E]`, three groups with inputs of their own.
+
+    An input is `[N, T, 3, E + 1]`: what is projected, with a one, and zeros in groups that the call does not project. A group has
+    the positions of its own calls: a key can have more of them than a query.
+    """
+
+    sample = 3
+
+    @property
+    def groups(self) -> int:
+        """G = 3."""
+        return 3
+
+    def batched(self, x: Tensor, leading: int = 0) -> Tensor:
+        """They always have a batch."""
+        return x
+
+    def positions(self, x: Tensor) -> int:
+        """T."""
+        return x.shape[1]
+
+    def input_vectors(self, x: Tensor) -> Tensor:
+        """The inputs of each group."""
+        return self.joint_vectors(x, bias=False)
+
+    def joint_vectors(self, x: Tensor, bias: bool) -> Tensor:
+        """The inputs of each group, with the one of a bias."""
+        return x[..., : self.inputs + bias].transpose(1, 2)
+
+    def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
+        """The gradients of each group."""
+        return s.unflatten(-1, (3, -1)).transpose(-2, -3)
+
+    def weights_of_positions(self, xs: Sequence[Tensor]) -> Tensor:
+        """The positions of all calls as a multiple of those of each group `[3, 1, 1]`."""
+        own = sum((x[0, :, :, -1].sum(0) for x in xs), start=xs[0].new_zeros(3))
+        return (sum(map(self.positions, xs)) / own.clamp(min=1.0))[:, None, None]
+
+
 LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
     nn.Linear: Linear,
     nn.Conv1d: Convolution,
@@ -177,6 +217,7 @@ LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
     nn.ConvTranspose2d: TransposedConvolution,
     nn.ConvTranspose3d: TransposedConvolution,
     nn.Embedding: Embedding,
+    nn.MultiheadAttention: InProjection,
     nn.LayerNorm: Normalisation,
     nn.RMSNorm: Normalisation,
     nn.GroupNorm: Normalisation,
@@ -187,9 +228,11 @@ LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
 """A new kind of layer is one record."""
 
 
-def layer_kind(module: nn.Module) -> LayerKind:
-    """The description of a layer; InputError for a module of no kind in LAYER_KINDS."""
+def layer_kind(module: nn.Module, attribute: str = "weight") -> LayerKind:
+    """What a module does with the weight of this name; InputError for a module of no kind in LAYER_KINDS."""
+    if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        return Linear(module, attribute)
     for kind, description in LAYER_KINDS.items():
         if isinstance(module, kind):
-            return description(module)
+            return description(module, attribute)
     raise InputError(f"{type(module).__name__} is no kind of layer with a description of what its weight multiplies")

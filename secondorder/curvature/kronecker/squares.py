@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from secondorder.curvature.kronecker.factors import CACHED_BYTES
 from secondorder.curvature.kronecker.layer_kinds import Convolution, Embedding
 from secondorder.curvature.kronecker.patches import moves, padded
-from secondorder.curvature.kronecker.weight_sharing import LayerKind, with_ones
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
 
 CHUNK_BYTES = 16 * 2**20
 """Of the products of single samples at a time."""
@@ -55,7 +55,7 @@ def squared_sample_gradients(kind: LayerKind, xs: Sequence[Tensor], gs: Sequence
     at_once = min(kind.samples_at_a_time(x) for x in xs)
     for first in range(0, len(xs[0]), at_once):
         samples = slice(first, first + at_once)
-        vectors = [with_ones(kind.input_vectors(x[samples]), bias) for x in xs]
+        vectors = [kind.joint_vectors(x[samples], bias) for x in xs]
         for v in range(len(gs[0])):
             gradients = [kind.output_vectors(g[v, samples]).mT for g in gs]
             for start in range(0, len(vectors[0]), few):
@@ -67,7 +67,7 @@ def squared_sample_gradients(kind: LayerKind, xs: Sequence[Tensor], gs: Sequence
 def _of_vectors(
     kind: LayerKind, xs: Sequence[Tensor], gs: Sequence[Tensor], Q_A: Tensor, Q_B: Tensor, bias: bool
 ) -> Iterator[Tensor]:
-    a = [with_ones(kind.input_vectors(x), bias) for x in xs]
+    a = [kind.joint_vectors(x, bias) for x in xs]
     g = [kind.output_vectors(g) for g in gs]
     yield squared_gradients(Q_A, Q_B, *(parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in (a, g)))
 

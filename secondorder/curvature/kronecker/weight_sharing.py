@@ -41,9 +41,9 @@ class LayerKind(ABC):
     has_factors = True
     """Whether Kronecker factors say something about it; else there is only the diagonal of its block."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, attribute: str = "weight") -> None:
         self.module = module
-        self.weight_shape = module.weight.shape
+        self.weight_shape = getattr(module, attribute).shape
 
     @property
     def groups(self) -> int:
@@ -91,6 +91,10 @@ class LayerKind(ABC):
         """mean_t a `[N, G, D]`."""
         return self.input_vectors(x).mean(2)
 
+    def joint_vectors(self, x: Tensor, bias: bool) -> Tensor:
+        """a `[N, G, T, D]`, D with the one of a bias."""
+        return with_ones(self.input_vectors(x), bias)
+
     @abstractmethod
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
         """g `[*, G, T, O]` of gradients `[*, *out]` at the output, with so many leading dimensions."""
@@ -99,7 +103,7 @@ class LayerKind(ABC):
         """sum_nt g a^T `[G, O, D]`, D with the one of a bias: what autograd has to find for weight and bias."""
         step = self.samples_at_a_time(x)
         parts = (
-            torch.einsum("ngto,ngtd->god", self.output_vectors(gs), with_ones(self.input_vectors(part), bias))
+            torch.einsum("ngto,ngtd->god", self.output_vectors(gs), self.joint_vectors(part, bias))
             for part, gs in zip(x.split(step), g.split(step), strict=True)
         )
         return _sum(parts)
