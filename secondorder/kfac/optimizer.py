@@ -47,7 +47,7 @@ class KFAC(torch.optim.Optimizer):
             F.cross_entropy(logits, labels).backward()
             opt.step()
 
-    Linear layers and 1d and 2d convolutions have Kronecker factors; batch norm, embeddings and other parameters get the
+    Linear layers, convolutions, attention and embeddings have Kronecker factors; batch norm and other parameters get the
     fallback in the same step (`Options.fallback`); `report()` says which is which. Works with learning-rate schedulers,
     closures, gradient accumulation, autocast with GradScaler, DistributedDataParallel. `state_dict()` is complete: a resumed
     training takes the same steps, bit for bit on a CPU.

@@ -150,7 +150,7 @@ class Options:
 
     groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}.
         A layer's damping is that of its weight's group; so is its momentum, unless step_rule="natural".
-    fallback: update of parameters without Kronecker structure (batch norm, embeddings, ...) beside natural steps: "sgd", or
+    fallback: update of parameters without Kronecker structure (batch norm, LSTM, ...) beside natural steps: "sgd", or
         "adam"; beside all others it is Adam's.
     fallback_lr: their learning rate in units of lr.
     decoupled: weight decay acts on the weights, w <- (1 - lr weight_decay) w; otherwise it is added to the gradient, and

@@ -31,7 +31,7 @@ ENTRIES = (
 class KFACPreconditioner:
     """Replaces the gradients of a model's layers by P grad, for any torch optimiser: `pre.step(); opt.step()`.
 
-    Linear layers and 1d and 2d convolutions are preconditioned, other parameters keep their gradient (`report()` lists them).
+    Linear layers, convolutions, attention and embeddings are preconditioned, other parameters keep theirs (`report()`).
     Martens & Grosse, ICML 2015; Grosse & Martens, ICML 2016; George et al., NeurIPS 2018 (ekfac). The curvature is that of
     the mean loss over samples, F = mean_n J_n^T H_n J_n, whichever reduction the loss has.
 
@@ -47,7 +47,8 @@ class KFACPreconditioner:
         ema_decay: of the running means of the factors, in [0, 1); bias-corrected.
         factor_interval, inverse_interval: steps between two updates of the factors, and of the inverses.
         fisher: "mc", "empirical", "exact", or Fisher (likelihood, reduction, ...).
-        approximation: "kfac" or "ekfac", or one for each pattern of layer names: {"head.*": "ekfac", "stem": "fallback"}.
+        approximation: "kfac" or "ekfac", or one for each pattern of layer names: {"head.*": "ekfac", "stem": "fallback"};
+            "diagonal" for the diagonal of the layer's own block, which normalisations can have, too.
         sharing: how positions of a convolution count: "expand" (each by itself) or "reduce" (their mean).
         options: the rest.
 

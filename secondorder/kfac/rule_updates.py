@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ for noise, and goes to 0 once a gradient has vanished, which is all that concern
 BUFFERS = ("momentum_buffer", "square", "size", "squares")
 """Of a layer, with its weight: m and v `[G, O, D]`, in the eigenbasis where there is one, the mean length of P g without one, and
 the number of gradients in them."""
+SPARSE_DECAY = 0.999
+"""Of the running mean of squares of an embedding, most of whose rows have no gradient in a step. Its step in the eigenbasis has
+Adam's own length: a fixed one, of the whole table, would go to the few rows of a batch. Held-out loss of a small transformer,
+three seeds: 1.499, a fixed length with the rule's decay 1.507, the fallback 1.496; natural step 2.277, fallback 2.295."""
 TOGETHER = 2**18
 """Numbers in layers whose updates are computed together."""
 
@@ -62,7 +66,9 @@ def updates(
             if (g := blocks.matrix(layer, natural)) is not None
         ]
         for together in _buckets(tracks):
-            for track, update in zip(together, _of_layers(rule, together), strict=True):
+            sparse = together[0].basis is not None and together[0].layer.kind.diagonal_input
+            own = replace(rule, length="free", decay=SPARSE_DECAY) if sparse else rule
+            for track, update in zip(together, _of_layers(own, together), strict=True):
                 layer = track.layer
                 parts = zip((layer.weight, layer.bias), layer.parts(update), strict=True)
                 found |= {p: part for p, part in parts if p in gradients and part is not None}
@@ -79,6 +85,11 @@ class Track:
     state: dict[str, Any]
     beta: float
     basis: Rotated | None
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it has an eigenbasis, and sparse gradients: layers of one kind take their steps together."""
+        return self.basis is not None, self.layer.kind.diagonal_input
 
     def buffer(self, name: str) -> Tensor:
         """A buffer of the state, zero at first and after a change of the layer's shape."""
@@ -108,11 +119,11 @@ def carry(before: Mapping[str, Rotated], blocks: Blocks, state: State) -> None:
 
 def _buckets(tracks: Sequence[Track]) -> Iterator[list[Track]]:
     """Layers of one kind, as many at a time as are small: a call has its price, and memory another."""
-    for with_basis in (True, False):
+    for kind in {track.kind: None for track in tracks}:
         bucket: list[Track] = []
         size = 0
         for track in tracks:
-            if (track.basis is not None) == with_basis:
+            if track.kind == kind:
                 if bucket and size + track.g.numel() > TOGETHER:
                     yield bucket
                     bucket, size = [], 0

@@ -102,12 +102,11 @@ def test_reasons() -> None:
     model.patched = nn.Linear(4, 4)
     model.patched.forward = lambda x: x  # type: ignore[method-assign]
     table = treated(model)
-    attention = "MultiheadAttention uses its weights without calling its layers"
     expected = {
         "embed.weight": ("fallback", "shared by unlike modules: Embedding embed and Linear tied", None),
         "norm.bias": ("fallback", "LayerNorm", None),
-        "attention.in_proj_weight": ("fallback", attention, None),
-        "attention.out_proj.weight": ("fallback", attention, None),
+        "attention.in_proj_weight": ("kfac", "MultiheadAttention", "attention.in_proj"),
+        "attention.out_proj.weight": ("kfac", "NonDynamicallyQuantizableLinear", "attention.out_proj"),
         "cube.weight": ("kfac", "Conv3d", "cube"),
         "upwards.weight": ("kfac", "ConvTranspose2d", "upwards"),
         "table.weight": ("kfac", "Embedding", "table"),
