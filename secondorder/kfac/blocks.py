@@ -11,7 +11,7 @@ from secondorder.curvature.relative_damping import safe_scale, tikhonov
 from secondorder.kfac.diagonal_statistics import DiagonalStatistics
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.inverses import CorrectedEigenbasis, Factors, Inverse, State, check_state, invert, restored
-from secondorder.kfac.inverses.diagonal import times_right
+from secondorder.kfac.inverses.diagonal import times, times_right
 from secondorder.kfac.inverses.eigenbasis import Rotated
 from secondorder.kfac.inverses.own_diagonal import OwnDiagonal, own_scale
 from secondorder.kfac.layers import KroneckerLayer
@@ -55,13 +55,12 @@ class Blocks:
         self._share_bases()
 
     def inverted(self, names: Sequence[str], events: Counter[str]) -> dict[str, Inverse]:
-        """Inverses of the layers, those of one kind together."""
-        found: dict[str, Inverse] = {}
-        for approximation, kind in (("kfac", self.damping.inverse), ("ekfac", "ekfac")):
-            chosen = [name for name in names if self.layers[name].approximation == approximation]
-            factors, dampings = [self.factors(name) for name in chosen], [self.dampings[name] for name in chosen]
-            found |= invert(factors, kind, dampings, self.damping.relative, self.inverses, events)
-        return found | {name: OwnDiagonal.of(S) for name in names if (S := self.squares(name)) is not None}
+        """Inverses of the layers."""
+        own = {name: OwnDiagonal.of(S) for name in names if (S := self.squares(name)) is not None}
+        chosen = [name for name in names if name not in own]
+        factors, dampings = [self.factors(name) for name in chosen], [self.dampings[name] for name in chosen]
+        kinds = ["ekfac" if self.layers[name].approximation == "ekfac" else self.damping.inverse for name in chosen]
+        return own | invert(factors, kinds, dampings, self.damping.relative, self.inverses, events)
 
     def correct(self, statistics: Sequence[LayerStatistics], ema_decay: float) -> None:
         """Take the squared gradients of a step into EKFAC's second moments."""
@@ -105,7 +104,7 @@ class Blocks:
                 continue
             factors = self.factors(name)
             WA = W @ factors.given.mT @ factors.given if factors.A is None else times_right(W, factors.A)
-            total = total + ((factors.B @ W) * WA).sum()
+            total = total + (times(factors.B, W) * WA).sum()
         return total
 
     def penalty(self, a: Mapping[nn.Parameter, Tensor], b: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -157,7 +156,7 @@ class Blocks:
         for name, content in state["inverses"].items():
             layer = self.layers[name]
             sizes = {"G": layer.groups, "O": layer.outputs, "D": layer.inputs}
-            diagonal = ("D",) if layer.kind.diagonal_input else ()
+            diagonal = ("D" if layer.kind.diagonal_input else "") + ("O" if layer.diagonal_outputs else "")
             check_state(f"kfac.inverses.{name}", content, sizes, layer.dtype, diagonal)
 
     def restored(self, state: Mapping[str, Mapping]) -> dict[str, Inverse]:
@@ -193,4 +192,5 @@ def _cost(layer: KroneckerLayer) -> float:
     if layer.diagonal:
         return float(layer.groups * layer.inputs * layer.outputs)
     inputs = 0 if layer.wide or layer.kind.diagonal_input else layer.inputs
-    return layer.groups * (inputs**3 + layer.outputs**3)
+    outputs = 0 if layer.diagonal_outputs else layer.outputs
+    return layer.groups * (inputs**3 + outputs**3)

@@ -26,7 +26,7 @@ from secondorder.kfac.modules import (
     reason_without_factors,
     unsupported_modules,
 )
-from secondorder.kfac.options import WIDE_INPUT
+from secondorder.kfac.options import WIDE_INPUT, WIDE_OUTPUT
 
 APPROXIMATIONS = ("kfac", "ekfac", "fallback", "diagonal")
 
@@ -42,6 +42,7 @@ class KroneckerLayer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     wide_inputs: int
+    wide_outputs: int
     attribute: str = "weight"
     callers: tuple[nn.Module, ...] = ()
     """Modules that use the weight without a call of `modules`: see `attention`."""
@@ -75,6 +76,11 @@ class KroneckerLayer:
     def wide(self) -> bool:
         """Whether there are so many inputs that A may be kept as rows."""
         return self.inputs > self.wide_inputs and not self.kind.diagonal_input and not self.diagonal
+
+    @property
+    def diagonal_outputs(self) -> bool:
+        """Whether there are so many outputs that B is kept as its diagonal."""
+        return self.outputs > self.wide_outputs and not self.diagonal
 
     @property
     def diagonal(self) -> bool:
@@ -114,6 +120,7 @@ def find_layers(
     approximation: str | Mapping[str, str] = "kfac",
     sharing: str = "expand",
     wide_inputs: int = WIDE_INPUT,
+    wide_outputs: int = WIDE_OUTPUT,
 ) -> tuple[list[KroneckerLayer], list[Treatment]]:
     """The layers with Kronecker factors, in the order of the model, and the treatment of every parameter.
 
@@ -153,7 +160,8 @@ def find_layers(
             positions = "expand" if described.diagonal_input else sharing
             modules = tuple(holder.module for holder in holders)
             callers = tuple(attention[module] for module in modules if module in attention)
-            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, wide_inputs, attribute, callers))
+            sizes = wide_inputs, wide_outputs
+            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, *sizes, attribute, callers))
         for parameter in (weight, bias):
             if parameter is not None:
                 treatments[parameter] = (word, why, name)

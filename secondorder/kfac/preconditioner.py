@@ -80,7 +80,7 @@ class KFACPreconditioner:
         self.damping = damping if isinstance(damping, Damping) else Damping(damping)
         self.fisher = fisher if isinstance(fisher, Fisher) else Fisher(fisher)
         self.ema_decay, self.sharing, self.options = float(ema_decay), sharing, options
-        layers, self.treatments = find_layers(model, approximation, sharing, options.wide_inputs)
+        layers, self.treatments = find_layers(model, approximation, sharing, options.wide_inputs, options.wide_outputs)
         self.layers: dict[str, KroneckerLayer] = {layer.name: layer for layer in layers}
         self.processes = Processes(options.synchronise)
         self.gathering = Gathering(layers, model, self.fisher, self.processes, options.check)

@@ -34,6 +34,7 @@ class ParameterRow:
     input_factor: str
     """Size of A: groups x D x D, or "R x D rows" of a wide layer, "D diagonal"."""
     gradient_factor: str
+    """Size of B: groups x O x O, or "O diagonal" of a layer with very many outputs."""
     factor_bytes: int
     inverse_bytes: int
 
@@ -133,7 +134,9 @@ def parameter_rows(
                 treatment.how,
                 treatment.why,
                 _input_size(layer, statistics) if layer is not None else "",
-                _size(layer.groups, layer.outputs) if layer is not None and not layer.diagonal else "",
+                _size(layer.groups, layer.outputs, layer.diagonal_outputs)
+                if layer is not None and not layer.diagonal
+                else "",
                 statistics[layer.name].nbytes if layer is not None and weight else 0,
                 inverse.nbytes if inverse is not None and weight else 0,
             )
@@ -143,12 +146,13 @@ def parameter_rows(
 
 def _input_size(layer: KroneckerLayer, statistics: Mapping[str, LayerStatistics]) -> str:
     if layer.diagonal or layer.kind.diagonal_input:
-        return f"{layer.inputs if layer.groups == 1 else f'{layer.groups} x {layer.inputs}'} diagonal"
+        return _size(layer.groups, layer.inputs, diagonal=True)
     if statistics[layer.name].dense:
         return _size(layer.groups, layer.inputs)
     rows = statistics[layer.name].rows
     return f"{'?' if rows is None else rows.shape[-2]} x {layer.inputs} rows"
 
 
-def _size(groups: int, side: int) -> str:
-    return f"{side} x {side}" if groups == 1 else f"{groups} x {side} x {side}"
+def _size(groups: int, side: int, diagonal: bool = False) -> str:
+    size = f"{side} diagonal" if diagonal else f"{side} x {side}"
+    return size if groups == 1 else f"{groups} x {size}"

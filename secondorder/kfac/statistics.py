@@ -3,6 +3,7 @@
     expand  A = sum_nt a a^T / (N T)                      B = sum_nt g g^T / N
     reduce  A = sum_n (mean_t a) (mean_t a)^T / N         B = sum_n (sum_t g) (sum_t g)^T / N
 
+Of a layer with very many outputs B is the diagonal of this, `[G, O]` (`KroneckerLayer.diagonal_outputs`).
 Staged are plain sums and counts, which add over batches and processes; `commit` makes averages of them. The average over
 steps is F <- d F + (1 - d) new, w <- d w + (1 - d), read as F / w. Several uses of a layer in one forward are positions.
 A layer with many inputs (`wide`) keeps the last step's rows a instead of A, as long as those of all processes together are
@@ -18,7 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secondorder.curvature.kronecker.factors import joint_gradient_sum, joint_input_rows, joint_input_sum
+from secondorder.curvature.kronecker.factors import (
+    joint_gradient_sum,
+    joint_input_rows,
+    joint_input_sum,
+    joint_squared_sum,
+)
 from secondorder.curvature.kronecker.squares import squared_products
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
@@ -29,7 +35,7 @@ class LayerStatistics:
 
     bases: eigenvectors (Q_A `[G, D, D]`, Q_B `[G, O, O]`) in which squared gradients are summed, too (EKFAC), or None.
     squares: those of the last step, `[G, O, D]`. samples: N of the last step. dense: whether A is kept, not its rows. A of an
-    embedding is its diagonal `[G, D]`.
+    embedding is its diagonal `[G, D]`, B of very many outputs `[G, O]`.
     """
 
     averaged: ClassVar[tuple[str, ...]] = ("A", "B")
@@ -94,7 +100,8 @@ class LayerStatistics:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""
         layer, kind = self.layer, self.layer.kind
         gs = [kind.batched(g.to(layer.dtype), leading=1) for g in gradients]
-        self._stage("B", joint_gradient_sum(kind, gs, layer.sharing))
+        sum_of_products = joint_squared_sum if layer.diagonal_outputs else joint_gradient_sum
+        self._stage("B", sum_of_products(kind, gs, layer.sharing))
         if self.bases is not None:
             xs = [self._batched(x) for x in inputs]
             self._stage("S", squared_products(kind, xs, gs, *self.bases, layer.bias is not None))
@@ -210,7 +217,8 @@ class LayerStatistics:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
         A = (G, D) if self.layer.kind.diagonal_input else (G, D, D)
-        return {"A": A, "B": (G, outputs, outputs), "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
+        B = (G, outputs) if self.layer.diagonal_outputs else (G, outputs, outputs)
+        return {"A": A, "B": B, "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
 
     @property
     def _many_rows(self) -> bool:

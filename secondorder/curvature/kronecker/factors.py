@@ -92,6 +92,14 @@ def joint_input_rows(kind: LayerKind, xs: Sequence[Tensor], sharing: str, bias: 
     return joint * kind.weights_of_positions(xs).sqrt() if isinstance(kind, InProjection) else joint
 
 
+def joint_squared_sum(kind: LayerKind, gs: Sequence[Tensor], sharing: str) -> Tensor:
+    """The diagonal `[G, O]` of `joint_gradient_sum`, without the rest."""
+    vectors = (kind.output_vectors(g.flatten(0, 1)) for g in gs)
+    if sharing == "reduce":
+        return _sum(g.sum(2).transpose(0, 1) for g in vectors).square().sum(1)
+    return _sum(g.square().sum((0, 2)) for g in vectors)
+
+
 def joint_gradient_sum(kind: LayerKind, gs: Sequence[Tensor], sharing: str, most_bytes: int | None = None) -> Tensor:
     """B `[G, O, O]` of the gradients `[V, N, *out]` at the outputs of all uses in one forward."""
     vectors = (kind.output_vectors(g.flatten(0, 1)) for g in gs)

@@ -29,13 +29,13 @@ def squared_products(
 ) -> Tensor:
     """The sum for the inputs `[N, *in]` and the gradients `[V, N, *out]` at the outputs of all uses.
 
-    Q_A `[G, D, D]`, or `[G, D]` for an embedding, whose eigenvectors are the unit vectors; Q_B `[G, O, O]`.
+    Q_A `[G, D, D]`, Q_B `[G, O, O]`; `[G, D]` for an embedding, and `[G, O]` for very many outputs, are unit vectors.
     """
     total = Q_B.new_zeros(kind.groups, kind.outputs, Q_A.shape[-1])
     for v in range(len(gs[0])):
         gradients = [g[v] for g in gs]
         if isinstance(kind, Embedding):
-            parts = iter([kind.squared_gradients(xs, [g @ Q_B[0] for g in gradients])])
+            parts = iter([kind.squared_gradients(xs, gradients if Q_B.ndim == 2 else [g @ Q_B[0] for g in gradients])])
         elif isinstance(kind, Convolution):
             parts = _of_convolution(kind, xs, gradients, Q_A, Q_B, bias)
         else:
@@ -91,7 +91,7 @@ def _of_convolution(
                 place += product(kind, inputs, gradients, Q_A, bias)
         if not inputs_first:
             products = (products.flatten(1, 2) @ Q_A).view(products.shape)
-        yield (Q_B.mT[:, None] @ products).square_().sum(1)
+        yield (products if Q_B.ndim == 2 else Q_B.mT[:, None] @ products).square_().sum(1)
 
 
 def patch_product(kind: Convolution, x: Tensor, g: Tensor, Q_A: Tensor, bias: bool) -> Tensor:
@@ -135,7 +135,9 @@ def squared_gradients(Q_A: Tensor, Q_B: Tensor, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _projected(x: Tensor, Q: Tensor) -> Tensor:
-    """x Q for x `[n, G, T, K]`, Q `[G, K, K]`; one product for one group."""
+    """x Q for x `[n, G, T, K]`, Q `[G, K, K]`; one product for one group. Q `[G, K]` are the unit vectors."""
+    if Q.ndim == 2:
+        return x
     return (x.flatten(0, 2) @ Q[0]).view(x.shape) if len(Q) == 1 else x @ Q
 
 

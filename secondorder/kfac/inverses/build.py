@@ -10,17 +10,17 @@ from torch import Tensor
 from secondorder.curvature.relative_damping import min_scale, safe_scale
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.inverses.cholesky import Cholesky, cholesky
-from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbases
-from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse
+from secondorder.kfac.inverses.eigenbasis import Eigenbasis, eigenbasis
+from secondorder.kfac.inverses.ekfac import CorrectedEigenbasis, corrected_eigenbasis
+from secondorder.kfac.inverses.inverse import Factors, Identity, Inverse, Recipe, made
 from secondorder.kfac.inverses.own_diagonal import OwnDiagonal
-from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbases
+from secondorder.kfac.inverses.wide import WideCholesky, WideEigenbasis, wide_cholesky, wide_eigenbasis
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 from secondorder.matrix_power.transforms import full_precision, widened
 
 CLASSES: dict[str, type[Inverse]] = {
-    made.kind: made
-    for made in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, OwnDiagonal, Identity)
+    cls.kind: cls
+    for cls in (Eigenbasis, Cholesky, CorrectedEigenbasis, WideEigenbasis, WideCholesky, OwnDiagonal, Identity)
 }
 """The class of each state's kind."""
 KINDS = ("eigen", "cholesky", "ekfac")
@@ -35,20 +35,22 @@ NO_CURVATURE = "no curvature, damping is absolute"
 @torch.no_grad()
 def invert(
     factors: Sequence[Factors],
-    kind: str,
+    kind: str | Sequence[str],
     damping: Sequence[float],
     relative: bool,
     previous: Mapping[str, Inverse],
     report: Counter[str],
 ) -> dict[str, Inverse]:
-    """The inverse of each layer by its name, of one of KINDS, each with its own damping.
+    """The inverse of each layer by its name, of one of KINDS (for all, or each its own), each with its own damping.
 
     A layer whose factors are not finite or cannot be decomposed keeps the inverse it had in `previous`, and without one
     its gradient is divided by lambda. What went wrong is counted in `report` under the names of EVENTS, and
     "<name>: NO_CURVATURE". Raises InputError for an unknown kind and a damping that is not positive.
     """
-    if kind not in KINDS:
-        raise unknown("kind of inverse", kind, KINDS)
+    kinds = [kind] * len(factors) if isinstance(kind, str) else kind
+    for word in {kind} if isinstance(kind, str) else {*kind}:
+        if word not in KINDS:
+            raise unknown("kind of inverse", word, KINDS)
     for layer, value in zip(factors, damping, strict=True):
         if not 0 < value < float("inf"):
             raise InputError(f"damping {value} of layer {layer.name!r}: must be positive and finite")
@@ -60,14 +62,10 @@ def invert(
         if relative:
             flat = [layer.name for layer, ok, some in zip(layers, finite, curved, strict=True) if ok and not some]
             report.update(f"{name}: {NO_CURVATURE}" for name in flat)
-        good = [(layer, value) for layer, value, ok in zip(layers, damping, finite, strict=True) if ok]
-        made: dict[str, Inverse | None] = {}
-        for wide in (False, True):
-            chosen = [(layer, value) for layer, value in good if (layer.A is None) == wide]
-            chosen_layers, values = [layer for layer, _ in chosen], [value for _, value in chosen]
-            found = _made(chosen_layers, kind, values, relative, wide, previous, report)
-            made |= dict(zip((layer.name for layer in chosen_layers), found, strict=True))
-        return {layer.name: made.get(layer.name) or _fallback(layer, previous, report) for layer in layers}
+        good = [place for place, ok in zip(zip(layers, kinds, damping, strict=True), finite, strict=True) if ok]
+        recipes = (_recipe(layer, word, value, relative, previous.get(layer.name)) for layer, word, value in good)
+        found = dict(zip((layer.name for layer, *_ in good), made(recipes, report), strict=True))
+        return {layer.name: found.get(layer.name) or _fallback(layer, previous, report) for layer in layers}
 
 
 def restored(state: Mapping[str, Tensor | float | str]) -> Inverse:
@@ -90,35 +88,27 @@ def check_state(
         raise refused(entry, "is no state of an inverse")
     if state["kind"] not in CLASSES:
         raise unknown("kind of inverse", state["kind"], CLASSES)
-    made, lengths = CLASSES[state["kind"]], {"1": 1, **sizes}
-    check_entries(entry, state, ("kind", *(field.name for field in fields(made))))
-    for field in fields(made):
+    cls, lengths = CLASSES[state["kind"]], {"1": 1, **sizes}
+    check_entries(entry, state, ("kind", *(field.name for field in fields(cls))))
+    for field in fields(cls):
         value = state[field.name]
-        if field.name not in made.shapes:
+        if field.name not in cls.shapes:
             check_float(f"{entry}.{field.name}", value, most=1.0)
             continue
-        letters = made.shapes[field.name]
+        letters = cls.shapes[field.name]
         for letter in diagonal:
             letters = letters.replace(2 * letter, letter)
         check_tensor(f"{entry}.{field.name}", value, [lengths.get(letter) for letter in letters], dtype)
         lengths |= dict(zip(letters, value.shape, strict=True))  # R is the same in all
 
 
-def _made(
-    layers: Sequence[Factors],
-    kind: str,
-    damping: Sequence[float],
-    relative: bool,
-    wide: bool,
-    previous: Mapping[str, Inverse],
-    report: Counter[str],
-) -> Sequence[Inverse | None]:
-    """All of one form."""
+def _recipe(layer: Factors, kind: str, damping: float, relative: bool, previous: Inverse | None) -> Recipe:
+    wide = layer.A is None
     if kind == "cholesky":
-        return (wide_cholesky if wide else cholesky)(layers, damping, relative, report)
+        return (wide_cholesky if wide else cholesky)(layer, damping, relative)
     if wide:
-        return wide_eigenbases(layers, report)
-    return eigenbases(layers, report) if kind == "eigen" else corrected_eigenbases(layers, previous, report)
+        return wide_eigenbasis(layer)
+    return eigenbasis(layer) if kind == "eigen" else corrected_eigenbasis(layer, previous)
 
 
 def _finite_and_curved(layers: Sequence[Factors]) -> tuple[list[bool], list[bool]]:

@@ -6,8 +6,6 @@ J. Martens, R. Grosse, "Optimizing Neural Networks with Kronecker-factored Appro
 pi is 1 where one of them is zero.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from secondorder.curvature.relative_damping import min_scale, safe_scale, tikhonov
 from secondorder.kfac.inverses.diagonal import times, times_right
-from secondorder.kfac.inverses.inverse import Factors, Inverse
-from secondorder.kfac.inverses.numerics import inverses
+from secondorder.kfac.inverses.inverse import Factors, Inverse, Recipe
+from secondorder.kfac.inverses.numerics import Problem
 
 
 @dataclass(eq=False)
@@ -43,17 +41,14 @@ class Cholesky(Inverse):
         return self.added
 
 
-def cholesky(
-    factors: Sequence[Factors], damping: Sequence[float], relative: bool, report: Counter[str]
-) -> list[Cholesky | None]:
-    """The inverses of dense factors, None for a layer of which one cannot be inverted."""
-    shifts = [shifts_of(layer, value, relative) for layer, value in zip(factors, damping, strict=True)]
-    matrices = [matrix for layer in factors for matrix in (layer.B, layer.given)]
-    found = iter(inverses(matrices, [rho for rho_A, rho_B in shifts for rho in (rho_B, rho_A)], report))
-    return [
-        None if B is None or A is None else Cholesky(B, A, rho_A * rho_B)
-        for B, A, (rho_A, rho_B) in zip(found, found, shifts, strict=True)
-    ]
+def cholesky(layer: Factors, damping: float, relative: bool) -> Recipe:
+    """The inverses of two damped factors A and B."""
+    rho_A, rho_B = shifts_of(layer, damping, relative)
+
+    def make(B: tuple[Tensor], A: tuple[Tensor]) -> Cholesky:
+        return Cholesky(*B, *A, rho_A * rho_B)
+
+    return Recipe([Problem(layer.B, rho_B), Problem(layer.given, rho_A)], make)
 
 
 def shifts_of(layer: Factors, damping: float, relative: bool) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,14 @@ def times_right(W: Tensor, M: Tensor) -> Tensor:
     return W * M[:, None] if is_diagonal(M) else W @ M
 
 
+def rotated(Q: Tensor, W: Tensor, R: Tensor) -> Tensor:
+    """Q W R of orthogonal matrices, W `[G, n, k]`; a new tensor. Diagonal ones are those of the unit vectors: the identity."""
+    M = W if is_diagonal(Q) else Q @ W
+    if is_diagonal(R):
+        return M.clone() if M is W else M
+    return M @ R
+
+
 def product(M: Tensor, N: Tensor) -> Tensor:
     """M N of two matrices of the same kind."""
     return M * N if is_diagonal(M) else M @ N

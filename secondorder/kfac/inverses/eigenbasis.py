@@ -7,14 +7,15 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
 
 from secondorder.curvature.relative_damping import safe_scale, tikhonov
-from secondorder.kfac.inverses.diagonal import times, times_right, transposed
-from secondorder.kfac.inverses.inverse import Factors, Inverse
-from secondorder.kfac.inverses.numerics import eigen
+from secondorder.kfac.inverses.diagonal import rotated, transposed
+from secondorder.kfac.inverses.inverse import Factors, Inverse, Recipe, made
+from secondorder.kfac.inverses.numerics import Eigen, Problem
 
 
 class Rotated(Inverse):
@@ -35,11 +36,11 @@ class Rotated(Inverse):
 
     def rotated(self, W: Tensor) -> Tensor:
         """Q_B^T W Q_A, `W` in the eigenbasis."""
-        return times_right(times(transposed(self.Q_B), W.to(self.Q_B.dtype)), self.Q_A)
+        return rotated(transposed(self.Q_B), W.to(self.Q_B.dtype), self.Q_A)
 
     def rotated_back(self, M: Tensor) -> Tensor:
         """Q_B M Q_A^T, the inverse of `rotated`."""
-        return times_right(times(self.Q_B, M), transposed(self.Q_A))
+        return rotated(self.Q_B, M, transposed(self.Q_A))
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
@@ -67,14 +68,16 @@ class Eigenbasis(Rotated):
         return self.beta[:, :, None] * self.alpha[:, None, :]
 
 
-def eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Eigenbasis | None]:
-    """The eigenbases of dense factors, None for a layer of which one cannot be decomposed."""
-    decomposed = iter(eigen([matrix for layer in factors for matrix in (layer.B, layer.given)], report))
-    return [joined(layer, B, A) for layer, B, A in zip(factors, decomposed, decomposed, strict=True)]
+def eigenbasis(layer: Factors) -> Recipe:
+    """The eigenbases of two factors A and B."""
+    return Recipe([Problem(layer.B), Problem(layer.given)], partial(joined, layer))
 
 
-def joined(layer: Factors, B: tuple[Tensor, Tensor] | None, A: tuple[Tensor, Tensor] | None) -> Eigenbasis | None:
+def joined(layer: Factors, B: Eigen, A: Eigen) -> Eigenbasis:
     """Both decompositions as one inverse."""
-    if B is None or A is None:
-        return None
     return Eigenbasis(*B, *A, safe_scale(layer.scale))
+
+
+def eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Inverse | None]:
+    """The eigenbases of factors A and B, None for a layer of which one cannot be decomposed."""
+    return made(map(eigenbasis, factors), report)

@@ -10,8 +10,6 @@ When the bases are renewed, from Q to Q', S is carried over: the diagonal of Q d
 Index letters: N samples, T positions, G groups, D inputs and O outputs of a group. `squared_gradients` makes the sums.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,8 +18,9 @@ from torch import Tensor
 
 from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
 from secondorder.kfac.inverses.diagonal import product, times, times_right, transposed
-from secondorder.kfac.inverses.eigenbasis import Rotated, eigenbases
-from secondorder.kfac.inverses.inverse import Factors, Inverse
+from secondorder.kfac.inverses.eigenbasis import Rotated, joined
+from secondorder.kfac.inverses.inverse import Factors, Inverse, Recipe
+from secondorder.kfac.inverses.numerics import Eigen, Problem
 
 
 @dataclass(eq=False)
@@ -56,18 +55,14 @@ class CorrectedEigenbasis(Rotated):
         self.weight = other.weight
 
 
-def corrected_eigenbases(
-    factors: Sequence[Factors], previous: Mapping[str, Inverse], report: Counter[str]
-) -> list[CorrectedEigenbasis | None]:
-    """New bases from dense factors, with S of the previous ones; None for a layer of which one cannot be decomposed."""
-    found: list[CorrectedEigenbasis | None] = []
-    for layer, basis in zip(factors, eigenbases(factors, report), strict=True):
-        if basis is None:
-            found.append(None)
-            continue
+def corrected_eigenbasis(layer: Factors, previous: Inverse | None) -> Recipe:
+    """New bases of two factors A and B, with S of the previous ones."""
+
+    def make(B: Eigen, A: Eigen) -> CorrectedEigenbasis:
+        basis = joined(layer, B, A)
         made = CorrectedEigenbasis(basis.Q_B, basis.Q_A, basis.eigenvalues(), basis.scale, 0.0)
-        before = previous.get(layer.name)
-        if isinstance(before, CorrectedEigenbasis) and before.weight > 0 and before.S.shape == made.S.shape:
-            made.carried(before)
-        found.append(made)
-    return found
+        if isinstance(previous, CorrectedEigenbasis) and previous.weight > 0 and previous.S.shape == made.S.shape:
+            made.carried(previous)
+        return made
+
+    return Recipe([Problem(layer.B), Problem(layer.given)], make)

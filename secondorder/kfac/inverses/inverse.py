@@ -1,7 +1,8 @@
 """What a damped inverse of one layer's curvature block is: P = (B kron A + lambda I)^-1, made from the factors A and B.
 
 Index letters of this package: G groups, D inputs and O outputs of a group, R rows of a wide layer's input factor. The
-gradient W `[G, O, D]` is row-major, so that (B kron A) vec(W) = vec(B W A).
+gradient W `[G, O, D]` is row-major, so that (B kron A) vec(W) = vec(B W A). A factor of very many outputs
+or inputs is its diagonal, `[G, O]` or `[G, D]`, and so is what is made of it (`secondorder.kfac.inverses.diagonal`).
 
 Damping has one meaning, Tikhonov on the block F = B kron A. Absolute: lambda = damping. Relative, for each group: lambda =
 damping times the scale |F|_F^2 / tr F = (|A|_F^2 / tr A) (|B|_F^2 / tr B), the mean eigenvalue where each counts with its own
@@ -13,7 +14,8 @@ whose gradients are all zero, counts as 1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from secondorder.curvature.relative_damping import tikhonov
 from secondorder.kfac.inverses.diagonal import mean_eigenvalue, weighted_eigenvalue
+from secondorder.kfac.inverses.numerics import Problem, Result, solutions
 
 State = dict[str, Tensor | float | str]
 """What a checkpoint keeps of an inverse."""
@@ -108,3 +111,36 @@ class Identity(Inverse):
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
         return tikhonov(self.scale, damping, relative)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an inverse is made: `make` of the solutions of these problems."""
+
+    problems: Sequence[Problem]
+    make: Callable[..., Inverse]
+
+
+def made(recipes: Iterable[Recipe], report: Counter[str]) -> list[Inverse | None]:
+    """The inverse of each recipe, None where a problem has no solution.
+
+    On a CPU one after another, so that what is needed on the way is held for one layer only; on an accelerator all at once,
+    with one synchronisation.
+    """
+    found: list[Inverse | None] = []
+    waiting: list[Recipe] = []
+    for recipe in recipes:
+        waiting.append(recipe)
+        if recipe.problems[0].S.device.type == "cpu":
+            found += _made_at_once(waiting, report)
+            waiting = []
+    return found + _made_at_once(waiting, report)
+
+
+def _made_at_once(recipes: Sequence[Recipe], report: Counter[str]) -> list[Inverse | None]:
+    solved = iter(solutions([problem for recipe in recipes for problem in recipe.problems], report))
+    found: list[Inverse | None] = []
+    for recipe in recipes:
+        own: list[Result | None] = [next(solved) for _ in recipe.problems]
+        found.append(None if any(solution is None for solution in own) else recipe.make(*own))
+    return found

@@ -9,8 +9,6 @@ The gradient of the batch that made the rows lies in their range, and beta alpha
 it in M - C U would be larger than the first term. So it is projected out once more, and U is made in float64, block by block.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,8 +18,9 @@ from torch import Tensor
 from secondorder.accelerator import check_float64
 from secondorder.curvature.relative_damping import safe_scale, tikhonov
 from secondorder.kfac.inverses.cholesky import shifts_of
-from secondorder.kfac.inverses.inverse import Factors, Inverse
-from secondorder.kfac.inverses.numerics import eigen, inverses
+from secondorder.kfac.inverses.diagonal import times, transposed
+from secondorder.kfac.inverses.inverse import Factors, Inverse, Recipe
+from secondorder.kfac.inverses.numerics import Eigen, Problem
 
 BLOCK = 2048
 """Columns of the rows that are converted to float64 at a time."""
@@ -41,10 +40,10 @@ class WideEigenbasis(Inverse):
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
-        M = self.Q_B.mT @ gradient.to(self.U.dtype)
+        M = times(transposed(self.Q_B), gradient.to(self.U.dtype))
         added = self.tikhonov(damping, relative)
         eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
-        return (self.Q_B @ in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
+        return times(self.Q_B, in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
         """lambda."""
@@ -68,7 +67,7 @@ class WideCholesky(Inverse):
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W."""
-        M = self.B_inverse @ gradient.to(self.U.dtype)
+        M = times(self.B_inverse, gradient.to(self.U.dtype))
         return in_range(M, self.U, self.alpha[:, None, :] + self.rho, self.rho).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor:
@@ -84,44 +83,44 @@ def in_range(M: Tensor, U: Tensor, eigenvalues: Tensor, outside: Tensor | float)
     return torch.baddbmm(rest.div_(outside), C / eigenvalues - left / outside, U)
 
 
-def wide_eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[WideEigenbasis | None]:
-    """The inverses of layers with rows, None where a decomposition fails."""
-    found: list[WideEigenbasis | None] = []
-    for layer, B in zip(factors, eigen([layer.B for layer in factors], report), strict=True):
-        A = input_range(layer.given, report)
-        found.append(None if B is None or A is None else WideEigenbasis(*B, *A, safe_scale(layer.scale)))
-    return found
+def wide_eigenbasis(layer: Factors) -> Recipe:
+    """The inverse of a layer with rows."""
+
+    def make(B: Eigen, gram: Eigen) -> WideEigenbasis:
+        return WideEigenbasis(*B, *input_range(layer.given, *gram), safe_scale(layer.scale))
+
+    return Recipe([Problem(layer.B), Problem(gram_matrix(layer.given))], make)
 
 
-def wide_cholesky(
-    factors: Sequence[Factors], damping: Sequence[float], relative: bool, report: Counter[str]
-) -> list[WideCholesky | None]:
-    """The inverses of layers with rows by factored damping, None where a decomposition fails."""
-    found: list[WideCholesky | None] = []
-    for layer, value in zip(factors, damping, strict=True):
-        rho_A, rho_B = shifts_of(layer, value, relative)
-        [B] = inverses([layer.B], [rho_B], report)
-        A = input_range(layer.given, report)
-        found.append(None if B is None or A is None else WideCholesky(B, *A, rho_A, rho_A * rho_B))
-    return found
+def wide_cholesky(layer: Factors, damping: float, relative: bool) -> Recipe:
+    """The inverse of a layer with rows by factored damping."""
+    rho_A, rho_B = shifts_of(layer, damping, relative)
+
+    def make(B: tuple[Tensor], gram: Eigen) -> WideCholesky:
+        return WideCholesky(*B, *input_range(layer.given, *gram), rho_A, rho_A * rho_B)
+
+    return Recipe([Problem(layer.B, rho_B), Problem(gram_matrix(layer.given))], make)
 
 
-def input_range(rows: Tensor, report: Counter[str]) -> tuple[Tensor, Tensor] | None:
-    """alpha `[G, R]` and U `[G, R, D]`, both zero where alpha is that of rounding, so that no shape depends on the rank."""
+def gram_matrix(rows: Tensor) -> Tensor:
+    """a a^T `[G, R, R]` of the rows a `[G, R, D]`, in float64."""
     check_float64(rows.device, "a layer kept as rows (Options.wide_inputs)")
-    blocks = rows.split(BLOCK, -1)
     gram = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=torch.float64)
-    for block in blocks:
+    for block in rows.split(BLOCK, -1):
         double = block.double()
         gram.baddbmm_(double, double.mT)
-    [found] = eigen([gram], report)
-    if found is None:
-        return None
-    alpha, V = found
+    return gram
+
+
+def input_range(rows: Tensor, alpha: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha `[G, R]` and U `[G, R, D]` from the eigenvalues and -vectors of the Gram matrix of the rows.
+
+    Both are zero where alpha is that of rounding, so that no shape depends on the rank.
+    """
     cut = rows.shape[1] * torch.finfo(torch.float64).eps * alpha[:, -1:]
     inside = alpha > cut
     T = (V * torch.where(inside, alpha.rsqrt(), 0.0)[:, None]).mT
     U = torch.empty_like(rows)
-    for block, part in zip(blocks, U.split(BLOCK, -1), strict=True):
+    for block, part in zip(rows.split(BLOCK, -1), U.split(BLOCK, -1), strict=True):
         part.copy_(T @ block.double())
     return torch.where(inside, alpha, 0.0).to(rows.dtype), U
