@@ -7,7 +7,6 @@ Index letters: V backpropagated vectors a sample, N samples, T positions, G grou
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from secondorder.curvature.kronecker.squares import squared_sample_gradients
@@ -27,10 +26,8 @@ class DiagonalStatistics(LayerStatistics):
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Count the samples of one forward."""
-        N = len(self._batched(inputs[0]))
-        self._stage(
-            "counts", torch.tensor([N, N], dtype=torch.float64).to(self.layer.dtype).to(self.layer.weight.device)
-        )
+        xs = [self._batched(x) for x in inputs]
+        self._count(len(xs[0]), len(xs[0]), 0)
 
     def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward, with their inputs."""
@@ -44,7 +41,7 @@ class DiagonalStatistics(LayerStatistics):
         if self.staged_samples and "S" in self._staged:
             self._average("S", self._staged["S"].mul_(gradient_scale), ema_decay)
         if self.staged_samples:
-            self.samples = self.staged_samples
+            self.samples, self.work = self.staged_samples, self.counts.work
         self.discard()
 
 

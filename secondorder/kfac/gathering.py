@@ -19,7 +19,7 @@ from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Fisher
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
 from secondorder.kfac.state_check import check_entries, check_float, refused
-from secondorder.kfac.statistics import LayerStatistics
+from secondorder.kfac.statistics import LayerStatistics, read_counts
 
 UNCOMPILED = "a compiled model ignores hooks: run it uncompiled in steps with `factor_step`"
 
@@ -169,22 +169,29 @@ class Gathering:
                 "this step updates the factors, and no layer was called and had its backward pass since the last step; "
                 + UNCOMPILED
             )
-        own = self._rows if self.fisher.kind != "empirical" else self.capture.rows or 0
-        rows = torch.tensor(float(own), dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
-        self.processes.sum_in_one_bucket([tensor for one in used for tensor in one.staged_tensors()] + [rows])
-        for statistics in used:
-            if not statistics.dense:
-                statistics.replace_staged_rows(self.processes.gathered(statistics.staged_rows()))
+        rows = float(self._rows if self.fisher.kind != "empirical" else self.capture.rows or 0)
+        if together:
+            rows = self._exchanged(used, rows)
         if not bool(torch.stack([statistics.is_finite() for statistics in used]).all()):
             events["factors that are not finite, dropped"] += 1
             self._discard()
             return []
         smallest = min(one.staged_samples for one in used if one.staged_samples > 0)
-        self.samples = float(rows) if float(rows) > 0 else smallest
+        self.samples = rows if rows > 0 else smallest
         self._noted = 0
         for statistics in used:
             statistics.commit(ema_decay, self._gradient_scale)
         return used
+
+    def _exchanged(self, used: Sequence[LayerStatistics], rows: float) -> float:
+        """Sum what is staged, and the number of rows, which is returned, over the processes."""
+        total = torch.tensor(rows, dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
+        self.processes.sum_in_one_bucket([tensor for one in used for tensor in one.staged_tensors()] + [total])
+        read_counts(used)
+        for statistics in used:
+            if not statistics.dense:
+                statistics.replace_staged_rows(self.processes.gathered(statistics.staged_rows()))
+        return float(total)
 
     @property
     def _gradient_scale(self) -> float:

@@ -14,7 +14,7 @@ Index letters: V backpropagated vectors a sample, N samples, T positions, G grou
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,21 @@ from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.state_check import check_entries, check_float, check_tensor, refused
 
 
+class Counts(NamedTuple):
+    """Of what is staged: vectors in the sum of A, samples, and floating-point operations of the passes."""
+
+    rows: float = 0.0
+    samples: float = 0.0
+    work: float = 0.0
+
+
 class LayerStatistics:
     """The factors of one layer: A `[G, D, D]` or its rows `[G, R, D]` with A = rows^T rows, and B `[G, O, O]`.
 
     bases: eigenvectors (Q_A `[G, D, D]`, Q_B `[G, O, O]`) in which squared gradients are summed, too (EKFAC), or None.
-    squares: those of the last step, `[G, O, D]`. samples: N of the last step. dense: whether A is kept, not its rows. A of an
-    embedding is its diagonal `[G, D]`, B of very many outputs `[G, O]`.
+    squares: those of the last step, `[G, O, D]`. samples: N of the last step. work: of its passes through the layer, in
+    floating-point operations, 6 G O D at each position. dense: whether A is kept, not its rows. A of an embedding is its
+    diagonal `[G, D]`, B of very many outputs `[G, O]`.
     """
 
     averaged: ClassVar[tuple[str, ...]] = ("A", "B")
@@ -45,12 +54,13 @@ class LayerStatistics:
         self.bases: tuple[Tensor, Tensor] | None = None
         self.squares: Tensor | None = None
         self.rows: Tensor | None = None
-        self.samples = 0.0
+        self.samples = self.work = 0.0
         self.dense = not layer.wide
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._staged: dict[str, Tensor] = {}
         self._staged_rows: list[Tensor] = []
+        self._counts: Counts | None = None
 
     @property
     def A(self) -> Tensor | None:
@@ -76,25 +86,33 @@ class LayerStatistics:
     @property
     def used(self) -> bool:
         """Whether anything is staged."""
-        return "counts" in self._staged
+        return self._counts is not None or "counts" in self._staged
 
     @property
     def staged_samples(self) -> float:
         """N of this step: of all processes once the staged tensors are summed."""
-        return float(self._staged["counts"][1]) if self.used else 0.0
+        return self.counts.samples
+
+    @property
+    def counts(self) -> Counts:
+        """Of this step; read from the device only where they have been summed over processes (see `read_counts`)."""
+        if "counts" in self._staged:
+            read_counts([self])
+        return Counts() if self._counts is None else self._counts
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Add the inputs of all uses in one forward."""
         layer, kind, bias = self.layer, self.layer.kind, self.layer.bias is not None
         xs = [self._batched(x) for x in inputs]
         N = len(xs[0])
-        counted = sum(len(x) * kind.positions(x) for x in xs) if layer.sharing == "expand" else N
+        positions = sum(len(x) * kind.positions(x) for x in xs)
+        counted = positions if layer.sharing == "expand" else N
         if self.dense or "A" in self._staged or counted + self._row_count >= layer.inputs:
             self._stage("A", joint_input_sum(kind, xs, layer.sharing, bias))
             self._rows_to_factor()
         else:
             self._staged_rows.append(joint_input_rows(kind, xs, layer.sharing, bias))
-        self._stage("counts", torch.tensor([counted, N], dtype=torch.float64).to(layer.dtype).to(layer.weight.device))
+        self._count(counted, N, positions)
 
     def add_gradients(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the gradients `[V, N, *out]` at the outputs of all uses in one forward; inputs: of the same uses, for EKFAC."""
@@ -110,6 +128,8 @@ class LayerStatistics:
         """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
         names = [name for name in self.averaged if self.dense or name != "A"]
         names += [*([] if self.bases is None else ["S"]), "counts"]
+        if self._counts is not None:
+            self._staged["counts"], self._counts = torch.tensor(self._counts, **self._like), None
         for name in names:
             if name not in self._staged:
                 self._staged[name] = self._zeros(*self._shapes[name])
@@ -150,24 +170,24 @@ class LayerStatistics:
         if not self.staged_samples:  # not used here, nor by another process
             return self.discard()
         staged = self._staged
-        counted = staged["counts"][0]
+        counts = self.counts
         if not self.dense and self._many_rows:
             self._rows_to_factor()
             self.dense, self.rows = True, None
         elif not self.dense:
-            self.rows = self.staged_rows() / counted.sqrt()
+            self.rows = self.staged_rows() / torch.tensor(counts.rows, dtype=self.layer.dtype).sqrt()
         if "A" in staged:
-            self._average("A", staged["A"].div_(counted), ema_decay)
+            self._average("A", staged["A"].div_(counts.rows), ema_decay)
         if "B" in staged:
             self._average("B", staged["B"].mul_(gradient_scale), ema_decay)
         if "S" in staged:
             self.squares = staged["S"].mul_(gradient_scale)
-        self.samples = self.staged_samples
+        self.samples, self.work = counts.samples, counts.work
         return self.discard()
 
     def discard(self) -> None:
         """Forget what is staged."""
-        self._staged, self._staged_rows = {}, []
+        self._staged, self._staged_rows, self._counts = {}, [], None
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, their weights, rows and the number of samples; nothing staged."""
@@ -218,12 +238,12 @@ class LayerStatistics:
         G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
         A = (G, D) if self.layer.kind.diagonal_input else (G, D, D)
         B = (G, outputs) if self.layer.diagonal_outputs else (G, outputs, outputs)
-        return {"A": A, "B": B, "S": (G, outputs, D), "rows": (G, 0, D), "counts": (2,)}
+        return {"A": A, "B": B, "S": (G, outputs, D), "rows": (G, 0, D), "counts": (3,)}
 
     @property
     def _many_rows(self) -> bool:
         """Whether the rows of this step, those of all processes once the counts are summed, are no fewer than the inputs."""
-        return self.used and float(self._staged["counts"][0]) >= self.layer.inputs
+        return self.used and self.counts.rows >= self.layer.inputs
 
     @property
     def _row_count(self) -> int:
@@ -248,6 +268,13 @@ class LayerStatistics:
     def _averaged(self, name: str) -> Tensor | None:
         return self._sums[name] / self._weights[name] if name in self._sums else None
 
+    def _count(self, rows: int, samples: int, positions: int) -> None:
+        """Count the inputs of one forward; an embedding looks its rows up, without a product."""
+        layer, before = self.layer, self.counts
+        work = 0 if layer.kind.diagonal_input else 6 * positions * layer.groups * layer.outputs * layer.inputs
+        self._staged.pop("counts", None)
+        self._counts = Counts(before.rows + rows, before.samples + samples, before.work + work)
+
     def _stage(self, name: str, value: Tensor) -> None:
         self._staged[name] = self._staged[name].add_(value) if name in self._staged else value
 
@@ -258,4 +285,15 @@ class LayerStatistics:
         return tensor.to(self.layer.weight.device, self.layer.dtype, copy=True)
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.layer.dtype, device=self.layer.weight.device)
+        return torch.zeros(shape, **self._like)
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        return {"dtype": self.layer.dtype, "device": self.layer.weight.device}
+
+
+def read_counts(layers: Sequence[LayerStatistics]) -> None:
+    """Read the counts of layers, which are on the device since they were summed over processes: one synchronisation."""
+    found = torch.stack([layer._staged.pop("counts") for layer in layers]).tolist()
+    for layer, counts in zip(layers, found, strict=True):
+        layer._counts = Counts(*counts)
