@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from secondorder.errors import InputError
 from secondorder.kfac.attention import AttentionWatch
 from secondorder.kfac.graph import last_of, nodes_below
-from secondorder.kfac.hooks import Hook, handles_of, is_pulling, pulling, remove
+from secondorder.kfac.hooks import Hook, Uncompiled, handles_of, is_pulling, pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.pull import Pull
 from secondorder.kfac.statistics import LayerStatistics
@@ -73,6 +73,7 @@ class Capture:
         """Record from now on."""
         self.stop()
         self.active = True
+        self._handles.append(Uncompiled())
         for layer in self.layers:
             for module in layer.modules:
                 hook = Hook(self, Capture._record, layer)

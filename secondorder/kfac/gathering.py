@@ -21,7 +21,10 @@ from secondorder.kfac.scaling_check import ScalingCheck, known_scale
 from secondorder.kfac.state_check import check_entries, check_float, refused
 from secondorder.kfac.statistics import LayerStatistics, read_counts
 
-UNCOMPILED = "a compiled model ignores hooks: run it uncompiled in steps with `factor_step`"
+UNCOMPILED = (
+    "a compiled model ignores hooks: leave torch.compiler.set_stance('force_eager') on in steps with `factor_step`, and "
+    "call no exported or traced copy of the model"
+)
 
 
 class Gathering:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 
 class Hook:
     """Calls `function(owner, *given, *args)` as long as the owner lives; a copy or pickle of a hook does nothing."""
@@ -14,7 +15,9 @@ class Hook:
         self.function, self.given = function, given
 
     def __call__(self, *args: Any) -> None:
-        """Call the function."""
+        """Call the function; nothing while torch.compile reads a model, whose program would call hooks that are gone."""
+        if torch.compiler.is_compiling():
+            return
         owner = None if self.owner is None else self.owner()
         if owner is not None and self.function is not None:
             self.function(owner, *self.given, *args)
@@ -35,6 +38,27 @@ def remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+class Uncompiled:
+    """While one of these is there, whatever torch.compile has made runs uncompiled, in the whole process; `remove` ends that.
+
+    What is compiled neither calls hooks that came later nor has the graph that they need, and is not made anew when they come.
+    """
+
+    _present = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        if not Uncompiled._present:
+            Uncompiled._stance = torch.compiler.set_stance("force_eager")
+        Uncompiled._present += 1
+
+    def remove(self) -> None:
+        """Give back the stance that was there before the first of these."""
+        Uncompiled._present -= 1
+        if not Uncompiled._present:
+            Uncompiled._stance.__exit__(None, None, None)
 
 
 _pulls: list[None] = []

@@ -104,8 +104,7 @@ class KFAC(torch.optim.Optimizer):
             sharing=sharing,
             options=options,
         )
-        self.options = options
-        self.model = model
+        self.options, self.model = options, model
         self.step_rule = as_step_rule(step_rule)
         rate = self.step_rule.learning_rate if lr is None else lr
         small = [t.name for t in self.preconditioner.treatments if t.parameter.dtype == torch.float16]
@@ -128,6 +127,7 @@ class KFAC(torch.optim.Optimizer):
         """Whether the present step updates the factors."""
         return self.preconditioner.factor_step
 
+    @torch._disable_dynamo
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Statistics for the factors from the graph of the outputs, all in one call; before `loss.backward()`."""
         self.preconditioner.update_curvature(logits)
@@ -141,6 +141,7 @@ class KFAC(torch.optim.Optimizer):
         """What every parameter is treated as, sizes, memory, time by phase, and what went wrong how often."""
         return replace(self.preconditioner.report(), shortened=self._shortened.read())
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
 
@@ -154,8 +155,7 @@ class KFAC(torch.optim.Optimizer):
             raise InputError("Damping(adapt=...) needs a quadratic model: step_rule='natural', or quadratic_step")
         if adapt is not None and closure is None:
             raise InputError("Levenberg-Marquardt damping compares two losses: use step(closure) or quadratic_step")
-        loss = None
-        random = RandomState() if self._adapts else None
+        loss, random = None, RandomState() if self._adapts else None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -98,6 +98,7 @@ class KFACPreconditioner:
         """Whether the present step updates the factors, so that hooks are on and `update_curvature` does something."""
         return self.intervals.factors_due
 
+    @torch._disable_dynamo
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Take the factors' statistics from the graph of the outputs `logits` `[N, K, ...]`, before `loss.backward()`.
 
@@ -121,6 +122,7 @@ class KFACPreconditioner:
         """
         self.gathering.discard_past()
 
+    @torch._disable_dynamo
     def step(self) -> bool:
         """Replace the gradients by P grad, in place.
 
