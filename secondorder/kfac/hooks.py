@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+
 class Hook:
     """Calls `function(owner, *given, *args)` as long as the owner lives; a copy or pickle of a hook does nothing."""
 
