@@ -114,7 +114,7 @@ def carry(before: Mapping[str, Rotated], blocks: Blocks, state: State) -> None:
             continue
         m = own["momentum_buffer"]
         with full_precision(m):
-            m.copy_(new.rotated(old.rotated_back(m.to(old.Q_B.dtype))))
+            m.copy_(new.rotated(old.rotated_back(m.to(layer.dtype))))
 
 
 def _buckets(tracks: Sequence[Track]) -> Iterator[list[Track]]:
