@@ -85,8 +85,8 @@ class GaussNewton(torch.optim.Optimizer):
         tolerance, iterations: conjugate gradients end at this residual, relative to the right side, or after so many steps,
             whichever comes first. They start from zero, so that every iterate descends: the last direction, from which
             Martens (2010) starts with his large batches, is further from the next mini-batch's than zero is.
-        clip: trust region: d is scaled down so that lr^2 d^T grad <= clip; for an exact d that is lr^2 d^T (G + lambda I) d,
-            about twice the KL divergence that the step makes, as in KFAC. None: no limit.
+        clip: trust region: the largest length sqrt(v^T grad) of the velocity v; every direction d is shortened to
+            sqrt(d^T grad) <= (1 - momentum) clip, for an exact d its length in the metric G + lambda I. None: no limit.
         likelihood: the loss, a mean over the batch: a key of LIKELIHOODS.
         decoupled: where weight decay enters.
 

@@ -30,9 +30,9 @@ from secondorder.kfac.rule_updates import BUFFERS, carry, updates
 from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
 from secondorder.kfac.step_rule import StepRule, as_step_rule
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
-from secondorder.kfac.update import Shortened, fall_back, move, shorten
+from secondorder.kfac.update import Lengths, fall_back, move, shorten, step_length, weights_length
 
-CLIP = 0.01
+CLIP = 10.0
 """Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; `report()` counts when it acts."""
 
 
@@ -64,11 +64,11 @@ class KFAC(torch.optim.Optimizer):
         damping, ema_decay, factor_interval, inverse_interval, fisher, sharing: see `KFACPreconditioner`.
         approximation: see `KFACPreconditioner`. Layers with "ekfac" are damped in their eigenbases, also with
             `Damping(inverse="cholesky")`, which concerns those with "kfac" only.
-        clip: trust region of a natural step's direction d, before momentum: d is scaled down so that
-            lr^2 d^T (F + lambda I) d <= clip, with K-FAC's own F and lambda for layers and the identity for other parameters.
-            Without momentum that is about twice the KL divergence between the model before and after the step, as far as the
-            layers change it; with momentum m the velocity, and so the update, can be 1 / (1 - m) times as long. None: no limit.
-            Other rules have none.
+        clip: trust region of a natural step: the largest length of the velocity v in the Fisher metric, that is
+            sqrt(v^T (F + lambda I) v) with K-FAC's own F and lambda for layers and the identity for other parameters. Every
+            direction d = P grad is shortened to (1 - momentum) clip, which bounds whatever they sum up to. lr multiplies what
+            comes out, so that it and its schedule always act; half the square of lr clip is about the largest KL divergence
+            between the model before and after a step, as far as layers change it. None: no limit. Other rules have none.
         options: the rest, parameter groups among them.
 
     Raises:
@@ -116,7 +116,7 @@ class KFAC(torch.optim.Optimizer):
         settings = checked_settings(settings | {"damping": self.preconditioner.damping.value}, options.decoupled)
         if clip is not None:
             check_positive("clip", clip)
-        self.clip, self._shortened = None if clip is None else float(clip), Shortened()
+        self.clip, self._lengths = None if clip is None else float(clip), Lengths()
         super().__init__(self._groups(options.groups), settings)
         for group in self.param_groups:
             check_group(group, options.decoupled)
@@ -139,7 +139,8 @@ class KFAC(torch.optim.Optimizer):
 
     def report(self) -> Report:
         """What every parameter is treated as, sizes, memory, time by phase, and what went wrong how often."""
-        return replace(self.preconditioner.report(), shortened=self._shortened.read())
+        shortened, exploded = self._lengths.read()
+        return replace(self.preconditioner.report(), shortened=shortened, exploded=exploded)
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -311,7 +312,10 @@ class KFAC(torch.optim.Optimizer):
             return
         others = [t.parameter for t in treatments if t.how == "fallback" and t.parameter in directions]
         fall_back(directions, others, self.state, options.fallback, options.fallback_lr)
+        factor = None
         if self.clip is not None:
             scale = self.preconditioner.mean_scale
-            self._shortened.add(shorten(directions, self.param_groups, self.clip, scale, options.decoupled))
+            factor = shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
+        before = weights_length(self.param_groups)
         move(directions, self.param_groups, self.state, options.decoupled)
+        self._lengths.add(factor, (step_length(directions, self.param_groups, self.state) > before).to(before))

@@ -44,6 +44,7 @@ class Report:
     """Parameters, seconds and calls of each phase, events (what went wrong, how often), and steps done; `print` shows a table.
 
     shortened: how many steps the trust region shortened, and the geometric mean of the factors, since the optimiser was made.
+    exploded: how many natural steps were longer than all weights together.
     """
 
     parameters: list[ParameterRow]
@@ -52,6 +53,7 @@ class Report:
     events: Mapping[str, int]
     steps: int
     shortened: tuple[int, float] = (0, 1.0)
+    exploded: int = 0
 
     @property
     def bytes(self) -> int:
@@ -75,6 +77,10 @@ class Report:
             count, factor = self.shortened
             lines.append(
                 f"trust region: {count} steps shortened, to {factor:.2g} of their length in the geometric mean"
+            )
+        if self.exploded:
+            lines.append(
+                f"{self.exploded} steps were longer than all weights together: lower lr or clip, or use another step_rule"
             )
         lines.extend(f"{count} x {EVENTS.get(event, event)}" for event, count in self.events.items())
         return "\n".join(lines)

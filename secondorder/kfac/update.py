@@ -62,30 +62,33 @@ def accumulated(
     return sums
 
 
-class Shortened:
-    """How often and how strongly a trust region has acted: counted on the device, read when a report asks."""
+class Lengths:
+    """How often and how strongly a trust region has acted, and how many steps exploded: counted on the device."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
-    def add(self, factor: Tensor) -> None:
-        """Count a step that was shortened by this factor, 1 where it was not."""
-        new = torch.stack([(factor < 1).to(factor.dtype), factor.log()])
+    def add(self, factor: Tensor | None, exploded: Tensor) -> None:
+        """Count a step that was shortened by this factor (None, 1: not at all), and whether it exploded."""
+        factor = torch.ones_like(exploded) if factor is None else factor.to(exploded)
+        new = torch.stack([(factor < 1).to(exploded), factor.log(), exploded])
         self._sums = new if self._sums is None else self._sums + new
 
-    def read(self) -> tuple[int, float]:
-        """The number of shortened steps, and the geometric mean of their factors."""
-        count, logs = (0.0, 0.0) if self._sums is None else self._sums.tolist()
-        return int(count), math.exp(logs / max(count, 1.0))
+    def read(self) -> tuple[tuple[int, float], int]:
+        """The number of shortened steps and the geometric mean of their factors; the number of steps that exploded."""
+        count, logs, exploded = (0.0, 0.0, 0.0) if self._sums is None else self._sums.tolist()
+        return (int(count), math.exp(logs / max(count, 1.0))), int(exploded)
 
 
 def shorten(directions: Directions, groups: Groups, most: float, scale: float, decoupled: bool) -> Tensor:
-    """Scale all directions d by one number so that lr^2 d^T (F + lambda I) d <= most; returns the number.
+    """Scale all directions d by one number so that the velocity's length in the metric F + lambda I stays <= most; returns it.
 
-    For d = P grad that is lr^2 d . grad, without a product; the metric of a parameter without factors is the identity for
-    "sgd", and Adam's for "adam". `scale` makes the gradients those of the mean loss.
+    |d| <= (1 - momentum) most, and so every |v|, v <- momentum v + d. The learning rate does not count, but for that of a group
+    relative to the largest. For d = P grad, |d|^2 is d . grad, without a product; the metric of a parameter without factors is
+    the identity for "sgd", and Adam's for "adam". `scale` makes the gradients those of the mean loss.
     """
     total = torch.zeros((), device=next(iter(directions.values())).device)
+    largest = max(float(group["lr"]) for group in groups)
     for group in groups:
         own = [p for p in group["params"] if p in directions]
         if not own:
@@ -93,10 +96,27 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
         slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
         if not decoupled and group["weight_decay"]:
             slope = slope + float(group["weight_decay"]) * _dot([directions[p] for p in own], own)
-        total = total + float(group["lr"]) ** 2 * slope
-    shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)  # lr = 0: one
+        share = float(group["lr"]) / largest if largest else 1.0
+        total = total + (share / (1 - float(group["momentum"]))) ** 2 * slope
+    shorter = (most / total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()).clamp_max(1)
     directions.update(zip(directions, torch._foreach_mul(list(directions.values()), shorter), strict=True))
     return shorter
+
+
+def weights_length(groups: Groups) -> Tensor:
+    """The Euclidean length of all weights together."""
+    return torch.stack(torch._foreach_norm([p for group in groups for p in group["params"]])).norm()
+
+
+def step_length(directions: Directions, groups: Groups, state: State) -> Tensor:
+    """The Euclidean length of the step lr v that `move` has taken; v is the velocity, or d without momentum."""
+    lengths = []
+    for group in groups:
+        own = [p for p in group["params"] if p in directions]
+        steps = [state[p].get("momentum_buffer", directions[p]) for p in own]
+        if own:
+            lengths.append(float(group["lr"]) * torch.stack(torch._foreach_norm(steps)).norm())
+    return torch.stack(lengths).norm()
 
 
 def move(directions: Directions, groups: Groups, state: State, decoupled: bool, momentum: bool = True) -> None:

@@ -59,9 +59,11 @@ class ByHand:
             P = torch.linalg.solve(F_layer, W.flatten()).view_as(W)
             directions |= {own[0]: P[:, : named[own[0]].shape[1]]} | dict.fromkeys(own[1:], P[:, -1])
         if self.clip is not None:
-            q = sum(self.of(name)["lr"] ** 2 * (directions[name] * g).sum() for name, g in gradients.items())
-            assert q > self.clip  # so that there is something to see
-            directions = {name: d * (self.clip / q) ** 0.5 for name, d in directions.items()}
+            rate = max(self.of(name)["lr"] for name in gradients)
+            weights = {name: self.of(name)["lr"] / rate / (1 - self.of(name)["momentum"]) for name in gradients}
+            q = sum(weights[name] ** 2 * (directions[name] * g).sum() for name, g in gradients.items())
+            assert q > self.clip**2  # so that there is something to see
+            directions = {name: d * self.clip / q**0.5 for name, d in directions.items()}
         with torch.no_grad():
             for name, w in named.items():
                 s = self.of(name)
@@ -98,10 +100,10 @@ CASES: dict[str, tuple[dict[str, float], Options, float | None]] = {
     "momentum": ({"momentum": 0.9}, Options(), None),
     "decoupled weight decay": ({"momentum": 0.9, "weight_decay": 0.2}, Options(), None),
     "coupled weight decay": ({"momentum": 0.9, "weight_decay": 0.2}, Options(decoupled=False), None),
-    "clip": ({"momentum": 0.9, "weight_decay": 0.2}, Options(), 1e-3),
-    "clip with coupled weight decay": ({"weight_decay": 0.2}, Options(decoupled=False), 1e-3),
+    "clip": ({"momentum": 0.9, "weight_decay": 0.2}, Options(), 0.1),
+    "clip with coupled weight decay": ({"weight_decay": 0.2}, Options(decoupled=False), 0.1),
     "groups": ({"momentum": 0.9, "weight_decay": 0.2}, Options(groups=GROUPS), None),
-    "groups, coupled, clip": ({"weight_decay": 0.2}, Options(groups=GROUPS, decoupled=False), 1e-3),
+    "groups, coupled, clip": ({"weight_decay": 0.2}, Options(groups=GROUPS, decoupled=False), 0.1),
 }
 
 
@@ -201,7 +203,7 @@ def test_learning_rate_zero_moves_nothing_and_breaks_nothing(clip: float | None)
 
 def test_the_report_counts_the_steps_that_the_trust_region_shortened() -> None:
     first, factors = KFAC(convnet(), 0.1, clip=None), []
-    for clip, expected in ((1e6, 0), (1e-6, 3)):
+    for clip, expected in ((1e6, 0), (1e-2, 3)):
         model = convnet()
         optimizer = KFAC(model, 0.1, clip=clip, momentum=0.0)
         train(model, optimizer, batches(3))
@@ -223,7 +225,7 @@ def test_a_wide_trust_region_changes_nothing_and_a_narrow_one_bounds_the_diverge
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3)).double()
     x, _ = data[0]
     before = model(x).log_softmax(1).detach()
-    train(model, KFAC(model, 100.0, momentum=0.0, clip=1e-4, damping=1e-3, fisher="exact"), data[:1])
+    train(model, KFAC(model, 100.0, momentum=0.0, clip=1e-4, damping=1e-3, fisher="exact"), data[:1])  # lr clip = 1e-2
     KL = F.kl_div(model(x).log_softmax(1), before, log_target=True, reduction="batchmean").item()
     assert pytest.approx(0.5e-4, rel=0.2) == KL
 
@@ -287,7 +289,7 @@ def test_every_parameter_is_trained(sparse: bool, fallback: str) -> None:
     labels = (words == 1).sum(1).clamp_max(2)
     before = {name: p.clone() for name, p in model.named_parameters()}
     options = Options(fallback=fallback, fallback_lr=0.1 if fallback == "adam" else 1.0)
-    losses = train(model, KFAC(model, 0.1, clip=0.1, options=options), [(words, labels)] * 15)
+    losses = train(model, KFAC(model, 0.1, clip=30.0, options=options), [(words, labels)] * 15)
     assert losses[-1] < 0.5 * losses[0]
     for name, p in model.named_parameters():
         assert bool((p != before[name]).any(-1).all()), name  # every word, every row
@@ -387,20 +389,48 @@ def test_schedulers_and_saved_models_work_all_the_same() -> None:
     assert same(weights(twin), weights(model))
 
 
-def test_the_trust_region_bounds_the_direction_and_momentum_lengthens_the_update() -> None:
+def test_the_trust_region_bounds_the_velocity_and_the_learning_rate_always_acts() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
-    optimizer = KFAC(model, 0.5, momentum=0.9, clip=1e-8, fisher="exact", damping=Damping(0.1, relative=False))
+    optimizer = KFAC(model, 0.5, momentum=0.9, clip=1e-4, fisher="exact", damping=Damping(0.1, relative=False))
     x, y = torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))
     lengths = []
-    for _ in range(30):
+    for turn in range(60):
+        optimizer.param_groups[0]["lr"] = 0.5 / (turn + 1)
         before = weights(model)
         train(model, optimizer, [(x, y)])
         update = {p: p.detach() - before[name] for name, p in model.named_parameters()}
         blocks = optimizer.preconditioner.blocks
-        lengths.append(float(blocks.quadratic_form(update) + blocks.penalty(update, update)) ** 0.5 / 1e-4)
-    assert lengths[0] == pytest.approx(1, rel=1e-6)  # lr^2 d^T (F + lambda I) d = clip
-    assert 8 < lengths[-1] < 10 * (1 + 1e-2)  # 1 / (1 - 0.9)
+        length = float(blocks.quadratic_form(update) + blocks.penalty(update, update)) ** 0.5
+        lengths.append(length / optimizer.param_groups[0]["lr"])
+    assert lengths[0] == pytest.approx(0.1 * 1e-4, rel=1e-6)  # |d| = (1 - momentum) clip
+    assert 0.95e-4 < lengths[-1] < 1e-4 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_first_step_is_as_long_as_the_learning_rate(momentum: float) -> None:
+    """Also where the trust region decides on the direction's length."""
+    sizes = []
+    for lr in (0.01, 0.1, 1.0):
+        model = convnet()
+        before = weights(model)
+        optimizer = KFAC(model, lr, momentum=momentum, clip=1e-3)
+        train(model, optimizer, batches(1))
+        assert optimizer.report().shortened[0] == 1
+        sizes.append(sum(float((w - before[name]).square().sum()) for name, w in weights(model).items()) ** 0.5 / lr)
+    assert sizes == pytest.approx(sizes[:1] * 3, rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_longer_than_the_weights_are_counted(momentum: float) -> None:
+    model = convnet()
+    optimizer = KFAC(model, 1e-3, momentum=momentum)
+    train(model, optimizer, batches(2))
+    assert optimizer.report().exploded == 0
+    optimizer.param_groups[0]["lr"] = 1e4
+    train(model, optimizer, batches(1))
+    assert optimizer.report().exploded == 1
+    assert "1 steps were longer than all weights together" in str(optimizer.report())
 
 
 # ------------------------------------------------------------------------------------------------- reductions, truth
