@@ -322,3 +322,37 @@ def test_frozen_layers_are_left_out() -> None:
     assert list(rest) == ["0.weight", "0.bias", "7.weight", "7.bias"]
     assert all(relative(block.dense(), everything[name].dense()) <= 1e-14 for name, block in rest.items())
     assert isinstance(rest["7.bias"], DenseOperator)
+
+
+class Rows(nn.Module):
+    """Another shape for the samples."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, self.shape) if len(self.shape) > 1 else x.flatten(2)
+
+
+@pytest.mark.parametrize("quantity", ["kfac_expand", "kfac_reduce", "ekfac"])
+@pytest.mark.parametrize(
+    ("kind", "kernel", "shape"), [(nn.Conv1d, (3,), (36,)), (nn.Conv3d, (1, 1, 3), (1, 1, 36))], ids=["1d", "3d"]
+)
+def test_convolutions_of_other_dimensions(
+    kind: type[nn.Module], kernel: tuple[int, ...], shape: tuple[int, ...], quantity: str
+) -> None:
+    """Those of a 2d convolution on maps of one row."""
+    conv = nn.Conv2d(2, 4, (1, 3), (1, 2), groups=2).double()
+    rest = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(4 * 17, CLASSES)).double()
+    other = kind(2, 4, kernel, 2, groups=2).double()
+    with torch.no_grad():
+        other.weight.copy_(conv.weight.view(other.weight.shape))
+        other.bias.copy_(conv.bias)  # type: ignore[arg-type]
+    data = batch(CE)
+    expected = curvature_blocks(nn.Sequential(Rows(1, 36), conv, *rest), CE, (data[0].flatten(2), data[1]), quantity)
+    model = nn.Sequential(Rows(*shape), other, *rest)
+    assert kronecker_parameters(model) == [name for name, _ in model.named_parameters()]
+    found = curvature_blocks(model, CE, (data[0].flatten(2), data[1]), quantity)
+    for name, block in expected.items():
+        assert relative(found[name].dense(), block.dense()) <= 1e-12

@@ -45,7 +45,7 @@ Layers = tuple[nn.Module, ...]
 
 
 def kronecker_parameters(network: nn.Module) -> list[str]:
-    """The names of the parameters with Kronecker structure: weights and biases of linear layers and 2d convolutions."""
+    """The names of the parameters with Kronecker structure: weights and biases of linear layers and convolutions."""
     module, prefix = unwrapped(network)
     parameters = dict(module.named_parameters())
     return [prefix + name for name, places in sites(module, parameters).items() if _has_structure(places)]

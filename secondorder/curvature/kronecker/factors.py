@@ -27,7 +27,8 @@ from secondorder.curvature.kronecker.weight_sharing import UNFOLDED_BYTES, Layer
 from secondorder.errors import unknown
 
 SHARINGS = ("expand", "reduce")
-KRONECKER_LAYERS = (nn.Linear, nn.Conv2d)
+KRONECKER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight, flattened row by row, has the block B kron A: the groups follow each other, and then the outputs."""
 WIDE_INPUT = 4096
 """Inputs from which A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
 CACHED_BYTES = 2**20

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.factors import input_width
-from secondorder.curvature.kronecker.patches import patches
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def linear_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
@@ -30,15 +31,16 @@ def linear_bias(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
 
 def convolution_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
     """sum_t s_t a_t^T `[m, R, G, O, D]` for a convolution, a_t the patches of its input."""
-    assert isinstance(use.layer, nn.Conv2d)
-    return over_positions(s.flatten(3).unflatten(2, (use.layer.groups, -1)), patches(use.layer, a))
+    described = layer_kind(use.layer)
+    return over_positions(described.output_vectors(s, 2).mT, described.input_vectors(a).mT)
 
 
 def unfolded(use: LayerUse) -> int:
     """Numbers in the patches of one sample, which a convolution's weight takes."""
-    if not isinstance(use.layer, nn.Conv2d):
+    if not isinstance(use.layer, CONVOLUTIONS):
         return 0
-    return use.layer.groups * input_width(use.layer) * math.prod(use.output_shape[2:])
+    described = layer_kind(use.layer)
+    return described.groups * described.inputs * math.prod(use.output_shape[2:])
 
 
 def over_positions(s: Tensor, a: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def over_positions(s: Tensor, a: Tensor) -> Tensor:
 
 
 def map_bias(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
-    """sum_t s_t `[m, R, O]` for a layer with maps `[m, O, H, W]`."""
+    """sum_t s_t `[m, R, O]` for a layer with maps `[m, O, *map]`."""
     return s.flatten(3).sum(-1)
 
 
@@ -64,7 +66,7 @@ def batch_norm_weight(use: LayerUse, a: Tensor, s: Tensor) -> Tensor:
 
 PER_SAMPLE: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = {
     nn.Linear: {"weight": linear_weight, "bias": linear_bias},
-    nn.Conv2d: {"weight": convolution_weight, "bias": map_bias},
+    **{kind: {"weight": convolution_weight, "bias": map_bias} for kind in CONVOLUTIONS},
     nn.BatchNorm2d: {"weight": batch_norm_weight, "bias": map_bias},
 }
 """Layer type -> parameter -> (use, input, output gradients) -> gradients of the samples."""
