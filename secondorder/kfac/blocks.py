@@ -138,6 +138,11 @@ class Blocks:
         assert statistics.B is not None
         return Factors(name, statistics.A, statistics.rows, statistics.B)
 
+    def work(self) -> tuple[dict[str, float], float]:
+        """Floating-point operations of an inversion of each layer from its present factors, and of the passes that made them."""
+        costs = {name: _work(statistics, self.damping.inverse) for name, statistics in self.statistics.items()}
+        return costs, sum(statistics.work for statistics in self.statistics.values())
+
     def state_dict(self) -> dict[str, object]:
         """Inverses and dampings."""
         return {
@@ -185,6 +190,27 @@ class Blocks:
         if layer.bias is not None:
             bias = directions[layer.bias] if layer.bias in directions else torch.zeros_like(layer.bias)
         return layer.matrix(directions[layer.weight], bias)
+
+
+def _work(statistics: LayerStatistics, inverse: str) -> float:
+    """Operations of products of float32 matrices that take as long as the inversion of a layer.
+
+    An eigendecomposition takes as long as about eight products, an inverse by Cholesky as one and a half. Of R rows there are a
+    Gram matrix, its eigenvectors and their product with the rows, in float64, which takes twice as long.
+    """
+    layer, rows = statistics.layer, statistics.rows
+    if layer.diagonal:
+        return 0.0
+    dense = 3.0 if inverse == "cholesky" and layer.approximation == "kfac" else 16.0
+    outputs = 0.0 if layer.diagonal_outputs else dense * layer.outputs**3
+    if layer.kind.diagonal_input:
+        inputs = 0.0
+    elif rows is None:
+        inputs = dense * layer.inputs**3 if statistics.dense else 0.0
+    else:
+        R = rows.shape[1]
+        inputs = 32.0 * R**3 + 8.0 * R**2 * layer.inputs
+    return layer.groups * (inputs + outputs)
 
 
 def _cost(layer: KroneckerLayer) -> float:

@@ -187,6 +187,7 @@ class KFACPreconditioner:
         if used:
             self.blocks.correct(used, self.ema_decay)
             self.intervals.last_factors = self.intervals.step
+            self.intervals.pace(*self.blocks.work())
 
     def _regularised(self, gradients: Directions, decay: Mapping[nn.Parameter, float]) -> Directions:
         """Gradients of the mean loss, with weight decay."""
@@ -243,6 +244,7 @@ class KFACPreconditioner:
         self.blocks.continue_with(inverses, state["dampings"])
         self.events = Counter(state["events"])
         self.intervals.load_state_dict(state["intervals"])
+        self.intervals.pace(*self.blocks.work())
         self.gathering.begin(self.factor_step, self.intervals.step)
 
     def check_state(self, state: Mapping[str, Any]) -> None:

@@ -1,9 +1,25 @@
-"""When factors are updated and which layers are inverted at a step."""
+"""When factors are updated and which layers are inverted at a step.
 
+While the training warms up, the inverses are renewed with the factors: after t steps every max(1, t / 4) steps. Of a large
+network that would take many times as long as the training itself. There each layer waits for
+
+    gap_l = sqrt(c_l) sum_k sqrt(c_k) / (WARM_UP_SHARE w)
+
+steps, c_l the floating-point operations of its inversion and w those of a step's passes: so sum_l c_l / gap_l is a share of w,
+and the mean age of the inverses is the least that this much work allows. Work is counted, not measured: a training that is
+repeated takes the same steps. A layer whose gap is no less than the interval is inverted at its turns, as after warm-up.
+"""
+
+import math
 from collections.abc import Mapping
 
 from secondorder.errors import check_whole
-from secondorder.kfac.state_check import check_count, check_entries
+from secondorder.kfac.state_check import check_count, check_entries, check_float
+
+WARM_UP_SHARE = 0.5
+"""Work of the renewals of all layers in a step of warm-up, as a part of that of the passes."""
+SMALL_NETWORK = 2.0**35
+"""Operations of one inversion of all layers, half a second of a CPU's thread, up to which nothing waits."""
 
 
 class Intervals:
@@ -20,7 +36,8 @@ class Intervals:
         check_whole("inverse_interval", inverse_interval)
         self.factor_interval, self.inverse_interval, self.warm_up = factor_interval, inverse_interval, warm_up
         self.turns = spread(costs, inverse_interval) if stagger else dict.fromkeys(costs, 0)
-        self.step = 0
+        self.step, self.work = 0, 0.0
+        self.gaps: dict[str, float] = {}
         self.last_factors: int | None = None
         self.last_inverse: dict[str, int] = {}
 
@@ -28,6 +45,15 @@ class Intervals:
     def factors_due(self) -> bool:
         """Whether the present step updates the factors."""
         return self.last_factors is None or self.step - self.last_factors >= self._at_most(self.factor_interval)
+
+    def pace(self, costs: Mapping[str, float], work: float) -> None:
+        """Set the gaps of warm-up from the operations of each layer's inversion and of a step's passes, of which the most counts."""
+        self.work = max(self.work, work)
+        roots = {name: math.sqrt(cost) for name, cost in costs.items()}
+        self.gaps = {}
+        if self.work and sum(costs.values()) > SMALL_NETWORK:
+            scale = sum(roots.values()) / (WARM_UP_SHARE * self.work)
+            self.gaps = {name: root * scale for name, root in roots.items()}
 
     def inverses_due(self) -> list[str]:
         """The layers whose inverse is older than their factors, and whose turn it is."""
@@ -41,8 +67,9 @@ class Intervals:
             return True
         if last >= self.last_factors:
             return False  # nothing new since
-        if self._warming_up(self.inverse_interval):
-            return self.step - last >= self._at_most(self.inverse_interval)
+        gap = self.gaps.get(name, 0.0)
+        if self._warming_up(self.inverse_interval) and gap < self.inverse_interval:
+            return self.step - last >= max(gap, self._at_most(self.inverse_interval))
         return (
             self.step - self.turns[name]
         ) % self.inverse_interval == 0 or self.step - last >= 2 * self.inverse_interval
@@ -55,13 +82,15 @@ class Intervals:
 
     def state_dict(self) -> dict[str, object]:
         """Counters."""
-        return {"step": self.step, "last_factors": self.last_factors, "last_inverse": dict(self.last_inverse)}
+        counters = {"step": self.step, "last_factors": self.last_factors, "last_inverse": dict(self.last_inverse)}
+        return counters | {"work": self.work}
 
     def check_state(self, state: object) -> None:
         """InputError unless a state has the counters, none of them ahead of the step, of these layers."""
-        check_entries("kfac.intervals", state, ("step", "last_factors", "last_inverse"))
+        check_entries("kfac.intervals", state, ("step", "last_factors", "last_inverse", "work"))
         assert isinstance(state, Mapping)
         check_count("kfac.intervals.step", state["step"])
+        check_float("kfac.intervals.work", state["work"])
         if state["last_factors"] is not None:
             check_count("kfac.intervals.last_factors", state["last_factors"], state["step"])
         check_entries("kfac.intervals.last_inverse", state["last_inverse"], (), self.turns)
@@ -69,8 +98,9 @@ class Intervals:
             check_count(f"kfac.intervals.last_inverse.{name}", step, state["step"])
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Counters of `state_dict`."""
+        """Counters of `state_dict`; `pace` is to follow."""
         self.step, self.last_factors = state["step"], state["last_factors"]  # type: ignore[assignment]
+        self.work, self.gaps = state["work"], {}  # type: ignore[assignment]
         self.last_inverse = dict(state["last_inverse"])  # type: ignore[call-overload]
 
 
