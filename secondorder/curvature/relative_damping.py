@@ -19,6 +19,11 @@ def weighted_mean_eigenvalue(entries: Tensor, trace: Tensor) -> Tensor:
     return parts.square().sum((1, 2)) * trace
 
 
+def scale_of_spectrum(values: Tensor) -> Tensor:
+    """The same `[1]` of one matrix by all its eigenvalues, or all entries of a diagonal one, in a tensor of any shape."""
+    return weighted_mean_eigenvalue(values.reshape(1, 1, -1), values.sum()[None])
+
+
 def norm_over_trace(squared_norm: float, trace: float) -> float:
     """The same of one matrix S by the numbers |S|_F^2 and tr S, or by estimates of both."""
     return squared_norm / trace if trace > 0 else 0.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, SeparableLoss, SquaredError
 from secondorder.errors import InputError, unknown
+from secondorder.kfac.exact_columns import exact_columns
 
 REDUCTIONS = ("mean", "sum")
 FISHERS = ("mc", "empirical", "exact")
@@ -35,12 +36,14 @@ def output_gradients(
     generator: torch.Generator | None = None,
     samples: int = 1,
     weight: float = 1.0,
+    columns: range | None = None,
 ) -> Tensor:
     """g `[V, *logits.shape]`: V = samples draws over sqrt(samples) for "mc", the columns of a root of H for "exact".
 
-    weight: a factor of the loss of this output, and so of H. generator: on the CPU, for "mc". Half precision is widened to
-    float32. Raises InputError for unknown words, for logits that are not `[N, ...]`, for a softmax over a single output, and
-    for exact roots of more than MOST_COLUMNS columns.
+    weight: a factor of the loss of this output, and so of H. columns: those that are wanted of an exact root, all by default:
+    they are as large as the logits times their number. generator: on the CPU, for "mc". Half precision is widened to float32.
+    Raises InputError for unknown words, for logits that are not `[N, ...]`, for a softmax over a single output, and for exact
+    roots of more than MOST_COLUMNS columns.
     """
     if kind not in BACKPROPAGATED:
         raise unknown("fisher", kind, BACKPROPAGATED)
@@ -52,60 +55,45 @@ def output_gradients(
     if z.ndim < 2:
         if likelihood == "cross_entropy" or z.ndim == 0:
             raise InputError(f"logits of shape {list(z.shape)}; {likelihood} needs [N, K, ...]; {ONE_OUTPUT}")
-        return output_gradients(z[:, None], kind, likelihood, reduction, generator, samples, weight)[..., 0]
-    g = LIKELIHOODS[likelihood](z, kind, reduction, generator, samples)
-    return g if weight == 1 else g * weight**0.5
-
-
-def _cross_entropy(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
-    K = z.shape[1]
-    if K == 1:
+        return output_gradients(z[:, None], kind, likelihood, reduction, generator, samples, weight, columns)[..., 0]
+    if likelihood == "cross_entropy" and z.shape[1] == 1:
         raise InputError(
             f"logits of shape {list(z.shape)}: the softmax of one output is always 1, so cross_entropy has no curvature; "
             + ONE_OUTPUT
         )
+    if kind == "exact":
+        _check_columns(z[0].numel())
+        g = exact_columns(z, likelihood, reduction, range(z[0].numel()) if columns is None else columns)
+    else:
+        g = LIKELIHOODS[likelihood](z, reduction, generator, samples)
+    return g if weight == 1 else g * weight**0.5
+
+
+def _cross_entropy(z: Tensor, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+    K = z.shape[1]
     last = z.movedim(1, -1)  # [N, ..., K]
     rows = last.reshape(-1, K)
     T = len(rows) // max(1, len(z))
     c = 1 / T if reduction == "mean" else 1.0
     loss = CrossEntropy(z.new_full((len(rows), 1), c), z.new_ones(()))
-    if kind == "exact":
-        _check_columns(K * T)
-        columns = _spread(loss.root(rows).mT.reshape(len(z), T, K, K))  # [V, N, T, K]
-    else:
-        drawn = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64)
-        noise = drawn.to(widest(z.device)).to(z.device)
-        columns = loss.sampled(rows, noise).movedim(-1, 0)
+    drawn = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64)
+    noise = drawn.to(widest(z.device)).to(z.device)
+    columns = loss.sampled(rows, noise).movedim(-1, 0)
     return columns.reshape(-1, *last.shape).movedim(-1, 2)
 
 
-def _spread(columns: Tensor) -> Tensor:
-    """`[V, N, T, K]` of the columns `[N, T, R, K]` at each position, V = T R: each is zero at the other positions."""
-    N, T, R, K = columns.shape
-    spread = columns.new_zeros(T, R, N, T, K)
-    place = torch.arange(T, device=columns.device)
-    spread[place, :, :, place] = columns.permute(1, 2, 0, 3)
-    return spread.flatten(0, 1)
-
-
-def _mse(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+def _mse(z: Tensor, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
     rows = z.flatten(1)
     E = rows.shape[1]
     loss: SeparableLoss = SquaredError(rows, E if reduction == "mean" else 1)
-    if kind == "exact":
-        _check_columns(E)
-        return loss.root(rows).movedim(-1, 0).reshape(E, *z.shape)
     noise = torch.randn(*rows.shape, samples, generator=generator, dtype=torch.float64).to(z)
     return loss.sampled(rows, noise).movedim(-1, 0).reshape(samples, *z.shape)
 
 
-def _bce(z: Tensor, kind: str, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
+def _bce(z: Tensor, reduction: str, generator: torch.Generator | None, samples: int) -> Tensor:
     p = z.sigmoid().flatten(1)
     E = p.shape[1]
     c = 1 / E if reduction == "mean" else 1.0
-    if kind == "exact":
-        _check_columns(E)
-        return (c * p * (1 - p)).sqrt().diag_embed().movedim(-1, 0).reshape(E, *z.shape)
     y = torch.rand(samples, *p.shape, generator=generator, dtype=torch.float64).to(widest(z.device)).to(z.device) < p
     return ((p - y.to(z)) * (c / samples) ** 0.5).reshape(samples, *z.shape)
 
@@ -118,7 +106,7 @@ def _check_columns(columns: int) -> None:
         )
 
 
-LIKELIHOODS: dict[str, Callable[[Tensor, str, str, torch.Generator | None, int], Tensor]] = {
+LIKELIHOODS: dict[str, Callable[[Tensor, str, torch.Generator | None, int], Tensor]] = {
     "cross_entropy": _cross_entropy,
     "mse": _mse,
     "bce": _bce,

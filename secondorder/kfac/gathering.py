@@ -13,6 +13,7 @@ from secondorder.errors import InputError
 from secondorder.kfac.capture import Capture, Output
 from secondorder.kfac.diagonal_statistics import layer_statistics
 from secondorder.kfac.distributed import Processes
+from secondorder.kfac.exact_columns import parts_of_columns
 from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.hooks import Hook, is_pulling
 from secondorder.kfac.layers import KroneckerLayer
@@ -104,14 +105,16 @@ class Gathering:
 
     def _passes(self, heads: Mapping[Tensor, tuple[Fisher, float]]) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
         """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not."""
-        gradients = [
-            output_gradients(
-                z.detach(), own.kind, str(own.likelihood), own.reduction, self.generator, own.samples, weight
-            )
-            for z, (own, weight) in heads.items()
-        ]
+
+        def gradients_at(z: Tensor, columns: range | None = None) -> Tensor:
+            own, weight = heads[z]
+            words = own.kind, str(own.likelihood), own.reduction
+            return output_gradients(z.detach(), *words, self.generator, own.samples, weight, columns)
+
         if self.fisher.kind == "exact":
-            return ([(z, column)] for z, columns in zip(heads, gradients, strict=True) for column in columns)
+            parts = ((z, part) for z in heads for part in parts_of_columns(z))
+            return ([(z, column)] for z, part in parts for column in gradients_at(z, part))
+        gradients = [gradients_at(z) for z in heads]
         return (list(zip(heads, drawn, strict=True)) for drawn in zip(*gradients, strict=True))
 
     def note_rows(self, logits: Tensor | Sequence[Tensor]) -> None:

@@ -47,7 +47,7 @@ class Intervals:
         return self.last_factors is None or self.step - self.last_factors >= self._at_most(self.factor_interval)
 
     def pace(self, costs: Mapping[str, float], work: float) -> None:
-        """Set the gaps of warm-up from the operations of each layer's inversion and of a step's passes, of which the most counts."""
+        """Set the gaps of warm-up from the operations of each layer's inversion and of a step's passes: the most so far count."""
         self.work = max(self.work, work)
         roots = {name: math.sqrt(cost) for name, cost in costs.items()}
         self.gaps = {}

@@ -230,7 +230,8 @@ class LayerStatistics:
     def continue_with(self, other: "LayerStatistics") -> None:
         """Take over what statistics of the same layer hold."""
         self._sums, self._weights, self.rows = other._sums, other._weights, other.rows
-        self.samples, self.dense, self.squares, self.bases = other.samples, other.dense, None, None
+        self.samples, self.work, self.dense = other.samples, other.work, other.dense
+        self.squares = self.bases = None
         self.discard()
 
     @property

@@ -24,6 +24,7 @@ from secondorder.curvature.operators import (
     damped_inverse_root,
     preconditioned,
 )
+from secondorder.curvature.relative_damping import scale_of_spectrum
 from secondorder.kfac.options import DAMPING
 from studies.backbones import first_middle_last
 from studies.engine.records import Row
@@ -54,7 +55,7 @@ def block_rows(backbone: Backbone) -> Iterator[Row]:
 def measured(F: FactoredOperator, kfac: KroneckerOperator, rank: int) -> dict[str, float]:
     """The quantities of one block."""
     f, after = F.eigenvalues(), preconditioned(F, damped_inverse_root(kfac, DAMPING)).eigenvalues()
-    exact = f / (f + DAMPING * f.square().sum() / f.sum())
+    exact = f / (f + DAMPING * scale_of_spectrum(f))
     spectra = {CONDITION: f, AFTER_KFAC: after, AFTER_EXACT: exact}
     conditions = {name: half_rank_condition(values, rank) for name, values in spectra.items()}
     return conditions | {COSINE: fidelity(kfac, F).cosine.value}

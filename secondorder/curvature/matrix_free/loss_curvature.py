@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from secondorder.accelerator import widest
 from secondorder.errors import InputError, failures_of
 
+DRAWN_AT_A_TIME = 2**21
+"""Probabilities that are added up in float64 to draw classes: of a language model's tokens they are as large as its logits."""
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -99,10 +102,12 @@ class CrossEntropy(SeparableLoss):
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
-        p = z.softmax(-1)
-        y = torch.searchsorted(p.to(noise.dtype).cumsum(-1), noise, right=True).clamp_max(z.shape[-1] - 1)
-        columns = p[..., None] - F.one_hot(y, z.shape[-1]).mT.to(z.dtype)
-        return columns * (self._scale / noise.shape[-1]).sqrt()[..., None]
+        p, few = z.softmax(-1), max(1, DRAWN_AT_A_TIME // z.shape[-1])
+        sums = (rows.to(noise.dtype).cumsum(-1) for rows in p.split(few))
+        y = torch.cat([torch.searchsorted(*both, right=True) for both in zip(sums, noise.split(few), strict=True)])
+        columns = p[..., None].repeat(1, 1, noise.shape[-1])  # [N, K, S]
+        columns.scatter_add_(1, y.clamp_max(z.shape[-1] - 1)[:, None], columns.new_full((), -1).expand_as(y[:, None]))
+        return columns.mul_((self._scale / noise.shape[-1]).sqrt()[..., None])
 
     def gradients(self, z: Tensor) -> Tensor:
         """sqrt(D) (c p - q): D (c p - q) is the gradient of a sample's own loss."""

@@ -19,7 +19,7 @@ from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.curvature.operators.kronecker import KroneckerOperator
 from secondorder.curvature.operators.symmetric import SymmetricOperator
-from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
+from secondorder.curvature.relative_damping import safe_scale, scale_of_spectrum
 from secondorder.errors import InputError, NonFiniteError
 
 
@@ -68,8 +68,8 @@ def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool
     if not 0 < damping < math.inf:
         raise InputError(f"damping {damping}: must be positive and finite; 1e-8 is as good as none")
     (b, Q_B), (a, Q_A) = (_decomposed(factor) for factor in (block.gradient, block.input))
-    scale = [weighted_mean_eigenvalue(values[None, None], values.sum()[None]) for values in (b, a)]
-    damped = torch.outer(b, a) + damping * (safe_scale(scale[0] * scale[1])[0] if relative else 1.0)
+    scale = safe_scale(scale_of_spectrum(b) * scale_of_spectrum(a))[0] if relative else 1.0
+    damped = torch.outer(b, a) + damping * scale
     return EigenbasisOperator(Q_B, Q_A, damped.rsqrt())
 
 

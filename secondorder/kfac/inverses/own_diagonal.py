@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from secondorder.curvature.relative_damping import safe_scale, weighted_mean_eigenvalue
+from secondorder.curvature.relative_damping import safe_scale, scale_of_spectrum
 from secondorder.kfac.inverses.eigenbasis import Rotated
 
 
@@ -42,5 +42,4 @@ class OwnDiagonal(Rotated):
 
 def own_scale(S: Tensor) -> Tensor:
     """The scale `[G, 1, 1]` of a diagonal, by which damping is relative."""
-    whole = S.reshape(1, 1, -1)
-    return safe_scale(weighted_mean_eigenvalue(whole, whole.sum((1, 2)))).expand(len(S), 1, 1).contiguous()
+    return safe_scale(scale_of_spectrum(S)).expand(len(S), 1, 1).contiguous()
