@@ -17,7 +17,8 @@ from secondorder.curvature.backpack.merging import MERGES
 from secondorder.curvature.backpack.quantity import backpack_quantity
 from secondorder.curvature.backpack.registration import DERIVATIVES, ROWS
 from secondorder.curvature.backpack.support import QUANTITIES, check_support, supports
-from secondorder.curvature.kronecker import factors
+from secondorder.curvature.kronecker import factors, layer_kinds
+from secondorder.curvature.kronecker.patches import padded
 from secondorder.errors import InputError
 
 REFUSED_LAYERS = [
@@ -115,7 +116,7 @@ def test_wrong_spots_of_a_network_are_called_wrong(monkeypatch: pytest.MonkeyPat
 
 def transposed(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Patches with rows and columns of the kernel exchanged."""
-    unfolded = F.unfold(factors.padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)
+    unfolded = F.unfold(padded(layer, x), layer.kernel_size, layer.dilation, stride=layer.stride)
     kernels = unfolded.unflatten(1, (-1, *layer.kernel_size)).transpose(2, 3).flatten(1, 3)
     return kernels.unflatten(1, (layer.groups, -1))
 
@@ -126,14 +127,14 @@ def test_wrong_kronecker_factors_are_called_wrong(monkeypatch: pytest.MonkeyPatc
     exact = ["KFLR", "WeightSharingKFLR", "WeightSharingKFLR, reduce"]
     random = ["KFAC", "WeightSharingKFAC", "WeightSharingKFAC, reduce"]
     squeezed = factors._squeezed
-    for name, mistake, quantities in (
-        ("patches", transposed, exact[:2]),
-        ("mean_patches", lambda layer, x: transposed(layer, x).mean(-1), exact[2:]),
-        ("_squeezed", lambda factor: 1.25 * squeezed(factor), [*exact, *random, "KFRA"]),
+    for module, name, mistake, quantities in (
+        (factors, "patches", transposed, exact[:2]),
+        (layer_kinds, "mean_patches", lambda layer, x: transposed(layer, x).mean(-1), exact[2:]),
+        (factors, "_squeezed", lambda factor: 1.25 * squeezed(factor), [*exact, *random, "KFRA"]),
     ):
         tables.layer_truth.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(factors, name, mistake)
+            patch.setattr(module, name, mistake)
             for quantity in quantities:
                 assert tables.entry("Conv2d", quantity) == "wrong", (name, quantity)
             if "KFLR" in quantities:
