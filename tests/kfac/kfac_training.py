@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "two draws": {"fisher": Fisher(samples=2)},
     "reduce": {"sharing": "reduce"},
     "adam fallback": {"options": Options(fallback="adam", fallback_lr=0.1)},
-    "clip": {"clip": 1e-2, "weight_decay": 0.1},
+    "clip": {"clip": 10.0, "weight_decay": 0.1},
 }
 """Settings of KFAC that take different paths through it."""
 

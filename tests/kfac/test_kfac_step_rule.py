@@ -313,14 +313,14 @@ def test_a_layer_that_gets_an_eigenbasis_begins_anew() -> None:
 # ------------------------------------------------------------------------------------------------ what they are for
 
 
-def separable(step_rule: str, seed: int) -> tuple[float, float]:
+def separable(step_rule: str, seed: int, **settings: Any) -> tuple[float, float]:
     """Worst batch loss after 20 steps, and norm of the weights at the end, on two classes that can be told apart exactly."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(512, 20, generator=generator)
     y = (x[:, 0] + 0.3 * torch.randn(512, generator=generator) > 0).long()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2))
-    optimizer = KFAC(model, 0.03, step_rule=step_rule, fisher=Fisher(seed=seed))
+    optimizer = KFAC(model, 0.03, step_rule=step_rule, fisher=Fisher(seed=seed), **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     worst = 0.0
     for turn in range(600):
@@ -336,7 +336,7 @@ def test_separable_classes_do_not_blow_it_up(seed: int) -> None:
     worst, norm = separable("adam", seed)
     assert worst < 1.0
     assert norm < 60
-    assert separable("natural", seed)[0] > 2.0  # its metric vanishes with the loss
+    assert separable("natural", seed, clip=None)[0] > 2.0  # its metric vanishes with the loss
 
 
 # --------------------------------------------------------------------------------------------------------- plumbing
