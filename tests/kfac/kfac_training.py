@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cholesky": {"damping": Damping(inverse="cholesky")},
     "wide": {"options": Options(wide_inputs=10)},
     "wide cholesky": {"damping": Damping(inverse="cholesky"), "options": Options(wide_inputs=10)},
+    "wide outputs": {"options": Options(wide_outputs=2, wide_inputs=17)},
     "empirical": {"fisher": "empirical"},
     "empirical ekfac": {"fisher": "empirical", "approximation": "ekfac"},
     "exact": {"fisher": "exact"},

@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
     "options": (kfac(options={"fallback": "adam"}), "options {'fallback': 'adam'}: must be Options(...)"),
     "fallback": (lambda: Options(fallback="rprop"), "unknown fallback 'rprop'; choose one of: sgd, adam"),
     "fallback_lr": (lambda: Options(fallback_lr=-1.0), "fallback_lr -1.0: must be a number in [0, 3.4e+38)"),
+    "wide_outputs": (lambda: Options(wide_outputs=0), "wide_outputs must be a whole number of at least 1, got 0"),
     "wide_inputs": (lambda: Options(wide_inputs=0), "wide_inputs must be a whole number of at least 1, got 0"),
     "groups": (lambda: Options(groups=[{"lr": 0.1}]), "groups [{'lr': 0.1}]: must be settings by pattern"),  # type: ignore[arg-type]
     "groups of numbers": (

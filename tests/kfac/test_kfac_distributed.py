@@ -43,6 +43,7 @@ CASES = {
     ),
     "adam": Case({"step_rule": "adam", "weight_decay": 0.1}, samples=16),
     "wide": Case(STAGGERED, {"wide_inputs": 12}),  # 8 rows of both processes, 13 inputs
+    "wide outputs": Case(STAGGERED, {"wide_outputs": 3, "wide_inputs": 12}),
     "rows that become dense": Case({"sharing": "reduce"}, {"wide_inputs": 5}),  # 4 rows of each process, 6 inputs
     "adapted in closures": Case({"damping": ADAPTIVE, "clip": 1e-2}, take="closure"),
     "quadratic steps": Case({"damping": ADAPTIVE, "weight_decay": 1e-3}, take="quadratic"),

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from secondorder.errors import InputError
 from secondorder.kfac import options
+from secondorder.kfac.exact_columns import parts_of_columns
 from secondorder.kfac.fisher import BACKPROPAGATED, FISHERS, LIKELIHOODS, REDUCTIONS, output_gradients
 
 SHAPES = [(3, 4), (3, 4, 2), (3, 4, 2, 2)]
@@ -44,6 +45,25 @@ def test_exact_and_drawn_gradients(likelihood: str, reduction: str, shape: tuple
     assert drawn.shape == (20_000, *shape)
     error = (second_moments(drawn) - truth).abs().max() / truth.abs().max()
     assert float(error) < 0.05  # 4 standard deviations of 20,000 draws
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 2)])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_exact_columns_come_in_parts(likelihood: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(*shape)
+    whole = output_gradients(z, "exact", likelihood)
+    for most, count in ((3 * z.nbytes, -(-z[0].numel() // 3)), (1, z[0].numel()), (2**30, 1)):
+        monkeypatch.setattr("secondorder.kfac.exact_columns.BYTES_AT_A_TIME", most)
+        parts = [output_gradients(z, "exact", likelihood, columns=part) for part in parts_of_columns(z)]
+        assert len(parts) == count
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_classes_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(7, 5, 2)
+    whole = output_gradients(z, "mc", generator=torch.Generator().manual_seed(0), samples=3)
+    monkeypatch.setattr("secondorder.curvature.matrix_free.loss_curvature.DRAWN_AT_A_TIME", 11)
+    assert torch.equal(output_gradients(z, "mc", generator=torch.Generator().manual_seed(0), samples=3), whole)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secondorder.curvature.relative_damping import min_scale
 from secondorder.kfac.inverses import EVENTS, KINDS, NO_CURVATURE, Factors, Identity, Inverse, build, invert
-from secondorder.kfac.inverses.numerics import all_finite, eigen, inverses
+from secondorder.kfac.inverses.numerics import Problem, all_finite, eigen, inverses, solutions
 
 G, D, O, R = 2, 6, 3, 4  # noqa: E741
 
@@ -116,6 +116,41 @@ def test_layers_without_curvature_are_named_and_cost_one_synchronisation(monkeyp
     for _ in range(2):
         invert(layers, "eigen", [0.1] * 3, True, {}, report)
     assert report == {f"flat: {NO_CURVATURE}": 2, f"half: {NO_CURVATURE}": 2}
+
+
+def test_all_decompositions_cost_one_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind and size: on an accelerator each would wait for what was asked of it before."""
+    S = [torch.eye(n, dtype=dtype)[None] * 2 for n in (1, 2, 3, 3) for dtype in (torch.float32, torch.float64)]
+    shift, diagonal = torch.ones(1, 1, 1), torch.ones(1, 4)
+    problems = [*map(Problem, S), *(Problem(s, shift.to(s)) for s in S), Problem(diagonal), Problem(diagonal, shift)]
+    asked, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: asked.append(len(tensor)) or tolist(tensor))
+    for name in ("__bool__", "item", "__float__"):
+        monkeypatch.setattr(Tensor, name, lambda tensor: pytest.fail("a synchronisation for each matrix"))
+    found = solutions(problems, Counter())
+    assert asked == [2 * len(S)]
+    monkeypatch.undo()
+    for problem, solution in zip(problems, found, strict=True):
+        assert solution is not None
+        scale = 1.0 if problem.S.ndim == 2 else 2.0
+        expected = scale if problem.shift is None else 1 / (scale + 1)
+        torch.testing.assert_close(solution[0].amax(), torch.tensor(expected).to(problem.S))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_diagonals_leave_the_last_inverse(kind: str) -> None:
+    good, bad = factors(), factors()
+    good, bad = (Factors("layer", one.A, None, one.B.diagonal(dim1=1, dim2=2).clone()) for one in (good, bad))
+    bad.B[1, 0] = float("nan")
+    before, report = inverted(good, kind, {})
+    assert not report
+    kept, report = inverted(bad, kind, {"layer": before})
+    assert kept is before
+    assert report == {"kept": 1}
+    flat = Factors("layer", good.A, None, 0 * good.B)
+    inverse, report = inverted(flat, kind, {})
+    assert report == {f"layer: {NO_CURVATURE}": 1}
+    assert inverse.solve(torch.ones(G, O, D, dtype=torch.float64), 0.1, True).isfinite().all()
 
 
 def test_the_floor_can_be_divided_by():

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from secondorder.errors import InputError
-from secondorder.kfac.schedule import Intervals, spread
+from secondorder.kfac.schedule import SMALL_NETWORK, WARM_UP_SHARE, Intervals, spread
 
 
 def simulated(intervals: Intervals, steps: int) -> tuple[list[int], dict[str, list[int]]]:
@@ -72,6 +72,50 @@ def test_counters_are_restored() -> None:
         assert whole.inverses_due() == second.inverses_due()
         for one in (whole, second):
             one.last_inverse |= dict.fromkeys(one.inverses_due(), step)
+
+
+def paced(costs: dict[str, float], work: float) -> Intervals:
+    intervals = Intervals(10, 10, warm_up=True, stagger=True, costs=costs)
+    intervals.pace(costs, work)
+    return intervals
+
+
+def test_small_networks_do_not_wait_in_warm_up() -> None:
+    costs = {f"layer{i}": SMALL_NETWORK / 8 for i in range(8)}
+    assert simulated(paced(costs, 1.0), 100) == simulated(Intervals(10, 10, True, True, costs), 100)
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_renewals_in_the_warm_up_of_large_networks_are_a_part_of_the_passes_work(steps: int) -> None:
+    costs = {f"layer{i}": SMALL_NETWORK * (1 + i % 7) ** 3 for i in range(30)}
+    work = sum(costs.values()) / 2  # an inversion of all layers takes as long as two steps
+    _, inverses = simulated(paced(costs, work), steps)
+    spent = sum(costs[name] * (len(found) - 1) for name, found in inverses.items())  # the first one is needed
+    assert 0.3 * WARM_UP_SHARE * steps * work < spent <= WARM_UP_SHARE * steps * work
+    renewals = {name: len(found) for name, found in inverses.items()}
+    assert renewals["layer0"] > renewals["layer6"]
+
+
+def test_very_large_networks_take_turns_from_the_beginning() -> None:
+    costs = {f"layer{i}": SMALL_NETWORK for i in range(30)}
+    _, inverses = simulated(paced(costs, 1e-3 * SMALL_NETWORK), 100)
+    for found in inverses.values():
+        assert found[0] == 0
+        assert len(found) <= 11
+    for step in range(1, 100):
+        assert sum(step in found for found in inverses.values()) <= 3
+
+
+def test_the_largest_batch_so_far_sets_the_pace() -> None:
+    costs = {"a": SMALL_NETWORK, "b": SMALL_NETWORK}
+    one = paced(costs, 1e12)
+    gaps = dict(one.gaps)
+    one.pace(costs, 1e11)
+    assert one.gaps == gaps
+    other = Intervals(10, 10, True, True, costs)
+    other.load_state_dict(one.state_dict())
+    other.pace(costs, 0.0)
+    assert other.gaps == gaps
 
 
 def test_spread_balances() -> None:

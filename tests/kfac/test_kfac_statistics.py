@@ -159,14 +159,18 @@ def test_a_step_without_any_use_changes_nothing() -> None:
         assert all(torch.equal(torch.as_tensor(before[name]), torch.as_tensor(after[name])) for name in before)
 
 
+@pytest.mark.parametrize("unit_vectors", [False, True])
 @pytest.mark.parametrize("name", MODULES)
-def test_squared_gradients_of_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squared_gradients_of_samples(name: str, unit_vectors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors of the outputs that are the unit vectors, of a diagonal B, are `[G, O]`."""
     make, shape = MODULES[name]
     module = make().double()
     statistics = statistics_of(module)
     G, D, outputs = statistics.layer.groups, statistics.layer.inputs, statistics.layer.outputs
     Q_A = torch.linalg.qr(torch.randn(G, D, D).double()).Q
     Q_B = torch.linalg.qr(torch.randn(G, outputs, outputs).double()).Q
+    if unit_vectors:
+        Q_B = torch.eye(outputs).double().expand(G, outputs, outputs)
     (x, g), (y, h) = batch(module, shape), batch(module, shape)
 
     def rows(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ def test_squared_gradients_of_samples(name: str, monkeypatch: pytest.MonkeyPatch
     for most in (2**26, 1):
         monkeypatch.setattr("secondorder.curvature.kronecker.squares.CACHED_BYTES", most)
         monkeypatch.setattr("secondorder.curvature.kronecker.squares.CHUNK_BYTES", most)
-        statistics.bases = (Q_A, Q_B)
+        statistics.bases = (Q_A, Q_B.diagonal(dim1=1, dim2=2) if unit_vectors else Q_B)
         statistics.add_inputs([x, y])
         statistics.add_gradients([x, y], [g, h])
         assert len(statistics.staged_tensors()) == 4
