@@ -163,7 +163,8 @@ class Options:
         diag(B) kron A, its eigenvectors on the side of the outputs are the unit vectors. Rows of the gradients g, the
         counterpart of `wide_inputs`, would leave all classes without curvature that no drawn label of the batch is.
     warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every
-        max(1, t / 4) steps until that reaches the interval.
+        max(1, t / 4) steps until that reaches the interval; inverses of large networks only as far as renewals take half the
+        work of the passes, or at their turns in the interval.
     stagger: layers are inverted at different steps, so that no step is much longer than the others.
     check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients, and that
         the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant factor.

@@ -3,8 +3,11 @@
 from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
 
 from secondorder.errors import InputError
+from secondorder.kfac import KFAC, Options
 from secondorder.kfac.schedule import SMALL_NETWORK, WARM_UP_SHARE, Intervals, spread
 
 
@@ -129,3 +132,27 @@ def test_bad_intervals(name: str, value: object) -> None:
     values = {"factor_interval": 1, "inverse_interval": 1} | {name: value}
     with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got {value!r}"):
         Intervals(**values, warm_up=False, stagger=False, costs={})
+
+
+def test_a_network_is_paced_by_the_operations_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secondorder.kfac.schedule.SMALL_NETWORK", 0.0)
+    model, optimizer = None, None
+    for resumed in (False, True):
+        state = optimizer.state_dict() if resumed else None
+        torch.manual_seed(0)
+        model = model if resumed else nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(48, 5))
+        optimizer = KFAC(model, options=Options(wide_inputs=40))
+        if state is not None:
+            optimizer.load_state_dict(state)
+        intervals = optimizer.preconditioner.intervals
+        if not resumed:
+            x, y = torch.randn(6, 2, 5, 5), torch.arange(6) % 5
+            logits = model(x)
+            optimizer.update_curvature(logits)
+            nn.functional.cross_entropy(logits, y).backward()
+            optimizer.step()
+        assert intervals.work == 6 * 6 * (16 * 3 * 9 + 5 * 49)  # 16 positions of the convolution
+        costs = {"0": 16 * (9**3 + 3**3), "2": 32 * 6**3 + 8 * 6**2 * 49 + 16 * 5**3}  # 6 rows of 49 inputs
+        roots = {name: cost**0.5 for name, cost in costs.items()}
+        expected = {name: root * sum(roots.values()) / (WARM_UP_SHARE * intervals.work) for name, root in roots.items()}
+        assert intervals.gaps == pytest.approx(expected)
