@@ -36,10 +36,8 @@ from studies.engine.study import Context, Study
 from studies.results import write_file
 from studies.settings import Common
 
-STEPS = 2
-"""The version of K-FAC's steps: to be raised when they change."""
-FIRST_SEED, EARLY = 100, 20
-"""The first seed, and the steps that do not count for the worst loss of a batch."""
+STEPS, FIRST_SEED, EARLY = 2, 100, 20
+"""The version of K-FAC's steps, the first seed, and the steps that do not count for the worst loss of a batch."""
 Samples = tuple[Tensor, Tensor]
 Task = tuple[Samples, Samples, nn.Module]
 """Samples to train on, held-out samples, and the network."""

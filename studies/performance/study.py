@@ -60,7 +60,7 @@ def plan(context: Context) -> Plan:
     s, device = context.settings, str(context.common.torch_device)
 
     def timed(name: str, measure: Callable[[Any], Iterator[Row]], case: dict[str, Any], **labels: str) -> Computed:
-        measurement = Measurement(name, measure, case | {"device": device})
+        measurement = Measurement(name, measure, case | {"device": device}, 2 if measure is measure_kfac else 1)
         return Computed(measurement, {"dataset": "random"} | labels, alone=True, device=device)
 
     def kfac(head: str) -> Computed:
