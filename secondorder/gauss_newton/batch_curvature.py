@@ -17,7 +17,7 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, LossCurvature, SquaredError
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.errors import InputError
-from secondorder.kfac.hooks import Hook, handles_of
+from secondorder.kfac.capture.hooks import Hook, handles_of
 
 
 def cross_entropy(z: Tensor) -> LossCurvature:

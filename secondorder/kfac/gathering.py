@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
-from secondorder.kfac.capture import Capture, Output
+from secondorder.kfac.capture import Capture
+from secondorder.kfac.capture.hooks import Hook, is_pulling
 from secondorder.kfac.diagonal_statistics import layer_statistics
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.exact_columns import parts_of_columns
 from secondorder.kfac.fisher import output_gradients
-from secondorder.kfac.hooks import Hook, is_pulling
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Fisher
+from secondorder.kfac.outputs import as_outputs, batches_of
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
 from secondorder.kfac.state_check import check_entries, check_float, refused
 from secondorder.kfac.statistics import LayerStatistics, read_counts
@@ -55,7 +56,7 @@ class Gathering:
         self._rows, self._backward_seen, self._noting = 0, False, False
         self.due = due
         if not due:
-            self.capture.stop()
+            self._stop()
             return
         entropy = [self.fisher.seed % 2**64, step, self.processes.rank]
         self.generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -65,8 +66,10 @@ class Gathering:
             self.capture.start()
         if self.fisher.kind == "empirical":
             self.capture.from_backward()
-            if self.check is not None:
-                self.check.watch(self.capture)
+        elif self.fisher.reduction == "sum":
+            self.capture.watch_weights()
+        if self.check is not None:
+            self.check.watch(self.capture)
 
     def update(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Statistics from the graph of the outputs, of several heads in one call.
@@ -76,13 +79,16 @@ class Gathering:
         """
         outputs = as_outputs(logits)
         fishers = dict(zip(outputs, self.fisher.outputs(len(outputs)), strict=True))
+        if self._backward_seen and self.capture.gradients_cleared():
+            self.discard_past()
         if not any(z.requires_grad for z in outputs):
             raise InputError(
                 "update_curvature(logits): the logits have no graph; call it outside torch.no_grad(), before backward()"
             )
         if not self.capture.uses:
             raise InputError(
-                f"update_curvature(logits): no layer of the model was called since the last step; {UNCOMPILED}"
+                "update_curvature(logits): no layer of the model was called since the last step or load_state_dict; "
+                + UNCOMPILED
             )
         below = [(z, found) for z in outputs if (found := self.capture.below(z))]
         if not below:
@@ -90,15 +96,15 @@ class Gathering:
                 "update_curvature(logits): no layer that was called since the last step is below these logits; pass outputs of "
                 "the model's last forward pass"
             )
-        batches = _batches(below)
+        batches = batches_of(below)
         if self.check is not None:
             for _, together in batches:
                 batch = object()
                 for z in together:
                     self.check.watch(self.capture, z, fishers[z][0], batch, fishers[z][1])
-        uses = {output.use: output for _, found in below for output in found}
+        uses = {output.call: output for _, found in below for output in found}
         heads = {z: fishers[z] for z, _ in below}
-        ordered = sorted(uses.values(), key=lambda output: output.use.order)
+        ordered = sorted(uses.values(), key=lambda output: output.call.order)
         self.capture.pull(list(heads), ordered, self._passes(heads))
         self._rows += sum(rows for rows, _ in batches)
         self._watch_backward(heads)
@@ -142,7 +148,7 @@ class Gathering:
         """Forget what came from backward passes that are over; a forward pass whose backward is still to come stays."""
         if self.fisher.kind == "empirical" or self._backward_seen:
             self._discard()
-            self.capture.forget_past()
+        self.capture.forget_gradients()
         if self.check is not None:
             self.check.clear()
 
@@ -154,11 +160,18 @@ class Gathering:
             self.check.clear()
 
     def check_updated(self) -> None:
-        """InputError unless `update` was called in this step, where it is needed."""
-        if self.fisher.kind != "empirical" and not self._rows:
+        """InputError unless `update` was called in this step, where it is needed: for every batch of a summed loss."""
+        if self.fisher.kind == "empirical":
+            return
+        if not self._rows:
             raise InputError(
                 f"this step updates the factors: call update_curvature(logits) between the forward pass and loss.backward() "
-                f"(fisher {self.fisher.kind!r}), or use fisher='empirical'"
+                f"(fisher {self.fisher.kind!r}), or use fisher='empirical'; calls before load_state_dict do not count"
+            )
+        if self.fisher.reduction == "sum" and self.capture.uncounted:
+            raise InputError(
+                "update_curvature was not called for every forward pass whose gradients are accumulated in this step, and with "
+                "reduction='sum' all samples have to be known: call it between each forward and its backward pass"
             )
 
     def commit(self, ema_decay: float, events: Counter[str]) -> list[LayerStatistics]:
@@ -172,8 +185,8 @@ class Gathering:
         used = [statistics for statistics in self.statistics.values() if together or statistics.used]
         if not used:
             raise InputError(
-                "this step updates the factors, and no layer was called and had its backward pass since the last step; "
-                + UNCOMPILED
+                "this step updates the factors, and no layer was called and had its backward pass since the last step or "
+                "load_state_dict; " + UNCOMPILED
             )
         rows = float(self._rows if self.fisher.kind != "empirical" else self.capture.rows or 0)
         if together:
@@ -219,7 +232,7 @@ class Gathering:
     @contextmanager
     def watching_nothing(self, step: int) -> Iterator[None]:
         """Passes inside leave no trace; between two steps, of which `step` is the next."""
-        self.capture.stop()
+        self._stop()
         self.quiet = True
         try:
             yield
@@ -257,35 +270,13 @@ class Gathering:
             self.check.stop()
         self.check = None if self._checked else ScalingCheck(self.layers)
 
+    def _stop(self) -> None:
+        self.capture.stop()
+        if self.check is not None:
+            self.check.stop()
+            self.check.clear()
+
     def _discard(self) -> None:
         for statistics in self.statistics.values():
             statistics.discard()
         self._rows, self._backward_seen, self._noting = 0, False, False
-
-
-def as_outputs(logits: Any) -> list[Tensor]:
-    """The outputs that `update_curvature` is given; InputError unless it is a tensor with rows, or some."""
-    outputs = list(logits) if isinstance(logits, list | tuple) else [logits]
-    for z in outputs:
-        if not isinstance(z, Tensor):
-            raise InputError(
-                f"update_curvature(logits): {type(z).__name__} is not a tensor; pass the model's logits, or a list of them"
-            )
-        if z.ndim == 0:
-            raise InputError("update_curvature(logits): a number; pass the model's logits [N, K, ...], not the loss")
-    if not outputs:
-        raise InputError("update_curvature([]): pass the model's logits")
-    return outputs
-
-
-def _batches(below: Sequence[tuple[Tensor, Sequence[Output]]]) -> list[tuple[int, list[Tensor]]]:
-    """Rows and heads of the outputs that share forward passes of the model."""
-    batches: list[tuple[set[Any], int, list[Tensor]]] = []
-    for z, found in below:
-        forwards, rows, heads = {output.use.forward for output in found}, len(z), [z]
-        joined = [batch for batch in batches if batch[0] & forwards]
-        batches = [batch for batch in batches if not batch[0] & forwards]
-        for batch in joined:
-            forwards, rows, heads = forwards | batch[0], max(rows, batch[1]), batch[2] + heads
-        batches.append((forwards, rows, heads))
-    return [(rows, heads) for _, rows, heads in batches]

@@ -45,7 +45,7 @@ class KroneckerLayer:
     wide_outputs: int
     attribute: str = "weight"
     callers: tuple[nn.Module, ...] = ()
-    """Modules that use the weight without a call of `modules`: see `attention`."""
+    """Modules that use the weight without a call of `modules`: see `capture.attention`."""
 
     @property
     def module(self) -> nn.Module:

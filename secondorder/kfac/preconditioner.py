@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from secondorder.errors import InputError
 from secondorder.kfac.blocks import Blocks, Directions
 from secondorder.kfac.distributed import Processes
-from secondorder.kfac.gathering import Gathering, as_outputs
+from secondorder.kfac.gathering import Gathering
 from secondorder.kfac.layers import KroneckerLayer, find_layers
 from secondorder.kfac.options import Damping, Fisher, Options, check_number, check_sharing
+from secondorder.kfac.outputs import as_outputs
 from secondorder.kfac.report import Report, Stopwatch, parameter_rows
 from secondorder.kfac.schedule import Intervals
 from secondorder.kfac.state_check import check_count, check_entries, check_list, refused

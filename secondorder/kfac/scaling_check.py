@@ -7,46 +7,24 @@ and step, to the unscaling of a GradScaler or to clipping, does not count agains
 """
 
 import math
-import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secondorder.accelerator import widest
-from secondorder.errors import InputError, one_line
+from secondorder.errors import InputError
 from secondorder.kfac.capture import Capture
+from secondorder.kfac.capture.calls import LayerCall
+from secondorder.kfac.capture.hooks import Hook, handles_of, is_pulling, remove
 from secondorder.kfac.graph import made_by
-from secondorder.kfac.hooks import Hook, handles_of, is_pulling, remove
 from secondorder.kfac.layers import KroneckerLayer
-from secondorder.kfac.likelihood_check import BOUND, is_close, loss_ratio, terms, verify_likelihood, verify_loss
-from secondorder.kfac.uses import Use
+from secondorder.kfac.loss_factors import Watched, verify_losses
 
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 1e-1
 """Relative errors of the whole gradient of a layer; autocast rounds inputs, gradients and the sum to three digits or fewer."""
-
-
-@dataclass(eq=False)
-class Watched:
-    """Outputs, the loss's gradients at them by backward pass, and the batch they belong to: the outputs of a model share one.
-
-    fisher: its likelihood is that of this output. weight: the declared factor of its loss. made_by: the operation of the graph.
-    """
-
-    logits: Tensor
-    fisher: Any
-    batch: Hashable
-    weight: float = 1.0
-    made_by: str = ""
-    gradients: list[tuple[int, Tensor]] = field(default_factory=list)
-
-    def gradient(self, backwards: set[int]) -> Tensor | None:
-        """The sum over these backward passes; None: there was none."""
-        terms = [gradient for backward, gradient in self.gradients if backward in backwards]
-        return sum(terms[1:], terms[0]) if terms else None
 
 
 class ScalingCheck:
@@ -72,14 +50,15 @@ class ScalingCheck:
         batch: Hashable | None = None,
         weight: float = 1.0,
     ) -> None:
-        """Watch the backward passes to come of what `capture` records.
+        """Watch the backward passes to come of what `capture` records, and the loss's gradient at logits that are given.
 
-        logits and fisher (its likelihood and reduction): watch the loss's gradient at these logits, too, a loss with a factor of
-        `weight`. batch: the same for several outputs of one forward pass.
+        fisher: has the loss's likelihood and reduction. batch: the same for several outputs of one forward pass. weight: the
+        declared factor of the loss.
         """
-        self._capture = capture
-        if not capture.has(self._compare):
-            capture.listen(self._compare)
+        if capture.listener is not self:
+            self.stop()
+            self._capture = capture
+            capture.listen(self)
             for layer in self.layers:
                 if layer.bias is not None and layer.bias.requires_grad:
                     self._biases.add(layer)
@@ -94,12 +73,22 @@ class ScalingCheck:
         remove(self._handles)
         self._biases = set()
         if self._capture is not None:
-            self._capture.dismiss(self._compare)
+            self._capture.listen(None)
 
     def clear(self) -> None:
         """Forget the backward passes seen so far, and go on watching."""
         self._expected, self._actual, self._size = {}, {}, {}
         self._losses, self._backwards = [], set()
+
+    def forget(self, layers: Sequence[KroneckerLayer]) -> None:
+        """Forget what backward passes before the present one brought to these layers: it has been cleared."""
+        for layer in layers:
+            for sums in (self._expected, self._actual, self._size):
+                sums.pop(layer, None)
+        present = torch._C._current_graph_task_id()
+        self._backwards &= {present}
+        for watched in self._losses:
+            watched.gradients = [(task, gradient) for task, gradient in watched.gradients if task == present]
 
     def verify(self, fisher: Any = None) -> bool:
         """InputError for the first layer or loss that does not fit. False: no finite gradient was seen, nothing is known.
@@ -116,36 +105,9 @@ class ScalingCheck:
         rescaled = self._rescaled()
         if fisher is not None and fisher.kind == "empirical":
             verify_unscaled(rescaled * known_scale(fisher))
-        self._verify_losses(rescaled)
+        known = self._capture is not None and not self._capture.uncounted
+        verify_losses(self._losses, self._backwards, rescaled, known)
         return True
-
-    def _verify_losses(self, rescaled: float) -> None:
-        """Each loss is a mean over its rows times their share in all rows, or divided by the number of batches.
-
-        A gradient at the logits counts that went on to the weights, not one that the user asked for with autograd.grad.
-        """
-        rows: dict[Hashable, int] = {}
-        ratios: list[tuple[Watched, float]] = []
-        for watched in self._losses:
-            gradient = watched.gradient(self._backwards)
-            if gradient is not None:
-                given = watched.logits, gradient, watched.fisher.likelihood, watched.fisher.reduction
-                verify_likelihood(*given, rescaled, watched.made_by)
-                rows[watched.batch] = len(watched.logits)
-                if (ratio := loss_ratio(*given)) is not None:
-                    ratios.append((watched, ratio))
-        if not ratios:
-            return
-        declared = ratios[0][0].fisher
-        by_rows = {batch: n / sum(rows.values()) for batch, n in rows.items()}
-        ways = (
-            [dict.fromkeys(rows, 1 / len(rows)), by_rows]
-            if declared.reduction == "mean"
-            else [dict.fromkeys(rows, 1.0)]
-        )
-        factors = min((_factors(ratios, shares, rescaled) for shares in ways), key=_spread)
-        count = terms(ratios[0][0].logits, declared.likelihood)
-        verify_factors(factors, declared.likelihood, declared.reduction, count, len(rows))
 
     def _rescaled(self) -> float:
         """Norm of the gradients as they are now over that of the gradients that backward made."""
@@ -157,17 +119,17 @@ class ScalingCheck:
                 now += float(layer.weight.grad.to(wide).square().sum())
         return math.sqrt(now / made) if made > 0 else 1.0
 
-    def _compare(
-        self, layer: KroneckerLayer, uses: Sequence[Use], gradients: Sequence[Tensor], weight_grad: Tensor
+    def compare(
+        self, layer: KroneckerLayer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], weight_grad: Tensor
     ) -> None:
         """Add one backward of one layer to both sides."""
         self._backwards.add(torch._C._current_graph_task_id())
         weight = weight_grad.detach().to(layer.dtype)
         bias = None if layer.bias is None else layer.bias.new_zeros(layer.bias.shape, dtype=layer.dtype)
         _add(self._expected, layer, layer.matrix(weight, bias).clone())
-        for use, g in zip(uses, gradients, strict=True):
+        for call, g in zip(calls, gradients, strict=True):
             self._half |= g.dtype.itemsize < 4
-            x = layer.kind.batched(layer.kind.numbers(use.input, layer.dtype))
+            x = layer.kind.batched(layer.kind.numbers(call.input, layer.dtype))
             g = layer.kind.batched(g.to(layer.dtype))
             actual = layer.kind.weight_gradient(x, g, layer.bias is not None)
             if layer.bias is not None and layer not in self._biases:
@@ -204,58 +166,6 @@ class ScalingCheck:
         ratio = float((expected * actual).sum() / actual.square().sum()) if layer in self._actual else 0.0
         derived = self._capture is not None and any(one < max(self._backwards) for one in self._capture.differentiable)
         raise InputError(_message(layer, ratio, float(error / norm), layer in self._actual, derived))
-
-
-def _factors(
-    ratios: Sequence[tuple[Watched, float]], shares: Mapping[Hashable, float], rescaled: float
-) -> list[list[float]]:
-    """What is left of the ratios of each batch's outputs when the batch has this share."""
-    batches: dict[Hashable, list[float]] = {}
-    for watched, ratio in ratios:
-        factor = ratio / shares[watched.batch]
-        factor = factor if factor <= 1 else max(1.0, factor * min(1.0, rescaled))
-        batches.setdefault(watched.batch, []).append(factor)
-    return list(batches.values())
-
-
-def _spread(factors: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """How different the factors are, and how far from 1."""
-    found = [factor for batch in factors for factor in batch]
-    return round(max(found) / min(found), 2), max(abs(math.log(factor)) for factor in found)
-
-
-def verify_factors(
-    factors: Sequence[Sequence[float]], likelihood: str, reduction: str, count: int, batches: int
-) -> None:
-    """InputError for factors of the loss that are a mistake or differ, a warning for one that all have.
-
-    Args:
-        factors: of the outputs of each accumulated batch where they are known; 1: as declared.
-        likelihood, reduction: what they are factors of.
-        count: terms of one of the losses, the ratio of a sum to a mean.
-        batches: that were accumulated.
-    """
-    found = [factor for batch in factors for factor in batch]
-    low, high = min(found), max(found)
-    if max(high - 1, 1 - low) <= BOUND:
-        return
-    for batch in factors:
-        if not is_close(max(batch), min(batch)):
-            raise InputError(
-                f"the losses of the outputs have factors from {min(batch):.4g} to {max(batch):.4g}: pass them as "
-                "Fisher(weights=[...]), one for each output, 1 for a loss without a factor"
-            )
-    worst = max(found, key=lambda factor: abs(math.log(factor)))
-    slip = count if reduction == "mean" else 1 / count
-    if not is_close(high, low) or is_close(worst, slip) or (batches > 1 and is_close(worst, batches)):
-        verify_loss(worst, likelihood, reduction, batches, 1.0)
-    warnings.warn(
-        one_line(
-            f"the loss's gradient is {worst:.4g} times that of {likelihood} with reduction {reduction!r}; a constant factor does "
-            f"not change K-FAC's direction: Fisher(weights={worst:.4g}) takes it into the curvature, too"
-        ),
-        stacklevel=2,
-    )
 
 
 def known_scale(fisher: Any) -> float:

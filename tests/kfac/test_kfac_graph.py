@@ -4,7 +4,7 @@ import torch
 from natural import KFAC
 from torch import nn
 
-from secondorder.kfac.graph import last_of
+from secondorder.kfac.capture.pull import last_of
 from studies.timing import peak_bytes
 
 

@@ -17,7 +17,8 @@ from secondorder.errors import InputError
 from secondorder.kfac.capture import Capture
 from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.layers import find_layers
-from secondorder.kfac.scaling_check import ScalingCheck, loss_ratio, verify_loss
+from secondorder.kfac.likelihood_check import loss_ratio, verify_loss
+from secondorder.kfac.scaling_check import ScalingCheck
 from secondorder.kfac.statistics import LayerStatistics
 from secondorder.networks import network
 

@@ -10,25 +10,39 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
-@dataclass(frozen=True)
-class LayerUse:
+@dataclass(eq=False)
+class Input:
+    """What went into one call of a layer: the input a `[N, ...]`, without its graph, and its version then."""
+
+    input: Tensor
+    version: int
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing has changed the input in place since."""
+        return self.input._version == self.version
+
+
+@dataclass(eq=False)
+class LayerUse(Input):
     """One call of a layer: its input a `[N, ...]` and the place in the graph of its output.
 
     The place is that of the output as the layer returned it, also when a later operation changed it in place.
     """
 
     layer: nn.Module
-    input: Tensor
     output: GradientEdge
     output_shape: torch.Size
-    version: int
     buffers: Mapping[str, Tensor | None]
     """The layer's buffers in this call, which are not those it has outside of it."""
 
-    @property
-    def intact(self) -> bool:
-        """Whether nothing has changed the input in place since."""
-        return self.input._version == self.version
+
+def read_call(args: tuple, kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, int, GradientEdge] | None:
+    """Of a forward hook's arguments: the input, its version, the place of the output; None for an output without a gradient."""
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return None
+    a = args[0] if args else next(iter(kwargs.values()))
+    return a.detach(), a._version, get_gradient_edge(output)
 
 
 @contextmanager
@@ -37,10 +51,10 @@ def recorded_uses(layers: Mapping[nn.Module, object]) -> Iterator[list[LayerUse]
     uses: list[LayerUse] = []
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        a = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(output, Tensor) and output.requires_grad:
-            place = get_gradient_edge(output)
-            uses.append(LayerUse(layer, a.detach(), place, output.shape, a._version, dict(layer._buffers)))
+        call = read_call(args, kwargs, output)
+        if call is not None:
+            a, version, place = call
+            uses.append(LayerUse(a, version, layer, place, output.shape, dict(layer._buffers)))
 
     # First of all hooks: another one may replace the output.
     handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from secondorder.kfac.hooks import Hook, remove
+from secondorder.kfac.capture.hooks import Hook, remove
 from secondorder.kfac.layers import KroneckerLayer
 
 Linear = Callable[..., Tensor]

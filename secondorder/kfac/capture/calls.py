@@ -1,34 +1,34 @@
-"""One call of a layer, and the forward pass of the model that it belongs to."""
+"""The record of one call of a layer, and of the forward pass of the model that it belongs to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
+from secondorder.curvature.matrix_free.layer_uses import Input
 from secondorder.errors import InputError
 from secondorder.kfac.layers import KroneckerLayer
 
 
 @dataclass(eq=False)
 class Forward:
-    """One call of the model: rows of its output (None: it has none), and whether they are counted."""
+    """One call of the model: rows of its output (None: it has none), and whether `update_curvature` has counted it."""
 
     rows: int | None = None
     counted: bool = False
 
 
 @dataclass(eq=False)
-class Use:
-    """One call of a layer: its input, in which forward of the model, and the state of the input then.
+class LayerCall(Input):
+    """One call of a layer, and in which forward of the model; it keeps no part of the graph alive.
 
     recorded: it may still enter the factors. pulled_in: the step in which it has, from logits. over: the user's backward was.
     """
 
     layer: KroneckerLayer
-    input: Tensor
-    version: int
     forward: Forward
     order: int
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -38,17 +38,31 @@ class Use:
 
     def check(self) -> None:
         """InputError if the input has changed since."""
-        if self.input._version != self.version:
+        if not self.intact:
             raise InputError(
                 f"the input of layer {self.layer.name} was changed in place after the layer had used it; use inplace=False there"
             )
 
+    def release(self) -> None:
+        """Remove the hooks on the graph, and keep the input no longer."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.input = self.input.new_empty(0)
 
-def by_forward(uses: Sequence[Use]) -> list[list[Use]]:
-    """The uses of each layer in each forward."""
-    groups: dict[tuple[KroneckerLayer, Forward], list[Use]] = {}
-    for use in uses:
-        groups.setdefault((use.layer, use.forward), []).append(use)
+
+class Output(NamedTuple):
+    """Where the output of a call is in a graph."""
+
+    call: LayerCall
+    edge: GradientEdge
+
+
+def by_forward(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
+    """The calls of each layer in each forward."""
+    groups: dict[tuple[KroneckerLayer, Forward], list[LayerCall]] = {}
+    for call in calls:
+        groups.setdefault((call.layer, call.forward), []).append(call)
     return list(groups.values())
 
 

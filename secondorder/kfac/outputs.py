@@ -1,0 +1,37 @@
+"""The outputs of a model that `update_curvature` is given, and the forward passes that they came from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from secondorder.errors import InputError
+from secondorder.kfac.capture.calls import Output
+
+
+def as_outputs(logits: Any) -> list[Tensor]:
+    """The outputs that `update_curvature` is given; InputError unless it is a tensor with rows, or some."""
+    outputs = list(logits) if isinstance(logits, list | tuple) else [logits]
+    for z in outputs:
+        if not isinstance(z, Tensor):
+            raise InputError(
+                f"update_curvature(logits): {type(z).__name__} is not a tensor; pass the model's logits, or a list of them"
+            )
+        if z.ndim == 0:
+            raise InputError("update_curvature(logits): a number; pass the model's logits [N, K, ...], not the loss")
+    if not outputs:
+        raise InputError("update_curvature([]): pass the model's logits")
+    return outputs
+
+
+def batches_of(below: Sequence[tuple[Tensor, Sequence[Output]]]) -> list[tuple[int, list[Tensor]]]:
+    """Rows and heads of the outputs that share forward passes of the model."""
+    batches: list[tuple[set[Any], int, list[Tensor]]] = []
+    for z, found in below:
+        forwards, rows, heads = {output.call.forward for output in found}, len(z), [z]
+        joined = [batch for batch in batches if batch[0] & forwards]
+        batches = [batch for batch in batches if not batch[0] & forwards]
+        for batch in joined:
+            forwards, rows, heads = forwards | batch[0], max(rows, batch[1]), batch[2] + heads
+        batches.append((forwards, rows, heads))
+    return [(rows, heads) for _, rows, heads in batches]
