@@ -30,15 +30,24 @@ class Processes:
         return dist.get_rank() if self.world > 1 else 0
 
     def sum_in_one_bucket(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes: one all-reduce for all tensors of one number format."""
+        """Replace each tensor by its sum over the processes: one all-reduce for all tensors of one number format.
+
+        Counts that are kept on the CPU travel with the tensors of the device, and come back together.
+        """
         if self.world == 1 or not tensors:
             return
+        device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            bucket = torch.cat([tensor.reshape(-1) for tensor in same])
+            places = [
+                [t for t in tensors if t.dtype == dtype and (t.device == device) == there] for there in (True, False)
+            ]
+            bucket = torch.cat([tensor.reshape(-1).to(device) for same in places for tensor in same])
             dist.all_reduce(bucket)
-            for tensor, summed in zip(same, bucket.split([tensor.numel() for tensor in same]), strict=True):
-                tensor.copy_(summed.view_as(tensor))
+            shares = bucket.split([sum(tensor.numel() for tensor in same) for same in places])
+            for same, share in zip(places, shares, strict=True):
+                summed = share.to(same[0].device).split([tensor.numel() for tensor in same]) if same else ()
+                for tensor, numbers in zip(same, summed, strict=True):
+                    tensor.copy_(numbers.view_as(tensor))
 
     def gathered(self, rows: Tensor) -> Tensor:
         """The rows `[..., R, D]` of all processes, one after another; R may differ between them."""

@@ -21,7 +21,7 @@ from secondorder.kfac.options import Fisher
 from secondorder.kfac.outputs import as_outputs, batches_of
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
 from secondorder.kfac.state_check import check_entries, check_float, refused
-from secondorder.kfac.statistics import LayerStatistics, read_counts
+from secondorder.kfac.statistics import LayerStatistics
 
 UNCOMPILED = (
     "a compiled model ignores hooks: leave torch.compiler.set_stance('force_eager') on in steps with `factor_step`, and "
@@ -204,9 +204,8 @@ class Gathering:
 
     def _exchanged(self, used: Sequence[LayerStatistics], rows: float) -> float:
         """Sum what is staged, and the number of rows, which is returned, over the processes."""
-        total = torch.tensor(rows, dtype=self.layers[0].dtype, device=self.layers[0].weight.device)
+        total = torch.tensor(rows, dtype=self.layers[0].dtype)
         self.processes.sum_in_one_bucket([tensor for one in used for tensor in one.staged_tensors()] + [total])
-        read_counts(used)
         for statistics in used:
             if not statistics.dense:
                 statistics.replace_staged_rows(self.processes.gathered(statistics.staged_rows()))

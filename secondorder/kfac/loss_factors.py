@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from secondorder.errors import InputError, one_line
+from secondorder.kfac.agreement import to_host
 from secondorder.kfac.likelihood_check import BOUND, is_close, loss_ratio, terms, verify_likelihood, verify_loss
 
 
@@ -28,6 +29,12 @@ class Watched:
     weight: float = 1.0
     made_by: str = ""
     gradients: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def to_host(self) -> None:
+        """All numbers to the host in one copy, so that what is asked of them waits for no device."""
+        tasks = [task for task, _ in self.gradients]
+        self.logits, *gradients = to_host([self.logits, *(gradient for _, gradient in self.gradients)])
+        self.gradients = list(zip(tasks, gradients, strict=True))
 
     def gradient(self, backwards: set[int]) -> Tensor | None:
         """The sum over these backward passes; None: there was none."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.accelerator import widest
 from secondorder.errors import InputError
+from secondorder.kfac.agreement import Agreement, agreements, rescaling
 from secondorder.kfac.capture import Capture
 from secondorder.kfac.capture.calls import LayerCall
 from secondorder.kfac.capture.hooks import Hook, handles_of, is_pulling, remove
@@ -97,27 +97,21 @@ class ScalingCheck:
         does not know, are an error, too.
         """
         self.stop()
-        if not self._expected or not all(bool(torch.isfinite(W).all()) for W in self._expected.values()):
+        found = agreements(self._expected, self._actual, self._size)
+        if not found or not all(agreement.finite for agreement in found.values()):
             self.clear()
             return False
         for layer in self.layers:
-            self._verify_layer(layer)
-        rescaled = self._rescaled()
+            if layer in found:
+                self._verify_layer(layer, found[layer])
+        rescaled = rescaling(found.values())
         if fisher is not None and fisher.kind == "empirical":
             verify_unscaled(rescaled * known_scale(fisher))
+        for watched in self._losses:
+            watched.to_host()
         known = self._capture is not None and not self._capture.uncounted
         verify_losses(self._losses, self._backwards, rescaled, known)
         return True
-
-    def _rescaled(self) -> float:
-        """Norm of the gradients as they are now over that of the gradients that backward made."""
-        made = now = 0.0
-        for layer, W in self._expected.items():
-            if layer.weight.grad is not None:
-                wide = widest(W.device)
-                made += float(W[..., : layer.weight[0].numel()].to(wide).square().sum())
-                now += float(layer.weight.grad.to(wide).square().sum())
-        return math.sqrt(now / made) if made > 0 else 1.0
 
     def compare(
         self, layer: KroneckerLayer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], weight_grad: Tensor
@@ -151,21 +145,14 @@ class ScalingCheck:
             made = gradient.detach() / (known_scale(watched.fisher) * watched.weight)
             watched.gradients.append((torch._C._current_graph_task_id(), made))
 
-    def _verify_layer(self, layer: KroneckerLayer) -> None:
-        if layer not in self._expected:
-            return
-        expected = self._expected[layer]
-        actual = self._actual.get(layer, torch.zeros_like(expected))
-        size = self._size.get(layer, torch.zeros((), device=expected.device))
-        norm = torch.maximum(expected.norm(), actual.norm())
-        rounding = 10 * torch.finfo(layer.dtype).eps * size  # of sums that cancel
+    def _verify_layer(self, layer: KroneckerLayer, found: Agreement) -> None:
+        rounding = 10 * torch.finfo(layer.dtype).eps * found.size  # of sums that cancel
         tolerance = HALF_TOLERANCE if self._half or layer.weight.dtype.itemsize < 4 else TOLERANCE
-        error = (expected - actual).norm()
-        if bool(error <= tolerance * norm + rounding):
+        if found.error <= tolerance * found.norm + rounding:
             return
-        ratio = float((expected * actual).sum() / actual.square().sum()) if layer in self._actual else 0.0
+        ratio = found.ratio if layer in self._actual else 0.0
         derived = self._capture is not None and any(one < max(self._backwards) for one in self._capture.differentiable)
-        raise InputError(_message(layer, ratio, float(error / norm), layer in self._actual, derived))
+        raise InputError(_message(layer, ratio, found.error / found.norm, layer in self._actual, derived))
 
 
 def known_scale(fisher: Any) -> float:

@@ -95,9 +95,9 @@ class LayerStatistics:
 
     @property
     def counts(self) -> Counts:
-        """Of this step; read from the device only where they have been summed over processes (see `read_counts`)."""
+        """Of this step, and of all processes once the staged tensors are summed."""
         if "counts" in self._staged:
-            read_counts([self])
+            self._counts = Counts(*self._staged.pop("counts").tolist())
         return Counts() if self._counts is None else self._counts
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
@@ -128,8 +128,8 @@ class LayerStatistics:
         """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
         names = [name for name in self.averaged if self.dense or name != "A"]
         names += [*([] if self.bases is None else ["S"]), "counts"]
-        if self._counts is not None:
-            self._staged["counts"], self._counts = torch.tensor(self._counts, **self._like), None
+        if "counts" not in self._staged:  # on the CPU: they are read without a wait
+            self._staged["counts"], self._counts = torch.tensor(self.counts, dtype=self.layer.dtype), None
         for name in names:
             if name not in self._staged:
                 self._staged[name] = self._zeros(*self._shapes[name])
@@ -239,7 +239,7 @@ class LayerStatistics:
         G, D, outputs = self.layer.groups, self.layer.inputs, self.layer.outputs
         A = (G, D) if self.layer.kind.diagonal_input else (G, D, D)
         B = (G, outputs) if self.layer.diagonal_outputs else (G, outputs, outputs)
-        return {"A": A, "B": B, "S": (G, outputs, D), "rows": (G, 0, D), "counts": (3,)}
+        return {"A": A, "B": B, "S": (G, outputs, D), "rows": (G, 0, D)}
 
     @property
     def _many_rows(self) -> bool:
@@ -286,15 +286,4 @@ class LayerStatistics:
         return tensor.to(self.layer.weight.device, self.layer.dtype, copy=True)
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, **self._like)
-
-    @property
-    def _like(self) -> dict[str, Any]:
-        return {"dtype": self.layer.dtype, "device": self.layer.weight.device}
-
-
-def read_counts(layers: Sequence[LayerStatistics]) -> None:
-    """Read the counts of layers, which are on the device since they were summed over processes: one synchronisation."""
-    found = torch.stack([layer._staged.pop("counts") for layer in layers]).tolist()
-    for layer, counts in zip(layers, found, strict=True):
-        layer._counts = Counts(*counts)
+        return torch.zeros(shape, dtype=self.layer.dtype, device=self.layer.weight.device)

@@ -90,3 +90,27 @@ def test_waits_of_a_plain_step_of_kfac(kind: str, device: str, waits: Callable[[
     with waits() as found:
         trained(model, optimizer, images, labels, 3)
     assert len(found) <= 3, found
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "two draws"])
+def test_waits_of_steps_that_update_the_factors(
+    kind: str, device: str, waits: Callable[[], AbstractContextManager]
+) -> None:
+    """At most two, and four in the first, which verifies the gradients; beside those of the inverses."""
+    model, (images, labels) = moved((tiny().float(), images_and_labels(12)), device)
+    images = images.float()
+    options = replace(KINDS[kind].get("options", Options()), warm_up=False)
+    optimizer = KFAC(model, 0.1, factor_interval=1, inverse_interval=1, **KINDS[kind] | {"options": options})
+    invert, inverting = optimizer.preconditioner.blocks.invert, []
+
+    def counted_invert(*args: Any) -> None:
+        with waits() as found:
+            invert(*args)
+        inverting.extend(found)
+
+    optimizer.preconditioner.blocks.invert = counted_invert
+    for most in (4, 2, 2):
+        inverting.clear()
+        with waits() as found:
+            trained(model, optimizer, images, labels, 1)
+        assert len(found) - len(inverting) <= most, found

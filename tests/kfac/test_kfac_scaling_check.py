@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError
+from secondorder.kfac.agreement import agreements, rescaling
 from secondorder.kfac.capture import Capture
 from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.layers import find_layers
@@ -98,6 +99,17 @@ def test_silent_over_accumulated_batches_and_checkpoints() -> None:
 
     half = lambda model, z, y: F.cross_entropy(z, y) / 2  # noqa: E731
     assert checked(Checkpointed(), *data(), half, batches=2).verify()
+
+
+def test_rescaling_of_weights_of_every_shape() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Unflatten(2, (4, 1)), nn.Flatten(1, 2), nn.ConvTranspose1d(12, 2, 3))
+    model.append(nn.Flatten())
+    loss = lambda model, z, y: F.cross_entropy(z, y) * 7  # noqa: E731
+    check = checked(model, torch.randint(9, (8, 3)), torch.randint(6, (8,)), loss, "empirical")
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.ndim > 1], 1e-3)
+    made = sum(float(W[..., : layer.kind.inputs].square().sum()) for layer, W in check._expected.items())
+    found = agreements(check._expected, check._actual, check._size)
+    assert rescaling(found.values()) == pytest.approx(1e-3 / made**0.5, rel=1e-4)
 
 
 def test_silent_under_autocast() -> None:

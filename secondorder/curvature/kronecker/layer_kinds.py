@@ -160,7 +160,7 @@ class Embedding(LayerKind):
 
     def input_norm(self, x: Tensor) -> Tensor:
         """That of unit vectors."""
-        return torch.tensor(math.sqrt(x.numel()), device=x.device)
+        return torch.full((), math.sqrt(x.numel()), device=x.device)  # no wait
 
     def _seen(self, x: Tensor) -> Tensor:
         """`[N T]`, False for the padding token."""
