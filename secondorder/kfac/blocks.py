@@ -33,11 +33,29 @@ class Blocks:
         processes: Processes,
     ) -> None:
         self.layers, self.statistics, self.damping, self.processes = layers, statistics, damping, processes
-        self.costs = {name: _cost(layer) for name, layer in layers.items()}
-        self.owners = processes.owners(self.costs)
-        self.dampings: dict[str, float] = dict.fromkeys(layers, damping.value)
+        self.dampings: dict[str, float] = {}
         self.inverses: dict[str, Inverse] = {}
-        self.device = next(iter(layers.values())).weight.device
+        self.adopt(layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.layers.values())).weight.device
+
+    def adopt(self, fresh: Collection[str]) -> None:
+        """Go on with what is in `layers` now, of which the `fresh` ones have neither an inverse nor a damping of their own."""
+        self.costs = {name: _cost(layer) for name, layer in self.layers.items()}
+        self.owners = self.processes.owners(self.costs)
+        kept = [name for name in self.layers if name not in fresh]
+        self.dampings = dict.fromkeys(self.layers, self.damping.value) | {name: self.dampings[name] for name in kept}
+        self.inverses = {name: self.inverses[name] for name in kept if name in self.inverses}
+
+    def follow_weights(self) -> None:
+        """Take the devices and the number formats of the weights, which have changed them."""
+        self.inverses = self.restored(
+            {"inverses": {name: inverse.tensors() for name, inverse in self.inverses.items()}}
+        )
+        self._share_bases()
 
     def invert(self, names: Sequence[str], events: Counter[str]) -> None:
         """New inverses of the named layers, all of which have factors; what goes wrong is counted in `events`."""
@@ -166,10 +184,11 @@ class Blocks:
 
     def restored(self, state: Mapping[str, Mapping]) -> dict[str, Inverse]:
         """The inverses in a state that `check_state` has found right."""
-        return {
-            name: restored({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in content.items()})
-            for name, content in state["inverses"].items()
-        }
+        found = {}
+        for name, content in state["inverses"].items():
+            place = (self.layers[name].weight.device, self.layers[name].dtype)
+            found[name] = restored({k: v.to(*place) if isinstance(v, Tensor) else v for k, v in content.items()})
+        return found
 
     def continue_with(self, inverses: dict[str, Inverse], dampings: Mapping[str, float]) -> None:
         """Use these from now on."""

@@ -1,7 +1,7 @@
 """The Kronecker factors of all layers, from the passes of the steps that update them to running means."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,9 @@ from secondorder.kfac.capture import Capture
 from secondorder.kfac.capture.hooks import Hook, is_pulling
 from secondorder.kfac.diagonal_statistics import layer_statistics
 from secondorder.kfac.distributed import Processes
-from secondorder.kfac.exact_columns import parts_of_columns
-from secondorder.kfac.fisher import output_gradients
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.options import Fisher
-from secondorder.kfac.outputs import as_outputs, batches_of
+from secondorder.kfac.outputs import as_outputs, batches_of, starts_of
 from secondorder.kfac.scaling_check import ScalingCheck, known_scale
 from secondorder.kfac.state_check import check_entries, check_float, refused
 from secondorder.kfac.statistics import LayerStatistics
@@ -40,7 +38,7 @@ class Gathering:
         self, layers: Sequence[KroneckerLayer], model: nn.Module, fisher: Fisher, processes: Processes, check: bool
     ) -> None:
         self.fisher, self.processes = fisher, processes
-        self.layers, self._checked = list(layers), not check
+        self.layers, self._checks, self._checked = list(layers), check, not check
         self.statistics = {layer.name: layer_statistics(layer) for layer in layers}
         self.samples = 0.0
         self.capture = Capture(layers, self.statistics, model)
@@ -49,12 +47,34 @@ class Gathering:
         self.quiet = False
         self._rows = 0
         self._backward_seen = False
-        self._noted, self._noting = 0, False
+        self._noted, self._noting, self._unchecked = 0, False, False
 
-    def begin(self, due: bool, step: int) -> None:
-        """Hooks on for a step that updates the factors, off otherwise; the labels drawn in it depend on seed, step, process."""
-        self._rows, self._backward_seen, self._noting = 0, False, False
-        self.due = due
+    def adopt(self, layers: Mapping[str, KroneckerLayer], fresh: Collection[str]) -> None:
+        """Go on with these layers, of which the `fresh` ones begin anew; they are watched, and checked, from `begin` on."""
+        self.layers = list(layers.values())
+        kept = {
+            name: layer_statistics(layer) if name in fresh else self.statistics[name] for name, layer in layers.items()
+        }
+        self.statistics.clear()
+        self.statistics.update(kept)
+        self.capture.replace_layers(self.layers)
+        self._unchecked = self._checks and bool(fresh)
+
+    def follow_weights(self) -> None:
+        """Take the devices and the number formats of the weights, which have changed them."""
+        for statistics in self.statistics.values():
+            statistics.follow_weight()
+
+    def begin(self, due: bool, step: int, since: str = "the last step") -> None:
+        """Hooks on for a step that updates the factors, off otherwise; the labels drawn in it depend on seed, step, process.
+
+        since: what the passes of the step have to come after, for messages.
+        """
+        self._discard()
+        self.due, self._since = due, since
+        if self._unchecked:
+            self._replace_check(ScalingCheck(self.layers))
+            self._checked = self._unchecked = False
         if not due:
             self._stop()
             return
@@ -87,14 +107,13 @@ class Gathering:
             )
         if not self.capture.uses:
             raise InputError(
-                "update_curvature(logits): no layer of the model was called since the last step or load_state_dict; "
-                + UNCOMPILED
+                f"update_curvature(logits): no layer of the model was called since {self._since}; {UNCOMPILED}"
             )
         below = [(z, found) for z in outputs if (found := self.capture.below(z))]
         if not below:
             raise InputError(
-                "update_curvature(logits): no layer that was called since the last step is below these logits; pass outputs of "
-                "the model's last forward pass"
+                f"update_curvature(logits): no layer that was called since {self._since} is below these logits; pass outputs "
+                "of the model's last forward pass"
             )
         batches = batches_of(below)
         if self.check is not None:
@@ -105,23 +124,9 @@ class Gathering:
         uses = {output.call: output for _, found in below for output in found}
         heads = {z: fishers[z] for z, _ in below}
         ordered = sorted(uses.values(), key=lambda output: output.call.order)
-        self.capture.pull(list(heads), ordered, self._passes(heads))
+        self.capture.pull(list(heads), ordered, starts_of(heads, self.fisher.kind, self.generator))
         self._rows += sum(rows for rows, _ in batches)
         self._watch_backward(heads)
-
-    def _passes(self, heads: Mapping[Tensor, tuple[Fisher, float]]) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
-        """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not."""
-
-        def gradients_at(z: Tensor, columns: range | None = None) -> Tensor:
-            own, weight = heads[z]
-            words = own.kind, str(own.likelihood), own.reduction
-            return output_gradients(z.detach(), *words, self.generator, own.samples, weight, columns)
-
-        if self.fisher.kind == "exact":
-            parts = ((z, part) for z in heads for part in parts_of_columns(z))
-            return ([(z, column)] for z, part in parts for column in gradients_at(z, part))
-        gradients = [gradients_at(z) for z in heads]
-        return (list(zip(heads, drawn, strict=True)) for drawn in zip(*gradients, strict=True))
 
     def note_rows(self, logits: Tensor | Sequence[Tensor]) -> None:
         """N of a step that does not update the factors, for a summed loss; several outputs in one call are of one forward.
@@ -166,7 +171,7 @@ class Gathering:
         if not self._rows:
             raise InputError(
                 f"this step updates the factors: call update_curvature(logits) between the forward pass and loss.backward() "
-                f"(fisher {self.fisher.kind!r}), or use fisher='empirical'; calls before load_state_dict do not count"
+                f"(fisher {self.fisher.kind!r}), or use fisher='empirical'; there was none since {self._since}"
             )
         if self.fisher.reduction == "sum" and self.capture.uncounted:
             raise InputError(
@@ -185,8 +190,8 @@ class Gathering:
         used = [statistics for statistics in self.statistics.values() if together or statistics.used]
         if not used:
             raise InputError(
-                "this step updates the factors, and no layer was called and had its backward pass since the last step or "
-                "load_state_dict; " + UNCOMPILED
+                f"this step updates the factors, and no layer was called and had its backward pass since {self._since}; "
+                + UNCOMPILED
             )
         rows = float(self._rows if self.fisher.kind != "empirical" else self.capture.rows or 0)
         if together:
@@ -265,9 +270,12 @@ class Gathering:
         for name, own in self.statistics.items():
             own.continue_with(statistics[name])
         self.samples, self._checked = samples, checked
+        self._replace_check(None if self._checked else ScalingCheck(self.layers))
+
+    def _replace_check(self, check: ScalingCheck | None) -> None:
         if self.check is not None:
             self.check.stop()
-        self.check = None if self._checked else ScalingCheck(self.layers)
+        self.check = check
 
     def _stop(self) -> None:
         self.capture.stop()

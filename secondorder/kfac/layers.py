@@ -4,31 +4,31 @@ Index letters: G groups, O outputs and D inputs of a group; the bias is the last
 layer's input is the sample (batch_first=True for transformers).
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from secondorder.curvature.kronecker.factors import SHARINGS
 from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError, check_known
+from secondorder.kfac.declared import TREATMENTS, TreatAs, check_used, declared_modules
 from secondorder.kfac.modules import (
     WEIGHTS,
     Place,
     attention_modules,
+    check_parameters,
+    clean_paths,
     modules_by_parameter,
     reason_without_factors,
     unsupported_modules,
 )
 from secondorder.kfac.options import WIDE_INPUT, WIDE_OUTPUT
-
-APPROXIMATIONS = ("kfac", "ekfac", "fallback", "diagonal")
+from secondorder.kfac.policy import Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,8 @@ class KroneckerLayer:
     attribute: str = "weight"
     callers: tuple[nn.Module, ...] = ()
     """Modules that use the weight without a call of `modules`: see `capture.attention`."""
+    declared: str = ""
+    """What the user says that the modules are, a word of `declared.TREATMENTS`."""
 
     @property
     def module(self) -> nn.Module:
@@ -55,7 +57,7 @@ class KroneckerLayer:
     @cached_property
     def kind(self) -> LayerKind:
         """What the module does with its weight."""
-        return layer_kind(self.module, self.attribute)
+        return _kind(self.module, self.attribute, self.declared)
 
     @cached_property
     def groups(self) -> int:
@@ -103,6 +105,15 @@ class KroneckerLayer:
             return self.kind.weight(matrix), None
         return self.kind.weight(matrix[..., :-1]), matrix[..., -1].reshape(self.bias.shape)
 
+    def is_same(self, other: "KroneckerLayer") -> bool:
+        """Whether statistics of the other are also of this layer: its name, modules, parameters and settings."""
+        if self.weight is not other.weight or self.bias is not other.bias:
+            return False
+        if self.modules != other.modules or self.callers != other.callers:
+            return False
+        settings = (self.name, self.approximation, self.sharing, self.declared)
+        return settings == (other.name, other.approximation, other.sharing, other.declared)
+
 
 @dataclass(frozen=True, eq=False)
 class Treatment:
@@ -121,135 +132,140 @@ def find_layers(
     sharing: str = "expand",
     wide_inputs: int = WIDE_INPUT,
     wide_outputs: int = WIDE_OUTPUT,
+    treat_as: TreatAs = MappingProxyType({}),
+    trained: Collection[nn.Parameter] | None = None,
 ) -> tuple[list[KroneckerLayer], list[Treatment]]:
     """The layers with Kronecker factors, in the order of the model, and the treatment of every parameter.
 
-    approximation: "kfac", "ekfac", "diagonal" or "fallback" for all layers, or for patterns of layer names ("features.*":
-    "ekfac", the first that matches counts; "kfac" where none does). Normalisations have the fallback unless they are "diagonal".
-    Raises InputError for unknown words, a pattern without layer, uninitialised parameters, two parameters of one name, and a
-    model without any supported layer.
+    Args:
+        model: the network.
+        approximation: "kfac", "ekfac", "diagonal" or "fallback" for all layers, or for patterns of layer names ("features.*":
+            "ekfac", the first that matches counts; "kfac" where none does). Normalisations have the fallback unless they are
+            "diagonal".
+        sharing, wide_inputs, wide_outputs, treat_as: see `secondorder.kfac.Options`.
+        trained: parameters that count as trainable though they are frozen at present. It is given when a model is read once
+            more, whose layers the patterns need not match any longer.
+
+    Raises:
+        InputError: for unknown words, a pattern without layer, parameters without numbers or spread over processes, two
+            parameters of one name, and a model without any supported layer.
     """
-    policy = _policy(approximation)
+    policy = Policy(approximation)
     check_known("sharing", sharing, SHARINGS)
-    places = modules_by_parameter(model)
-    _check_parameters(places)
-    unsupported, attention = unsupported_modules(model), attention_modules(model)
+    found = _Contents.of(model, treat_as, trained or ())
+    attention = attention_modules(model)
     layers: list[KroneckerLayer] = []
     treatments: dict[nn.Parameter, tuple[str, str, str | None]] = {}
-    candidates = 0
-    matched: set[str] = set()
-    for weight, holders in places.items():
-        why = reason_without_factors(weight, holders, unsupported)
-        attribute = holders[0].attribute
-        if attribute not in WEIGHTS or why or not weight.requires_grad:
+    candidates = False
+    for weight, holders in found.places.items():
+        if holders[0].attribute not in WEIGHTS or found.reason(weight):
             continue
-        part = attribute.removesuffix("_weight") if attribute != "weight" else ""
-        names = [f"{holder.path}.{part}".strip(".") if part else holder.path for holder in holders]
-        word, pattern = _word(policy, names)
-        bias, described = _bias(holders, places), layer_kind(holders[0].module, attribute)
-        name, why = None, type(holders[0].module).__name__
-        if described.has_factors or word in ("diagonal", "fallback"):
-            candidates += described.has_factors
-            matched.update(p for p in policy if any(fnmatchcase(name, p) for name in names))
+        names, kind = _names(holders), found.kind(holders[0])
+        word, pattern = policy.word(names)
+        if kind.has_factors or word in ("diagonal", "fallback"):
+            policy.use(names)
+        if weight not in found.trainable:
+            continue
+        candidates |= kind.has_factors
+        name, why, bias = None, found.class_of(holders[0]), found.bias(holders)
         if word == "fallback":
             why = f"approximation {pattern!r}: 'fallback'"
-        elif word != "diagonal" and not described.has_factors:
+        elif word != "diagonal" and not kind.has_factors:
             word = "fallback"
         else:
-            name = names[0]
-            positions = "expand" if described.diagonal_input else sharing
-            modules = tuple(holder.module for holder in holders)
+            name, modules = names[0], tuple(holder.module for holder in holders)
+            positions = "expand" if kind.diagonal_input else sharing
             callers = tuple(attention[module] for module in modules if module in attention)
-            sizes = wide_inputs, wide_outputs
-            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, *sizes, attribute, callers))
-        for parameter in (weight, bias):
-            if parameter is not None:
-                treatments[parameter] = (word, why, name)
-    _check_patterns(policy, matched)
+            rest = wide_inputs, wide_outputs, holders[0].attribute, callers, found.declared.get(modules[0], "")
+            layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, *rest))
+        treatments |= {parameter: (word, why, name) for parameter in (weight, bias) if parameter is not None}
+    if trained is None:
+        policy.check_used()
+        check_used(found.paths, treat_as)
     if not layers:
         raise InputError(_nothing(candidates))
     return layers, [
-        Treatment(holders[0].name, p, *(treatments.get(p) or _other(p, places, unsupported)))
-        for p, holders in places.items()
+        Treatment(holders[0].name, p, *(treatments.get(p) or found.treatment_outside(p)))
+        for p, holders in found.places.items()
     ]
 
 
-def _check_parameters(places: Mapping[nn.Parameter, Sequence[Place]]) -> None:
-    for parameter, holders in places.items():
-        if is_lazy(parameter):
-            raise InputError(f"parameter {holders[0].name} is not initialised yet; run the model once before this")
-    name, count = Counter(holders[0].name for holders in places.values()).most_common(1)[0] if places else ("", 0)
-    if count > 1:
-        raise InputError(
-            f"{count} parameters are called {name} without what wrappers (DataParallel, torch.compile) add; "
-            "rename the module beside the wrapped one"
+@dataclass(frozen=True, eq=False)
+class _Contents:
+    """What a model consists of: the holders of each parameter, the names of modules, and which of these can be layers."""
+
+    places: Mapping[nn.Parameter, Sequence[Place]]
+    paths: Mapping[nn.Module, str]
+    declared: Mapping[nn.Module, str]
+    unsupported: Mapping[nn.Module, str]
+    trainable: Collection[nn.Parameter]
+
+    @classmethod
+    def of(cls, model: nn.Module, treat_as: TreatAs, trained: Collection[nn.Parameter]) -> "_Contents":
+        """The contents of a model; InputError for parameters and declarations that cannot be."""
+        places = modules_by_parameter(model)
+        check_parameters(model, places)
+        paths = dict(zip(model.modules(), clean_paths(model).values(), strict=True))
+        declared = declared_modules(paths, treat_as)
+        trainable = {p for p in places if p.requires_grad} | set(trained)
+        return cls(places, paths, declared, unsupported_modules(model, declared), trainable)
+
+    def reason(self, weight: nn.Parameter) -> str:
+        """Why a weight has no factors, empty if it has."""
+        return reason_without_factors(weight, self.places[weight], self.unsupported)
+
+    def kind(self, holder: Place) -> LayerKind:
+        """What a module does with its weight."""
+        return _kind(holder.module, holder.attribute, self.declared.get(holder.module, ""))
+
+    def class_of(self, holder: Place) -> str:
+        """The class of a module, and what it is declared as."""
+        word = self.declared.get(holder.module)
+        return type(holder.module).__name__ + (f", treated as {word}" if word else "")
+
+    def bias(self, holders: Sequence[Place]) -> nn.Parameter | None:
+        """The trainable bias that these modules, and no others, add."""
+        attribute = WEIGHTS[holders[0].attribute]
+        bias = holders[0].module._parameters.get(attribute)
+        if bias is None or bias not in self.trainable:
+            return None
+        users = [(place.module, place.attribute) for place in self.places[bias]]
+        return bias if users == [(holder.module, attribute) for holder in holders] else None
+
+    def treatment_outside(self, parameter: nn.Parameter) -> tuple[str, str, None]:
+        """The treatment of a parameter that is in no layer."""
+        holders = self.places[parameter]
+        if parameter not in self.trainable:
+            return "frozen", "requires_grad is False", None
+        if reason := self.reason(parameter):
+            return "fallback", reason, None
+        if holders[0].attribute == "bias":
+            return "fallback", self._without_weight(holders), None
+        return "fallback", type(holders[0].module).__name__, None
+
+    def _without_weight(self, holders: Sequence[Place]) -> str:
+        """Why a trainable bias of supported modules is not the last input of a layer."""
+        weight, *others = {holder.module._parameters["weight"] for holder in holders}
+        if others or weight is None:
+            return "shared by modules with different weights"
+        return (
+            "the weight beside it is frozen"
+            if weight not in self.trainable
+            else (f"the weight beside it is {self.reason(weight)}")
         )
 
 
-def _policy(approximation: str | Mapping[str, str]) -> dict[str, str]:
-    policy = dict(approximation) if isinstance(approximation, Mapping) else {"*": approximation}
-    for pattern, word in policy.items():
-        if not isinstance(pattern, str):
-            raise InputError(
-                f"approximation {pattern!r}: a pattern of names of layers is a text, for example 'features.*'"
-            )
-        check_known("approximation", word, APPROXIMATIONS)
-    return policy
+def _kind(module: nn.Module, attribute: str, declared: str) -> LayerKind:
+    return TREATMENTS[declared].kind(module, attribute) if declared else layer_kind(module, attribute)
 
 
-def _word(policy: Mapping[str, str], names: Sequence[str]) -> tuple[str, str]:
-    """The word of the first pattern that matches one of the names of a layer, and this pattern."""
-    matching = ((word, p) for p, word in policy.items() if any(fnmatchcase(name, p) for name in names))
-    return next(matching, ("kfac", "*"))
+def _names(holders: Sequence[Place]) -> list[str]:
+    """The names of a layer: the paths of its modules, with the part of an attention module that a weight is of."""
+    part = holders[0].attribute.removesuffix("weight").removesuffix("_")
+    return [f"{holder.path}.{part}".strip(".") if part else holder.path for holder in holders]
 
 
-def _check_patterns(policy: Mapping[str, str], matched: set[str]) -> None:
-    for pattern in policy:
-        if pattern not in matched and pattern != "*":
-            raise InputError(
-                f"approximation {pattern!r} matches no linear layer or convolution with a trainable weight; "
-                "names are those of model.named_modules(), without what wrappers add"
-            )
-
-
-def _nothing(candidates: int) -> str:
+def _nothing(candidates: bool) -> str:
     if candidates:
         return "approximation leaves every layer to the fallback; use 'kfac' or 'ekfac' for at least one"
     return "the model has no layer that K-FAC can treat: no Linear, convolution or Embedding of its own with a trainable weight"
-
-
-def _bias(holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]]) -> nn.Parameter | None:
-    """The trainable bias that these modules, and no others, add."""
-    attribute = WEIGHTS[holders[0].attribute]
-    bias = holders[0].module._parameters.get(attribute)
-    if bias is None or not bias.requires_grad:
-        return None
-    users = [(place.module, place.attribute) for place in places[bias]]
-    return bias if users == [(holder.module, attribute) for holder in holders] else None
-
-
-def _other(
-    parameter: nn.Parameter, places: Mapping[nn.Parameter, Sequence[Place]], unsupported: Mapping[nn.Module, str]
-) -> tuple[str, str, None]:
-    """The treatment of a parameter that is in no layer."""
-    holders = places[parameter]
-    if not parameter.requires_grad:
-        return "frozen", "requires_grad is False", None
-    reason = reason_without_factors(parameter, holders, unsupported)
-    if reason:
-        return "fallback", reason, None
-    if holders[0].attribute == "bias":
-        return "fallback", _without_weight(holders, places, unsupported), None
-    return "fallback", type(holders[0].module).__name__, None
-
-
-def _without_weight(
-    holders: Sequence[Place], places: Mapping[nn.Parameter, Sequence[Place]], unsupported: Mapping[nn.Module, str]
-) -> str:
-    """Why a trainable bias of supported modules is not the last input of a layer."""
-    weight, *others = {holder.module._parameters["weight"] for holder in holders}
-    if others or weight is None:
-        return "shared by modules with different weights"
-    if not weight.requires_grad:
-        return "the weight beside it is frozen"
-    return f"the weight beside it is {reason_without_factors(weight, places[weight], unsupported)}"

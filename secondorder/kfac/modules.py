@@ -1,16 +1,21 @@
 """The modules that hold each parameter of a model, and why some of them have no Kronecker factors."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from secondorder.curvature.kronecker.layer_kinds import LAYER_KINDS
 from secondorder.curvature.matrix_free.frozen_network import WRAPPERS
+from secondorder.errors import InputError
 
 KINDS: tuple[type[nn.Module], ...] = tuple(LAYER_KINDS)
 """What has a curvature block, unless it computes something else than its kind does."""
+SHARDED = ("DTensor", "FlatParameter", "FullyShardedDataParallel")
+"""Classes, by name, of parameters of which each process has a part, and of the modules that hold them: FSDP, tensor parallel."""
 OPTIONS = (
     *("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "padding_idx"),
     *("normalized_shape", "num_groups", "eps", "momentum", "track_running_stats"),
@@ -18,8 +23,6 @@ OPTIONS = (
 """What decides on the output of a module beside its weight and bias."""
 EMBEDDING_OPTIONS = ("sparse", "scale_grad_by_freq", "max_norm")
 """Of an embedding whose weight's gradient is not the sum of the gradients at its output by token."""
-
-
 WEIGHTS = {
     "weight": "bias",
     "in_proj_weight": "in_proj_bias",
@@ -76,8 +79,35 @@ def modules_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[Place]]:
     return places
 
 
-def unsupported_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules whose own kind, or that of a module around them, excludes them, with the reason."""
+def check_parameters(model: nn.Module, places: Mapping[nn.Parameter, Sequence[Place]]) -> None:
+    """InputError for parameters without numbers, or of which a process has a part only, and for two of one name."""
+    for sharded in (*places, *model.modules()):
+        if any(kind.__name__ in SHARDED for kind in type(sharded).__mro__):
+            name = f"parameter {places[sharded][0].name}" if isinstance(sharded, nn.Parameter) else "the model"
+            raise InputError(
+                f"{name} is sharded over processes ({type(sharded).__name__}), and K-FAC needs the whole gradient of a layer: "
+                "use DistributedDataParallel instead of fully_shard or tensor parallelism"
+            )
+    for parameter, holders in places.items():
+        if is_lazy(parameter):
+            raise InputError(f"parameter {holders[0].name} is not initialised yet; run the model once before this")
+        if parameter.is_meta:
+            raise InputError(
+                f"parameter {holders[0].name} is on the device 'meta', which holds no numbers; load the weights before this"
+            )
+    name, count = Counter(holders[0].name for holders in places.values()).most_common(1)[0] if places else ("", 0)
+    if count > 1:
+        raise InputError(
+            f"{count} parameters are called {name} without what wrappers (DataParallel, torch.compile) add; "
+            "rename the module beside the wrapped one"
+        )
+
+
+def unsupported_modules(model: nn.Module, declared: Collection[nn.Module] = ()) -> dict[nn.Module, str]:
+    """Modules whose own kind, or that of a module around them, excludes them, with the reason.
+
+    declared: modules whose kind the user vouches for (`Options.treat_as`), whatever their class.
+    """
     found: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and not _plain(module):
@@ -86,7 +116,7 @@ def unsupported_modules(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         if isinstance(module, ParametrizationList):
             found[module] = "parametrised"
-        elif module not in found and not _plain(module):
+        elif module not in found and module not in declared and not _plain(module):
             found[module] = type(module).__name__ + _what_differs(module)
     return found
 

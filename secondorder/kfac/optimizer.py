@@ -3,9 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from functools import partial
-from itertools import zip_longest
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
@@ -14,8 +11,19 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.frozen_network import RandomState
 from secondorder.errors import InputError
 from secondorder.kfac.blocks import Directions
+from secondorder.kfac.groups import (
+    begin_buffers,
+    follow_model,
+    group_to_add,
+    groups_by_pattern,
+    layer_dampings,
+    names_by_group,
+    remove_from,
+    setting_by_parameter,
+    ungrouped,
+)
+from secondorder.kfac.optimizer_state import as_buffer, check_groups_and_buffers, from_buffer, in_distributed_checkpoint
 from secondorder.kfac.options import (
-    SETTINGS,
     Damping,
     Fisher,
     Options,
@@ -26,11 +34,11 @@ from secondorder.kfac.options import (
 )
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.kfac.report import Report
-from secondorder.kfac.rule_updates import BUFFERS, carry, updates
-from secondorder.kfac.state_check import check_entries, check_list, check_optimizer
+from secondorder.kfac.rule_updates import carry, updates
+from secondorder.kfac.state import check_state, treats_otherwise
 from secondorder.kfac.step_rule import StepRule, as_step_rule
 from secondorder.kfac.step_size import Trial, check_batch, loss_value, quadratic_step
-from secondorder.kfac.update import Lengths, fall_back, move, shorten, step_length, weights_length
+from secondorder.kfac.update import Lengths, fall_back, move, move_within
 
 CLIP = 10.0
 """Default of `clip`: keeps the first steps, whose factors are of one batch, from overshooting; `report()` counts when it acts."""
@@ -104,23 +112,18 @@ class KFAC(torch.optim.Optimizer):
             sharing=sharing,
             options=options,
         )
-        self.options, self.model = options, model
-        self.step_rule = as_step_rule(step_rule)
+        self.options, self.model, self.step_rule = options, model, as_step_rule(step_rule)
         rate = self.step_rule.learning_rate if lr is None else lr
-        small = [t.name for t in self.preconditioner.treatments if t.parameter.dtype == torch.float16]
-        if small and not self.step_rule.is_plain:
-            raise InputError(
-                f"{small[0]} is float16, whose squares underflow: use float32 with autocast, or step_rule='natural'"
-            )
+        self.step_rule.check_formats(self.preconditioner.model_layers.parameters)
         settings = {"lr": rate, "momentum": momentum, "weight_decay": weight_decay}
         settings = checked_settings(settings | {"damping": self.preconditioner.damping.value}, options.decoupled)
         if clip is not None:
             check_positive("clip", clip)
         self.clip, self._lengths = None if clip is None else float(clip), Lengths()
-        super().__init__(self._groups(options.groups), settings)
-        for group in self.param_groups:
-            check_group(group, options.decoupled)
+        super().__init__(groups_by_pattern(self.preconditioner.treatments, options.groups), settings)
+        self.check_groups()
         self._complete = True
+        begin_buffers(self.param_groups, self.state)
 
     @property
     def factor_step(self) -> bool:
@@ -130,6 +133,8 @@ class KFAC(torch.optim.Optimizer):
     @torch._disable_dynamo
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
         """Statistics for the factors from the graph of the outputs, all in one call; before `loss.backward()`."""
+        if self.factor_step:
+            self._follow_model()
         self.preconditioner.update_curvature(logits)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -146,8 +151,9 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a batch whose gradients are not finite changes nothing. Returns what the closure returns.
 
-        InputError when no parameter has a gradient, when `update_curvature` was due and not called, for Levenberg-Marquardt
-        damping without a closure, for a closure that is no function, and for settings of a parameter group that cannot be used.
+        Adopts what has become trainable. InputError when no parameter has a gradient, when `update_curvature` was due and not
+        called, for a module that came into the model and is in no group, for Levenberg-Marquardt damping without a closure, for
+        a closure that is no function, and for settings of a parameter group that cannot be used.
         """
         check_closure(closure)
         self.check_groups()
@@ -162,6 +168,7 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         if random is not None:
             loss_value(loss)
+        self._follow_model()
         with self._momenta_carried():
             gradients = self._gradients()
         if gradients is None:
@@ -187,7 +194,8 @@ class KFAC(torch.optim.Optimizer):
         check_batch(loss_function, inputs, targets)
         self.check_groups()
         self.zero_grad()
-        self.set_dampings()
+        self._follow_model(between_steps=True)
+        self.preconditioner.damp(layer_dampings(self.param_groups, self.preconditioner.layers))
         with self._momenta_carried():
             return quadratic_step(self, loss_function, inputs, targets)
 
@@ -197,9 +205,14 @@ class KFAC(torch.optim.Optimizer):
             check_group(group, self.options.decoupled)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict with the entry "kfac": factors, inverses, counters, random state."""
-        own = {"groups": self._group_names(), "step_rule": self.step_rule.words}
-        return super().state_dict() | {"kfac": self.preconditioner.state_dict() | own}
+        """torch's state_dict with the entry "kfac": factors, inverses, counters, random state.
+
+        torch.distributed.checkpoint's `get_optimizer_state_dict` keeps it, too, but for `flatten_optimizer_state_dict`.
+        """
+        names = names_by_group(self.param_groups, self.preconditioner.treatments)
+        own = {"groups": names, "step_rule": self.step_rule.words}
+        state = super().state_dict() | {"kfac": self.preconditioner.state_dict() | own}
+        return as_buffer(state, self.param_groups) if in_distributed_checkpoint() else state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -207,35 +220,35 @@ class KFAC(torch.optim.Optimizer):
         InputError, which names the entry, and nothing has changed, for a state of another architecture, of other groups or
         settings, and for one that is not whole (see `KFACPreconditioner.load_state_dict`), torch's own part included.
         """
-        state = state_dict.get("kfac") if isinstance(state_dict, Mapping) else None
-        if not isinstance(state, Mapping) or not isinstance(state.get("groups"), list):
-            raise InputError("state_dict without the entry 'kfac': it is not of a KFAC optimiser")
-        self.preconditioner.check_state(state)
-        if (theirs := state.get("step_rule")) != self.step_rule.words:
-            raise InputError(f"state of another step rule: {theirs!s:.60}, and it is {self.step_rule.words} now")
-        for i, names in enumerate(state["groups"]):
-            check_list(f"kfac.groups.{i}", names, str)
-        for i, (theirs, own) in enumerate(zip_longest(state["groups"], self._group_names())):
-            if theirs != own:
-                raise InputError(
-                    f"state of other parameter groups: group {i} was {theirs!s:.100}, and is {own!s:.100} now"
-                )
-        rest = {key: value for key, value in state_dict.items() if key != "kfac"}
-        check_entries("the state", rest, ("state", "param_groups"))
-        layers = {} if self.step_rule.is_plain else self.preconditioner.layers
-        shapes = {one.weight: (one.groups, one.outputs, one.inputs) for one in layers.values()}
-        check = partial(checked_settings, decoupled=False)
-        check_optimizer(rest, self.param_groups, SETTINGS, check, (*BUFFERS, "update"), shapes)
-        super().load_state_dict(rest)
+        whole = from_buffer(state_dict)
+        state = whole["kfac"]
+        if treats_otherwise(state, self.preconditioner.treatments):  # it may be of the model as it has become since
+            self._follow_model(between_steps=True)
+        check_state(self.preconditioner, state)
+        names = names_by_group(self.param_groups, self.preconditioner.treatments)
+        check_groups_and_buffers(whole, names, self.step_rule, self.param_groups, self.preconditioner.layers.values())
+        super().load_state_dict({name: whole[name] for name in ("state", "param_groups")})
+        begin_buffers(self.param_groups, self.state)
         self.preconditioner.continue_with(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the layers are found once."""
-        if hasattr(self, "_complete"):
-            raise InputError(
-                "add_param_group: make a new KFAC; groups are given as Options(groups={pattern: settings})"
-            )
-        super().add_param_group(param_group)
+        """Adopt parameters of the model in a group of their own: those of a new module, and those that were frozen till now.
+
+            model.fc = nn.Linear(512, 10)
+            optimizer.add_param_group({"params": model.fc.parameters(), "lr": 0.01})
+
+        Settings that are not given are those of the construction. InputError for parameters that are not of the model, or are
+        trained already, and for settings that cannot be used.
+        """
+        if not hasattr(self, "_complete"):
+            super().add_param_group(param_group)
+            return
+        group = group_to_add(param_group, self.model, self.param_groups, self.preconditioner.treatments, self.defaults)
+        check_group(group, self.options.decoupled)
+        remove_from(self.param_groups, group["params"])
+        super().add_param_group(group)
+        if not ungrouped(self.model, self.param_groups):  # else there is a group to come
+            self._follow_model(between_steps=True)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refused: a copy, or what pickle makes, would watch no model."""
@@ -244,45 +257,15 @@ class KFAC(torch.optim.Optimizer):
             "load_state_dict(optimizer.state_dict())"
         )
 
-    def _groups(self, wanted: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-        """Parameter groups by patterns of names; the rest first."""
-        rest = ""
-        members: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in [rest, *wanted]}
-        for treatment in self.preconditioner.treatments:
-            if treatment.how != "frozen":
-                members[next((p for p in wanted if fnmatchcase(treatment.name, p)), rest)].append(treatment.parameter)
-        for pattern in wanted:
-            if not members[pattern]:
-                raise InputError(f"groups: no parameter is named like {pattern!r}")
-        chosen = {pattern: checked_settings(settings, decoupled=False) for pattern, settings in wanted.items()}
-        return [{"params": found, **chosen.get(pattern, {})} for pattern, found in members.items() if found]
-
-    def _group_names(self) -> list[list[str]]:
-        """The names of the parameters in each group."""
-        names = {treatment.parameter: treatment.name for treatment in self.preconditioner.treatments}
-        return [[names[parameter] for parameter in group["params"]] for group in self.param_groups]
-
     def _gradients(self) -> Directions | None:
-        """The gradients, with the dampings of the groups set, and weight decay in them where it is not decoupled."""
-        for treatment in self.preconditioner.treatments:
-            if treatment.how == "frozen" and treatment.parameter.requires_grad:
-                raise InputError(
-                    f"parameter {treatment.name} was frozen when the optimiser was made, and is trainable now; make a new KFAC"
-                )
-        group_of = self.set_dampings()
-        decay = (
-            {}
-            if self.options.decoupled
-            else {p: float(g["weight_decay"]) for p, g in group_of.items() if g["weight_decay"]}
-        )
-        return self.preconditioner.gradients(decay)
+        """The gradients, with weight decay in them where it is not decoupled."""
+        decay = {} if self.options.decoupled else setting_by_parameter(self.param_groups, "weight_decay")
+        self.preconditioner.damp(layer_dampings(self.param_groups, self.preconditioner.layers))
+        return self.preconditioner.gradients({p: value for p, value in decay.items() if value})
 
-    def set_dampings(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """Give the layers the dampings of their weights' groups; returns the group of each parameter."""
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        for name, layer in self.preconditioner.layers.items():
-            self.preconditioner.blocks.dampings[name] = float(group_of[layer.weight]["damping"])
-        return group_of
+    def _follow_model(self, between_steps: bool = False) -> None:
+        """Adopt what has become trainable; InputError, and nothing has changed, for a module that is in no group."""
+        follow_model(self.preconditioner, self.param_groups, self.state, self.step_rule, between_steps)
 
     @contextmanager
     def _momenta_carried(self) -> Iterator[None]:
@@ -305,17 +288,12 @@ class KFAC(torch.optim.Optimizer):
         """Directions P grad, or gradients where the step rule wants these, become steps, and steps new weights."""
         treatments, options = self.preconditioner.treatments, self.options
         if not self.step_rule.is_plain:
-            momenta = {p: float(group["momentum"]) for group in self.param_groups for p in group["params"]}
+            momenta = setting_by_parameter(self.param_groups, "momentum")
             blocks, events = self.preconditioner.blocks, self.preconditioner.events
             steps = updates(self.step_rule, directions, blocks, self.state, momenta, options.fallback_lr, events)
             move(steps, self.param_groups, self.state, options.decoupled, momentum=False)
             return
         others = [t.parameter for t in treatments if t.how == "fallback" and t.parameter in directions]
         fall_back(directions, others, self.state, options.fallback, options.fallback_lr)
-        factor = None
-        if self.clip is not None:
-            scale = self.preconditioner.mean_scale
-            factor = shorten(directions, self.param_groups, self.clip, scale, options.decoupled)
-        before = weights_length(self.param_groups)
-        move(directions, self.param_groups, self.state, options.decoupled)
-        self._lengths.add(factor, (step_length(directions, self.param_groups, self.state) > before).to(before))
+        scale = self.preconditioner.mean_scale
+        move_within(directions, self.param_groups, self.state, options.decoupled, self.clip, scale, self._lengths)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secondorder.curvature.kronecker.factors import SHARINGS
 from secondorder.errors import InputError, check_flag, check_known, check_seed, check_whole, short
+from secondorder.kfac.declared import TreatAs, check_treat_as
 from secondorder.kfac.fisher import FISHERS, LIKELIHOODS, REDUCTIONS
 
 INVERSES = ("eigen", "cholesky")
@@ -162,6 +163,10 @@ class Options:
     wide_outputs: layers with more outputs keep the diagonal of the factor B, so that nothing `[O, O]` is built: the block is
         diag(B) kron A, its eigenvectors on the side of the outputs are the unit vectors. Rows of the gradients g, the
         counterpart of `wide_inputs`, would leave all classes without curvature that no drawn label of the batch is.
+    treat_as: what modules of other classes compute, by class or pattern of names: {Conv1D: "linear_transposed"}. A class with
+        the forward of a layer of torch is one, one with a forward of its own has the fallback unless it is declared as "linear"
+        (weight [O, D]), "linear_transposed" (weight [D, O], as Hugging Face's Conv1D), "conv1d", "conv2d" or "conv3d". The
+        check of the first step finds a declaration that is wrong.
     warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every
         max(1, t / 4) steps until that reaches the interval; inverses of large networks only as far as renewals take half the
         work of the passes, or at their turns in the interval.
@@ -178,6 +183,7 @@ class Options:
     decoupled: bool = True
     wide_inputs: int = WIDE_INPUT
     wide_outputs: int = WIDE_OUTPUT
+    treat_as: TreatAs = field(default_factory=dict)
     warm_up: bool = True
     stagger: bool = True
     check: bool = True
@@ -195,6 +201,7 @@ class Options:
         object.__setattr__(self, "fallback_lr", float(self.fallback_lr))
         check_whole("wide_inputs", self.wide_inputs)
         check_whole("wide_outputs", self.wide_outputs)
+        check_treat_as(self.treat_as)
         for name in ("decoupled", "warm_up", "stagger", "check", "synchronise", "timing"):
             check_flag(name, getattr(self, name))
 

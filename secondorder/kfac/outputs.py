@@ -1,12 +1,16 @@
-"""The outputs of a model that `update_curvature` is given, and the forward passes that they came from."""
+"""The outputs of a model that `update_curvature` is given: where they came from, and where K-FAC's backward passes start."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secondorder.errors import InputError
 from secondorder.kfac.capture.calls import Output
+from secondorder.kfac.exact_columns import parts_of_columns
+from secondorder.kfac.fisher import output_gradients
+from secondorder.kfac.options import Fisher
 
 
 def as_outputs(logits: Any) -> list[Tensor]:
@@ -35,3 +39,23 @@ def batches_of(below: Sequence[tuple[Tensor, Sequence[Output]]]) -> list[tuple[i
             forwards, rows, heads = forwards | batch[0], max(rows, batch[1]), batch[2] + heads
         batches.append((forwards, rows, heads))
     return [(rows, heads) for _, rows, heads in batches]
+
+
+def starts_of(
+    heads: Mapping[Tensor, tuple[Fisher, float]], kind: str, generator: torch.Generator
+) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
+    """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not.
+
+    heads: of each output, what is declared of its loss, and its weight. kind: "mc" or "exact". generator: draws the labels.
+    """
+
+    def gradients_at(z: Tensor, columns: range | None = None) -> Tensor:
+        own, weight = heads[z]
+        words = own.kind, str(own.likelihood), own.reduction
+        return output_gradients(z.detach(), *words, generator, own.samples, weight, columns)
+
+    if kind == "exact":
+        parts = ((z, part) for z in heads for part in parts_of_columns(z))
+        return ([(z, column)] for z, part in parts for column in gradients_at(z, part))
+    gradients = [gradients_at(z) for z in heads]
+    return (list(zip(heads, drawn, strict=True)) for drawn in zip(*gradients, strict=True))

@@ -1,7 +1,7 @@
 """The K-FAC preconditioner: P grad with P = (B kron A + lambda I)^-1 for each layer, B and A running means of its factors."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,21 +12,14 @@ from secondorder.errors import InputError
 from secondorder.kfac.blocks import Blocks, Directions
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.gathering import Gathering
-from secondorder.kfac.layers import KroneckerLayer, find_layers
+from secondorder.kfac.layers import Treatment
+from secondorder.kfac.model_layers import ModelLayers
 from secondorder.kfac.options import Damping, Fisher, Options, check_number, check_sharing
 from secondorder.kfac.outputs import as_outputs
 from secondorder.kfac.report import Report, Stopwatch, parameter_rows
 from secondorder.kfac.schedule import Intervals
-from secondorder.kfac.state_check import check_count, check_entries, check_list, refused
+from secondorder.kfac.state import check_state, state_of, treats_otherwise
 from secondorder.matrix_power.transforms import full_precision
-
-VERSION = 1
-"""Of the state."""
-ENTRIES = (
-    *("version", "sharing", "parameters", "treatments", "intervals", "events"),
-    *("statistics", "samples", "checked", "dampings", "inverses"),
-)
-"""Of the state; KFAC adds the names of its groups."""
 
 
 class KFACPreconditioner:
@@ -81,23 +74,67 @@ class KFACPreconditioner:
         self.damping = damping if isinstance(damping, Damping) else Damping(damping)
         self.fisher = fisher if isinstance(fisher, Fisher) else Fisher(fisher)
         self.ema_decay, self.sharing, self.options = float(ema_decay), sharing, options
-        layers, self.treatments = find_layers(model, approximation, sharing, options.wide_inputs, options.wide_outputs)
-        self.layers: dict[str, KroneckerLayer] = {layer.name: layer for layer in layers}
+        self.model_layers = ModelLayers(model, approximation, sharing, options)
+        self.layers = self.model_layers.layers
         self.processes = Processes(options.synchronise)
+        layers = list(self.layers.values())
         self.gathering = Gathering(layers, model, self.fisher, self.processes, options.check)
         self.statistics = self.gathering.statistics
         self.blocks = Blocks(self.layers, self.statistics, self.damping, self.processes)
         costs = self.blocks.costs
         self.intervals = Intervals(factor_interval, inverse_interval, options.warm_up, options.stagger, costs)
         self.events: Counter[str] = Counter()
-        self.device = layers[0].weight.device
         self.stopwatch = Stopwatch(self.device, options.timing)
-        self.gathering.begin(self.factor_step, self.intervals.step)
+        self._begin()
+
+    @property
+    def treatments(self) -> list[Treatment]:
+        """What every parameter of the model is treated as."""
+        return self.model_layers.treatments
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.blocks.device
 
     @property
     def factor_step(self) -> bool:
         """Whether the present step updates the factors, so that hooks are on and `update_curvature` does something."""
-        return self.intervals.factors_due
+        return self.gathering.due
+
+    def follow_model(self, between_steps: bool = False) -> Collection[nn.Parameter]:
+        """Take in how the model has changed since the last step; the parameters that are treated otherwise from now on.
+
+        Parameters that have become trainable, and those of modules that were put in, are adopted: as layers with fresh
+        statistics, which they get in the next step and till then go along their gradient, or with the fallback. Statistics and
+        inverses follow the number format and the device of the weights. `report()` has an event for each.
+
+        between_steps: the forward pass of the present step is still to come. Otherwise, if modules came or went, it updates no
+        factors: its passes were not those of the model as it is now. InputError as at construction.
+        """
+        step = self.intervals.step
+        if self.model_layers.moved:
+            self.model_layers.note_formats()
+            self.gathering.follow_weights()
+            self.blocks.follow_weights()
+            self.stopwatch.device = self.device
+            self.events[f"the model has another number format or device since step {step}"] += 1
+        if not self.model_layers.changed:
+            return ()
+        change = self.model_layers.read_again(step)
+        self.gathering.adopt(self.layers, change.fresh)
+        self.blocks.adopt(change.fresh)
+        self.intervals.adopt(self.blocks.costs, change.fresh, step if between_steps else step + 1)
+        self.events[change.event] += 1
+        if between_steps:
+            self._begin("the model changed")
+        elif change.modules:
+            self.gathering.begin(False, step)
+        return change.parameters
+
+    def _begin(self, since: str = "the last step") -> None:
+        """Watch the passes of the present step, if it updates the factors."""
+        self.gathering.begin(self.intervals.factors_due, self.intervals.step, since)
 
     @torch._disable_dynamo
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
@@ -110,11 +147,17 @@ class KFACPreconditioner:
         if self.fisher.kind == "empirical" or self.gathering.quiet:
             return
         outputs = as_outputs(logits)
+        if self.factor_step:
+            self.follow_model()
         if not self.factor_step:
             self.gathering.note_rows(outputs)
             return
         with self.stopwatch("curvature"), full_precision(outputs[0]):
             self.gathering.update(outputs)
+
+    def damp(self, dampings: Mapping[str, float]) -> None:
+        """Use these dampings, one for each layer by its name, from now on; without this all have the one of the construction."""
+        self.blocks.dampings = {name: dampings[name] for name in self.layers}
 
     def discard(self) -> None:
         """Forget what the present step has gathered from backward passes that are over: the optimiser's step was skipped.
@@ -144,6 +187,7 @@ class KFACPreconditioner:
 
         InputError when no parameter has a gradient, or `update_curvature` was due and not called.
         """
+        self.follow_model()
         gradients = self.gradients(decay)
         return None if gradients is None else self.solve(gradients)
 
@@ -157,9 +201,10 @@ class KFACPreconditioner:
     def gradients(self, decay: Mapping[nn.Parameter, float] | None = None) -> Directions | None:
         """grad + decay w, of the mean loss, of every parameter with a gradient, once factors and inverses are those of this step.
 
-        None, and InputError, as `directions`.
+        Parameters that are frozen have none. None, and InputError, as `directions`.
         """
-        gradients = {t.parameter: dense(t.parameter.grad) for t in self.treatments if t.parameter.grad is not None}
+        trainable = [t.parameter for t in self.treatments if t.parameter.requires_grad]
+        gradients = {parameter: dense(parameter.grad) for parameter in trainable if parameter.grad is not None}
         if not gradients:
             raise InputError("step() before backward(): no parameter of the model has a gradient")
         if self.factor_step:
@@ -180,7 +225,7 @@ class KFACPreconditioner:
             self.blocks.invert(due, self.events)
             self.intervals.last_inverse |= dict.fromkeys(due, self.intervals.step)
         self.intervals.step += 1
-        self.gathering.begin(self.factor_step, self.intervals.step)
+        self._begin()
         return self._regularised(gradients, decay or {})
 
     def _commit(self) -> None:
@@ -218,16 +263,7 @@ class KFACPreconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on: tensors, numbers, words; loads with `torch.load(weights_only=True)`."""
-        return {
-            "version": VERSION,
-            "sharing": self.sharing,
-            "parameters": {t.name: list(t.parameter.shape) for t in self.treatments},
-            "treatments": {t.name: t.how for t in self.treatments},
-            "intervals": self.intervals.state_dict(),
-            "events": dict(self.events),
-            **self.gathering.state_dict(),
-            **self.blocks.state_dict(),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`.
@@ -235,7 +271,9 @@ class KFACPreconditioner:
         InputError, which names the entry, and nothing has changed, for a state of another architecture or other settings, and
         for one that is not whole: a missing or unknown entry, a wrong type, shape or number format, a number that is not finite.
         """
-        self.check_state(state)
+        if treats_otherwise(state, self.treatments):  # it may be of the model as it has become since
+            self.follow_model(between_steps=True)
+        check_state(self, state)
         self.continue_with(state)
 
     def continue_with(self, state: Mapping[str, Any]) -> None:
@@ -246,49 +284,7 @@ class KFACPreconditioner:
         self.events = Counter(state["events"])
         self.intervals.load_state_dict(state["intervals"])
         self.intervals.pace(*self.blocks.work())
-        self.gathering.begin(self.factor_step, self.intervals.step)
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """InputError that names the first entry of a state that this preconditioner cannot continue with."""
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if type(version) is not int or version != VERSION:
-            raise InputError(f"not a state of K-FAC in version {VERSION}")
-        check_entries("kfac", state, ENTRIES, ("groups", "step_rule"))
-        self._check_same(state)
-        self.intervals.check_state(state["intervals"])
-        if not isinstance(state["events"], Mapping):
-            raise refused("kfac.events", "is not a dictionary")
-        check_list("kfac.events", list(state["events"]), str)
-        for name, count in state["events"].items():
-            check_count(f"kfac.events.{name}", count)
-        self.gathering.check_state(state)
-        self.blocks.check_state(state)
-        intervals = state["intervals"]
-        if intervals["last_factors"] is None and any({"B", "S"} & one.keys() for one in state["statistics"].values()):
-            raise refused("kfac.intervals.last_factors", "is None, and there are factors")
-        if intervals["last_inverse"].keys() != state["inverses"].keys():
-            raise refused("kfac.intervals.last_inverse", "does not name the layers that have an inverse")
-
-    def _check_same(self, state: Mapping[str, Any]) -> None:
-        """InputError that names the first difference between a state's parameters and treatments and those of the model."""
-        own = {t.name: list(t.parameter.shape) for t in self.treatments}
-        theirs, treatments = state["parameters"], state["treatments"]
-        check_entries("kfac.parameters", theirs, (), theirs if isinstance(theirs, Mapping) else ())
-        for name, shape in theirs.items():
-            check_list(f"kfac.parameters.{name}", shape, int)
-        for name in [*own, *theirs]:
-            if own.get(name) != theirs.get(name):
-                raise InputError(
-                    f"state of another architecture: {name} is {theirs.get(name, 'missing')} in the state and "
-                    f"{own.get(name, 'missing')} in the model"
-                )
-        check_entries("kfac.treatments", treatments, own)
-        check_list("kfac.treatments and sharing", [*treatments.values(), state["sharing"]], str)
-        for t in self.treatments:
-            if treatments[t.name] != t.how:
-                raise InputError(f"state of other settings: {t.name} was {treatments[t.name]}, and is {t.how} now")
-        if state["sharing"] != self.sharing:
-            raise InputError(f"state of other settings: sharing was {state['sharing']!r}, and is {self.sharing!r} now")
+        self._begin("load_state_dict()")
 
 
 def dense(gradient: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ repeated takes the same steps. A layer whose gap is no less than the interval is
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from secondorder.errors import check_whole
 from secondorder.kfac.state_check import check_count, check_entries, check_float
@@ -27,6 +27,7 @@ class Intervals:
 
     factor_interval, inverse_interval: steps between two updates. warm_up: after t steps the interval is at most max(1, t / 4).
     costs: of inverting each layer; with stagger the layers are spread over the inverse interval, about equal cost a step.
+    begun: the step from which on there is a layer that was not there from the beginning; t counts from it.
     """
 
     def __init__(
@@ -35,16 +36,33 @@ class Intervals:
         check_whole("factor_interval", factor_interval)
         check_whole("inverse_interval", inverse_interval)
         self.factor_interval, self.inverse_interval, self.warm_up = factor_interval, inverse_interval, warm_up
-        self.turns = spread(costs, inverse_interval) if stagger else dict.fromkeys(costs, 0)
+        self.stagger, self.turns = stagger, self._turns(costs, stagger)
         self.step, self.work = 0, 0.0
         self.gaps: dict[str, float] = {}
         self.last_factors: int | None = None
         self.last_inverse: dict[str, int] = {}
+        self.begun: dict[str, int] = {}
+
+    def adopt(self, costs: Mapping[str, float], fresh: Collection[str], first_step: int) -> None:
+        """Go on with the layers that `costs` names, of which the `fresh` ones have neither factors nor inverses.
+
+        They have them in `first_step`, the next step or the present one, and more often than later for some steps.
+        """
+        self.turns = self._turns(costs, self.stagger)
+        kept = costs.keys() - fresh
+        for held in (self.last_inverse, self.begun, self.gaps):
+            for name in held.keys() - kept:
+                del held[name]
+        self.begun |= dict.fromkeys(fresh, first_step)
 
     @property
     def factors_due(self) -> bool:
         """Whether the present step updates the factors."""
-        return self.last_factors is None or self.step - self.last_factors >= self._at_most(self.factor_interval)
+        if self.last_factors is None:
+            return True
+        newest = max(self.begun.values(), default=0)
+        interval = self._at_most(self.factor_interval, newest)
+        return self.last_factors < newest <= self.step or self.step - self.last_factors >= interval
 
     def pace(self, costs: Mapping[str, float], work: float) -> None:
         """Set the gaps of warm-up from the operations of each layer's inversion and of a step's passes: the most so far count."""
@@ -67,28 +85,34 @@ class Intervals:
             return True
         if last >= self.last_factors:
             return False  # nothing new since
-        gap = self.gaps.get(name, 0.0)
-        if self._warming_up(self.inverse_interval) and gap < self.inverse_interval:
-            return self.step - last >= max(gap, self._at_most(self.inverse_interval))
+        begun, gap = self.begun.get(name, 0), self.gaps.get(name, 0.0)
+        if self.warm_up and (self.step - begun) // 4 < self.inverse_interval and gap < self.inverse_interval:
+            return self.step - last >= max(gap, self._at_most(self.inverse_interval, begun))
         return (
             self.step - self.turns[name]
         ) % self.inverse_interval == 0 or self.step - last >= 2 * self.inverse_interval
 
-    def _at_most(self, interval: int) -> int:
-        return min(interval, max(1, self.step // 4)) if self.warm_up else interval
+    def _at_most(self, interval: int, begun: int) -> int:
+        return min(interval, max(1, (self.step - begun) // 4)) if self.warm_up and self.step >= begun else interval
 
-    def _warming_up(self, interval: int) -> bool:
-        return self.warm_up and self.step // 4 < interval
+    def _turns(self, costs: Mapping[str, float], stagger: bool) -> dict[str, int]:
+        return spread(costs, self.inverse_interval) if stagger else dict.fromkeys(costs, 0)
 
     def state_dict(self) -> dict[str, object]:
         """Counters."""
-        counters = {"step": self.step, "last_factors": self.last_factors, "last_inverse": dict(self.last_inverse)}
-        return counters | {"work": self.work}
+        counters: dict[str, object] = {
+            "step": self.step,
+            "last_factors": self.last_factors,
+            "last_inverse": dict(self.last_inverse),
+            "work": self.work,
+        }
+        return counters | ({"begun": dict(self.begun)} if self.begun else {})
 
     def check_state(self, state: object) -> None:
         """InputError unless a state has the counters, none of them ahead of the step, of these layers."""
-        check_entries("kfac.intervals", state, ("step", "last_factors", "last_inverse", "work"))
+        check_entries("kfac.intervals", state, ("step", "last_factors", "last_inverse", "work"), ("begun",))
         assert isinstance(state, Mapping)
+        check_entries("kfac.intervals.begun", state.get("begun", {}), (), self.turns)
         check_count("kfac.intervals.step", state["step"])
         check_float("kfac.intervals.work", state["work"])
         if state["last_factors"] is not None:
@@ -96,12 +120,15 @@ class Intervals:
         check_entries("kfac.intervals.last_inverse", state["last_inverse"], (), self.turns)
         for name, step in state["last_inverse"].items():
             check_count(f"kfac.intervals.last_inverse.{name}", step, state["step"])
+        for name, step in state.get("begun", {}).items():
+            check_count(f"kfac.intervals.begun.{name}", step, state["step"] + 1)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Counters of `state_dict`; `pace` is to follow."""
         self.step, self.last_factors = state["step"], state["last_factors"]  # type: ignore[assignment]
         self.work, self.gaps = state["work"], {}  # type: ignore[assignment]
         self.last_inverse = dict(state["last_inverse"])  # type: ignore[call-overload]
+        self.begun = dict(state.get("begun", {}))  # type: ignore[call-overload]
 
 
 def spread(costs: Mapping[str, float], slots: int) -> dict[str, int]:

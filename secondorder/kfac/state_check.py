@@ -3,15 +3,20 @@
 Each check raises InputError that names the entry, as a path from the state: ``kfac.statistics.layer1.A``.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
+
+if TYPE_CHECKING:
+    from secondorder.kfac.layers import Treatment
 
 WAY_OUT = "the state is damaged or of another version; load that of an earlier checkpoint"
 COUNTS = ("squares",)
@@ -68,6 +73,30 @@ def check_tensor(entry: str, value: object, shape: Sequence[int | None], dtype: 
         raise refused(entry, f"is of {value.dtype}, not {dtype}")
     if value.layout != torch.strided or value.is_meta or not bool(value.isfinite().all()):
         raise refused(entry, "holds numbers that are not finite")
+
+
+def check_same(state: Mapping[str, Any], treatments: Sequence[Treatment], sharing: str) -> None:
+    """InputError that names the first difference between a state's parameters and their treatments and those of the model."""
+    own = {t.name: list(t.parameter.shape) for t in treatments}
+    theirs, before = state["parameters"], state["treatments"]
+    check_entries("kfac.parameters", theirs, (), theirs if isinstance(theirs, Mapping) else ())
+    for name, shape in theirs.items():
+        check_list(f"kfac.parameters.{name}", shape, int)
+    for name in [*own, *theirs]:
+        if own.get(name) != theirs.get(name):
+            raise InputError(
+                f"state of another architecture: {name} is {theirs.get(name, 'missing')} in the state and "
+                f"{own.get(name, 'missing')} in the model"
+            )
+    check_entries("kfac.treatments", before, own)
+    check_list("kfac.treatments and sharing", [*before.values(), state["sharing"]], str)
+    for t in treatments:
+        if before[t.name] != t.how:
+            way_out = "make the optimiser while the same parameters are frozen as in the state, load, then change that"
+            advice = f"; {way_out}" if "frozen" in (before[t.name], t.how) else ""
+            raise InputError(f"state of other settings: {t.name} was {before[t.name]}, and is {t.how} now{advice}")
+    if state["sharing"] != sharing:
+        raise InputError(f"state of other settings: sharing was {state['sharing']!r}, and is {sharing!r} now")
 
 
 def check_optimizer(

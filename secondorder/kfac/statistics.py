@@ -122,7 +122,8 @@ class LayerStatistics:
         self._stage("B", sum_of_products(kind, gs, layer.sharing))
         if self.bases is not None:
             xs = [self._batched(x) for x in inputs]
-            self._stage("S", squared_products(kind, xs, gs, *self.bases, layer.bias is not None))
+            Q_A, Q_B = (Q.to(gs[0]) for Q in self.bases)  # of the format that the model had when they were made
+            self._stage("S", squared_products(kind, xs, gs, Q_A, Q_B, layer.bias is not None))
 
     def staged_tensors(self) -> list[Tensor]:
         """The sums and counts of this step, which add over processes: A where it is dense, B, squares, counts."""
@@ -233,6 +234,12 @@ class LayerStatistics:
         self.samples, self.work, self.dense = other.samples, other.work, other.dense
         self.squares = self.bases = None
         self.discard()
+
+    def follow_weight(self) -> None:
+        """Take the device and the number format of the weight, which has changed them."""
+        self._sums, self._staged = ({k: self._moved(v) for k, v in held.items()} for held in (self._sums, self._staged))
+        self._staged_rows = [self._moved(rows) for rows in self._staged_rows]
+        self.rows = None if self.rows is None else self._moved(self.rows)
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

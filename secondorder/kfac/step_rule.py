@@ -24,9 +24,13 @@ not free, momentum is Nesterov's. m is kept in the eigenbasis; when that is rene
 is: to carry it over changed no result of the development tasks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from secondorder.errors import check_known
+import torch
+from torch import Tensor
+
+from secondorder.errors import InputError, check_known
 from secondorder.kfac.options import check_number, check_positive
 
 DIRECTIONS = ("natural", "eigenbasis", "preconditioned")
@@ -61,6 +65,14 @@ class StepRule:
     def words(self) -> str:
         """Direction and length, for a state: buffers of one rule mean nothing to another."""
         return f"{self.direction}, {self.length}"
+
+    def check_formats(self, parameters: Mapping[str, Tensor]) -> None:
+        """InputError for parameters, by name, whose number format is too short for the rule."""
+        small = [name for name, parameter in parameters.items() if parameter.dtype == torch.float16]
+        if small and not self.is_plain:
+            raise InputError(
+                f"{small[0]} is float16, whose squares underflow: use float32 with autocast, or step_rule='natural'"
+            )
 
     @property
     def learning_rate(self) -> float:

@@ -19,6 +19,7 @@ from torch.func import jvp
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
 from secondorder.errors import InputError, failures_of
+from secondorder.kfac.groups import setting_by_parameter
 from secondorder.kfac.preconditioner import KFACPreconditioner
 from secondorder.untouched import untouched
 
@@ -40,7 +41,8 @@ class Trial:
 
     def __init__(self, optimizer: PreconditionedOptimizer, loss: Any, random: RandomState) -> None:
         self.optimizer, self.loss, self.random = optimizer, loss_value(loss), random
-        self.before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.before = {p: p.detach().clone() for p in parameters}
 
     def adapt(self, closure: Callable[[], Any]) -> None:
         """Evaluate the closure at the new weights and set the damping of every group; the model is otherwise untouched.
@@ -72,7 +74,7 @@ def quadratic_step(
 ) -> Tensor:
     """`KFAC.quadratic_step` once gradients are cleared and the layers have the dampings of their groups; returns the loss."""
     preconditioner = optimizer.preconditioner
-    decay = {p: float(group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    decay = setting_by_parameter(optimizer.param_groups, "weight_decay")
     network = FrozenNetwork(optimizer.model)  # before the forward pass: it draws the same dropout masks
     with torch.enable_grad():
         with failures_of(f"quadratic_step: the model on inputs {list(inputs.shape)}"):

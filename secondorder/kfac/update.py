@@ -72,7 +72,7 @@ class Lengths:
         """Count a step that was shortened by this factor (None, 1: not at all), and whether it exploded."""
         factor = torch.ones_like(exploded) if factor is None else factor.to(exploded)
         new = torch.stack([(factor < 1).to(exploded), factor.log(), exploded])
-        self._sums = new if self._sums is None else self._sums + new
+        self._sums = new if self._sums is None else self._sums.to(new) + new
 
     def read(self) -> tuple[tuple[int, float], int]:
         """The number of shortened steps and the geometric mean of their factors; the number of steps that exploded."""
@@ -88,9 +88,9 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
     the identity for "sgd", and Adam's for "adam". `scale` makes the gradients those of the mean loss.
     """
     total = torch.zeros((), device=next(iter(directions.values())).device)
-    largest = max(float(group["lr"]) for group in groups)
-    for group in groups:
-        own = [p for p in group["params"] if p in directions]
+    members = [(group, [p for p in group["params"] if p in directions]) for group in groups]
+    largest = max(float(group["lr"]) for group, own in members if own)
+    for group, own in members:
         if not own:
             continue
         slope = scale * _dot([directions[p] for p in own], [dense(p.grad) for p in own])
@@ -104,8 +104,8 @@ def shorten(directions: Directions, groups: Groups, most: float, scale: float, d
 
 
 def weights_length(groups: Groups) -> Tensor:
-    """The Euclidean length of all weights together."""
-    return torch.stack(torch._foreach_norm([p for group in groups for p in group["params"]])).norm()
+    """The Euclidean length of all weights that are trained together."""
+    return torch.stack(torch._foreach_norm([p for group in groups for p in group["params"] if p.requires_grad])).norm()
 
 
 def step_length(directions: Directions, groups: Groups, state: State) -> Tensor:
@@ -117,6 +117,22 @@ def step_length(directions: Directions, groups: Groups, state: State) -> Tensor:
         if own:
             lengths.append(float(group["lr"]) * torch.stack(torch._foreach_norm(steps)).norm())
     return torch.stack(lengths).norm()
+
+
+def move_within(
+    directions: Directions,
+    groups: Groups,
+    state: State,
+    decoupled: bool,
+    most: float | None,
+    scale: float,
+    lengths: Lengths,
+) -> None:
+    """`move` by directions that `shorten` has shortened, unless `most` is None; `lengths` counts the step."""
+    factor = None if most is None else shorten(directions, groups, most, scale, decoupled)
+    before = weights_length(groups)
+    move(directions, groups, state, decoupled)
+    lengths.add(factor, (step_length(directions, groups, state) > before).to(before))
 
 
 def move(directions: Directions, groups: Groups, state: State, decoupled: bool, momentum: bool = True) -> None:

@@ -31,6 +31,28 @@ class Linear(LayerKind):
         return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
 
 
+class TransposedLinear(Linear):
+    """`z = W^T x + b` over the last dimension, W `[D, O]`."""
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.weight_shape[1]
+
+    @property
+    def inputs(self) -> int:
+        """D."""
+        return self.weight_shape[0]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W^T `[1, O, D]`."""
+        return weight.mT[None]
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The weight `[D, O]`."""
+        return matrix[0].mT
+
+
 class Convolution(LayerKind):
     """A convolution of one to three dimensions; any stride, padding, padding mode, dilation and groups."""
 

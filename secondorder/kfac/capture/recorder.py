@@ -95,6 +95,10 @@ class Capture:
             self._handles.append(self.model.register_forward_pre_hook(Hook(self, Capture._begin_forward)))
             self._handles.append(self.model.register_forward_hook(Hook(self, Capture._end_forward)))
 
+    def replace_layers(self, layers: Sequence[KroneckerLayer]) -> None:
+        """Record the calls of these layers instead, from the next `start` on."""
+        self.layers, self.active = list(layers), False
+
     def stop(self) -> None:
         """Remove all hooks and forget everything recorded; what the statistics have, they keep."""
         self.forget()

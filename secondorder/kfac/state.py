@@ -1,0 +1,63 @@
+"""The state of a preconditioner, complete and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from secondorder.errors import InputError
+from secondorder.kfac.state_check import check_count, check_entries, check_list, check_same, refused
+
+if TYPE_CHECKING:
+    from secondorder.kfac.layers import Treatment
+    from secondorder.kfac.preconditioner import KFACPreconditioner
+
+VERSION = 1
+"""Of the state."""
+ENTRIES = (
+    *("version", "sharing", "parameters", "treatments", "intervals", "events"),
+    *("statistics", "samples", "checked", "dampings", "inverses"),
+)
+"""Of the state; KFAC adds the names of its groups."""
+
+
+def state_of(preconditioner: KFACPreconditioner) -> dict[str, Any]:
+    """Everything the next step depends on."""
+    treatments = preconditioner.treatments
+    return {
+        "version": VERSION,
+        "sharing": preconditioner.sharing,
+        "parameters": {t.name: list(t.parameter.shape) for t in treatments},
+        "treatments": {t.name: t.how for t in treatments},
+        "intervals": preconditioner.intervals.state_dict(),
+        "events": dict(preconditioner.events),
+        **preconditioner.gathering.state_dict(),
+        **preconditioner.blocks.state_dict(),
+    }
+
+
+def treats_otherwise(state: object, treatments: Sequence[Treatment]) -> bool:
+    """Whether a state is of parameters that are treated otherwise than these."""
+    return isinstance(state, Mapping) and state.get("treatments") != {t.name: t.how for t in treatments}
+
+
+def check_state(preconditioner: KFACPreconditioner, state: Mapping[str, Any]) -> None:
+    """InputError that names the first entry of a state that this preconditioner cannot continue with."""
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if type(version) is not int or version != VERSION:
+        raise InputError(f"not a state of K-FAC in version {VERSION}")
+    check_entries("kfac", state, ENTRIES, ("groups", "step_rule"))
+    check_same(state, preconditioner.treatments, preconditioner.sharing)
+    preconditioner.intervals.check_state(state["intervals"])
+    if not isinstance(state["events"], Mapping):
+        raise refused("kfac.events", "is not a dictionary")
+    check_list("kfac.events", list(state["events"]), str)
+    for name, count in state["events"].items():
+        check_count(f"kfac.events.{name}", count)
+    preconditioner.gathering.check_state(state)
+    preconditioner.blocks.check_state(state)
+    intervals = state["intervals"]
+    if intervals["last_factors"] is None and any({"B", "S"} & one.keys() for one in state["statistics"].values()):
+        raise refused("kfac.intervals.last_factors", "is None, and there are factors")
+    if intervals["last_inverse"].keys() != state["inverses"].keys():
+        raise refused("kfac.intervals.last_inverse", "does not name the layers that have an inverse")
