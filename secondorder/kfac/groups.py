@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secondorder.errors import InputError
 from secondorder.kfac.layers import KroneckerLayer, Treatment
-from secondorder.kfac.modules import Place, modules_by_parameter
+from secondorder.kfac.modules import Place, check_parameters, modules_by_parameter
 from secondorder.kfac.options import SETTINGS, checked_settings
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def ungrouped(model: nn.Module, groups: Sequence[Group]) -> list[Place]:
 def check_all_grouped(model: nn.Module, groups: Sequence[Group]) -> None:
     """InputError that names the module of a trainable parameter that is in no group: it came after the optimiser was made."""
     missing = ungrouped(model, groups)
+    check_parameters(model, modules_by_parameter(model))
     if missing:
         module, path = missing[0].module, missing[0].path
         called = f"module {path} ({type(module).__name__})" if path else f"parameter {missing[0].name}"

@@ -207,7 +207,7 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict with the entry "kfac": factors, inverses, counters, random state.
 
-        torch.distributed.checkpoint's `get_optimizer_state_dict` keeps it, too, but for `flatten_optimizer_state_dict`.
+        torch.distributed.checkpoint saves and loads it, too, but not with its options to flatten or to gather full states.
         """
         names = names_by_group(self.param_groups, self.preconditioner.treatments)
         own = {"groups": names, "step_rule": self.step_rule.words}

@@ -134,6 +134,7 @@ VALUES: dict[str, tuple[Thing, str]] = {
         "the model has no layer that K-FAC can treat",
     ),
     "lazy": (lambda: KFAC(nn.LazyLinear(3), 0.1), "parameter weight is not initialised yet; run the model once before"),
+    "meta": (lambda: KFAC(nn.Linear(3, 3, device="meta")), "parameter weight is on the device 'meta', which holds no"),
 }
 
 
@@ -220,11 +221,49 @@ def test_logits_that_do_not_suit_the_likelihood() -> None:
         optimizer.update_curvature(model(x)[:, 0])
 
 
-def test_groups_are_given_once() -> None:
-    _, optimizer, _, _ = setup()
-    with pytest.raises(InputError, match=r"add_param_group: make a new KFAC; groups are given as Options\(groups"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    assert len(optimizer.param_groups) == 1
+def test_groups_that_cannot_be_added() -> None:
+    model, optimizer, x, y = setup()
+    train(model, optimizer, [(x, y)])
+    before = weights(model), [len(group["params"]) for group in optimizer.param_groups]
+    model[6] = nn.Linear(16, 3).double()
+    new = list(model[6].parameters())
+    for group, message in (
+        ({"params": [nn.Parameter(torch.zeros(3))]}, r"parameter \[3\] at place 0 is not of the model: make its module a part"),
+        ({"params": model[0].weight}, r"0\.weight is trained in group 0 already; change .* optimizer\.param_groups\[0\]"),
+        ({"params": [new[0], new[0]]}, r"parameter 6\.weight is given twice"),
+        ({"params": []}, "'params' is empty"),
+        ({"params": ["6.weight"]}, "str in 'params' is no parameter"),
+        (new, r"must be a dictionary with 'params'"),
+        ({"params": new, "lr": -1.0}, r"lr -1\.0: must be a number"),
+        ({"params": new, "betas": (0.9, 0.99)}, "unknown setting of a parameter group 'betas'"),
+        ({"params": new, "lr": 1.0, "weight_decay": 2.0}, "weight_decay 2 with lr 1 multiplies the weights by -1"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            optimizer.add_param_group(group)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+        assert [len(group["params"]) for group in optimizer.param_groups] == before[1]
+    optimizer.add_param_group({"params": new})
+    train(model, optimizer, [(x, y)])
+
+
+TREAT_AS: dict[str, tuple[Any, str]] = {
+    "no mapping": ("linear", "treat_as 'linear': must be words by class or pattern"),
+    "no class": ({3: "linear"}, "treat_as 3: must be a pattern of module names or a class of modules"),
+    "class of something else": ({dict: "linear"}, "treat_as <class 'dict'>: must be a pattern"),
+    "word": ({"0": "dense"}, "unknown treat_as 'dense'; choose one of: linear, linear_transposed, conv1d, conv2d"),
+    "of no module": ({"head": "linear"}, "treat_as 'head' fits no module; names are those of model.named_modules()"),
+    "of no module of a class": ({nn.Bilinear: "linear"}, "treat_as Bilinear fits no module"),
+    "no matrix": ({"1": "linear"}, "treat_as 'linear': module 1 (GroupNorm) has a weight [4], not a matrix"),
+    "no weight": ({nn.ReLU: "linear"}, "treat_as 'linear': module 2 (ReLU) has no parameter 'weight' of its own"),
+    "no convolution": ({"6": "conv2d"}, "treat_as 'conv2d': module 6 (Linear) is no subclass of Conv2d"),
+}
+
+
+@pytest.mark.parametrize("case", TREAT_AS)
+def test_declarations_that_cannot_be_right(case: str) -> None:
+    treat_as, message = TREAT_AS[case]
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        KFAC(convnet(), options=Options(treat_as=treat_as))
 
 
 def test_adaptive_damping_needs_two_losses() -> None:

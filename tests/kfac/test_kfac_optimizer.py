@@ -295,7 +295,7 @@ def test_every_parameter_is_trained(sparse: bool, fallback: str) -> None:
         assert bool((p != before[name]).any(-1).all()), name  # every word, every row
 
 
-def test_frozen_parameters_stay_and_thawed_ones_are_an_error() -> None:
+def test_frozen_parameters_stay() -> None:
     model = convnet()
     model[0].weight.requires_grad_(False)
     model[6].requires_grad_(False)
@@ -305,10 +305,6 @@ def test_frozen_parameters_stay_and_thawed_ones_are_an_error() -> None:
     train(model, optimizer, data)
     moved = {name for name, w in weights(model).items() if not torch.equal(w, before[name])}
     assert moved == {"0.bias", "1.weight", "1.bias", "3.weight"}
-    assert [len(group["params"]) for group in optimizer.param_groups] == [4]
-    model[6].requires_grad_(True)
-    with pytest.raises(InputError, match=r"parameter 6\.weight was frozen .* make a new KFAC"):
-        train(model, optimizer, data)
 
 
 def test_parameters_that_are_frozen_later_stay() -> None:
