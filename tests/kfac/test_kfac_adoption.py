@@ -62,7 +62,10 @@ def test_thawed_parameters_are_adopted_with_fresh_statistics(kind: str) -> None:
     how = KINDS[kind].get("approximation", "kfac")
     assert treatments(optimizer) == dict.fromkeys(before, how) | dict.fromkeys(("1.weight", "1.bias"), "fallback")
     assert moved(model, before) == set(before)
-    assert "found changed in step 12, parameters: 2 adopted (0.bias, 3.weight); 1 treated otherwise (0.weight)" in events(optimizer)
+    assert (
+        "found changed in step 12, parameters: 2 adopted (0.bias, 3.weight); 1 treated otherwise (0.weight)"
+        in events(optimizer)
+    )
     assert optimizer.factor_step
     x, y = batches(2)[1]
     train(model, optimizer, [(x, y)])
@@ -70,7 +73,9 @@ def test_thawed_parameters_are_adopted_with_fresh_statistics(kind: str) -> None:
     assert statistics["6"] is kept
     a = F.unfold(x, 3, padding=1).mT.flatten(0, 1)
     a = F.pad(a, (0, 1), value=1.0)
-    torch.testing.assert_close(statistics["0"].A, (a.mT @ a / len(a))[None], rtol=1e-10, atol=1e-12)  # of this batch only
+    torch.testing.assert_close(
+        statistics["0"].A, (a.mT @ a / len(a))[None], rtol=1e-10, atol=1e-12
+    )  # of this batch only
     assert set(optimizer.preconditioner.blocks.inverses) == {"0", "3", "6"}
     train(model, optimizer, batches(9))
     assert not any("no factors yet" in event and count > 1 for event, count in optimizer.report().events.items())
@@ -205,7 +210,9 @@ def test_a_swapped_head_is_found_and_adopted(kind: str, probe: bool) -> None:
     optimizer = KFAC(model, **KINDS[kind])
     train(model, optimizer, batches(5))
     model[6] = nn.Linear(16, 3).double()
-    with pytest.raises(InputError, match=r"^module 6 \(Linear\) was put into the model .*optimizer\.add_param_group") as caught:
+    with pytest.raises(
+        InputError, match=r"^module 6 \(Linear\) was put into the model .*optimizer\.add_param_group"
+    ) as caught:
         train(model, optimizer, batches(1))
     assert "\n" not in str(caught.value)
     optimizer.add_param_group({"params": model[6].parameters(), "lr": 0.01})
@@ -255,7 +262,9 @@ def test_a_preconditioner_takes_a_new_module_by_itself() -> None:
 def test_weights_that_are_tied_later(rule: str) -> None:
     """The layer with two modules has statistics of both; the weight that has gone leaves its group."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(50, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)
+    ).double()
     optimizer = KFAC(model, step_rule=rule)
     train(model, optimizer, batches(3))
     model[5].weight, model[5].bias = model[3].weight, model[3].bias
@@ -327,7 +336,9 @@ def doubled(state: Any) -> Any:
     return state.double() if isinstance(state, Tensor) else state
 
 
-@pytest.mark.parametrize("settings", [{}, {"step_rule": "natural"}, {"approximation": "ekfac"}, {"fisher": "empirical"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"step_rule": "natural"}, {"approximation": "ekfac"}, {"fisher": "empirical"}]
+)
 def test_statistics_and_inverses_follow_a_model_that_becomes_double(settings: dict[str, Any]) -> None:
     """As if its state, in double precision, had been loaded into the optimiser of a model that always was."""
     settings = {"factor_interval": 3, "inverse_interval": 4} | settings

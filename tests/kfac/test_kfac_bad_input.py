@@ -228,8 +228,14 @@ def test_groups_that_cannot_be_added() -> None:
     model[6] = nn.Linear(16, 3).double()
     new = list(model[6].parameters())
     for group, message in (
-        ({"params": [nn.Parameter(torch.zeros(3))]}, r"parameter \[3\] at place 0 is not of the model: make its module a part"),
-        ({"params": model[0].weight}, r"0\.weight is trained in group 0 already; change .* optimizer\.param_groups\[0\]"),
+        (
+            {"params": [nn.Parameter(torch.zeros(3))]},
+            r"parameter \[3\] at place 0 is not of the model: make its module a part",
+        ),
+        (
+            {"params": model[0].weight},
+            r"0\.weight is trained in group 0 already; change .* optimizer\.param_groups\[0\]",
+        ),
         ({"params": [new[0], new[0]]}, r"parameter 6\.weight is given twice"),
         ({"params": []}, "'params' is empty"),
         ({"params": ["6.weight"]}, "str in 'params' is no parameter"),

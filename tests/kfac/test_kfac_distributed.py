@@ -12,9 +12,12 @@ import torch
 from dense_curvature import relative, weights
 from natural import KFAC
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from secondorder.errors import InputError
 from secondorder.kfac import Damping, Fisher, LevenbergMarquardt, Options
 
 EXACT = 1e-9
@@ -154,6 +157,42 @@ def drawn(rank: int) -> dict[str, Tensor]:
     return {"weights": weights(opt.model), "generator": opt.preconditioner.gathering.generator.get_state()}
 
 
+def sharded() -> list[str]:
+    """What K-FAC says to models of which a process has parts only, and to one that is sharded after it was made."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, later = network(), network()
+    optimizer = KFAC(later)
+    for module in (model, later[5]):
+        fully_shard(module, mesh=mesh)
+    one = FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu"))
+    attempts: list[Callable[[], object]] = [lambda: KFAC(model), lambda: KFAC(one), optimizer._follow_model]
+    said = []
+    for attempt in attempts:
+        try:
+            attempt()
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
+def thawed(rank: int | None) -> Tensor:
+    """Weights when a layer is thawed in the middle."""
+    torch.manual_seed(0)
+    model = network()
+    model[2].requires_grad_(False)
+    wrapped = DistributedDataParallel(model) if rank is not None else model
+    part = slice(None) if rank is None else part_of(rank)
+    opt = KFAC(wrapped, 0.1, fisher="exact", factor_interval=1, inverse_interval=1)
+    for i, (x, y) in enumerate(batches()):
+        if i == 3:
+            model[2].requires_grad_(True)
+            if rank is not None:  # a reducer waits for the parameters that were trainable when it was made
+                opt.model = DistributedDataParallel(model)
+        take(opt, x[part], y[part])
+    return weights(model)
+
+
 def process(out: Path) -> None:
     """What each of the two does."""
     torch.distributed.init_process_group("gloo")
@@ -162,6 +201,7 @@ def process(out: Path) -> None:
         name: trained(case, part_of(rank, case.samples), DistributedDataParallel) for name, case in CASES.items()
     }
     found |= {"broken": with_a_broken_process(rank), "apart": apart(rank), "drawn": drawn(rank)}
+    found |= {"sharded": sharded(), "thawed": thawed(rank)}
     torch.save(found, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -238,6 +278,24 @@ def test_nan_in_one_process_skips_the_step_in_both(found: list[dict[str, Any]]) 
     for name, B in first["factors"].items():
         assert bool(B.isfinite().all())
         assert torch.equal(B, second["factors"][name])
+
+
+def test_sharded_parameters_are_refused(found: list[dict[str, Any]]) -> None:
+    for report in found:
+        for message, name in zip(
+            report["sharded"], ("parameter 0.weight", "the model", "parameter 5.weight"), strict=True
+        ):
+            assert message.startswith(f"{name} is sharded over processes")
+            assert "use DistributedDataParallel" in message
+            assert "\n" not in message
+
+
+def test_a_layer_that_is_thawed_is_adopted_by_all_processes(found: list[dict[str, Any]]) -> None:
+    first, second = (report["thawed"] for report in found)
+    assert torch.equal(first, second)
+    torch.manual_seed(0)
+    start = weights(network())
+    assert relative(first - start, thawed(None) - start) <= EXACT
 
 
 def test_processes_that_stay_apart_train_as_if_alone(found: list[dict[str, Any]]) -> None:

@@ -14,6 +14,8 @@ import torch
 from kfac_training import KINDS, batches, convnet, same, snapshot, train, weights
 from natural import KFAC
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as checkpoint_state
 from torch.nn import functional as F
 
 from secondorder.errors import InputError
@@ -194,6 +196,76 @@ def test_killed_and_resumed_in_another_process(
     process_of_its_own(tmp_path / "whole.pt", die=-1)
     resumed, whole = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "whole"))
     assert same(resumed, whole)
+
+
+# ----------------------------------------------------------------------------------------- torch.distributed.checkpoint
+
+
+Checkpointed = Callable[[nn.Module, KFAC, Path], Callable[[nn.Module, KFAC], None]]
+"""Saves a model and its optimiser; returns a function that loads into others."""
+
+
+def optimizer_state(model: nn.Module, optimizer: KFAC, folder: Path) -> Callable[[nn.Module, KFAC], None]:
+    state = saved([model.state_dict(), checkpoint_state.get_optimizer_state_dict(model, optimizer)])
+
+    def load(other_model: nn.Module, other: KFAC) -> None:
+        other_model.load_state_dict(state[0])
+        checkpoint_state.set_optimizer_state_dict(other_model, other, state[1])
+
+    return load
+
+
+def both_states(model: nn.Module, optimizer: KFAC, folder: Path) -> Callable[[nn.Module, KFAC], None]:
+    options = checkpoint_state.StateDictOptions(cpu_offload=True)
+    state = snapshot(checkpoint_state.get_state_dict(model, optimizer, options=options))
+
+    def load(other_model: nn.Module, other: KFAC) -> None:
+        found = {"model_state_dict": state[0], "optim_state_dict": state[1]}
+        checkpoint_state.set_state_dict(other_model, other, **found)
+
+    return load
+
+
+def files_of_states(model: nn.Module, optimizer: KFAC, folder: Path) -> Callable[[nn.Module, KFAC], None]:
+    names = ("model", "optimizer")
+    content = dict(zip(names, checkpoint_state.get_state_dict(model, optimizer), strict=True))
+    checkpoint.save(content, checkpoint_id=folder, no_dist=True)
+
+    def load(other_model: nn.Module, other: KFAC) -> None:
+        content = dict(zip(names, checkpoint_state.get_state_dict(other_model, other), strict=True))
+        checkpoint.load(content, checkpoint_id=folder, no_dist=True)
+        found = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+        checkpoint_state.set_state_dict(other_model, other, **found)
+
+    return load
+
+
+def files_of_the_optimizer(model: nn.Module, optimizer: KFAC, folder: Path) -> Callable[[nn.Module, KFAC], None]:
+    checkpoint.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder, no_dist=True)
+    return lambda other_model, other: checkpoint.load(
+        {"model": other_model, "optimizer": other}, checkpoint_id=folder, no_dist=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed")
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize(
+    "checkpointed", [optimizer_state, both_states, files_of_states, files_of_the_optimizer], ids=lambda f: f.__name__
+)
+def test_distributed_checkpoints_are_whole(checkpointed: Checkpointed, at: int, tmp_path: Path) -> None:
+    settings = {"approximation": {"0": "ekfac"}, "options": Options(groups={"*.bias": {"lr": 0.01}}), **MID_INTERVAL}
+    model, again = convnet(), convnet(3)
+    optimizer, other = KFAC(model, 0.03, **settings), KFAC(again, 0.5, **settings)
+    data = batches(10)
+    train(model, optimizer, data[:at])
+    load = checkpointed(model, optimizer, tmp_path)
+    before = snapshot(optimizer.state_dict())
+    train(model, optimizer, data[at:])
+    load(again, other)
+    assert same(other.state_dict(), before)
+    train(again, other, data[at:])
+    assert same(weights(again), weights(model))
 
 
 # ------------------------------------------------------------------------------------------------ states that do not fit
