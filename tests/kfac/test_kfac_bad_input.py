@@ -202,7 +202,7 @@ def test_update_of_the_curvature_without_a_graph() -> None:
 def test_update_of_the_curvature_without_a_call_of_the_model() -> None:
     _, optimizer, _, _ = setup()
     with pytest.raises(
-        InputError, match="no layer of the model was called since the last step or load_state_dict; a compiled model"
+        InputError, match="no layer of the model was called since the last step; a compiled model ignores"
     ):
         optimizer.update_curvature(torch.zeros(12, 3, requires_grad=True))
 
