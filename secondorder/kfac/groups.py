@@ -4,11 +4,9 @@ All parameters of the model are in a group, also those that are frozen: once the
 of their group act on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,10 +14,8 @@ from secondorder.errors import InputError
 from secondorder.kfac.layers import KroneckerLayer, Treatment
 from secondorder.kfac.modules import Place, check_parameters, modules_by_parameter
 from secondorder.kfac.options import SETTINGS, checked_settings
-
-if TYPE_CHECKING:
-    from secondorder.kfac.preconditioner import KFACPreconditioner
-    from secondorder.kfac.step_rule import StepRule
+from secondorder.kfac.preconditioner import KFACPreconditioner
+from secondorder.kfac.step_rule import StepRule
 
 Group = dict[str, Any]
 KEPT = ("param_names", "initial_lr")

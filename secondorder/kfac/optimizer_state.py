@@ -1,7 +1,5 @@
 """The state of the optimiser: torch's part checked, and the whole in a form that torch.distributed.checkpoint keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest

@@ -1,16 +1,15 @@
 """The state of a preconditioner, complete and checked."""
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from secondorder.errors import InputError
+from secondorder.kfac.blocks import Blocks
+from secondorder.kfac.gathering import Gathering
+from secondorder.kfac.layers import Treatment
+from secondorder.kfac.schedule import Intervals
 from secondorder.kfac.state_check import check_count, check_entries, check_list, check_same, refused
-
-if TYPE_CHECKING:
-    from secondorder.kfac.layers import Treatment
-    from secondorder.kfac.preconditioner import KFACPreconditioner
 
 VERSION = 1
 """Of the state."""
@@ -21,7 +20,21 @@ ENTRIES = (
 """Of the state; KFAC adds the names of its groups."""
 
 
-def state_of(preconditioner: KFACPreconditioner) -> dict[str, Any]:
+class Preconditioner(Protocol):
+    """What has a state: `secondorder.kfac.KFACPreconditioner`."""
+
+    sharing: str
+    events: Counter[str]
+    intervals: Intervals
+    gathering: Gathering
+    blocks: Blocks
+
+    @property
+    def treatments(self) -> list[Treatment]:
+        """What every parameter is treated as."""
+
+
+def state_of(preconditioner: Preconditioner) -> dict[str, Any]:
     """Everything the next step depends on."""
     treatments = preconditioner.treatments
     return {
@@ -41,7 +54,7 @@ def treats_otherwise(state: object, treatments: Sequence[Treatment]) -> bool:
     return isinstance(state, Mapping) and state.get("treatments") != {t.name: t.how for t in treatments}
 
 
-def check_state(preconditioner: KFACPreconditioner, state: Mapping[str, Any]) -> None:
+def check_state(preconditioner: Preconditioner, state: Mapping[str, Any]) -> None:
     """InputError that names the first entry of a state that this preconditioner cannot continue with."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if type(version) is not int or version != VERSION:

@@ -3,20 +3,16 @@
 Each check raises InputError that names the entry, as a path from the state: ``kfac.statistics.layer1.A``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secondorder.errors import InputError
-
-if TYPE_CHECKING:
-    from secondorder.kfac.layers import Treatment
+from secondorder.kfac.layers import Treatment
 
 WAY_OUT = "the state is damaged or of another version; load that of an earlier checkpoint"
 COUNTS = ("squares",)
