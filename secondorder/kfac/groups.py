@@ -67,8 +67,8 @@ def check_all_grouped(model: nn.Module, groups: Sequence[Group]) -> None:
         called = f"module {path} ({type(module).__name__})" if path else f"parameter {missing[0].name}"
         source = f"model.get_submodule({path!r}).parameters()" if path else f"[model.{missing[0].name}]"
         raise InputError(
-            f"{called} was put into the model after the optimiser was made, and {len(missing)} trainable parameters are in no "
-            f"group: optimizer.add_param_group({{'params': {source}}}) adopts them"
+            f"{called} is trainable and in no parameter group, it came into the model after the optimiser was made: "
+            f"optimizer.add_param_group({{'params': {source}}}) adopts it ({len(missing)} parameters in all)"
         )
 
 

@@ -11,6 +11,7 @@ from devices import check, images_and_labels, moved, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secondorder.errors import InputError
 from secondorder.gauss_newton import GaussNewton
 from secondorder.kfac import KFAC, STEP_RULES, Damping, Fisher, Options
 
@@ -41,6 +42,27 @@ def trained(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, st
         F.cross_entropy(logits, labels).backward()
         optimizer.step()
     return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "wide cholesky", "step rule adam"])
+def test_a_model_that_moves_in_the_middle_of_training(kind: str, device: str) -> None:
+    """Statistics, inverses and momentum follow the weights; a device to which torch moves them as new parameters is refused."""
+
+    def after_steps(model: nn.Module, place: str) -> dict[str, Tensor]:
+        images, labels = images_and_labels(12)
+        optimizer = KFAC(model, 0.1, factor_interval=2, inverse_interval=2, **KINDS[kind])
+        trained(model, optimizer, images, labels, 3)
+        before = set(model.parameters())
+        if set(model.to(place).parameters()) != before:
+            with pytest.raises(InputError, match="came into the model after the optimiser was made"):
+                trained(model, optimizer, *moved((images, labels), place), 1)
+            return {}
+        trained(model, optimizer, *moved((images, labels), place), 3)
+        return dict(model.named_parameters())
+
+    there = after_steps(tiny(), device)
+    if there:
+        check(there, after_steps(tiny(), "cpu"), device, 1e-5, 1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
