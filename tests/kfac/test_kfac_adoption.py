@@ -109,6 +109,18 @@ def test_settings_and_schedule_of_a_group_act_on_what_is_thawed() -> None:
     assert "3.weight" in moved(model, before)
 
 
+def test_a_frozen_group_does_not_act_on_the_trust_region() -> None:
+    found = []
+    for lr in (1e-3, 100.0):
+        model = partly_frozen()
+        options = Options(groups={"3.*": {"lr": lr}})
+        optimizer = KFAC(model, 0.1, step_rule="natural", clip=0.1, options=options)
+        train(model, optimizer, batches(3))
+        assert optimizer.report().shortened[0]
+        found.append(weights(model))
+    assert same(*found)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_frozen_again_and_thawed_again_keeps_the_statistics(rule: str) -> None:
     model = convnet()

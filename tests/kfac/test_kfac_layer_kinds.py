@@ -1,9 +1,11 @@
 """Embeddings, normalisations and other kinds of layers: blocks against dense truth, and whole trainings of each kind."""
 
+import copy
 import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -268,3 +270,34 @@ def test_an_output_size_given_in_the_call_is_refused() -> None:
     ):
         model(torch.randn(2, 2, 4), 9)
     assert isinstance(opt.preconditioner.statistics["up"], LayerStatistics)
+
+
+def doubled(state: Any) -> Any:
+    """A state in double precision."""
+    if isinstance(state, dict):
+        return {key: doubled(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [doubled(value) for value in state]
+    return state.double() if isinstance(state, Tensor) else state
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rule", ["adam", "natural"])
+def test_every_kind_of_layer_is_adopted_and_follows_its_model(rule: str, policy: str) -> None:
+    """Thawed, all get factors and move; in another number format, statistics, inverses and momenta are those of their state."""
+    model = Translator()
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    settings = {"step_rule": rule, "approximation": POLICIES[policy], "factor_interval": 2}
+    opt = KFAC(model, inverse_interval=2, **settings)  # type: ignore[arg-type]
+    train(opt, 0, 4)
+    model.requires_grad_(True)
+    before = [p.clone() for p in model.parameters()]
+    train(opt, 4, 6)
+    assert {row.treatment for row in opt.report().parameters} <= {"kfac", "ekfac", "diagonal"}
+    assert not [name for (name, p), old in zip(model.named_parameters(), before, strict=True) if torch.equal(p, old)]
+    twin = copy.deepcopy(model).double()
+    other = KFAC(twin, inverse_interval=2, **settings)  # type: ignore[arg-type]
+    other.load_state_dict(doubled(opt.state_dict()))
+    model.double()
+    assert train(opt, 10, 4) == train(other, 10, 4)

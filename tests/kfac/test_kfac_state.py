@@ -249,12 +249,17 @@ def files_of_the_optimizer(model: nn.Module, optimizer: KFAC, folder: Path) -> C
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.distributed")
-@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize(("at", "rule"), [(0, "natural"), (5, "natural"), (5, "adam")])
 @pytest.mark.parametrize(
     "checkpointed", [optimizer_state, both_states, files_of_states, files_of_the_optimizer], ids=lambda f: f.__name__
 )
-def test_distributed_checkpoints_are_whole(checkpointed: Checkpointed, at: int, tmp_path: Path) -> None:
-    settings = {"approximation": {"0": "ekfac"}, "options": Options(groups={"*.bias": {"lr": 0.01}}), **MID_INTERVAL}
+def test_distributed_checkpoints_are_whole(checkpointed: Checkpointed, at: int, rule: str, tmp_path: Path) -> None:
+    settings = {
+        "step_rule": rule,
+        "approximation": {"0": "ekfac"},
+        "options": Options(groups={"*.bias": {"lr": 0.01}}),
+        **MID_INTERVAL,
+    }
     model, again = convnet(), convnet(3)
     optimizer, other = KFAC(model, 0.03, **settings), KFAC(again, 0.5, **settings)
     data = batches(10)
