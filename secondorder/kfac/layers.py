@@ -153,7 +153,6 @@ def find_layers(
     policy = Policy(approximation)
     check_known("sharing", sharing, SHARINGS)
     found = _Contents.of(model, treat_as, trained or ())
-    attention = attention_modules(model)
     layers: list[KroneckerLayer] = []
     treatments: dict[nn.Parameter, tuple[str, str, str | None]] = {}
     candidates = False
@@ -175,8 +174,7 @@ def find_layers(
         else:
             name, modules = names[0], tuple(holder.module for holder in holders)
             positions = "expand" if kind.diagonal_input else sharing
-            callers = tuple(attention[module] for module in modules if module in attention)
-            rest = wide_inputs, wide_outputs, holders[0].attribute, callers, found.declared.get(modules[0], "")
+            rest = wide_inputs, wide_outputs, holders[0].attribute, found.callers(modules), found.word(holders[0])
             layers.append(KroneckerLayer(name, modules, word, positions, weight, bias, *rest))
         treatments |= {parameter: (word, why, name) for parameter in (weight, bias) if parameter is not None}
     if trained is None:
@@ -192,12 +190,13 @@ def find_layers(
 
 @dataclass(frozen=True, eq=False)
 class _Contents:
-    """What a model consists of: the holders of each parameter, the names of modules, and which of these can be layers."""
+    """What a model consists of: the holders of each parameter, names of modules, which of these can be layers, or call them."""
 
     places: Mapping[nn.Parameter, Sequence[Place]]
     paths: Mapping[nn.Module, str]
     declared: Mapping[nn.Module, str]
     unsupported: Mapping[nn.Module, str]
+    attention: Mapping[nn.Module, nn.Module]
     trainable: Collection[nn.Parameter]
 
     @classmethod
@@ -208,7 +207,8 @@ class _Contents:
         paths = dict(zip(model.modules(), clean_paths(model).values(), strict=True))
         declared = declared_modules(paths, treat_as)
         trainable = {p for p in places if p.requires_grad} | set(trained)
-        return cls(places, paths, declared, unsupported_modules(model, declared), trainable)
+        unsupported, attention = unsupported_modules(model, declared), attention_modules(model)
+        return cls(places, paths, declared, unsupported, attention, trainable)
 
     def reason(self, weight: nn.Parameter) -> str:
         """Why a weight has no factors, empty if it has."""
@@ -216,11 +216,19 @@ class _Contents:
 
     def kind(self, holder: Place) -> LayerKind:
         """What a module does with its weight."""
-        return _kind(holder.module, holder.attribute, self.declared.get(holder.module, ""))
+        return _kind(holder.module, holder.attribute, self.word(holder))
+
+    def word(self, holder: Place) -> str:
+        """What a module is declared as, empty for most."""
+        return self.declared.get(holder.module, "")
+
+    def callers(self, modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+        """The attention modules that use the weight of these without calling them."""
+        return tuple(self.attention[module] for module in modules if module in self.attention)
 
     def class_of(self, holder: Place) -> str:
         """The class of a module, and what it is declared as."""
-        word = self.declared.get(holder.module)
+        word = self.word(holder)
         return type(holder.module).__name__ + (f", treated as {word}" if word else "")
 
     def bias(self, holders: Sequence[Place]) -> nn.Parameter | None:
