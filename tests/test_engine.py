@@ -112,11 +112,12 @@ def test_what_stands_in_the_table_is_not_computed_again(data: ImageDataset, tmp_
     assert calls == []
     assert not (tmp_path / "another").exists()
     pd.testing.assert_frame_equal(before, after)
-    go(tmp_path, staged(tasks(data, seeds=3)), store=tmp_path / "another")
+    three = go(tmp_path, staged(tasks(data, seeds=3)), store=tmp_path / "another")
     assert {call.split()[2] for call in calls} == {"2"}  # the new seed alone
     calls.clear()
-    go(tmp_path, staged(tasks(data, version=2)), store=tmp_path / "store")
+    newer = go(tmp_path, staged(tasks(data, version=2)), store=tmp_path / "store")
     assert len(calls) == 12  # the networks are in the store
+    assert len(newer) == len(three)  # those of an older version are gone
 
 
 def test_the_store_serves_what_the_table_lacks(data: ImageDataset, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a study wants: networks, after which numbers of steps, and what is measured there."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,11 @@ class Trained:
     def wanted(self) -> Iterator[tuple[str, int, Measurement]]:
         """(key, step, measurement) of each."""
         for step, measurement in ((0, HISTORY), *self.at):
-            yield digest({"entry": self.subject.name, "step": step} | measurement.described), step, measurement
+            yield self.key(step, measurement), step, measurement
+
+    def key(self, step: int, measurement: Measurement) -> str:
+        """What tells the records of a measurement after so many steps from all others."""
+        return digest({"entry": self.subject.name, "step": step} | measurement.described)
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,20 @@ class Computed:
 
     def wanted(self) -> Iterator[tuple[str, int, Measurement]]:
         """(key, step, measurement) of the one."""
+        yield self.key(0, self.measurement), 0, self.measurement
+
+    def key(self, step: int, measurement: Measurement) -> str:
+        """What tells the records of a measurement from all others."""
         where = {} if self.device == "cpu" else {"device": self.device}
-        yield digest({"labels": dict(self.labels)} | where | self.measurement.described), 0, self.measurement
+        return digest({"labels": dict(self.labels)} | where | measurement.described)
 
 
 Task = Trained | Computed
+
+
+def superseded(task: Task, step: int, measurement: Measurement) -> list[str]:
+    """The keys under which older versions of a measurement have left records."""
+    return [task.key(step, replace(measurement, version=version)) for version in range(1, measurement.version)]
 
 
 def every(interval: int, total: int) -> list[int]:

@@ -15,7 +15,7 @@ import pandas as pd
 from secondorder.errors import InputError
 from secondorder.training import Run, check_run, is_main_process, on_main
 from studies.engine.job import Done, Job, do, jobs_of
-from studies.engine.plan import Task
+from studies.engine.plan import Task, superseded
 from studies.engine.records import Origins, frame, has_records, read_records, write_records
 from studies.engine.store import Store
 from studies.jobs import Map
@@ -59,6 +59,12 @@ class Table:
         """The records of some measurements, in their order."""
         parts = [self.parts[key] for key in keys if key in self.parts and len(self.parts[key])]
         return pd.concat(parts, ignore_index=True) if parts else frame(self.study, [], {}, "")
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget the records of some measurements, if there are any."""
+        for key in (key for key in keys if self.parts.pop(key, None) is not None):
+            self.origins.measurements.pop(key, None)
+            self.changed = True
 
     def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
         """The records of a job, of those measurements that are wanted here."""
@@ -129,6 +135,8 @@ def carry_out(
                     tables[name].take(job, done, keys[name])
                 if progress and is_main_process():
                     print(f"{number} of {len(jobs)}: {job.name}", flush=True)
+            for name, many in wanted.items():
+                tables[name].drop(old for task, _, *of in many for old in superseded(task, *of))
             stages = {name: _next(plans[name], tables[name].records(keys[name])) for name in wanted}
     finally:
         if is_main_process():
