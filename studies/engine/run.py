@@ -136,7 +136,7 @@ def carry_out(
                 if progress and is_main_process():
                     print(f"{number} of {len(jobs)}: {job.name}", flush=True)
             for name, many in wanted.items():
-                tables[name].drop(old for task, _, *of in many for old in superseded(task, *of))
+                tables[name].drop(old for task, _, step, what in many for old in superseded(task, step, what))
             stages = {name: _next(plans[name], tables[name].records(keys[name])) for name in wanted}
     finally:
         if is_main_process():
