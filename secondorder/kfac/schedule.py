@@ -133,10 +133,10 @@ class Intervals:
 
 def spread(costs: Mapping[str, float], slots: int) -> dict[str, int]:
     """A slot for each name, so that the slots cost about the same: the most expensive first, into the cheapest slot."""
-    loads = [0.0] * slots
+    loads = [0.0] * min(slots, len(costs))  # no more can be taken
     turns = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
-        slot = min(range(slots), key=loads.__getitem__)
+        slot = min(range(len(loads)), key=loads.__getitem__)
         loads[slot] += costs[name]
         turns[name] = slot
     return {name: turns[name] for name in costs}

@@ -156,3 +156,8 @@ def test_a_network_is_paced_by_the_operations_of_its_layers(monkeypatch: pytest.
         roots = {name: cost**0.5 for name, cost in costs.items()}
         expected = {name: root * sum(roots.values()) / (WARM_UP_SHARE * intervals.work) for name, root in roots.items()}
         assert intervals.gaps == pytest.approx(expected)
+
+
+def test_an_interval_that_is_never_over_takes_no_time() -> None:
+    assert spread({"a": 1.0, "b": 2.0}, 10**12) == {"a": 1, "b": 0}
+    KFAC(nn.Linear(3, 2), inverse_interval=10**12)
