@@ -5,8 +5,9 @@
     mse             d = 2 c (z - y), any y                     can be anything
 
 with c = 1 / N T, 1 / elements and 1 / elements for reduction "mean", 1 for "sum", and weights w of classes, samples or masks.
-So a bernoulli gradient that leaves its interval may have weights: then they, |d| / |sigmoid z - y| of hard labels, take few
-values or are of one size. A squared error is another loss where the labels y that this would have had take few values.
+A squared error is another loss where the labels y that this would have had take few values. A bernoulli gradient that leaves
+its interval may have weights or a factor: with hard labels the weights |d| / |sigmoid z - y| take few values or are of one size,
+and with soft ones anything that is not another loss by its labels is possible, which is a doubt and no error.
 """
 
 import math
@@ -21,6 +22,8 @@ from secondorder.errors import InputError
 SUM, HALF_SUM, SURE = 1e-3, 2e-2, 1e-5
 """How far from zero the gradient at the logits may sum over the classes: shares of its size, and of that of one class, which a
 network that is sure of every label rounds away."""
+TERM = 2e-2
+"""The same where all sums have one sign, as a small further term on the logits has it: a doubt."""
 BOUND, HALF_BOUND = 1e-2, 5e-2
 """How far a gradient may be outside of its interval, and a factor from 1: relative."""
 SAME, HALF_SAME = 1e-4, 1e-2
@@ -33,14 +36,16 @@ MOST = 0.8
 """Share of equal values that hard or smoothed labels have."""
 WEIGHTS = 10.0
 """Ratio of the largest to the smallest weight of an element that is believed."""
+LARGEST_WEIGHT = 1e3
+"""Weight of an element from which on it is none, in units of a sum over the elements of a sample."""
 PROBABILITIES = ("Sigmoid", "Softmax")
 """Operations whose results are no logits."""
 
 
 def verify_likelihood(
     logits: Tensor, gradient: Tensor, likelihood: str, reduction: str, shrunk: float = 1.0, made_by: str = ""
-) -> None:
-    """InputError for a gradient at the outputs that the declared likelihood cannot have.
+) -> str | None:
+    """InputError for a gradient at the outputs that the declared likelihood cannot have; a sentence for one that raises doubts.
 
     Args:
         logits: outputs z `[N, K, ...]`, for "bce" and "mse" also `[N]`.
@@ -51,27 +56,35 @@ def verify_likelihood(
         made_by: the operation that made the outputs, as `secondorder.kfac.graph.made_by` names it.
     """
     if not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
-        return
+        return None
     if made_by in PROBABILITIES and likelihood != "mse":
         raise InputError(
             f"the outputs are probabilities, made by a {made_by.lower()}, and likelihood={likelihood!r} takes logits: leave it "
             "to the loss (F.cross_entropy, F.binary_cross_entropy_with_logits have their own); Options(check=False) accepts it"
         )
     half = min(logits.dtype.itemsize, gradient.dtype.itemsize) < 4
-    CHECKS[likelihood](logits, gradient * min(1.0, shrunk) if likelihood == "bce" else gradient, reduction, half)
+    return CHECKS[likelihood](logits, gradient * min(1.0, shrunk) if likelihood == "bce" else gradient, reduction, half)
 
 
-def _verify_cross_entropy(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
+def _verify_cross_entropy(z: Tensor, d: Tensor, reduction: str, half: bool) -> str | None:
     """Over the classes, dim 1, the gradient sums to zero, whatever the labels are: soft, smoothed, weighted or ignored."""
     d = _wide(d)
     least = SURE * (d.numel() / d.shape[1] if reduction == "sum" else 1)
-    most = (HALF_SUM if half else SUM) * float(d.abs().sum()) + least
-    if float(d.sum(1).abs().sum()) <= most:
-        return
+    sums, size = d.sum(1), float(d.abs().sum())
+    most = (HALF_SUM if half else SUM) * size + least
+    found = float(sums.abs().sum())
+    if found <= most:
+        return None
     if d.ndim > 2 and float(d.sum(-1).abs().sum()) <= most:
         raise InputError(
             f"outputs {list(d.shape)} have their classes in the last dimension, likelihood='cross_entropy' has them in dim 1: "
             f"pass logits.flatten(0, {d.ndim - 2}) to update_curvature, and to the loss, or logits.movedim(-1, 1)"
+        )
+    if found <= TERM * size and found <= (1 + SURE) * abs(float(sums.sum())):
+        return (
+            f"the loss's gradient at the outputs sums to {found / size:.1%} of its size over dim 1, that of a cross-entropy to "
+            "zero: a small further term on the logits, as a z-loss, is not in the curvature; for another loss pass "
+            "Fisher(likelihood=...)"
         )
     raise InputError(
         "the loss's gradient at the outputs does not sum to zero over dim 1, as that of a cross-entropy of logits does: pass "
@@ -80,30 +93,42 @@ def _verify_cross_entropy(z: Tensor, d: Tensor, reduction: str, half: bool) -> N
     )
 
 
-def _verify_bernoulli(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
+def _verify_bernoulli(z: Tensor, d: Tensor, reduction: str, half: bool) -> str | None:
     """The gradient lies in c (sigmoid - 1, sigmoid), c of the elements that are not masked, or in that times weights."""
     z, d = _wide(z), _wide(d)
     u, far = d.abs() / _constant(z, "bce", reduction), _other(z, d)
     masked = d.numel() / int((d != 0).sum()) if reduction == "mean" else 1.0
     tolerance = HALF_BOUND if half else BOUND
     if bool((u <= masked * ((1 + tolerance) * far + (tolerance if half else SURE))).all()):
-        return
-    w = _some(torch.where(far > SATURATED, u / far, 0.0), half)
+        return None
+    weights = torch.where(far > SATURATED, u / far, 0.0)
+    w = _some(weights, half)
     w = w[w > 0]
     if len(w) < LEAST_VALUES or _take_few_values(w, half):
-        return
-    if float(w.max()) < WEIGHTS * float(w.min()) and not _other_likelihood(
-        z, d, ("cross_entropy", "mse"), reduction, half
+        return None
+    largest = float((u / far.clamp(min=SURE)).max())
+    others = ("cross_entropy", "mse")
+    if (
+        largest > LARGEST_WEIGHT * d[0].numel()
+        or _is_of_classes(d, half)
+        or _has_targets_in_unit_interval(z, d, reduction)
+        or _other_likelihood(z, d, others, reduction, half)
     ):
-        return
-    raise InputError(
-        "the loss's gradient at the outputs is not c (sigmoid - label), that of a binary cross-entropy of logits: pass "
-        "Fisher(likelihood='mse') or 'cross_entropy', logits without the model's own sigmoid, or the factor of the loss as "
-        "Fisher(weights=...); Options(check=False) accepts uneven weights"
+        raise InputError(
+            "the loss's gradient at the outputs is not c (sigmoid - label), that of a binary cross-entropy of logits: pass "
+            "Fisher(likelihood='mse') or 'cross_entropy', logits without the model's own sigmoid, or the factor of the loss as "
+            "Fisher(weights=...); Options(check=False) accepts uneven weights"
+        )
+    if float(w.max()) < WEIGHTS * float(w.min()):
+        return None
+    return (
+        f"the loss's gradient at the outputs is up to {float(weights.max()):.3g} times that of bce with reduction {reduction!r}: "
+        f"harmless if weights or a factor make it so (Fisher(weights={d[0].numel()}) for a sum over outputs, mean over samples); "
+        "for another loss pass Fisher(likelihood='mse') or 'cross_entropy'"
     )
 
 
-def _verify_squared_error(z: Tensor, d: Tensor, reduction: str, half: bool) -> None:
+def _verify_squared_error(z: Tensor, d: Tensor, reduction: str, half: bool) -> str | None:
     """The gradient is not that of another likelihood with hard or smoothed labels."""
     other = _other_likelihood(_wide(z), _wide(d), ("cross_entropy", "bce"), reduction, half)
     if other:
@@ -111,12 +136,22 @@ def _verify_squared_error(z: Tensor, d: Tensor, reduction: str, half: bool) -> N
             f"the loss's gradient at the outputs is that of likelihood {other!r}, and likelihood='mse' is declared: pass "
             f"fisher=Fisher(likelihood={other!r}); Options(check=False) accepts it"
         )
+    return None
 
 
 def _is_of_classes(d: Tensor, half: bool) -> bool:
     """Whether the gradient sums to zero over dim 1."""
     sums = d.ndim > 1 and d.shape[1] > 1
     return sums and float(d.sum(1).abs().sum()) <= (HALF_SUM if half else SUM) * float(d.abs().sum())
+
+
+def _has_targets_in_unit_interval(z: Tensor, d: Tensor, reduction: str) -> bool:
+    """Whether targets of a squared error would all lie in [0, 1], though some outputs do not and errors have both signs."""
+    targets = z - d / (2 * _constant(z, "mse", reduction))
+    outside = (z < 0) | (z > 1)
+    both = bool((d > 0).any()) and bool((d < 0).any())
+    inside = (targets >= -SURE) & (targets <= 1 + SURE)
+    return both and int(outside.sum()) >= LEAST_VALUES and bool(inside.all())
 
 
 def _other_likelihood(z: Tensor, d: Tensor, others: Sequence[str], reduction: str, half: bool) -> str | None:
@@ -140,7 +175,7 @@ MEANS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 """m and s of each likelihood's gradient, d = s c (m(z) - y)."""
 
-CHECKS: dict[str, Callable[[Tensor, Tensor, str, bool], None]] = {
+CHECKS: dict[str, Callable[[Tensor, Tensor, str, bool], str | None]] = {
     "cross_entropy": _verify_cross_entropy,
     "mse": _verify_squared_error,
     "bce": _verify_bernoulli,

@@ -43,7 +43,7 @@ class Watched:
 
 
 def verify_losses(losses: Sequence[Watched], backwards: set[int], rescaled: float, known: bool) -> None:
-    """InputError for a loss that is not the declared one, a warning for one with a factor.
+    """InputError for a loss that is not the declared one, a warning for one that may be and for one with a factor.
 
     Args:
         losses: with what came to their outputs.
@@ -53,15 +53,19 @@ def verify_losses(losses: Sequence[Watched], backwards: set[int], rescaled: floa
             its rows times their share in all rows, or divided by the number of batches.
     """
     rows: dict[Hashable, int] = {}
+    doubts: list[str] = []
     ratios: list[tuple[Watched, float]] = []
     for watched in losses:
         gradient = watched.gradient(backwards)
         if gradient is not None:
             given = watched.logits, gradient, watched.fisher.likelihood, watched.fisher.reduction
-            verify_likelihood(*given, rescaled, watched.made_by)
+            if doubt := verify_likelihood(*given, rescaled, watched.made_by):
+                doubts.append(doubt)
             rows[watched.batch] = len(watched.logits)
             if (ratio := loss_ratio(*given)) is not None:
                 ratios.append((watched, ratio))
+    if doubts:
+        warnings.warn(one_line(doubts[0]), stacklevel=2)
     if not ratios or not known:
         return
     declared = ratios[0][0].fisher

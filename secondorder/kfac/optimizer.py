@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NoReturn, SupportsIndex
 
@@ -215,7 +216,7 @@ class KFAC(torch.optim.Optimizer):
         return as_buffer(state, self.param_groups) if in_distributed_checkpoint() else state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from a copy of `state_dict()`.
 
         InputError, which names the entry, and nothing has changed, for a state of another architecture, of other groups or
         settings, and for one that is not whole (see `KFACPreconditioner.load_state_dict`), torch's own part included.
@@ -227,7 +228,7 @@ class KFAC(torch.optim.Optimizer):
         check_state(self.preconditioner, state)
         names = names_by_group(self.param_groups, self.preconditioner.treatments)
         check_groups_and_buffers(whole, names, self.step_rule, self.param_groups, self.preconditioner.layers.values())
-        super().load_state_dict({name: whole[name] for name in ("state", "param_groups")})
+        super().load_state_dict(deepcopy({name: whole[name] for name in ("state", "param_groups")}))
         begin_buffers(self.param_groups, self.state)
         self.preconditioner.continue_with(state)
 

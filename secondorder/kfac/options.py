@@ -172,7 +172,8 @@ class Options:
         work of the passes, or at their turns in the interval.
     stagger: layers are inverted at different steps, so that no step is much longer than the others.
     check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients, and that
-        the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant factor.
+        the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant factor, and
+        of what may be the declared loss with weights of soft labels as well as another.
     synchronise: under torch.distributed, factors and inverses are those of all processes; False: each trains its own model.
     timing: report() has times on a GPU, too, at the price of a synchronisation for each phase.
     """

@@ -23,6 +23,8 @@ def as_outputs(logits: Any) -> list[Tensor]:
             )
         if z.ndim == 0:
             raise InputError("update_curvature(logits): a number; pass the model's logits [N, K, ...], not the loss")
+        if z.numel() == 0:
+            raise InputError(f"update_curvature(logits): logits {list(z.shape)} of an empty batch; leave the batch out")
     if not outputs:
         raise InputError("update_curvature([]): pass the model's logits")
     return outputs

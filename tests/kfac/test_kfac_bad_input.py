@@ -199,6 +199,12 @@ def test_update_of_the_curvature_without_a_graph() -> None:
             optimizer.update_curvature(logits)
 
 
+def test_update_of_the_curvature_with_an_empty_batch() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(InputError, match=r"logits \[0, 2\] of an empty batch; leave the batch out"):
+        KFAC(model).update_curvature(model(torch.zeros(0, 3)))
+
+
 def test_update_of_the_curvature_without_a_call_of_the_model() -> None:
     _, optimizer, _, _ = setup()
     with pytest.raises(

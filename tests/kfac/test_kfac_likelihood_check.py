@@ -157,7 +157,7 @@ def test_silent_on_probabilities_with_a_squared_error() -> None:
 
 
 WRONG_OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Fisher]] = {
-    "real targets": (lambda z: F.mse_loss(z, REAL), BCE),
+    "huge targets": (lambda z: F.mse_loss(z, 1e4 * REAL), BCE),
     "targets in [0, 1]": (lambda z: F.mse_loss(z, SOFT), BCE),
     "one target": (lambda z: F.mse_loss(z, torch.ones_like(z)), BCE),
     "labels as targets": (lambda z: F.mse_loss(z, BINARY), BCE),
@@ -168,6 +168,61 @@ WRONG_OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], Fisher]] = {
     "labels and squared error": (bce, MSE),
     "smoothed labels": (lambda z: bce(z, BINARY * 0.9 + 0.05), MSE),
 }
+
+
+def smoothed(z: Tensor, weight: Tensor) -> Tensor:
+    return bce(z, BINARY * 0.9 + 0.05, pos_weight=weight)
+
+
+def per_sample(z: Tensor, scale: float = 1.0) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, SOFT, reduction="none").sum(1).mean() * scale
+
+
+def z_loss(z: Tensor) -> Tensor:
+    return F.cross_entropy(z, LABELS) + 1e-3 * z.logsumexp(1).square().mean()
+
+
+DOUBTFUL: dict[str, tuple[Callable[[Tensor], Tensor], Fisher]] = {
+    "soft labels, a sum over outputs": (per_sample, BCE),
+    "soft labels, a sum": (lambda z: bce(z, SOFT) * z.numel(), BCE),
+    "soft labels times 10": (lambda z: 10 * bce(z, SOFT), BCE),
+    "soft labels, weights of samples": (lambda z: bce(z, SOFT, weight=torch.linspace(0.01, 3, 16)[:, None]), BCE),
+    "smoothed, weights of positive labels": (lambda z: smoothed(z, torch.linspace(1, 40, 5)), BCE),
+    "a penalty of the logits": (lambda z: per_sample(z) + 1e-3 * z.square().sum(), BCE),
+    "real targets of a squared error": (lambda z: F.mse_loss(z, REAL), BCE),
+    "z-loss": (z_loss, Fisher()),
+}
+"""What the gradient cannot tell from the declared likelihood with weights, a factor or a further term."""
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_a_doubt_is_a_warning_and_no_error(name: str) -> None:
+    loss, fisher = DOUBTFUL[name]
+    with pytest.warns(
+        UserWarning, match=r"the loss's gradient at the outputs .*for another loss pass Fisher\("
+    ) as caught:
+        taken(loss, fisher)
+    assert len(caught) == 1
+    taken(loss, fisher, check=False)
+
+
+def test_a_doubt_about_several_batches_is_one_warning_and_a_declared_factor_none() -> None:
+    model = nn.Linear(7, 5)
+    optimizer = KFAC(model, fisher=BCE)
+
+    def train() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                outputs = model(torch.randn(16, 7))
+                optimizer.update_curvature(outputs)
+                per_sample(outputs, 0.5).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="for a sum over outputs, mean over samples") as caught:
+        train()
+    assert len(caught) == 1
+    taken(per_sample, Fisher(likelihood="bce", weights=5))
 
 
 @pytest.mark.parametrize("name", WRONG_OTHERS)

@@ -74,6 +74,21 @@ def test_a_state_is_of_its_moment_and_loading_does_not_tie_optimisers_together()
     assert same(other.state_dict()["kfac"], before)
 
 
+@pytest.mark.parametrize("rule", ["natural", "adam", "natural_adam"])
+def test_momenta_are_not_those_of_the_optimiser_that_the_state_came_from(rule: str) -> None:
+    """Copies train side by side, and a state that was kept can be loaded again."""
+    data = batches(6)
+    model = convnet()
+    optimizer = KFAC(model, 0.1, step_rule=rule)
+    train(model, optimizer, data[:2])
+    other_model = copy.deepcopy(model)
+    other = KFAC(other_model, 0.1, step_rule=rule)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, data[2:])
+    train(other_model, other, data[2:])
+    assert same(weights(other_model), weights(model))
+
+
 def test_hyper_parameters_and_schedulers_are_resumed() -> None:
     def made() -> tuple[nn.Module, KFAC, Any]:
         model = convnet()
