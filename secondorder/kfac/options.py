@@ -63,8 +63,8 @@ class Damping:
     """Tikhonov damping of a block: (B kron A + lambda I)^-1.
 
     relative: lambda = value times the scale of the block F = B kron A, |F|_F^2 / tr F = (|A|_F^2 / tr A)(|B|_F^2 / tr B): its
-    mean eigenvalue, each weighted by its own size. Neither the scale of the loss nor that of the activations matters, nor
-    inputs that are always zero. Otherwise lambda = value.
+    mean eigenvalue, each weighted by its own size. Neither the scale of the loss nor that of the activations matters, unless
+    these are much smaller than the 1 of a bias beside them, nor inputs that are always zero. Otherwise lambda = value.
     inverse: "eigen" damps exactly, in the eigenbasis of the factors; "cholesky" damps each factor, (A + pi sqrt(lambda) I) and
     (B + sqrt(lambda) / pi I) with pi^2 = (tr A / D) / (tr B / O): cheaper, and an approximation.
     adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` with step_rule="natural", or `quadratic_step`.
