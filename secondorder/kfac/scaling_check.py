@@ -185,9 +185,12 @@ def _message(layer: KroneckerLayer, ratio: float, error: float, called: bool, de
             f"layer {layer.name}: its weight has a gradient, but its forward was never called under the hooks (ratio 0): "
             f"compiled, checkpointed with use_reentrant=True, or used as a function? {out}"
         )
+    cause = "a penalty in the loss (use weight_decay), or a use of the weight outside the layer"
+    if layer.declared:
+        cause = f"is it {layer.declared!r}, as Options(treat_as=...) says"
     return (
         f"layer {layer.name}: the gradient of its weight is {ratio:.4g} times what its inputs and output gradients give "
-        f"(error {error:.1%}): a penalty in the loss (use weight_decay), or a use of the weight outside the layer? {out}"
+        f"(error {error:.1%}): {cause}? {out}"
     )
 
 

@@ -136,7 +136,8 @@ def test_a_wrong_declaration_is_found_in_the_first_step(kind: type[nn.Module], w
     optimizer = KFAC(model, options=Options(treat_as={kind: word}))
     x, y = torch.randn(9, 4).double(), torch.randint(3, (9,))
     with pytest.raises(
-        InputError, match=r"layer 0: the gradient of its weight is .* times what its inputs and output grad"
+        InputError,
+        match=rf"layer 0: the gradient of its weight is .* is it '{word}', as Options\(treat_as=\.\.\.\) says\?",
     ):
         train(model, optimizer, [(x, y)])
 
