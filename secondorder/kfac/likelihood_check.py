@@ -98,18 +98,18 @@ def _verify_bernoulli(z: Tensor, d: Tensor, reduction: str, half: bool) -> str |
     z, d = _wide(z), _wide(d)
     u, far = d.abs() / _constant(z, "bce", reduction), _other(z, d)
     masked = d.numel() / int((d != 0).sum()) if reduction == "mean" else 1.0
-    tolerance = HALF_BOUND if half else BOUND
-    if bool((u <= masked * ((1 + tolerance) * far + (tolerance if half else SURE))).all()):
+    tolerance, rounding = (HALF_BOUND, HALF_BOUND) if half else (BOUND, SURE)
+    if bool((u <= masked * ((1 + tolerance) * far + rounding)).all()):
         return None
     weights = torch.where(far > SATURATED, u / far, 0.0)
     w = _some(weights, half)
     w = w[w > 0]
     if len(w) < LEAST_VALUES or _take_few_values(w, half):
         return None
-    largest = float((u / far.clamp(min=SURE)).max())
+    largest, outputs = float((u / far.clamp(min=rounding)).max()), d[0].numel()
     others = ("cross_entropy", "mse")
     if (
-        largest > LARGEST_WEIGHT * d[0].numel()
+        largest > LARGEST_WEIGHT * outputs
         or _is_of_classes(d, half)
         or _has_targets_in_unit_interval(z, d, reduction)
         or _other_likelihood(z, d, others, reduction, half)
@@ -121,10 +121,12 @@ def _verify_bernoulli(z: Tensor, d: Tensor, reduction: str, half: bool) -> str |
         )
     if float(w.max()) < WEIGHTS * float(w.min()):
         return None
+    known = f" (Fisher(weights={outputs}) for a sum over outputs, mean over samples)" * (
+        reduction == "mean" and outputs > 1
+    )
     return (
         f"the loss's gradient at the outputs is up to {float(weights.max()):.3g} times that of bce with reduction {reduction!r}: "
-        f"harmless if weights or a factor make it so (Fisher(weights={d[0].numel()}) for a sum over outputs, mean over samples); "
-        "for another loss pass Fisher(likelihood='mse') or 'cross_entropy'"
+        f"harmless if weights or a factor make it so{known}; for another loss pass Fisher(likelihood='mse') or 'cross_entropy'"
     )
 
 

@@ -206,6 +206,14 @@ def test_a_doubt_is_a_warning_and_no_error(name: str) -> None:
     taken(loss, fisher, check=False)
 
 
+def test_a_doubt_about_one_output_names_no_factor() -> None:
+    last = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))
+    weight = torch.linspace(0.1, 40, 16)
+    with pytest.warns(UserWarning, match=r"up to .* make it so; for another loss") as caught:
+        taken(lambda z: F.binary_cross_entropy_with_logits(z, SOFT[:, 0], weight=weight), BCE, last)
+    assert len(caught) == 1
+
+
 def test_a_doubt_about_several_batches_is_one_warning_and_a_declared_factor_none() -> None:
     model = nn.Linear(7, 5)
     optimizer = KFAC(model, fisher=BCE)
