@@ -1,5 +1,6 @@
 """Training loops of models that torch.compile has been at: ragged batches, evaluation, resumed and warmed-up trainings."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ Compiled = tuple[Callable[..., Any], nn.Module]
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
+    gc.collect()  # an optimiser that the traceback of another test's error holds keeps everything uncompiled
     torch._dynamo.reset()
     counters.clear()
 
