@@ -90,7 +90,7 @@ STUDY = Study(
             kfac_images=4,
             kfac_repeats=2,
         ),
-        "quick": Settings(repeats=7, curvature_images=16, kfac_network="digits_tiny", kfac_images=64, kfac_repeats=6),
+        "quick": Settings(repeats=7, curvature_images=16, kfac_network="digits_tiny", kfac_images=16, kfac_repeats=6),
         "cifar10": Settings(repeats=31),
         "paper": Settings(shapes=("256x256x14x14", "96x256x7x7", "256x128x14x14"), repeats=31),
     },
