@@ -1,4 +1,4 @@
-"""The K-FAC optimiser: momentum on P grad for layers, a stated fallback for every other parameter."""
+"""The K-FAC optimiser: a step rule for layers with factors, a stated fallback for every other parameter."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

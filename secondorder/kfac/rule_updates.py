@@ -12,15 +12,15 @@ from secondorder.kfac.blocks import Blocks, Directions
 from secondorder.kfac.inverses.eigenbasis import Rotated
 from secondorder.kfac.layers import KroneckerLayer
 from secondorder.kfac.step_rule import StepRule
-from secondorder.kfac.update import State, accumulated, adam_scales
+from secondorder.kfac.update import State, accumulated, adam_scales, root_mean_squares
 from secondorder.matrix_power.transforms import full_precision
 
 EPS = 1e-5
 """Of Adam's denominators, relative to their root mean square in a layer: the scale of the loss does not matter, and in directions
 in which the loss is flat (a shift of all logits) the step is not that of rounding errors."""
 LEAST = {"signal": 1.0, "fixed": 0.01}
-"""Root mean square of m / sqrt(v) below which a length is in proportion shorter. It is 1 for gradients that all agree, about 0.2
-for noise, and goes to 0 once a gradient has vanished, which is all that concerns a fixed length."""
+"""Root mean square of m / sqrt(v) below which a length is in proportion shorter. It is 1 for gradients that all agree, about a
+quarter for noise, and goes to 0 once a gradient has vanished, which is all that concerns a fixed length."""
 BUFFERS = ("momentum_buffer", "square", "size", "squares")
 """Of a layer, with its weight: m and v `[G, O, D]`, in the eigenbasis where there is one, the mean length of P g without one, and
 the number of gradients in them."""
@@ -142,7 +142,7 @@ def _of_layers(rule: StepRule, tracks: Sequence[Track]) -> list[Tensor]:
     free = rule.length == "free" and (not rotates or tracks[0].basis is not None)
     u = _momenta(tracks, g, nesterov=not free)
     if tracks[0].basis is not None or rule.direction == "preconditioned":
-        torch._foreach_div_(u, _root_mean_squares(tracks, g, rule.decay))
+        torch._foreach_div_(u, _denominators(tracks, g, rule.decay))
     if not free:
         _set_lengths(rule, tracks, u, g)
     return [
@@ -163,16 +163,13 @@ def _momenta(tracks: Sequence[Track], g: list[Tensor], nesterov: bool) -> list[T
     return list(u)
 
 
-def _root_mean_squares(tracks: Sequence[Track], g: list[Tensor], decay: float) -> list[Tensor]:
-    """sqrt(v), v <- decay v + (1 - decay) g^2 bias-corrected, with EPS of its size added: above 0."""
-    new = torch._foreach_mul(g, g)
-    torch._foreach_mul_(new, 1 - decay)
-    v = accumulated([track.buffer("square") for track in tracks], new, [decay] * len(new))
-    roots = torch._foreach_div(v, [1 - decay ** track.state["squares"] for track in tracks])
-    torch._foreach_sqrt_(roots)
+def _denominators(tracks: Sequence[Track], g: list[Tensor], decay: float) -> list[Tensor]:
+    """sqrt(v) with EPS of its size in the layer added: above 0."""
+    buffers, counts = [track.buffer("square") for track in tracks], [track.state["squares"] for track in tracks]
+    roots = root_mean_squares(buffers, g, decay, counts)
     least = (EPS * _sizes(roots)).clamp_min(torch.finfo(roots[0].dtype).tiny)
     torch._foreach_add_(roots, least.unbind())
-    return list(roots)
+    return roots
 
 
 def _set_lengths(rule: StepRule, tracks: Sequence[Track], u: list[Tensor], g: list[Tensor]) -> None:
@@ -181,18 +178,22 @@ def _set_lengths(rule: StepRule, tracks: Sequence[Track], u: list[Tensor], g: li
     largest = torch.stack(torch._foreach_norm(u, torch.inf)).clamp_min(tiny)
     torch._foreach_div_(u, largest.unbind())  # squares are numbers
     sizes = _sizes(u).clamp_min(tiny)  # 1 / sqrt(entries) to 1, unless u is zero
-    factors = rule.rms / sizes * (torch.stack(torch._foreach_norm(g, torch.inf)) > 0)
+    largest_of_g = torch.stack(torch._foreach_norm(g, torch.inf))
+    factors = rule.rms / sizes * (largest_of_g > 0)
     if tracks[0].basis is not None:
         factors *= (largest * sizes / LEAST[rule.length]).clamp_max(1)
     elif rule.length == "signal":
-        factors *= (largest * sizes / _mean_sizes(tracks, g)).clamp_max(1)
+        factors *= (largest * sizes / _mean_sizes(tracks, g, largest_of_g)).clamp_max(1)
     torch._foreach_mul_(u, factors.unbind())
 
 
-def _mean_sizes(tracks: Sequence[Track], g: list[Tensor]) -> Tensor:
-    """Running means of the root mean squares of g, one for each layer, with the weights that the momentum has; above 0."""
+def _mean_sizes(tracks: Sequence[Track], g: list[Tensor], largest: Tensor) -> Tensor:
+    """Running means of the root mean squares of g, one for each layer, with the weights that the momentum has; above 0.
+
+    largest: the largest entry of each g.
+    """
     tiny = torch.finfo(g[0].dtype).tiny
-    largest = torch.stack(torch._foreach_norm(g, torch.inf)).clamp_min(tiny)
+    largest = largest.clamp_min(tiny)
     new = largest * _sizes(torch._foreach_div(g, largest.unbind()))
     betas = new.new_tensor([track.beta for track in tracks])
     means = torch.stack(

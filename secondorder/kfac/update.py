@@ -40,13 +40,21 @@ def adam_scales(
     for parameter in parameters:
         state[parameter]["squares"] = state[parameter].get("squares", 0) + 1
     buffers = [state[p].setdefault("square", torch.zeros_like(p)) for p in parameters]
-    new = list(torch._foreach_mul(gradients, gradients))
-    torch._foreach_mul_(new, 1 - beta)
-    v = accumulated(buffers, new, [beta] * len(buffers))
-    scales = list(torch._foreach_div(v, [1 - beta ** state[p]["squares"] for p in parameters]))
-    torch._foreach_sqrt_(scales)
+    scales = root_mean_squares(buffers, gradients, beta, [state[p]["squares"] for p in parameters])
     torch._foreach_add_(scales, eps)
-    return list(scales)
+    return scales
+
+
+def root_mean_squares(
+    buffers: Sequence[Tensor], gradients: list[Tensor], decay: float, counts: Sequence[int]
+) -> list[Tensor]:
+    """sqrt(v / (1 - decay^count)) of each buffer v <- decay v + (1 - decay) g^2, count the number of gradients in it."""
+    new = torch._foreach_mul(gradients, gradients)
+    torch._foreach_mul_(new, 1 - decay)
+    v = accumulated(buffers, new, [decay] * len(buffers))
+    roots = torch._foreach_div(v, [1 - decay**count for count in counts])
+    torch._foreach_sqrt_(roots)
+    return list(roots)
 
 
 def accumulated(

@@ -118,29 +118,11 @@ class TransposedConvolution(Convolution):
         return tuple(range(2, len(self.weight_shape)))
 
 
-class Embedding(LayerKind):
+class Embedding(TransposedLinear):
     """Rows `[V, O]` looked up by tokens: D = V, a = e_k, zero for the padding token, whose row has no gradient."""
 
     sample = 0
     diagonal_input = True
-
-    @property
-    def outputs(self) -> int:
-        """O."""
-        return self.weight_shape[1]
-
-    @property
-    def inputs(self) -> int:
-        """D = V."""
-        return self.weight_shape[0]
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """W `[1, O, V]`."""
-        return weight.mT[None]
-
-    def weight(self, matrix: Tensor) -> Tensor:
-        """The weight `[V, O]`."""
-        return matrix[0].mT
 
     def numbers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Tokens stay whole numbers."""
@@ -153,10 +135,6 @@ class Embedding(LayerKind):
     def input_vectors(self, x: Tensor) -> Tensor:
         """Refused: they are as many numbers as tokens times V."""
         raise InputError("the input vectors of an embedding are not built; its input factor is the tokens' counts")
-
-    def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
-        """The gradients."""
-        return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
 
     def counts(self, x: Tensor) -> Tensor:
         """sum_nt a, the diagonal of sum_nt a a^T `[1, V]`: how often each token occurs."""
