@@ -10,11 +10,12 @@ scaled. Lengths in pixels are in proportion to the image, whatever has no length
 
 - gaussian_blur, defocus_blur, motion_blur: radius and standard deviation times r; for r < 1 the published kernel is shrunk
   instead (`kernels`), which is the same where the kernel is large and still blurs where it is smaller than a pixel.
-- glass_blur: the Gaussian likewise, the largest move times r, rounded, at least 1 pixel.
+- glass_blur: the Gaussian likewise, the moves times r, rounded up or down at random.
 - snow: zoom of the flakes times r, at least 1, motion blur as above. spatter: filters as gaussian_blur, with liquid on as large a
   share of the image. frost: the scale of the texture times r.
 - elastic_transform: all displacements and the filter times r.
-- zoom_blur, fog, pixelate: relative to the side already.
+- zoom_blur, fog, pixelate: relative to the side already; at r = 1 zooms have the published grid, which rounds to whole pixels, at
+  other sides they are exact.
 - noises, brightness, contrast, saturate, all weights and thresholds: stay. jpeg_compression: stays, its blocks have 8 pixels
   in images of any size.
 
@@ -41,7 +42,7 @@ from secondorder.robustness.pixels import Batch, to_levels, to_unit
 from secondorder.robustness.plasma import plasma
 
 SEVERITIES = 5
-CHUNK = 2**20
+CHUNK = 2**18
 """Numbers of a batch that are corrupted at once, to bound the memory; it changes no pixel."""
 
 Draws: TypeAlias = Sequence[Generator]
@@ -66,42 +67,31 @@ class Corruption:
     least_side: int = 8
 
 
-def _scaled(ratio: float) -> tuple[float, float]:
-    """Factors of a kernel's parameters and of its shrinking."""
-    return max(ratio, 1.0), min(ratio, 1.0)
-
-
-def _gaussian_blur(images: Batch, sigma: float, draws: Draws, ratio: float) -> Batch:
-    grow, shrink = _scaled(ratio)
-    return blur.gaussian_blur(images, sigma * grow, shrink=shrink)
-
-
 def _defocus_blur(images: Batch, setting: tuple[float, float], draws: Draws, ratio: float) -> Batch:
-    (radius, alias_sigma), (grow, shrink) = setting, _scaled(ratio)
-    return blur.defocus_blur(images, radius * grow, alias_sigma * grow, shrink)
-
-
-def _motion_blur(images: Batch, setting: tuple[float, float], draws: Draws, ratio: float) -> Batch:
-    (radius, sigma), (grow, shrink) = setting, _scaled(ratio)
-    return blur.motion_blur(images, radius * grow, sigma * grow, angles(draws, -45, 45), shrink)
+    radius, alias_sigma = setting
+    return blur.defocus_blur(images, radius, alias_sigma, ratio)
 
 
 def _glass_blur(images: Batch, setting: tuple[float, int, int], draws: Draws, ratio: float) -> Batch:
-    (sigma, reach, times), (grow, shrink) = setting, _scaled(ratio)
-    return blur.glass_blur(images, sigma * grow, max(1, round(reach * ratio)), times, draws, shrink)
+    sigma, reach, times = setting
+    return blur.glass_blur(images, sigma, reach, times, draws, ratio)
+
+
+def _motion_blur(images: Batch, setting: tuple[float, float], draws: Draws, ratio: float) -> Batch:
+    radius, sigma = setting
+    return blur.motion_blur(images, radius, sigma, angles(draws, -45, 45), ratio)
 
 
 def _zoom_blur(images: Batch, setting: tuple[int, float], draws: Draws, ratio: float) -> Batch:
     count, step = setting
-    return blur.zoom_blur(images, [1 + i * step for i in range(count)])
+    return blur.zoom_blur(images, np.arange(1, 1 + (count - 0.5) * step, step), centred=ratio != 1)
 
 
 def _snow(images: Batch, setting: tuple[float, ...], draws: Draws, ratio: float) -> Batch:
     mean, sd, zoom, threshold, radius, sigma, blend = setting
-    grow, shrink = _scaled(ratio)
     _, H, W, _ = images.shape
     flakes = weather.snow_layer(draws, H, W, mean, sd, max(zoom * ratio, 1.0), threshold)
-    streaks = blur.motion_blur(flakes, radius * grow, sigma * grow, angles(draws, -135, -45), shrink)
+    streaks = blur.motion_blur(flakes, radius, sigma, angles(draws, -135, -45), ratio)
     return weather.add_snow(images, streaks, blend)
 
 
@@ -121,10 +111,7 @@ def _spatter(images: Batch, setting: tuple[float, ...], draws: Draws, ratio: flo
     mean, sd, sigma, threshold, strength, is_mud = setting
     _, H, W, _ = images.shape
     layer = spatter.liquid_layer(draws, H, W, mean, sd, sigma, threshold, ratio)
-    if not is_mud:
-        return spatter.add_water(images, layer, strength)
-    grow, shrink = _scaled(ratio)
-    return spatter.add_mud(images, layer, strength * grow, shrink)
+    return spatter.add_mud(images, layer, strength, ratio) if is_mud else spatter.add_water(images, layer, strength)
 
 
 def _elastic(images: Batch, setting: tuple[float, float, float], draws: Draws, ratio: float) -> Batch:
@@ -151,7 +138,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": Corruption("digital", lambda x, c, draws, r: compression.pixelate(x, c), random=False),
     "jpeg_compression": Corruption("digital", lambda x, c, draws, r: compression.jpeg(x, c), random=False),
     "speckle_noise": Corruption("noise", lambda x, c, draws, r: noise.speckle_noise(x, c, draws), extra=True),
-    "gaussian_blur": Corruption("blur", _gaussian_blur, random=False, extra=True),
+    "gaussian_blur": Corruption(
+        "blur", lambda x, c, draws, r: blur.gaussian_blur(x, c, ratio=r), random=False, extra=True
+    ),
     "spatter": Corruption("weather", _spatter, extra=True),
     "saturate": Corruption("digital", lambda x, c, draws, r: color.saturate(x, *c), random=False, extra=True),
 }
@@ -169,8 +158,8 @@ def corrupt(
 ) -> Tensor:
     """The images ``[N, C, H, W]`` corrupted, of the same dtype, device and memory format.
 
-    An image's pixels depend on its own, its index, name, severity, seed and parameters alone: any subset, order, batch or number
-    of processes gives the same. Neither the input nor the state of any global generator changes.
+    What becomes of an image depends on its pixels and index, name, severity, seed and parameters alone: any subset, order, batch
+    or number of processes gives the same. Neither the input nor the state of any global generator changes.
 
     Args:
         images: uint8, 1 or 3 channels, sides of at least 8 pixels.

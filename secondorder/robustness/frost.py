@@ -86,12 +86,13 @@ def crystals(generators: Sequence[Generator], H: int, W: int, length: float) -> 
         length: of the longest needle, pixels; the shortest has a quarter of it.
     """
     N, margin = len(generators), length / 2
-    count = math.ceil(6 * (H + 2 * margin) * (W + 2 * margin) / (NEEDLES * max(length, 1)))
+    count = math.ceil(4 * (H + 2 * margin) * (W + 2 * margin) / (NEEDLES * max(length, 1)))
     draws = uniforms(generators, (count, 3 + 2 * NEEDLES))
     row, column, direction = (draws[..., i, None, None] for i in range(3))  # [N, crystals, 1, 1]
     angle = 2 * math.pi * direction + FAN * (draws[..., 3 : 3 + NEEDLES, None] - 0.5)  # [N, crystals, needles, 1]
     reach = length * (0.25 + 0.75 * draws[..., 3 + NEEDLES :, None])
-    way = np.linspace(0, 1, 2 + int(length), dtype=np.float32)  # points less than a pixel apart
+    steps = math.ceil(length)  # of at most a pixel
+    way = (np.arange(steps, dtype=np.float32) + 0.5) / np.float32(steps)
     rows = row * (H + 2 * margin) - margin + reach * way * np.sin(angle)
     columns = column * (W + 2 * margin) - margin + reach * way * np.cos(angle)
     light = reach * np.sqrt(way) * (1 - way)
@@ -101,10 +102,12 @@ def crystals(generators: Sequence[Generator], H: int, W: int, length: float) -> 
 def _points(rows: Field, columns: Field, light: Field, H: int, W: int) -> Field:
     """Fields ``[N, H, W]`` with the light of points ``[N, P]`` in the pixels where they lie."""
     N = len(rows)
-    r, c = np.floor(rows).astype(np.intp), np.floor(columns).astype(np.intp)
+    r, c = np.floor(rows).astype(np.int32), np.floor(columns).astype(np.int32)
     inside = (r >= 0) & (r < H) & (c >= 0) & (c < W)
-    pixel = (H * W * np.arange(N)[:, None] + r * W + c)[inside]
-    return np.bincount(pixel, light[inside], minlength=N * H * W).reshape(N, H, W).astype(np.float32)
+    pixel = np.where(inside, r * np.int32(W) + c, H * W)  # one pixel more for the light that falls beside
+    pixel += (H * W + 1) * np.arange(N, dtype=np.int32)[:, None]
+    field = np.bincount(pixel.ravel(), light.ravel(), minlength=N * (H * W + 1)).reshape(N, H * W + 1)
+    return field[:, :-1].reshape(N, H, W).astype(np.float32)
 
 
 def _standardized(fields: Field) -> Field:

@@ -86,7 +86,7 @@ def _equalized(levels: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.take_along_axis(table, levels.reshape(len(levels), -1), 1).reshape(levels.shape)
 
 
-def add_mud(images: Batch, layer: Batch, sigma: float, shrink: float = 1.0) -> Batch:
+def add_mud(images: Batch, layer: Batch, sigma: float, ratio: float = 1.0) -> Batch:
     """Brown splashes of opacity a in the place of the image, (1 - a) x + a brown.
 
     The opacity is the Gaussian-filtered outline of the liquid, 0 where that is below 0.8.
@@ -94,10 +94,10 @@ def add_mud(images: Batch, layer: Batch, sigma: float, shrink: float = 1.0) -> B
     Args:
         images: ``[N, H, W, C]``.
         layer: thickness of the liquid ``[N, H, W, 1]``.
-        sigma: standard deviation of the filter, pixels.
-        shrink: factor by which its kernel is shrunk (kernels.shrunk).
+        sigma: standard deviation of the filter, pixels of the published side.
+        ratio: side / published side.
     """
-    opacity = gaussian_blur((layer > 0).astype(np.float32), sigma, shrink=shrink)
+    opacity = gaussian_blur((layer > 0).astype(np.float32), sigma, ratio=ratio)
     opacity = np.where(opacity < 0.8, np.float32(0), opacity)
     return images * (1 - opacity) + opacity * _color(MUD, images)
 
