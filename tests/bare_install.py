@@ -38,6 +38,7 @@ from secondorder.kfac import KFAC  # noqa: E402
 from secondorder.networks import network, replace_pooling  # noqa: E402
 from secondorder.optional import MissingLibraryError  # noqa: E402
 from secondorder.preconditioning import head_spectrum  # noqa: E402
+from secondorder.robustness import corrupt  # noqa: E402
 from secondorder.training import Run, Trained, train  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
@@ -84,6 +85,7 @@ def main() -> dict[str, str]:
         "digits": lambda: load_dataset("digits"),
         "image": lambda: decode(__file__),
         "resnet18": lambda: network("resnet18", "gcp", 3),
+        "jpeg": lambda: corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "jpeg_compression", 1),
         "report": report.table,
         "summary": lambda: summary_table(exact),
         "fidelity": lambda: fidelity_table(approximate, exact),
