@@ -130,12 +130,12 @@ def read_image_folder(row: Row, root: Path, download: bool) -> Source:
             f"{shown(root)}: train holds {len(classes)} classes and {held_out} {len(held_out_classes)}, but both must hold "
             f"the same; in one only: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
         )
-    train, test = (_folder_split(root / name, classes, row.allow_empty) for name in ("train", held_out))
+    train, test = (folder_split(root / name, classes, row.allow_empty) for name in ("train", held_out))
     decode(train[0][0]), decode(test[0][0])
     return Source(train, test, tuple(classes), {"source": f"folders train and {held_out}"})
 
 
-def _folder_split(folder: Path, classes: list[str], allow_empty: bool) -> tuple[list[str], Tensor]:
+def folder_split(folder: Path, classes: list[str], allow_empty: bool) -> tuple[list[str], Tensor]:
     """Paths of the images ``folder/<class>/...`` and their labels ``[N]``."""
     images = [list(images_in(folder / name, SUFFIXES)) for name in classes]
     empty = [shown(name, 25) for name, files in zip(classes, images, strict=True) if not files]
