@@ -23,9 +23,7 @@ from secondorder.data.files import check_regular, entries, expanded, folders_in,
 from secondorder.data.readers import folder_split
 from secondorder.errors import InputError, check_whole
 from secondorder.robustness.metrics import SEVERITIES
-
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 ``[B, C, H, W]`` on 0..255 and labels int64 ``[B]``."""
+from secondorder.robustness.streams import Batch
 
 ARRAY = ".npy"
 LABELS = "labels"
