@@ -1,14 +1,13 @@
-"""What a network does on corrupted and perturbed images: errors and flips of every image, a batch at a time.
+"""Mistakes of a network on corrupted images, a batch at a time.
 
-One call is one corruption at its severities, or one perturbation, so that a study can stop and go on between them. Images come as
-a stream of batches (`array_batches`, `split_batches`, the readers of the official sets), are corrupted when their turn comes, and
-are forgotten. What is kept is a bit, or the five best classes, of each image: the means are the published quantities, and pairs
-of networks can be compared image by image.
+One call is one corruption at its severities, so that a study can stop and go on between them. Images come as a stream of batches
+(`array_batches`, `split_batches`, `read_corruption`), are corrupted when their turn comes, and are forgotten. What is kept is a
+bit of each image and severity: its mean is the error rate, and networks can be compared image by image.
 
 The network is evaluated in eval mode, on its own device and in its own floating-point type; every layer's mode is as before
 afterwards. The device is waited for once, at the end.
 
-Index letters: ``N`` images, ``B`` images of a batch, ``S`` severities, ``J`` frames, ``K`` classes.
+Index letters: ``N`` images, ``B`` images of a batch, ``S`` severities, ``K`` classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,16 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.data.images import Normalisation
-from secondorder.errors import InputError, NonFiniteError, check_whole, failures_of, short
+from secondorder.errors import InputError, NonFiniteError, failures_of, short
+from secondorder.robustness.checks import Indices, checked_indices
 from secondorder.robustness.corruptions import corrupt
 from secondorder.robustness.metrics import SEVERITIES
-from secondorder.robustness.sequences import perturb
-from secondorder.robustness.stability import BEST, ranked
 from secondorder.robustness.streams import Batch, checked_batches
 from secondorder.training.evaluation import check_labels, checked_logits
-
-FRAME_VALUES = 2**23
-"""Values of frames, about, that are made at a time: 8 MiB as 8-bit images, some 100 MB while they are computed."""
 
 
 def error_rate(model: nn.Module, batches: Iterable[Batch], normalisation: Normalisation) -> float:
@@ -48,7 +43,7 @@ def mistakes(model: nn.Module, batches: Iterable[Batch], normalisation: Normalis
         NonFiniteError: for logits that are not finite.
     """
     wrong = []
-    with _logits_of(model, normalisation) as logits:
+    with logits_of(model, normalisation) as logits:
         for images, labels in checked_batches(batches):
             wrong.append(_missed(logits(images), labels))
     return torch.cat(wrong).cpu()
@@ -62,7 +57,7 @@ def corruption_error_rates(
     *,
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
-    indices: Sequence[int] | None = None,
+    indices: Indices | None = None,
     parameters: str | None = None,
 ) -> list[float]:
     """The top-1 error at each severity: means of `corruption_mistakes`, whose arguments and errors it has."""
@@ -84,7 +79,7 @@ def corruption_mistakes(
     *,
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
-    indices: Sequence[int] | None = None,
+    indices: Indices | None = None,
     parameters: str | None = None,
 ) -> Tensor:
     """Whether the network misses the class of each image at each severity of a corruption, bool ``[S, N]`` on the CPU.
@@ -107,87 +102,16 @@ def corruption_mistakes(
     if not severities:
         raise InputError("severities are empty; give some of 0 to 5")
     wrong: list[list[Tensor]] = [[] for _ in severities]
-    with _logits_of(model, normalisation) as logits:
-        for images, labels, numbers in _numbered(batches, indices):
+    with logits_of(model, normalisation) as logits:
+        for images, labels, numbers in numbered_batches(batches, indices):
             for row, severity in zip(wrong, severities, strict=True):
                 corrupted = corrupt(images, corruption, severity, seed=seed, indices=numbers, parameters=parameters)
                 row.append(_missed(logits(corrupted), labels))
     return torch.stack([torch.cat(row) for row in wrong]).cpu()
 
 
-def frame_classes(
-    model: nn.Module, frames: Iterable[Tensor], normalisation: Normalisation, *, batch_size: int = 256
-) -> Tensor:
-    """The five best classes of every frame in their order, int32 ``[N, J, 5]`` on the CPU; the best one alone of K < 6.
-
-    Args:
-        model: gives logits ``[B, K]``.
-        frames: batches of sequences uint8 ``[B, J, C, H, W]``, white at 255, as of `read_sequence`.
-        normalisation: mean and standard deviation of the network's training images; its ``maximum`` does not enter.
-        batch_size: frames that the network is given at a time.
-
-    Raises:
-        InputError: for other frames or none, and a network that fails or returns no logits.
-        NonFiniteError: for logits that are not finite.
-    """
-    check_whole("batch_size", batch_size)
-    best = []
-    with _logits_of(model, normalisation) as logits:
-        for sequences in frames:
-            if not isinstance(sequences, Tensor) or sequences.dtype != torch.uint8 or sequences.ndim != 5:
-                raise InputError(f"sequences are {short(sequences)}; give tensors uint8 [B, frames, C, H, W]")
-            order = torch.cat([_best(logits(part)) for part in sequences.flatten(0, 1).split(batch_size)])
-            best.append(order.unflatten(0, sequences.shape[:2]))
-    if not best:
-        raise InputError("the batches have no sequences; at least 1 is needed")
-    return torch.cat(best).cpu()
-
-
-def sequence_classes(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    name: str,
-    normalisation: Normalisation,
-    difficulty: int = 1,
-    *,
-    seed: int = 0,
-    indices: Sequence[int] | None = None,
-    parameters: str | None = None,
-    crop: int | None = None,
-    batch_size: int = 256,
-) -> Tensor:
-    """`frame_classes` of the sequences that a perturbation makes of images, a few images at a time.
-
-    `sequence_stability` gives flips and distances of them. Where difficulty is the distance of frames, one call serves all.
-
-    Args:
-        model: gives logits ``[B, K]``.
-        batches: images uint8 ``[B, C, H, W]``, white at 255, and labels ``[B]``, which do not enter.
-        name: row of `SEQUENCES`.
-        normalisation: mean and standard deviation of the network's training images; its ``maximum`` does not enter.
-        difficulty: of a noise, 1 to 3.
-        seed: of the random draws.
-        indices: number of each image, on which its draws depend, in the order of the stream; None: 0, 1, ...
-        parameters: set of parameters, as of `perturb`.
-        crop: side of the frames, as of `perturb`.
-        batch_size: frames that the network is given at a time.
-
-    Raises:
-        InputError: as `frame_classes` and `perturb`, and for indices fewer or more than images.
-        NonFiniteError: for logits that are not finite.
-    """
-
-    def frames() -> Iterator[Tensor]:
-        for images, _, numbers in _numbered(batches, indices):
-            size = max(1, FRAME_VALUES // (40 * images[0].numel()))
-            for part, chosen in zip(images.split(size), numbers.split(size), strict=True):
-                yield perturb(part, name, difficulty, seed=seed, indices=chosen, parameters=parameters, crop=crop)
-
-    return frame_classes(model, frames(), normalisation, batch_size=batch_size)
-
-
 @contextmanager
-def _logits_of(model: nn.Module, normalisation: Normalisation) -> Iterator[Callable[[Tensor], Tensor]]:
+def logits_of(model: nn.Module, normalisation: Normalisation) -> Iterator[Callable[[Tensor], Tensor]]:
     """The network as a function of 8-bit images ``[B, C, H, W]``, in eval mode and without gradients inside.
 
     Raises NonFiniteError on exit where one of the logits was not finite.
@@ -207,7 +131,7 @@ def _logits_of(model: nn.Module, normalisation: Normalisation) -> Iterator[Calla
             raise InputError(
                 f"images have {images.shape[1]} channels, the normalisation {len(mean)}; give the network's own"
             )
-        standardised = images.to(device, non_blocking=True).to(dtype).div_(255).sub_(mean).div_(std)
+        standardised = images.to(device, non_blocking=True).to(dtype).contiguous().div_(255).sub_(mean).div_(std)
         with failures_of(f"{type(model).__name__} on images {list(images.shape)}"):
             outputs = checked_logits(model(standardised), images)
         unordered.append(outputs.isfinite().all().logical_not())
@@ -230,14 +154,13 @@ def _missed(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(1) != labels.to(logits.device)
 
 
-def _best(logits: Tensor) -> Tensor:
-    """The five best classes of logits ``[B, K]`` in their order, int32 ``[B, 5]``; ``[B, 1]`` of fewer than 6 classes."""
-    return ranked(logits)[:, : BEST if logits.shape[1] > BEST else 1].to(torch.int32)
-
-
-def _numbered(batches: Iterable[Batch], indices: Sequence[int] | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def numbered_batches(
+    batches: Iterable[Batch], indices: Indices | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images, labels and numbers ``[B]`` of the images of each batch."""
-    numbers = None if indices is None else torch.as_tensor(indices)
+    if indices is not None and not hasattr(indices, "__len__"):
+        raise InputError(f"indices are {short(indices)}; give a whole number for each image")
+    numbers = None if indices is None else torch.tensor(checked_indices(indices, len(indices)), dtype=torch.int64)
     start = 0
     for images, labels in checked_batches(batches):
         end = start + len(images)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, check_known, check_whole, short
+from secondorder.robustness.sequences import comparison
 
 AGAINST = ("previous", "first")
 BEST = 5
@@ -54,6 +55,19 @@ def flips(predictions: Numbers, against: str = "previous", distance: int = 1) ->
 def flip_probability(predictions: Numbers, against: str = "previous", distance: int = 1) -> float:
     """FP on [0, 1], the mean of `flips`, whose arguments and errors it has."""
     return float(flips(predictions, against, distance).mean())
+
+
+def flip_probabilities(predictions: Mapping[str, Numbers], difficulty: int = 1) -> dict[str, float]:
+    """FP of every perturbation: of noises against the first frame, of the others between frames ``difficulty`` apart.
+
+    Args:
+        predictions: perturbation -> classes ``[N, J]`` of its sequences, made at this difficulty.
+        difficulty: 1 to 3.
+
+    Raises:
+        InputError: as `flips`, for an unknown perturbation and a difficulty out of range.
+    """
+    return {name: flip_probability(classes, *comparison(name, difficulty)) for name, classes in predictions.items()}
 
 
 def best_classes(logits: Numbers) -> Tensor:

@@ -1,8 +1,8 @@
 """Geometric maps of batches with linear interpolation: where each pixel of the result is read, and the product that reads it.
 
-Coordinates are (x, y) = (column, row), whole numbers at the centres of pixels, rows counted downwards. A map is given backwards: for
-a pixel of the result, the point of the image that it shows. All images of a batch share it, so that it becomes one sparse matrix,
-with the four weights of each pixel of the result in a row.
+Coordinates are (x, y) = (column, row), whole numbers at the centres of pixels, rows counted downwards. A map is given backwards:
+for a pixel of the result, the point of the image that it shows. All images of a batch share it, so that it becomes one sparse
+matrix, with the four weights of each pixel of the result in a row.
 
 Index letters: ``N`` images, ``H`` rows, ``W`` columns of the images, ``h`` rows, ``w`` columns of the result, ``C`` channels.
 """
@@ -20,9 +20,14 @@ Points: TypeAlias = NDArray[np.float64]
 """Homogeneous coordinates (x, y, 1) ``[3, h w]``."""
 
 
+def crop_corner(H: int, W: int, h: int, w: int) -> tuple[int, int]:
+    """First row and column of the central crop of h x w pixels."""
+    return round((H - h) / 2), round((W - w) / 2)
+
+
 def crop_points(H: int, W: int, h: int, w: int) -> Points:
     """The pixels of the central crop of h x w pixels, row by row."""
-    top, left = round((H - h) / 2), round((W - w) / 2)
+    top, left = crop_corner(H, W, h, w)
     y, x = np.mgrid[top : top + h, left : left + w]
     return np.stack([x.ravel(), y.ravel(), np.ones(h * w)])
 
@@ -48,18 +53,20 @@ def shearing(H: int, W: int, degrees: float) -> NDArray[np.float64]:
     return _about_centre(H, W, np.array([[1, math.tan(math.radians(degrees))], [0, 1]]))
 
 
-def tilting(H: int, W: int, degrees: float) -> NDArray[np.float64]:
+def tilting(H: int, W: int, degrees: float, depth: float = 1.0) -> NDArray[np.float64]:
     """The image plane turned about its vertical and its horizontal axis, both by the angle, and seen from its diagonal away.
 
-    With (u, v) relative to (W/2, H/2), the point (u, v, 1) in space is turned, (p, q, r) = R_x R_y (u, v, 1), and appears at
-    (W/2, H/2) + f (p, q) / (f + r), f = sqrt(W^2 + H^2). R_y takes (u, ., z) to (u c - z s, ., u s + z c), R_x takes (., v, z) to
-    (., v c - z s, v s + z c), c and s being cosine and sine. As in the published sets the image lies one pixel behind the axes,
-    so that it is shrunk by f / (f + 1) when it is not turned, and the axes meet half a pixel off its centre.
+    With (u, v) relative to (W/2, H/2) and depth d, the point (u, v, d) in space is turned, (p, q, r) = R_x R_y (u, v, d), and
+    appears at (W/2, H/2) + f (p, q) / (f + r), f = sqrt(W^2 + H^2). R_y takes (u, ., z) to (u c - z s, ., u s + z c), R_x takes
+    (., v, z) to (., v c - z s, v s + z c), c and s being cosine and sine. As in the published sets the image lies one pixel
+    behind the axes, so that it is shrunk by f / (f + 1) when it is not turned, and the axes meet half a pixel off its centre.
     """
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    f = math.hypot(W, H)
+    f, d = math.hypot(W, H), depth
     to_axes = np.array([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]])
-    turned = np.array([[c, 0, -s], [-s * s, c, -s * c], [s * c, s, f + c * c]])  # (u, v, 1) -> (p, q, f + r)
+    turned = np.array(
+        [[c, 0, -d * s], [-s * s, c, -d * s * c], [s * c, s, f + d * c * c]]
+    )  # (u, v, 1) -> (p, q, f + r)
     picture = np.array([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]])
     return np.linalg.inv(picture @ turned @ to_axes)
 
