@@ -154,9 +154,7 @@ def _missed(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(1) != labels.to(logits.device)
 
 
-def numbered_batches(
-    batches: Iterable[Batch], indices: Indices | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def numbered_batches(batches: Iterable[Batch], indices: Indices | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images, labels and numbers ``[B]`` of the images of each batch."""
     if indices is not None and not hasattr(indices, "__len__"):
         raise InputError(f"indices are {short(indices)}; give a whole number for each image")
