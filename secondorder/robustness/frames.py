@@ -49,16 +49,6 @@ class Scene:
         """j - (J - 1) / 2, for sequences that are the picture itself in the middle."""
         return range(-(self.count // 2), self.count - self.count // 2)
 
-    @property
-    def shrink(self) -> float:
-        """Factor by which kernels are shrunk (`kernels.shrunk`)."""
-        return min(self.ratio, 1.0)
-
-    @property
-    def stretch(self) -> float:
-        """Factor by which lengths of kernels grow on larger frames."""
-        return max(self.ratio, 1.0)
-
 
 def noise(scene: Scene, level: float, *, add: Callable[[Batch, float, Sequence[Generator]], Batch]) -> Frames:
     """The picture, then the picture with new noise in each frame."""
@@ -68,10 +58,13 @@ def noise(scene: Scene, level: float, *, add: Callable[[Batch, float, Sequence[G
         yield add(images, level, scene.generators)
 
 
-def motion_blur(scene: Scene, radius: float, sigma: float, turn: float) -> Frames:
-    """Motion blur whose direction turns by so many degrees a frame, to 0 in the last."""
+def motion_blur(scene: Scene, radius: float, sigma: float, turn: float, reduced: float = 1.0) -> Frames:
+    """Motion blur whose direction turns by `turn` degrees a frame, to 0 in the last.
+
+    Lengths are in pixels of a picture that was reduced to the frame afterwards, by the factor `reduced`.
+    """
     for j in range(scene.count):
-        yield _smeared(scene.cropped, radius, sigma, turn * (j - (scene.count - 1)), scene)
+        yield _smeared(scene.cropped, radius, sigma, turn * (j - (scene.count - 1)), scene.ratio * reduced)
 
 
 def zoom_blur(scene: Scene, step: float) -> Frames:
@@ -89,7 +82,7 @@ def snow(scene: Scene, mean: float, sd: float, zoom: float, radius: float, sigma
     images = scene.cropped
     layer = snow_layer(scene.generators, scene.h, scene.w, mean, sd, max(zoom * scene.ratio, 1.0), threshold=0.5)
     for j in range(scene.count):
-        yield add_snow(images, _smeared(layer, radius, sigma, 4 * j - 150, scene), blend=0.85)
+        yield add_snow(images, _smeared(layer, radius, sigma, 4 * j - 150, scene.ratio), blend=0.85)
 
 
 def brightness(scene: Scene, step: float) -> Frames:
@@ -133,8 +126,8 @@ def gaussian_blur(scene: Scene, first: float, step: float, truncate: float) -> F
     """Gaussian filters of standard deviation first + step j."""
     images = scene.cropped
     for j in range(scene.count):
-        sigma = (first + step * j) * scene.stretch
-        yield blur.gaussian_blur(images, sigma, truncate, shrink=scene.shrink)
+        sigma = (first + step * j) * max(scene.ratio, 1.0)
+        yield blur.gaussian_blur(images, sigma, truncate, shrink=min(scene.ratio, 1.0))
 
 
 def spatter(
@@ -152,12 +145,12 @@ def spatter(
         layer = ndimage.convolve1d(layer, moves, axis=1, mode="constant")
 
 
-def _smeared(images: Batch, radius: float, sigma: float, angle: float, scene: Scene) -> Batch:
-    """Motion blur of all images at one angle: they are the channels of one image, which is blurred once."""
+def _smeared(images: Batch, radius: float, sigma: float, angle: float, ratio: float) -> Batch:
+    """Motion blur of all images at one angle, lengths times ratio: they are the channels of one image, which is blurred once."""
     N, h, w, C = images.shape
     together = np.ascontiguousarray(images.transpose(1, 2, 0, 3)).reshape(1, h, w, N * C)
-    lengths = radius * scene.stretch, sigma * scene.stretch
-    blurred = blur.motion_blur(together, *lengths, [angle], shrink=scene.shrink)
+    grow, shrink = max(ratio, 1.0), min(ratio, 1.0)
+    blurred = blur.motion_blur(together, radius * grow, sigma * grow, [angle], shrink)
     return blurred.reshape(h, w, N, C).transpose(2, 0, 1, 3)
 
 

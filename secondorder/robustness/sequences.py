@@ -9,7 +9,8 @@ Difficulty. The three noises draw stronger noise at difficulty 2 and 3, and thei
 clean. The other perturbations have the same frames at every difficulty d, and frames d apart are compared (`comparison`).
 
 Differences from the published sets. ImageNet-P was stored as lossy video. Maps turn about the centre of the picture, (W - 1) / 2,
-where torchvision of the time was half a pixel off; shear is x + y tan(angle), as torchvision has it today.
+where torchvision of the time was half a pixel off; shear is x + y tan(angle), as torchvision has it today. Tiny-ImageNet-P
+blurred the photographs at their own sizes before it reduced them to 64 pixels; here their side counts as 224.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,9 +67,9 @@ SEQUENCES: dict[str, Perturbation] = {
         THIRTY_ONE,
         noise=True,
     ),
-    "motion_blur": Perturbation(  # radius, sigma, degrees a frame
+    "motion_blur": Perturbation(  # radius, sigma, degrees a frame, reduction afterwards
         frames.motion_blur,
-        {"cifar": (6, 1.8, 9), "tiny_imagenet": (14, 3, 5), "imagenet": (10, 3, 4)},
+        {"cifar": (6, 1.8, 9), "tiny_imagenet": (14, 3, 5, 64 / 224), "imagenet": (10, 3, 4)},
         THIRTY_ONE | {"cifar": 21},
     ),
     "zoom_blur": Perturbation(

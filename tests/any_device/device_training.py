@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from devices import moved
+from torch import Tensor, nn
 
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
+from secondorder.robustness import corruption_mistakes, sequence_classes, split_batches
 from secondorder.training import (
     Moment,
     NonFiniteLossError,
@@ -149,6 +151,22 @@ def test_waits_of_an_evaluation(device: str, data: ImageDataset, waits: Callable
     with waits() as found:
         evaluate(model, data.test, batch_size=8)
     assert len(found) == 1, found
+
+
+def test_robustness(device: str, data: ImageDataset, waits: Callable[[], AbstractContextManager]) -> None:
+    """Mistakes and classes of the CPU; two waits at the end, for the numbers and whether they are finite."""
+    model = setup.initial_network(RUN, data).double()
+    normalisation = data.test.normalisation
+
+    def measured(model: nn.Module, batch_size: int) -> tuple[Tensor, Tensor]:
+        batches = split_batches(data.test, batch_size)
+        wrong = corruption_mistakes(model, batches, "contrast", normalisation, severities=[1, 5])
+        return wrong, sequence_classes(model, split_batches(data.test, batch_size), "translate", normalisation)
+
+    expected = measured(model, 30)
+    with waits() as found:
+        assert all(map(torch.equal, measured(moved(model, device), 8), expected))
+    assert len(found) == 4, found
 
 
 @pytest.mark.usefixtures("without_float64")

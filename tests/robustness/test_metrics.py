@@ -92,6 +92,7 @@ def test_alexnet_against_itself() -> None:
         ({"fog": 0.1}, None, "'fog'; give 5 errors"),
         ({"fog": [*ROW[:4], math.nan]}, None, "fog at severity 5: error nan"),
         ({"fog": [0.1, 10.0, 0.1, 0.1, 0.1]}, None, "fog at severity 2: error 10.0"),
+        ({"fog": [0.1, 0.1, -0.1, 0.1, 0.1]}, None, "fog at severity 3: error -0.1"),
         ({"fog": [True, 0.1, 0.1, 0.1, 0.1]}, None, "fog at severity 1: error True"),
         ({"fog": ROW}, {"snow": ROW}, "lacks snow"),
         ({"fog": ROW, "snow": ROW}, {"snow": ROW}, "no errors of 'fog'"),

@@ -1,6 +1,7 @@
 """Official sets in small: images and labels come back as they were written, and a damaged set is refused in one line."""
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ BAD_ARRAYS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut in the header": (cut("fog.npy", 20), "fog.npy is truncated or no array"),
     "empty": (cut("fog.npy", 0), "fog.npy is truncated or no array"),
     "objects, which would run code": (save("fog.npy", np.array([{}])), "fog.npy is truncated or no array"),
+    "pickle": (lambda root: (root / "fog.npy").write_bytes(pickle.dumps(PIXELS)), "fog.npy is truncated or no array"),
     "archive": (archive, "archive of arrays"),
     "fifo": (fifo, "is a FIFO"),
     "float": (save("fog.npy", PIXELS / 255), r"has float64 of shape \[30, 8, 8, 3\]; .*uint8 \[5 N"),

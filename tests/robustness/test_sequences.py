@@ -197,8 +197,9 @@ def test_tilt_is_the_homography(parameters: str, width: int, degrees: float, dep
     image = PICTURES[:1, :1, :, :width]
     made = perturb(image, "tilt", parameters=parameters)
     for j in (0, 9, 15, 30):
-        expected = literal_tilt(image[0, 0].double().numpy(), degrees * (j - 15), depth)
-        assert levels_apart(made[0, j, 0], np.floor(expected + 0.5)) <= 1
+        expected = torch.from_numpy(literal_tilt(image[0, 0].double().numpy(), degrees * (j - 15), depth)).round()
+        assert levels_apart(made[0, j, 0], expected) <= 1
+        assert (made[0, j, 0] != expected).double().mean() < 0.01  # rounded, not cut off
 
 
 def test_zoom_blur_is_a_running_mean() -> None:
@@ -219,6 +220,16 @@ def test_motion_blur_turns_by_half_a_circle() -> None:
     assert torch.equal(perturb(PICTURES.flip(3), "motion_blur")[:, 0].flip(3), made[:, -1])
     upwards = perturb(PICTURES.transpose(2, 3).flip(2), "motion_blur")[:, 10].flip(2).transpose(2, 3)
     assert levels_apart(upwards, made[:, -1]) <= 1  # -90 degrees
+
+
+def test_motion_blur_of_64_pixels_was_made_before_the_reduction() -> None:
+    """From 224 pixels: the mean of an edge's profile moves by as many pixels as the mean of the weights, times 64/224."""
+    edge = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    edge[..., 32:] = 255
+    last = perturb(edge, "motion_blur")[0, -1, 0, 5].double() / 255
+    weights = np.exp(-(np.arange(29) ** 2) / (2 * 3**2))
+    mean = (np.arange(29) * weights).sum() / weights.sum()
+    assert float((last - edge[0, 0, 5].double() / 255).sum()) == pytest.approx(mean * 64 / 224, abs=0.02)
 
 
 def test_snow_falls_from_the_same_flakes() -> None:
