@@ -7,6 +7,7 @@ Index letters: ``N`` pictures, ``H`` rows, ``W`` columns of the pictures, ``h`` 
 ``J`` frames.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from secondorder.robustness import blur, color, warp
-from secondorder.robustness.kernels import shrunk
 from secondorder.robustness.pixels import Batch, cut_to_levels, round_to_levels
 from secondorder.robustness.spatter import add_water, liquid_layer
 from secondorder.robustness.weather import add_snow, snow_layer
@@ -126,8 +126,7 @@ def gaussian_blur(scene: Scene, first: float, step: float, truncate: float) -> F
     """Gaussian filters of standard deviation first + step j."""
     images = scene.cropped
     for j in range(scene.count):
-        sigma = (first + step * j) * max(scene.ratio, 1.0)
-        yield blur.gaussian_blur(images, sigma, truncate, shrink=min(scene.ratio, 1.0))
+        yield blur.gaussian_blur(images, first + step * j, truncate, scene.ratio)
 
 
 def spatter(
@@ -136,10 +135,10 @@ def spatter(
     """Drops of water that run down: in each frame the share run[k] of the liquid moves by start + k rows."""
     images = scene.cropped
     layer = liquid_layer(scene.generators, scene.h, scene.w, mean, sd, sigma, threshold, ratio=scene.ratio)
-    reach = max(-start, start + len(run) - 1)
-    moves = np.zeros(2 * reach + 1)  # of -reach to reach rows
-    moves[reach + start : reach + start + len(run)] = run
-    moves = shrunk(moves, scene.ratio)
+    rows = scene.ratio * (start + np.arange(len(run)))
+    reach = math.ceil(np.abs(rows).max())
+    # each share is split linearly between the two rows beside the one to which it moves
+    moves = np.maximum(1 - np.abs(np.arange(-reach, reach + 1)[:, None] - rows), 0) @ np.asarray(run)
     for _ in range(scene.count):
         yield add_water(images, layer, opacity=0.6)
         layer = ndimage.convolve1d(layer, moves, axis=1, mode="constant")
@@ -149,8 +148,7 @@ def _smeared(images: Batch, radius: float, sigma: float, angle: float, ratio: fl
     """Motion blur of all images at one angle, lengths times ratio: they are the channels of one image, which is blurred once."""
     N, h, w, C = images.shape
     together = np.ascontiguousarray(images.transpose(1, 2, 0, 3)).reshape(1, h, w, N * C)
-    grow, shrink = max(ratio, 1.0), min(ratio, 1.0)
-    blurred = blur.motion_blur(together, radius * grow, sigma * grow, [angle], shrink)
+    blurred = blur.motion_blur(together, radius, sigma, [angle], ratio)
     return blurred.reshape(h, w, N, C).transpose(2, 0, 1, 3)
 
 
