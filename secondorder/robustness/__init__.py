@@ -13,9 +13,9 @@ frames = perturb(images, "tilt")  # uint8 [N, 31, C, H, W]
 
 Errors of a network, one corruption or perturbation a call, and the numbers that papers give:
 
-table = {name: corruption_error_rates(model, split_batches(data.test), name, normalisation) for name in BENCHMARK}
-mean_corruption_error(table, reference_table)  # or "alexnet" on ImageNet-C, read with read_corruption; or None
-sequence_stability(model, split_batches(data.test), "tilt", normalisation).flip_probability
+rates = corruption_error_rates(model, split_batches(data.test), "fog", data.test.normalisation)  # severities 1 to 5
+mean_corruption_error({"fog": rates, ...}, reference_table)  # or "alexnet" for ImageNet-C, which read_corruption reads; or None
+sequence_stability(model, split_batches(data.test), "tilt", data.test.normalisation).flip_probability
 """
 
 from secondorder.robustness.alexnet import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS

@@ -5,7 +5,7 @@ One call is one corruption at its severities, so that a study can stop and go on
 bit of each image and severity: its mean is the error rate, and networks can be compared image by image.
 
 The network is evaluated in eval mode, on its own device and in its own floating-point type; every layer's mode is as before
-afterwards. The device is waited for once, at the end.
+afterwards. The device is waited for at the end only.
 
 Index letters: ``N`` images, ``B`` images of a batch, ``S`` severities, ``K`` classes.
 """
