@@ -5,5 +5,6 @@ from studies.draw.forest import Forest, mini
 from studies.draw.judged import forest_row, in_margins, seed_rows
 from studies.draw.maps import Heatmap
 from studies.draw.palette import LABELS
+from studies.draw.strips import strips
 
-__all__ = ["LABELS", "Curves", "Forest", "Heatmap", "Scatter", "forest_row", "in_margins", "mini", "seed_rows"]
+__all__ = ["LABELS", "Curves", "Forest", "Heatmap", "Scatter", "forest_row", "in_margins", "mini", "seed_rows", "strips"]

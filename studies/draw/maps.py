@@ -18,13 +18,17 @@ from studies.statistics import Interval, mean_interval
 
 MOST_CELLS = 10
 """Side by side: so wide is the word "diverged"."""
+GREYS = sns.light_palette("#6F6F6F", as_cmap=True)
+SIGNS = (200, 40)
+"""Hues below and above 0, in degrees: a blue and an orange that no head has."""
 
 
 @dataclass(frozen=True)
 class Heatmap:
     """Mean of `value` over seeds by `rows` and `columns`, with half the width of its 95 % interval; the best cell framed.
 
-    Cells whose value is not finite for some seed read "diverged". All panels share one scale of greys, darker for larger.
+    Cells whose value is not finite for some seed read "diverged". All panels share one scale of greys, darker for larger. A `signed`
+    value has two colours, paler towards 0, and words in bold where the interval excludes 0.
     """
 
     rows: str
@@ -36,6 +40,7 @@ class Heatmap:
     value_label: str = ""
     best: Literal["lowest", "highest", ""] = "lowest"
     log: bool = False
+    signed: bool = False
 
     @themed
     def draw(self, table: pd.DataFrame) -> Figure:
@@ -47,9 +52,10 @@ class Heatmap:
         cells = pd.DataFrame(found.keys(), columns=keys)
         cells["mean"] = [interval.estimate for interval in found.values()]
         cells["words"] = [_words(interval) for interval in found.values()]
+        cells["sure"] = [self.signed and np.isfinite(i.low) and i.low * i.high > 0 for i in found.values()]
         across = max(1, MOST_CELLS // data[self.columns].nunique())
         figure, grid = panel_grid(cells, self.panels, 0.9 + 0.4 * data[self.rows].nunique(), across)
-        ends = limits([cells["mean"]], self.log)
+        ends = limits([cells["mean"].abs(), -cells["mean"].abs()] if self.signed else [cells["mean"]], self.log)
         norm = (LogNorm if self.log else Normalize)(*ends)
         for axes, part in grid:
             self._panel(axes, part.pivot(index=self.rows, columns=self.columns), norm)
@@ -64,14 +70,17 @@ class Heatmap:
     def _panel(self, axes: Axes, cells: pd.DataFrame, norm: Normalize) -> None:
         """One map: a grey for each mean, its number in the cell."""
         mean = pd.DataFrame(cells["mean"])
+        colors = sns.diverging_palette(*SIGNS, s=60, l=62, as_cmap=True) if self.signed else GREYS
         sns.heatmap(
-            mean, norm=norm, cmap=sns.light_palette("#6F6F6F", as_cmap=True), cbar=False, linewidths=1.0, linecolor="white",
+            mean, norm=norm, cmap=colors, cbar=False, linewidths=1.0, linecolor="white",
             xticklabels=[_name(value) for value in mean.columns], yticklabels=[_name(value) for value in mean.index], ax=axes,
         )  # fmt: skip
         axes.tick_params(axis="both", rotation=0)
         axes.set(xlabel=self.column_label or self.columns, ylabel=self.row_label or self.rows)
+        bold = cells["sure"].eq(True).to_numpy()
         for (row, column), word in np.ndenumerate(cells["words"].fillna("").to_numpy()):
-            axes.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=SMALL, color=INK)
+            weight = "bold" if bold[row, column] else "normal"
+            axes.text(column + 0.5, row + 0.5, word, ha="center", va="center", fontsize=SMALL, color=INK, weight=weight)
         if self.best and np.isfinite(mean.to_numpy()).any():
             choose = np.nanargmin if self.best == "lowest" else np.nanargmax
             row, column = divmod(int(choose(mean.to_numpy())), mean.shape[1])

@@ -1,0 +1,73 @@
+"""What the robustness study measures of a trained network: errors on corrupted test images, stability along perturbations.
+
+The same test images, evenly spaced over the split, and the same random draws serve every network. White is 255, as for the
+published sets, whatever the white of the data set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from secondorder.robustness import SEQUENCES, corruption_error_rates, error_rate, sequence_classes, split_batches
+from secondorder.robustness.stability import flip_probability, top5_distance
+from secondorder.training import Snapshot
+from studies.backbones import evenly_spaced
+from studies.engine.plan import Measurement
+from studies.engine.records import Row
+
+CLEAN, CORRUPTED = "clean error", "corrupted error"
+"""Top-1 errors; `layer` is the corruption, index and setting are the severity."""
+FLIPS, TOP5 = "flip probability", "top-5 distance"
+"""Of a perturbation sequence, whose name is `layer`."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A corruption or a sequence ("": clean images), and how many test images."""
+
+    name: str
+    images: int
+
+
+def measure_clean(at: Snapshot, of: Chosen) -> Iterator[Row]:
+    """The error on the images without corruption."""
+    yield _row("", CLEAN, error_rate(at.model, **_images(at, of.images)))
+
+
+def measure_corruption(at: Snapshot, of: Chosen) -> Iterator[Row]:
+    """The error at each severity of a corruption."""
+    indices = evenly_spaced(len(at.data.test), of.images).tolist()
+    errors = corruption_error_rates(at.model, corruption=of.name, indices=indices, **_images(at, of.images))
+    for severity, error in enumerate(errors, start=1):
+        yield _row(of.name, CORRUPTED, error, index=severity, setting=float(severity))
+
+
+def measure_sequence(at: Snapshot, of: Chosen) -> Iterator[Row]:
+    """Flip probability and, with more than five classes, top-5 distance along the frames of a perturbation."""
+    indices = evenly_spaced(len(at.data.test), of.images).tolist()
+    best = sequence_classes(at.model, name=of.name, indices=indices, **_images(at, of.images))
+    against = SEQUENCES[of.name].against
+    yield _row(of.name, FLIPS, flip_probability(best[..., 0], against))
+    if best.shape[2] > 1:
+        yield _row(of.name, TOP5, float(top5_distance(best, against)))
+
+
+def measurements(
+    corruptions: tuple[str, ...], sequences: tuple[str, ...], images: int, sequence_images: int
+) -> list[Measurement]:
+    """One of clean images, one of each corruption and sequence: a study can stop, and go on, between any two of them."""
+    return [
+        Measurement("clean images", measure_clean, Chosen("", images)),
+        *(Measurement("corruption", measure_corruption, Chosen(name, images)) for name in corruptions),
+        *(Measurement("perturbation", measure_sequence, Chosen(name, sequence_images)) for name in sequences),
+    ]
+
+
+def _images(at: Snapshot, count: int) -> dict[str, Any]:
+    """The test images, a batch at a time, and how the network sees them."""
+    indices = evenly_spaced(len(at.data.test), count)
+    return {"batches": split_batches(at.data.test, indices=indices), "normalisation": at.data.test.normalisation}
+
+
+def _row(layer: str, quantity: str, value: float, **more: Any) -> Row:
+    return {"layer": layer, "quantity": quantity, "value": value, "error": 0.0, **more}
