@@ -6,7 +6,8 @@ from studies.landscape import STUDY as LANDSCAPE
 from studies.optimisers.study import STUDY as OPTIMISERS
 from studies.performance.study import STUDY as PERFORMANCE
 from studies.preconditioning.study import STUDY as PRECONDITIONING
+from studies.robustness.study import STUDY as ROBUSTNESS
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS)
+    study.name: study for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS, ROBUSTNESS)
 }

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from secondorder.robustness import SEQUENCES, corruption_error_rates, error_rate, sequence_classes, split_batches
-from secondorder.robustness.stability import flip_probability, top5_distance
+from secondorder.robustness import corruption_error_rates, error_rate, sequence_stability, split_batches
 from secondorder.training import Snapshot
 from studies.backbones import evenly_spaced
 from studies.engine.plan import Measurement
@@ -45,11 +44,10 @@ def measure_corruption(at: Snapshot, of: Chosen) -> Iterator[Row]:
 def measure_sequence(at: Snapshot, of: Chosen) -> Iterator[Row]:
     """Flip probability and, with more than five classes, top-5 distance along the frames of a perturbation."""
     indices = evenly_spaced(len(at.data.test), of.images).tolist()
-    best = sequence_classes(at.model, name=of.name, indices=indices, **_images(at, of.images))
-    against = SEQUENCES[of.name].against
-    yield _row(of.name, FLIPS, flip_probability(best[..., 0], against))
-    if best.shape[2] > 1:
-        yield _row(of.name, TOP5, float(top5_distance(best, against)))
+    found = sequence_stability(at.model, name=of.name, indices=indices, **_images(at, of.images))
+    yield _row(of.name, FLIPS, found.flip_probability)
+    if found.top5_distance is not None:
+        yield _row(of.name, TOP5, found.top5_distance)
 
 
 def measurements(
