@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from scipy import stats
 
 from secondorder.errors import InputError
-from studies.draw import Curves, Forest, Heatmap, Scatter, in_margins, mini
+from studies.draw import Curves, Forest, Heatmap, Scatter, in_margins, mini, strips
 from studies.draw.frame import SMALL, WIDTH, save
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import (
@@ -264,6 +264,33 @@ def test_maps_name_what_diverged_and_frame_the_best() -> None:
     assert "1.20\n±0.25" in words  # 0.1 + 1 + 0.1, half width t_2 0.1 / sqrt(3) = 0.248
     assert axes.patches[0].get_xy() == (0.0, 0.0)
     assert Heatmap("damping", "rate", "loss", best="highest").draw(table).axes[0].patches[0].get_xy() == (1.0, 0.0)
+
+
+def test_signed_maps_have_two_colours_and_bold_words_where_zero_is_excluded() -> None:
+    table = MAP.assign(loss=MAP.loss - 1.35, damping="d" + MAP.damping.astype(str))
+    axes = Heatmap("damping", "rate", "loss", best="", signed=True).draw(table).axes[0]
+    cells = table.groupby(["damping", "rate"]).loss
+    sure = cells.mean().abs() > 2.48 * cells.std()  # half width t_2 s / sqrt(3)
+    words = {text.get_text(): text.get_weight() for text in axes.texts}
+    assert sure.any()
+    assert [*words.values()].count("bold") == sure.sum()
+    low, high = axes.collections[0].norm.vmin, axes.collections[0].norm.vmax
+    assert low == -high
+    backwards = Heatmap("damping", "rate", "loss", signed=True).draw(table[::-1]).axes[0]
+    assert [t.get_text() for t in backwards.get_yticklabels()] == [*dict.fromkeys(table.damping[::-1])]
+
+
+def test_strips_put_every_picture_beside_its_name() -> None:
+    grey, colour = np.full((3, 4, 4, 1), 9, np.uint8), np.full((2, 4, 4, 3), 9, np.uint8)
+    figure = strips({"a": grey, "b": colour, "c": grey}, columns=2)
+    assert [text.get_text() for text in figure.texts] == ["a", "b", "c"]
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert [picture.shape for picture in shown] == [(5, 15, 3), (5, 10, 3), (5, 15, 3)]
+    assert (shown[0][:4, :4] == 9).all()
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert all(-1e-9 <= box.x0 < box.x1 <= 1 and -1e-9 <= box.y0 < box.y1 <= 1 + 1e-9 for box in boxes)
+    assert boxes[2].x0 > boxes[0].x1  # the third row begins the second block
+    assert boxes[1].y1 == pytest.approx(boxes[0].y0)
 
 
 def test_a_scatter_has_its_line_and_equal_ranges() -> None:

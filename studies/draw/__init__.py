@@ -7,4 +7,15 @@ from studies.draw.maps import Heatmap
 from studies.draw.palette import LABELS
 from studies.draw.strips import strips
 
-__all__ = ["LABELS", "Curves", "Forest", "Heatmap", "Scatter", "forest_row", "in_margins", "mini", "seed_rows", "strips"]
+__all__ = [
+    "LABELS",
+    "Curves",
+    "Forest",
+    "Heatmap",
+    "Scatter",
+    "forest_row",
+    "in_margins",
+    "mini",
+    "seed_rows",
+    "strips",
+]

@@ -27,8 +27,8 @@ SIGNS = (200, 40)
 class Heatmap:
     """Mean of `value` over seeds by `rows` and `columns`, with half the width of its 95 % interval; the best cell framed.
 
-    Cells whose value is not finite for some seed read "diverged". All panels share one scale of greys, darker for larger. A `signed`
-    value has two colours, paler towards 0, and words in bold where the interval excludes 0.
+    Cells whose value is not finite for some seed read "diverged". All panels share one scale of greys, darker for larger.
+    A `signed` value has two colours, paler towards 0, and words in bold where the interval excludes 0.
     """
 
     rows: str
@@ -58,7 +58,7 @@ class Heatmap:
         ends = limits([cells["mean"].abs(), -cells["mean"].abs()] if self.signed else [cells["mean"]], self.log)
         norm = (LogNorm if self.log else Normalize)(*ends)
         for axes, part in grid:
-            self._panel(axes, part.pivot(index=self.rows, columns=self.columns), norm)
+            self._panel(axes, self._map(part), norm)
         every = [axes for axes, _ in grid]
         bar = figure.colorbar(every[0].collections[0], ax=every, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
@@ -66,6 +66,12 @@ class Heatmap:
             log_ticks(bar.ax.yaxis, *ends)
         bar.set_label(self.value_label or self.value)
         return figure
+
+    def _map(self, part: pd.DataFrame) -> pd.DataFrame:
+        """The cells of a panel by row and column: words in the order of the table, numbers by size."""
+        cells = part.pivot(index=self.rows, columns=self.columns)
+        words = not pd.api.types.is_numeric_dtype(part[self.rows])
+        return cells.reindex(part[self.rows].unique()) if words else cells
 
     def _panel(self, axes: Axes, cells: pd.DataFrame, norm: Normalize) -> None:
         """One map: a grey for each mean, its number in the cell."""

@@ -9,27 +9,32 @@ from numpy.typing import NDArray
 from studies.draw.frame import SMALL, WIDTH, themed
 from studies.draw.palette import INK
 
-NAME = 1.25
+NAME = 1.15
 """Width of the name of a row, in inches."""
 
 
 @themed
 def strips(rows: Mapping[str, NDArray[np.uint8]], columns: int = 1) -> Figure:
-    """The pictures [n, H, W, C] of each row beside its name; `columns` blocks of rows side by side, filled from the first on."""
-    most = max(map(len, rows.values()))
-    side = (WIDTH / columns - NAME) / most
+    """The pictures [n, H, W, C] of each row beside its name; `columns` blocks of rows side by side, filled from the first on.
+
+    All pictures are as wide as high; grey ones have C = 1.
+    """
+    side = (WIDTH / columns - NAME) / max(map(len, rows.values()))
     per_block = -(-len(rows) // columns)
-    height = per_block * side * 1.04
+    height = per_block * side
     figure = Figure(figsize=(WIDTH, height))
     for number, (name, pictures) in enumerate(rows.items()):
         block, row = divmod(number, per_block)
-        left, bottom = block * WIDTH / columns, height - (row + 1) * side * 1.04
-        figure.text(
-            (left + NAME - 0.06) / WIDTH, (bottom + side / 2) / height, name, ha="right", va="center", size=SMALL, color=INK
-        )
-        for column, picture in enumerate(pictures):
-            place = ((left + NAME + column * side) / WIDTH, bottom / height, 0.96 * side / WIDTH, 0.96 * side / height)
-            axes = figure.add_axes(place)
-            axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
+        left, bottom = block * WIDTH / columns + NAME, height - (row + 1) * side
+        middle = ((left - 0.06) / WIDTH, (bottom + side / 2) / height)
+        figure.text(*middle, name, ha="right", va="center", size=SMALL, color=INK)
+        axes = figure.add_axes((left / WIDTH, bottom / height, len(pictures) * side / WIDTH, side / height))
+        axes.imshow(_row(pictures), interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
     return figure
+
+
+def _row(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The pictures side by side [H + 1, n (W + 1), 3], a white line below and beside each."""
+    colored = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
+    return np.concatenate(np.pad(colored, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255), axis=1)

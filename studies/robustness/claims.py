@@ -1,6 +1,6 @@
 """What the robustness study compares between heads: from its records to one value for each network, head and seed.
 
-Relative errors are in units of the mean GAP network: R_sc, its error on corruption c at severity s, and R_clean are means over its
+Relative errors are in units of the mean GAP network: R_sc, its error on corruption c at severity s, and R_clean are means over
 seeds. A corruption by which that network loses nothing has no relative error and is left out, for every head.
 """
 
@@ -120,5 +120,9 @@ MATCHED, *OTHERS = [
     *(_contrast(f"mean loss by {group}", partial(mean_loss, group=group)) for group in GROUPS),
 ]
 CONTROLS = [MATCHED, *(_contrast("relative mCE", relative, *pair) for pair in PAIRS)]
-STABILITY = [_contrast(f"mean {name}", partial(mean, quantity=name), *pair) for name in (FLIPS, TOP5) for pair in (("gcp", "gap"), *PAIRS[:2])]
+STABILITY = [
+    _contrast(f"mean {name}", partial(mean, quantity=name), *pair)
+    for name in (FLIPS, TOP5)
+    for pair in (("gcp", "gap"), *PAIRS[:2])
+]
 CLAIMS = [primary(8).measured(relative, SAYS), *CONTROLS, *OTHERS, *STABILITY]

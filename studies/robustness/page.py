@@ -1,4 +1,4 @@
-"""What a reader is shown of robustness: the claim by corruption and severity, perturbations, smoothness against it, the pictures."""
+"""What a reader is shown of robustness: the claim by corruption and severity, perturbations, smoothness, pictures."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,8 @@ def _corruptions(results: Results) -> Fold:
     keys = ["network", "seed", "corruption", "severity"]
     gcp, gap = (errors[errors["head"] == head].set_index(keys).value for head in ("gcp", "gap"))
     points = (100 * (gcp - gap)).dropna().reset_index()
-    seen = points.corruption.replace("_", " ", regex=True)
+    points = points.sort_values("corruption", key=lambda names: names.map([*CORRUPTIONS].index), kind="stable")
+    seen = points.corruption.str.replace("_", " ")
     drawn = Heatmap(
         "corruption", "severity", "value", panels="network" if points.network.nunique() > 1 else None, best="", signed=True,
         value_label="error under GCP - under GAP, points",
@@ -93,7 +94,9 @@ def _table_words(records: pd.DataFrame) -> str:
         table.groupby("head").value.mean() for table in (claims.clean_error(records), claims.mean(records, CORRUPTED))
     )
     told = ", ".join(
-        f"{100 * clean[head]:.1f} % and {100 * corrupted[head]:.1f} % ({label(head)})" for head in ("gap", "gcp") if head in clean
+        f"{100 * clean[head]:.1f} % and {100 * corrupted[head]:.1f} % ({label(head)})"
+        for head in ("gap", "gcp")
+        if head in clean
     )
     return f"Mean errors on clean and on corrupted images: {told}."
 
@@ -138,7 +141,9 @@ def _perturbations(results: Results) -> list[Fold]:
             title="Stability along perturbations",
             sentences=[f"Flip probabilities and top-5 distances are at difficulty 1, not normalised.{classes}"],
             pictures=[
-                Picture("robustness_flips", "How often the class changes from frame to frame (noises: from frame 0).", drawn),
+                Picture(
+                    "robustness_flips", "How often the class changes from frame to frame (noises: from frame 0).", drawn
+                ),
                 Picture(
                     "robustness_sequences",
                     "Perturbation sequences: eight of the frames, equally spaced; the last four are extra.",
@@ -178,7 +183,9 @@ def _smoothness(results: Results) -> list[Fold]:
             title="Does a smoother loss predict robustness?",
             sentences=[told, words],
             pictures=[Picture("robustness_smoothness", f"{words} A point is one network.", draw.draw(table))],
-            method=["The first-order error is that of claim 1, over the later half of the training of the same networks."],
+            method=[
+                "The first-order error is that of claim 1, over the later half of the training of the same networks."
+            ],
             provenance=results.provenance,
         )
     ]
@@ -217,8 +224,8 @@ def _method(results: Results) -> str:
     settings = results.origins.settings
     return (
         f"{trained_so(results.origins)}. {settings['images']} test images at most, for sequences {settings['sequence_images']}; "
-        "the corruptions and perturbations of Hendrycks & Dietterich (2019), made anew, frost with a procedural texture, with the "
-        "same random draws for every network. Relative mCE: mean over corruptions of the loss of accuracy, summed over severities, "
-        "in units of that of the mean GAP network over seeds. A ratio of heads at matched clean error takes the clean error out by "
-        "an analysis of covariance. Intervals are over seeds."
+        "corruptions and perturbations of Hendrycks & Dietterich (2019), made anew, frost with procedural textures, by the same "
+        "random draws for every network. Relative mCE: mean over corruptions of the loss of accuracy, summed over severities, in "
+        "units of that of the mean GAP network over seeds. A ratio at matched clean error takes the clean error out by an "
+        "analysis of covariance. Intervals are over seeds."
     )
