@@ -19,7 +19,7 @@ from studies.training import Training
 
 ROOT = Path(__file__).parents[1]
 CODE = ("README.md", *(f"secondorder/{part}/README.md" for part in (
-    "curvature", "kfac", "pooling", "preconditioning", "training")), "CONTRIBUTING.md")  # fmt: skip
+    "curvature", "kfac", "pooling", "preconditioning", "robustness", "training")), "CONTRIBUTING.md")  # fmt: skip
 """With Python in them; all blocks of a file run in one namespace."""
 TEXTS = (*CODE, "studies/README.md", "reports/quick/report.md", "reports/cifar10/report.md")
 
