@@ -43,9 +43,42 @@ from secondorder.robustness.stability import (
 from secondorder.robustness.streams import array_batches, split_batches
 from secondorder.robustness.tracking import Stability, frame_classes, sequence_classes, sequence_stability, stability_of
 
-__all__ = ["CORRUPTIONS", "PARAMETERS", "Corruption", "ParameterSet", "corrupt"]
-from secondorder.robustness.evaluation import corruption_error_rates, error_rate
-from secondorder.robustness.metrics import relative_mean_corruption_error
-from secondorder.robustness.sequences import SEQUENCES, comparison, perturb
-from secondorder.robustness.tracking import sequence_stability
-from secondorder.robustness.streams import split_batches
+__all__ = [
+    "ALEXNET_CLEAN_ERROR",
+    "ALEXNET_ERRORS",
+    "CORRUPTIONS",
+    "PARAMETERS",
+    "SEQUENCES",
+    "SEVERITIES",
+    "Corruption",
+    "ParameterSet",
+    "Perturbation",
+    "Stability",
+    "array_batches",
+    "comparison",
+    "corrupt",
+    "corruption_error_rates",
+    "corruption_errors",
+    "corruption_mistakes",
+    "corruptions_in",
+    "error_rate",
+    "flip_probabilities",
+    "flip_probability",
+    "flips",
+    "frame_classes",
+    "mean_corruption_error",
+    "mean_flip_rate",
+    "mean_top5_distance",
+    "mistakes",
+    "perturb",
+    "read_corruption",
+    "read_sequence",
+    "relative_corruption_errors",
+    "relative_mean_corruption_error",
+    "sequence_classes",
+    "sequence_stability",
+    "split_batches",
+    "stability_of",
+    "top5_distance",
+    "top5_distances",
+]
