@@ -4,11 +4,12 @@ Relative errors are in units of the mean GAP network: R_sc, its error on corrupt
 seeds. A corruption by which that network loses nothing has no relative error and is left out, for every head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import numpy as np
 import pandas as pd
+from scipy.special import logit
 
 from secondorder.robustness import CORRUPTIONS, SEQUENCES, relative_mean_corruption_error
 from studies.judge import Claim, contrast, primary
@@ -69,14 +70,16 @@ def _relative(records: pd.DataFrame) -> pd.DataFrame:
     errors = of_quantity(records, CORRUPTED)
     table = errors[errors.layer.isin(names)].pivot(index=KEYS, columns=["layer", "index"], values="value").dropna()
     clean = clean_error(records).set_index(KEYS).value
+    of_each: dict[Hashable, float] = clean.to_dict()
     gap = table.index.get_level_values("head") == "gap"
-    values = []
-    if gap.any() and names:
-        reference, reference_clean = _table(table[gap].mean(), names), float(clean[table.index[gap]].mean())
-        for key, row in table.iterrows():
-            of = float(clean[key])
-            values.append((*key, relative_mean_corruption_error(_table(row, names), of, reference, reference_clean)))  # type: ignore[misc]
-    return pd.DataFrame(values, columns=[*KEYS, "value"])
+    if not gap.any() or not names:
+        return pd.DataFrame(columns=[*KEYS, "value"])
+    reference, reference_clean = _table(table[gap].mean(), names), float(clean.xs("gap", level="head").mean())
+    values = [
+        relative_mean_corruption_error(_table(row, names), of_each[key], reference, reference_clean)
+        for key, row in table.iterrows()
+    ]
+    return table.index.to_frame(index=False).assign(value=values)
 
 
 def _table(errors: pd.Series, names: list[str]) -> dict[str, list[float]]:
@@ -93,10 +96,11 @@ def at_matched_accuracy(records: pd.DataFrame) -> pd.DataFrame:
     table = table[(table.value > 0) & table.value_clean.between(0, 1, inclusive="neither")]
     parts = []
     for _, part in table.groupby("network", sort=False):
-        x, y = np.log(part.value_clean / (1 - part.value_clean)), np.log(part.value)
-        within = x - x.groupby(part["head"]).transform("mean")
-        slope = (within @ y) / (within @ within) if len(part) > part["head"].nunique() and within.any() else 0.0
-        parts.append(part.assign(value=np.exp(y - slope * (x - x.mean()))))
+        both = pd.DataFrame({"x": logit(part.value_clean), "y": np.log(part.value)})
+        within = both - both.groupby(part["head"]).transform("mean")
+        scatter = float((within.x**2).sum())
+        slope = float((within.x * within.y).sum()) / scatter if scatter > 0 else 0.0
+        parts.append(part.assign(value=np.exp(both.y - slope * (both.x - both.x.mean()))))
     return pd.concat(parts)[[*KEYS, "value"]] if parts else table[[*KEYS, "value"]]
 
 

@@ -63,8 +63,11 @@ def measurements(
 
 def _images(at: Snapshot, count: int) -> dict[str, Any]:
     """The test images, a batch at a time, and how the network sees them."""
-    indices = evenly_spaced(len(at.data.test), count)
-    return {"batches": split_batches(at.data.test, indices=indices), "normalisation": at.data.test.normalisation}
+    test: Any = at.data.test  # that it is in memory or in files, `split_batches` checks
+    return {
+        "batches": split_batches(test, indices=evenly_spaced(len(test), count)),
+        "normalisation": test.normalisation,
+    }
 
 
 def _row(layer: str, quantity: str, value: float, **more: Any) -> Row:
