@@ -1,5 +1,6 @@
 """The table of studies: a new study is one row."""
 
+from studies.convergence.study import STUDY as CONVERGENCE
 from studies.curvature.study import STUDY as CURVATURE
 from studies.engine.study import Study
 from studies.landscape import STUDY as LANDSCAPE
@@ -9,5 +10,6 @@ from studies.preconditioning.study import STUDY as PRECONDITIONING
 from studies.robustness.study import STUDY as ROBUSTNESS
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS, ROBUSTNESS)
+    study.name: study
+    for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS, CONVERGENCE, ROBUSTNESS)
 }

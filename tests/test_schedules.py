@@ -17,7 +17,15 @@ PUBLISHED: dict[str, Callable[[int], float]] = {
     "resnet_adju": lambda e: 0.1 * (1 - (e - 1) / 49) ** 2,
     "mobilenet_norm": lambda e: 0.045 * 0.98**e,
     "mobilenet_fast": lambda e: 0.06 * 0.92**e,
+    "mobilenet_adju": lambda e: (
+        6e-2 - 5e-2 * (e - 1) / 49
+        if e <= 50
+        else 1e-2 - 9e-3 * (e - 50) / 50
+        if e <= 100
+        else 1e-3 - 9.9e-4 * (e - 100) / 50
+    ),
 }
+SHUFFLENET = ("shufflenet_norm", "shufflenet_fast", "shufflenet_adju")  # at every step of any length, below
 LENGTHS = {
     "resnet_norm": 100,
     "resnet_fast": 53,
@@ -38,6 +46,28 @@ def rates(name: str, epochs: int) -> list[float]:
     schedule = SCHEDULES[name]
     base = schedule.learning_rate or 1.0
     return [base * schedule.factor_at(step, STEPS, epochs) for step in range(STEPS * epochs)]
+
+
+def test_all_nine_are_compared_value_by_value() -> None:
+    families = ("resnet", "mobilenet", "shufflenet")
+    assert {*PUBLISHED, *SHUFFLENET} == {f"{family}_{kind}" for family in families for kind in ("norm", "fast", "adju")}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "published_code"),
+    [
+        ("resnet_fast", 0.1, 0.1 * (53 / 52) ** 11),
+        ("resnet_adju", 0.1, 0.1 * (50 / 49) ** 2),
+        ("resnet_norm", 0.1, 0.1),
+        ("mobilenet_norm", 0.0441, 0.045),
+        ("mobilenet_fast", 0.0552, 0.06),
+    ],
+)
+def test_the_first_epoch_is_epoch_1_and_not_0_as_in_the_published_code(
+    name: str, first: float, published_code: float
+) -> None:
+    assert rates(name, LENGTHS[name])[0] == pytest.approx(first, rel=1e-12)
+    assert PUBLISHED[name](0) == pytest.approx(published_code, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -69,7 +99,7 @@ def test_mobilenet_fast_ends_where_mobilenet_norm_ends() -> None:
     assert rates("mobilenet_fast", 100)[-1] == pytest.approx(rates("mobilenet_norm", 400)[-1], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["shufflenet_norm", "shufflenet_fast", "shufflenet_adju"])
+@pytest.mark.parametrize("name", SHUFFLENET)
 @pytest.mark.parametrize("epochs", [240, 100, 60, 7])
 def test_shufflenet_falls_linearly_at_every_step(name: str, epochs: int) -> None:
     total = STEPS * epochs

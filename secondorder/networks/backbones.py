@@ -4,6 +4,8 @@ torchvision's networks are cut, not rewritten: their own modules, initial weight
 `"gap"` network computes what torchvision's does. Kept in the features are MobileNetV2's last 1x1 convolution (320 to
 1280 channels) and ShuffleNetV2's `conv5`: GAP and GCP networks then share every layer up to the pooling head, whose
 1x1 reduction is the only convolution that GCP adds.
+
+Those named `..._small_images` reduce images by 8 instead of 32: strides of the first layers, and a max-pooling, differ.
 """
 
 from collections.abc import Callable
@@ -44,6 +46,33 @@ def from_torchvision(name: str, in_channels: int, fan_out: bool = True) -> tuple
     return parts.stem, parts.features
 
 
+def mobilenet_v2_small_images(in_channels: int) -> tuple[nn.Module, nn.Module]:
+    """Stem and features of MobileNetV2 for small images, `[N, in_channels, H, W] -> [N, 1280, H/8, W/8]` (32x32: 4x4 maps).
+
+    The published network reduces by 32. Here the stem and the first strided stage (24 channels) keep the resolution; weights,
+    parameters and the other three strides are as published.
+    """
+    stem, features = from_torchvision("mobilenet_v2", in_channels)
+    for part in (stem, features):
+        strided = next(layer for layer in part.modules() if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2))
+        strided.stride = (1, 1)
+    return stem, features
+
+
+def shufflenet_v2_small_images(name: str, in_channels: int) -> tuple[nn.Module, nn.Module]:
+    """Stem and features of a ShuffleNetV2 for small images, `[N, in_channels, H, W] -> [N, C, H/8, W/8]` (32x32: 4x4 maps).
+
+    The published network reduces by 32. Here the stem is its convolution with stride 1, and there is no max-pooling; weights and
+    parameters are as published.
+    """
+    stem, features = from_torchvision(name, in_channels, fan_out=False)
+    convolution = first_convolution(stem)
+    assert isinstance(convolution, nn.Conv2d)
+    convolution.stride = (1, 1)
+    del stem.maxpool
+    return stem, features
+
+
 def set_in_channels(stem: nn.Module, in_channels: int, fan_out: bool) -> None:
     """Replace the stem's first convolution (assumed without bias) by one for `in_channels` channels."""
     old = first_convolution(stem)
@@ -66,6 +95,11 @@ def shufflenet(name: str, channels: int) -> Backbone:
     return Backbone(partial(from_torchvision, name, fan_out=False), channels, activation=nn.ReLU6)
 
 
+def shufflenet_small_images(name: str, channels: int) -> Backbone:
+    """Row of a ShuffleNetV2 without the reductions of its stem."""
+    return Backbone(partial(shufflenet_v2_small_images, name), channels, activation=nn.ReLU6)
+
+
 def small_resnet(depth: int) -> Backbone:
     """Row of a CIFAR ResNet; 8x8 maps with every pooling unless `last_stride` says otherwise."""
     return Backbone(partial(cifar_resnet, depth), 64, last_stride=(2, 2))
@@ -81,6 +115,9 @@ NETWORKS: dict[str, Backbone] = {
     "resnet34": resnet("resnet34", 512),
     "resnet50": resnet("resnet50", 2048),
     "resnet101": resnet("resnet101", 2048),
+    "mobilenet_v2_small_images": Backbone(mobilenet_v2_small_images, 1280, activation=nn.ReLU6, dropout=0.2),
+    "shufflenet_v2_x0_5_small_images": shufflenet_small_images("shufflenet_v2_x0_5", 1024),
+    "shufflenet_v2_x1_0_small_images": shufflenet_small_images("shufflenet_v2_x1_0", 1024),
     "cifar_resnet8": small_resnet(8),
     "cifar_resnet20": small_resnet(20),
     "cifar_resnet32": small_resnet(32),

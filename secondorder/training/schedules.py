@@ -7,6 +7,10 @@ Stretching to E epochs keeps the fraction of the training that is done when an e
 (k = 1..E) trains at reference epoch e = 1 + (k - 1) E_ref / E. With E = E_ref this is the published schedule, epoch
 by epoch; the first epoch is always the published first one, so that even a single epoch trains at a useful rate.
 Schedules with ``per_step`` are read at every step, at e = 1 + step E_ref / total (step = 0..total-1).
+
+Deviation: the code that was published with the paper reads the formulas of ResNets and MobileNetV2 at 0-based epochs. There the
+first epoch of LRfast has the rate 0.1 (53/52)^11 = 0.123 and that of LRadju 0.1 (50/49)^2 = 0.104, above the base rate; every
+other rate comes an epoch later than here, where the first epoch is e = 1; and LRfast of ResNets ends after 30 epochs, at 2e-5.
 """
 
 import math

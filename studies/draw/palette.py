@@ -49,6 +49,7 @@ INK, RULE, ZONE = "#1A1A1A", "#8C8C8C", "#EEEEEE"
 """Letters, reference lines and the zone of practical equivalence."""
 
 LABELS = {word: name for word, (name, _, _) in LOOKS.items()} | {
+    "gap_at_stride_of_gcp": "GAP, stride of GCP",
     "digits": "digits",
     "cifar10": "CIFAR-10",
     "cifar10_jpeg": "CIFAR-10 (JPEG)",

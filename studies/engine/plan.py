@@ -81,10 +81,12 @@ class Trained:
     at: tuple[tuple[int, Measurement], ...] = ()
     may_diverge: bool = False
     """Whether divergence is a result, a record "diverged" in place of the epochs (of a trial, say), and no error."""
+    history: Measurement = HISTORY
+    """Of the epochs; another one may give their records other labels than those of the run."""
 
     def wanted(self) -> Iterator[tuple[str, int, Measurement]]:
         """(key, step, measurement) of each."""
-        for step, measurement in ((0, HISTORY), *self.at):
+        for step, measurement in ((0, self.history), *self.at):
             yield self.key(step, measurement), step, measurement
 
     def key(self, step: int, measurement: Measurement) -> str:

@@ -33,9 +33,10 @@ def test_heads_and_their_second_derivatives(pooling: str, options: dict, size: i
 @pytest.mark.parametrize("backbone", NETWORKS)
 def test_training_step_of_every_network(backbone: str, device: str) -> None:
     small = "digits" in backbone or "cifar" in backbone
+    side = 8 if small else 16 if backbone.endswith("_small_images") else 64
     there = network(backbone, "gcp", 3, 3, None if "digits" in backbone else 4).to(device)
     optimizer = torch.optim.SGD(there.parameters(), lr=0.1, momentum=0.9)
-    images = torch.randn(2, 3, 8 if small else 64, 8 if small else 64).to(device)
+    images = torch.randn(2, 3, side, side).to(device)
     F.cross_entropy(there(images), torch.tensor([0, 2]).to(device)).backward()
     optimizer.step()
     for name, parameter in there.named_parameters():

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from secondorder.networks import NETWORKS, Network, network
 
 TORCHVISION = [name for name in NETWORKS if hasattr(torchvision.models, name)]
-SMALL = [name for name in NETWORKS if name not in TORCHVISION]
+SMALL_IMAGES = [name for name in NETWORKS if name.endswith("_small_images")]
+SMALL = [name for name in NETWORKS if name not in (*TORCHVISION, *SMALL_IMAGES)]
 LIGHT = ["mobilenet_v2", "shufflenet_v2_x0_5", "resnet18", *SMALL]  # one of each kind
 USER_MODELS = [
     "resnet18",
@@ -26,7 +27,9 @@ USER_MODELS = [
 
 
 def image_size(backbone: str) -> int:
-    return 8 if backbone.startswith("digits") else 32 if backbone.startswith("cifar") else 64
+    return (
+        8 if backbone.startswith("digits") else 32 if backbone.startswith("cifar") or backbone in SMALL_IMAGES else 64
+    )
 
 
 def images(backbone: str, n: int = 2, channels: int = 3) -> Tensor:

@@ -8,6 +8,7 @@ import torchvision
 from real_networks import (
     LIGHT,
     SMALL,
+    SMALL_IMAGES,
     TORCHVISION,
     backbone_state,
     image_size,
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from secondorder.errors import InputError
 from secondorder.networks import NETWORKS, network
-from secondorder.pooling import POOLINGS, Covariance
+from secondorder.pooling import POOLINGS, Covariance, pooling_head
 
 
 def test_the_table_holds_the_networks_of_the_protocol() -> None:
@@ -29,6 +30,7 @@ def test_the_table_holds_the_networks_of_the_protocol() -> None:
     shufflenets = [f"shufflenet_v2_x{width}" for width in ("0_5", "1_0", "1_5", "2_0")]
     assert {"mobilenet_v2", *shufflenets, *resnets} == set(TORCHVISION)
     assert {"cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "digits_net"} <= set(SMALL)
+    assert {name.removesuffix("_small_images") for name in SMALL_IMAGES} <= set(TORCHVISION)
 
 
 # Sizes
@@ -80,6 +82,25 @@ def test_gap_networks_compute_what_torchvision_does(backbone: str) -> None:
     net = with_torchvision_weights(network(backbone, "gap", 3), model, backbone)
     x = images(backbone).double()
     torch.testing.assert_close(net(x), model(x))
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2_small_images", "shufflenet_v2_x0_5_small_images"])
+def test_networks_for_small_images_are_torchvisions_with_other_strides(backbone: str) -> None:
+    """Stride 1 where the published one first halves the maps; ShuffleNetV2 without its max-pooling: 4x4 maps of 32x32 images."""
+    published = backbone.removesuffix("_small_images")
+    model = torchvision_model(published)
+    net = with_torchvision_weights(network(backbone, "gap", 3), model, published)
+    if published == "mobilenet_v2":
+        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
+    else:
+        model.conv1[0].stride, model.maxpool = (1, 1), nn.Identity()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(net(x), model(x))
+    assert net.feature_shape(32) == (NETWORKS[backbone].channels, 4, 4)
+    maps = net.features(net.stem(x)).float()
+    for pooling in POOLINGS:
+        head = pooling_head(pooling, maps.shape[1], 8).eval()
+        assert head(maps).shape == (2, head.out_features)
 
 
 @pytest.mark.parametrize(("backbone", "blocks"), [("resnet18", 2), ("resnet50", 3)])
@@ -165,7 +186,8 @@ def test_feature_shape_is_that_of_the_features_and_computing_it_changes_nothing(
         x = torch.randn(2, 3, image_size(backbone), 2 * image_size(backbone))
         assert net.features(net.stem(x)).shape[1:] == shape
     else:
-        assert on_meta(backbone, "gcp", 2).feature_shape(64)[1:] == ((4, 4) if "resnet" in backbone else (2, 2))
+        side = 8 if backbone in SMALL_IMAGES else 4 if "resnet" in backbone else 2
+        assert on_meta(backbone, "gcp", 2).feature_shape(64)[1:] == (side, side)
 
 
 # Starts: the same seed gives the same backbone
@@ -270,7 +292,7 @@ def test_relu6_and_dropout_as_published(backbone: str) -> None:
         nn.BatchNorm2d,
         nn.ReLU6 if mobile else nn.ReLU,
     ]
-    published = [0.2] if backbone == "mobilenet_v2" else []
+    published = [0.2] if backbone.startswith("mobilenet") else []
     assert [part.p for part in net.classifier.modules() if isinstance(part, nn.Dropout)] == published
     given = on_meta(backbone, "gcp", 2, dropout=0.3).classifier
     assert [part.p for part in given.modules() if isinstance(part, nn.Dropout)] == [0.3]

@@ -1,0 +1,1 @@
+"""The convergence study: networks under slow and rapid decay of the learning rate."""

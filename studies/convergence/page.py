@@ -1,0 +1,198 @@
+"""What the page shows of the convergence study."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from studies.convergence import claims
+from studies.convergence.claims import WORDS, by_epoch, matching
+from studies.convergence.costs import FLOPS, PARAMETERS, PEAK
+from studies.draw import LABELS, Curves
+from studies.engine.study import Results
+from studies.page import Fold, Picture, Table
+from studies.statistics import mean_interval
+from studies.training import trained_so
+
+AT_STRIDE = "gap_at_stride_of_gcp"
+CELL = ["network", "head", "optimizer", "schedule"]
+PUBLISHED = pd.DataFrame(
+    [
+        ("MobileNetV2", 71.58, 400, 73.97, 150, 68),
+        ("ShuffleNetV2", 67.96, 240, 71.17, 100, 78),
+        ("ResNet-18", 70.47, 100, 74.86, 50, 32),
+        ("ResNet-34", 74.19, 100, 76.81, 50, 38),
+        ("ResNet-50", 76.17, 100, 78.03, 50, 40),
+        ("ResNet-101", 77.67, 100, 79.18, 50, 41),
+    ],
+    columns=[
+        "network",
+        "GAP, LRnorm: top-1 [%]",
+        "epochs of LRnorm",
+        "GCP, LRadju: top-1 [%]",
+        "epochs of LRadju",
+        "matching epoch",
+    ],
+)
+"""Wang et al. (2020), ImageNet."""
+
+
+def folds(results: Results) -> Sequence[Fold]:
+    """The claim with its curves and tables."""
+    records, judged = results.records, results.of("converges under rapid decay")
+    table = summary(records)
+    measured = [case for claim in claims.EXPLORATORY for case in results.of(claim.name) if case.estimate is not None]
+    return [
+        Fold(
+            judged=judged,
+            sentences=[_sooner(matching(records))],
+            pictures=[*_curves(records), *_kfac(records)],
+            controls=results.of(*(claim.name for claim in claims.CONTROLS)),
+            exploratory=measured,
+            tables=[
+                Table("convergence_accuracy", CAPTION, table),
+                Table("convergence_costs", COSTS_CAPTION, costs(records)),
+                Table(
+                    "convergence_published",
+                    "Published by Wang et al. (2020), on ImageNet; not measured here.",
+                    PUBLISHED,
+                ),
+            ],
+            method=_method(results),
+            provenance=results.provenance,
+        )
+    ]
+
+
+def _sooner(epochs: pd.DataFrame) -> str:
+    """When GCP reaches what GAP ends at, under each schedule."""
+    part = epochs[(epochs["head"] == "gcp") & (epochs.optimizer == "sgd")]
+    words = [
+        f"under {WORDS[kind]} in {(~own.censored).sum()} of {len(own)}"
+        for kind in WORDS
+        if len(own := part[part.schedule == kind])
+    ]
+    return f"GCP reaches the final accuracy of GAP under LRnorm, of the same seed, {', '.join(words)} trainings."
+
+
+CAPTION = (
+    "Test accuracy, means over seeds with 95 % interval; best: of the best epoch of each seed. Matching epoch: the first after "
+    "which a network is as accurate as GAP after the last epoch of LRnorm, and the seconds of its training steps until then; "
+    "medians over seeds, of which some never get there. Trainings ran side by side on one machine: compare their seconds roughly."
+)
+COSTS_CAPTION = (
+    "Operations of a forward pass of one image (convolutions, products of matrices; 2 for a multiplication with addition), and "
+    "what torch's allocator holds at the peak of a training step."
+)
+
+
+def ordered(epochs: pd.DataFrame) -> pd.DataFrame:
+    """`by_epoch` by network, optimiser, schedule and head; GAP with the stride of GCP is a head of its own."""
+    rank = {word: place for place, word in enumerate([*LABELS, *WORDS])}
+    table = epochs.assign(head=epochs["head"].where(epochs.layer == "", AT_STRIDE)).sort_values(["seed", "epoch"])
+    table = table.sort_values(["optimizer", "schedule", "head"], key=lambda words: words.map(rank), kind="stable")
+    return table.sort_values("network", kind="stable", ignore_index=True)
+
+
+def summary(records: pd.DataFrame) -> pd.DataFrame:
+    """A row for each network, head, optimiser and schedule."""
+    epochs = ordered(by_epoch(records))
+    match = ordered(matching(records))
+    rows: list[dict[str, Any]] = []
+    for cell, part in epochs.groupby(CELL, sort=False):
+        runs = part.groupby("seed")[["test_top1", "test_top5"]]
+        last, best = 100 * runs.last(), 100 * runs.max()
+        found = match[(match[CELL] == [*cell]).all(axis=1)]
+        network, head, optimizer, kind = map(str, cell)
+        rows.append({
+            "network": LABELS.get(network, network),
+            "head": LABELS.get(head, head),
+            "optimiser": LABELS.get(optimizer, optimizer),
+            "schedule": WORDS.get(kind, kind),
+            "epochs": int(part.epoch.max()),
+            "seeds": len(last),
+            "top-1 final [%]": mean_interval(last.test_top1).short,
+            "top-1 best [%]": mean_interval(best.test_top1).short,
+            "top-5 final [%]": mean_interval(last.test_top5).short,
+            "top-5 best [%]": mean_interval(best.test_top5).short,
+            "matching epoch": _median(found.value, found.censored),
+            "seconds to it": _median(found.seconds, found.censored),
+            "never": f"{found.censored.sum()} of {len(found)}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _median(values: "pd.Series[float]", censored: "pd.Series[bool]") -> str:
+    """The median of values of which the censored ones are larger than any; "never" where it is one of these."""
+    middle = float(np.median(values.where(~censored, math.inf))) if len(values) else math.nan
+    return "never" if math.isinf(middle) else "" if math.isnan(middle) else f"{middle:.3g}"
+
+
+def costs(records: pd.DataFrame) -> pd.DataFrame:
+    """Parameters, operations and memory of each network, head and optimiser."""
+    part = ordered(records[records.quantity.isin((PARAMETERS, FLOPS, PEAK))].rename(columns={"index": "epoch"}))
+    part = part.replace({"head": LABELS, "optimizer": LABELS}).rename(columns={"optimizer": "optimiser"})
+    table = part.pivot_table(index=["network", "head", "optimiser"], columns="quantity", values="value", sort=False)
+    table = table[[PARAMETERS, FLOPS, PEAK]].reset_index().rename_axis(columns=None)
+    return (
+        table.astype({PARAMETERS: int}).assign(**{FLOPS: table[FLOPS] / 1e6}).rename(columns={FLOPS: f"{FLOPS} [10⁶]"})
+    )
+
+
+def _curves(records: pd.DataFrame) -> list[Picture]:
+    """For each network the test accuracy by epoch under SGD, a panel for each schedule."""
+    epochs = ordered(by_epoch(records))
+    pictures = []
+    for network, part in epochs[epochs.optimizer == "sgd"].groupby("network", sort=False):
+        ends = part.groupby(["head", "schedule", "seed"]).test_top1.last().groupby(["head", "schedule"]).mean()
+        shown = [
+            place for place in (("gap", "norm"), ("gcp", "norm"), ("gap", "fast"), ("gcp", "fast")) if place in ends
+        ]
+        found = ", ".join(f"{LABELS[head]} {WORDS[kind]} {100 * ends[head, kind]:.1f} %" for head, kind in shown)
+        words = f"{LABELS.get(str(network), network)}, top-1 after the last epoch: {found}. Line: that of GAP, LRnorm."
+        drawing = Curves("epoch", "test_top1", panels="schedule", y_label="test top-1", reference=ends.get(shown[0]))
+        picture = drawing.draw(part.replace({"schedule": WORDS}))
+        pictures.append(Picture(f"convergence_{network}", words, picture))
+    return pictures
+
+
+def _kfac(records: pd.DataFrame) -> list[Picture]:
+    """The test accuracy by epoch of K-FAC and of SGD, for the seeds of K-FAC; nothing without K-FAC."""
+    epochs = ordered(by_epoch(records))
+    kfac = epochs[epochs.optimizer != "sgd"]
+    if kfac.empty:
+        return []
+    runs = kfac[["network", "head", "schedule", "seed"]].drop_duplicates()
+    part = epochs.merge(runs)
+    last = part.groupby(["optimizer", "head", "schedule", "seed"]).test_top1.last()
+    ends = last.groupby(["head", "schedule", "optimizer"]).mean().unstack()
+    gain = (ends.drop(columns="sgd").iloc[:, 0] - ends["sgd"]).sort_values()
+    low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (gain.iloc[0], gain.iloc[-1]))
+    words = f"K-FAC at its untuned default rate ends {low} to {high} points from SGD of the same head and schedule."
+    panels = part["head"].map(LABELS) + ", " + part.schedule.map(WORDS)
+    drawing = Curves("epoch", "test_top1", "optimizer", "panel", y_label="test top-1")
+    picture = drawing.draw(part.assign(panel=panels).sort_values("head", kind="stable"))
+    return [Picture("convergence_kfac", words, picture)]
+
+
+def _method(results: Results) -> list[str]:
+    settings = results.origins.settings
+    table = summary(results.records)
+    lengths = table[table.optimiser == LABELS["sgd"]].groupby("network", sort=False)
+    epochs = "; ".join(
+        f"{network} {', '.join(f'{row.epochs} of {row.schedule}' for row in part.drop_duplicates('schedule').itertuples())}"
+        for network, part in lengths
+    )
+    return [
+        f"{trained_so(results.origins)}; under the three schedules of its family, stretched to epochs in published proportion "
+        f"({epochs}). For each seed all heads start from the same weights below them and see the same batches.",
+        "The claim compares the last epochs. The best epoch is chosen on the test images, so its accuracy is optimistic, for "
+        "every network alike; so is the matching epoch, the first of several tries.",
+        "The ResNets for small images, MobileNetV2 and ShuffleNetV2 have the same strides under all heads. Of torchvision's "
+        "ResNets the published GCP network keeps stride 1 in its last stage and the GAP network does not; GAP with the stride of "
+        "GCP is among the controls.",
+        f"K-FAC ({settings['kfac']}) has the learning rate that is its default, untuned, times the same schedules, and decoupled "
+        "weight decay.",
+    ]
