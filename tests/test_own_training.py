@@ -396,7 +396,7 @@ def test_names_of_runs_are_those_of_kept_results() -> None:
     assert Run.from_dict(own.to_dict()) == own
 
 
-@pytest.mark.parametrize("study", ["landscape", "curvature", "optimisers", "preconditioning"])
+@pytest.mark.parametrize("study", ["landscape", "curvature", "optimisers", "preconditioning", "convergence"])
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
 def test_studies_know_no_data_of_the_users(study: str, flags: list[str], refused: Callable[..., None]) -> None:
     refused("unknown data set 'own'", study, "--preset", "smoke", "--dataset", "own", *flags)

@@ -20,8 +20,9 @@ QUANTITIES = ["test_top1", "test_top5", "seconds"]
 
 
 def kinds(records: pd.DataFrame) -> pd.DataFrame:
-    """Records with the schedules of all families as norm, fast and adju."""
-    return records.assign(schedule=records.schedule.str.split("_").str[-1])
+    """Records with the schedules of all families as norm, fast and adju, and K-FAC with whatever step as kfac."""
+    optimizer = records.optimizer.where(records.optimizer == "sgd", "kfac")
+    return records.assign(schedule=records.schedule.str.split("_").str[-1], optimizer=optimizer)
 
 
 def by_epoch(records: pd.DataFrame) -> pd.DataFrame:
@@ -33,9 +34,9 @@ def by_epoch(records: pd.DataFrame) -> pd.DataFrame:
 
 def final(records: pd.DataFrame) -> pd.DataFrame:
     """The test top-1 after the last epoch of each network: KEYS, value; nan where training diverged."""
-    lost = kinds(records[records.quantity == "diverged"]).assign(layer="", value=np.nan)  # the layer says why
-    ends = by_epoch(records).sort_values("epoch").groupby(KEYS, sort=False).tail(1)
-    return pd.concat([ends.rename(columns={"test_top1": "value"}), lost])[[*KEYS, "value"]]
+    lost = records[records.quantity == "diverged"].assign(layer="", value=np.nan)  # the layer says why
+    epochs = records[records.quantity == "test_top1"].sort_values("index")
+    return kinds(pd.concat([epochs, lost]).drop_duplicates(KEYS, keep="last"))[[*KEYS, "value"]]
 
 
 def matching(records: pd.DataFrame) -> pd.DataFrame:
@@ -111,8 +112,7 @@ PUBLISHED = [_difference(_cell("gcp", "adju"), NORM)]
 EPOCHS = [_epoch(head, kind) for head in ("gcp", "gap") for kind in ("fast", "adju")] + [_epoch("gcp", "norm")]
 # an accuracy of 1, which K-FAC reaches on digits, has no logit
 KFAC = [
-    _difference(_cell(head, kind, optimizer=kfac), _cell(head, kind), "identity")
-    for kfac in ("kfac_adam", "kfac", "ekfac")
+    _difference(_cell(head, kind, optimizer="kfac"), _cell(head, kind), "identity")
     for head in ("gap", "gcp")
     for kind in WORDS
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from studies.convergence import claims
-from studies.convergence.claims import WORDS, by_epoch, matching
+from studies.convergence.claims import WORDS, by_epoch, kinds, matching
 from studies.convergence.costs import FLOPS, PARAMETERS, PEAK
 from studies.draw import LABELS, Curves
 from studies.engine.study import Results
@@ -132,7 +132,7 @@ def _median(values: "pd.Series[float]", censored: "pd.Series[bool]") -> str:
 
 def costs(records: pd.DataFrame) -> pd.DataFrame:
     """Parameters, operations and memory of each network, head and optimiser."""
-    part = ordered(records[records.quantity.isin((PARAMETERS, FLOPS, PEAK))].rename(columns={"index": "epoch"}))
+    part = ordered(kinds(records[records.quantity.isin((PARAMETERS, FLOPS, PEAK))].rename(columns={"index": "epoch"})))
     part = part.replace({"head": LABELS, "optimizer": LABELS}).rename(columns={"optimizer": "optimiser"})
     table = part.pivot_table(index=["network", "head", "optimiser"], columns="quantity", values="value", sort=False)
     table = table[[PARAMETERS, FLOPS, PEAK]].reset_index().rename_axis(columns=None)

@@ -98,7 +98,7 @@ class Settings:
             raise InputError(f"--heads {' '.join(self.heads)}: {head} must be among them")
         if self.training.schedule != Training.schedule:
             raise InputError(
-                f"--schedule {self.training.schedule}: this study trains under all of a family; leave it out"
+                f"--schedule {self.training.schedule}: this study trains under all three of a family; leave it out"
             )
         check_known("optimizer of --kfac", self.kfac, KFAC_RATES)
         for name in ("network_seeds", "control_seeds", "adju_seeds", "kfac_seeds"):

@@ -1,5 +1,7 @@
 """Random pixels with the shape of a data set, for a dry run."""
 
+from functools import lru_cache
+
 import torch
 
 from secondorder.data import DATASETS, ImageArray, ImageDataset, Row
@@ -23,12 +25,14 @@ def images_of(dataset: str, limit: int | None) -> int:
     return limit or (expected[0] if expected else IMAGENET_IMAGES)
 
 
+@lru_cache(maxsize=4)
 def fake_data(dataset: str, images: int, image_size: int | None = None) -> ImageDataset:
     """Random pixels and labels with the shape, number of classes and normalisation of `dataset`, labelled fake."""
     row = row_of(dataset)
     size, classes = image_size or row.image_size, CLASSES.get(dataset, 10)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(row.maximum + 1, (images, row.in_channels, size, size), generator=generator).to(torch.uint8)
+    shape = (images, row.in_channels, size, size)
+    pixels = torch.randint(row.maximum + 1, shape, dtype=torch.uint8, generator=generator)
     split = ImageArray(pixels, torch.arange(images) % classes, row.normalisation(), None, size)
     return ImageDataset(
         name=dataset,

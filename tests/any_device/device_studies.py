@@ -17,6 +17,7 @@ FLAGS = {
     "curvature": "--networks --heads gap gcp --explored-seeds 0 --limits.images 2 --limits.probes 2",
     "preconditioning": "--trained gcp",
     "performance": "--shapes 2x4x3x3 --repeats 1 --kfac-repeats 1 --kfac-heads gap",
+    "convergence": "--heads gap gcp --adju-seeds 0 --kfac-seeds 0",
     "optimisers": "--others --autoencoder.updates 4 --autoencoder.evaluations 2 --timing-steps 1",
 }
 
