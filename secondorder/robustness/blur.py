@@ -117,13 +117,10 @@ def scatter(images: Batch, moves: NDArray[np.intp], margin: int) -> Batch:
     """
     N, H, W, C = images.shape
     turns = np.s_[..., H - margin : margin : -1, W - margin : margin : -1]
-    source = np.arange(N * H * W)
-    takes_turn = np.zeros(N * H * W, dtype=bool)
     move = np.zeros((N, H, W), dtype=np.intp)
     move[turns] = moves[..., 1] * W + moves[..., 0]
-    takes_turn.reshape(N, H, W)[turns] = True
-    source += move.ravel()
-    had_turn = (move.ravel() > 0) & takes_turn[source]  # the source, before p
+    source = np.arange(N * H * W) + move.ravel()
+    had_turn = move.ravel() > 0  # the source, before p; where it takes no turn, it is its own source
     chained = np.flatnonzero(had_turn)
     while chained.size:
         previous = source[chained]

@@ -39,7 +39,7 @@ def checked_indices(indices: Indices | None, count: int) -> list[int]:
     if indices is None:
         return list(range(count))
     try:
-        numbers = np.asarray(indices)
+        numbers = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
     except (
         TypeError,
         ValueError,

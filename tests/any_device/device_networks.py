@@ -1,4 +1,4 @@
-"""Every pooling head with its second derivative, and a training step of every network, on any device."""
+"""Every pooling head with its second derivative, a training step of every network, and corrupted images, on any device."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from secondorder.networks import NETWORKS, network
 from secondorder.pooling import POOLINGS, pooling_head
+from secondorder.robustness import corrupt
 
 OPTIONS = [(name, {}) for name in POOLINGS] + [("gcp", {"method": "newton_schulz"})]
 
@@ -57,3 +58,10 @@ def test_waits_of_a_step_of_sgd(pooling: str, device: str, waits: Callable[[], A
             optimizer.step()
         decomposes = pooling in ("gcp_exact", "gcp_power", "gcp_log")
         assert len(found) == decomposes, found
+
+
+@pytest.mark.parametrize("severity", [0, 3])
+def test_corrupted_images_come_back(severity: int, device: str) -> None:
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    there = corrupt(images.to(device), "glass_blur", severity, indices=torch.arange(3).to(device))
+    check(there, corrupt(images, "glass_blur", severity), device, 0, 0)

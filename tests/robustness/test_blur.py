@@ -194,6 +194,11 @@ def test_displacements_are_filtered_noise() -> None:
     fields = smooth_displacements(generators(0, "elastic", 1, [5]), 9, 12, alpha=3.2, sigma=1.3)
     expected = 3.2 * ndimage.gaussian_filter(noise.astype(float), (0, 1.3, 1.3), mode="reflect", truncate=3)
     assert np.abs(fields[0] - expected).max() < 4 * FLOAT32
+    whole, quarter = (
+        smooth_displacements(generators(0, "elastic", 1, range(9)), 60, 60, 3.2, 1.3, ratio).std()
+        for ratio in (1, 0.25)
+    )
+    assert quarter == pytest.approx(whole / 4, rel=0.05)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.9, 1, 2])
