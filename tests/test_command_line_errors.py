@@ -15,6 +15,7 @@ from secondorder.errors import InputError
 from studies import program
 from studies.__main__ import main
 from studies.messages import LIMIT, one_line, without_middle
+from studies.study import STUDIES
 
 FLAGS = ["--preset", "smoke", "--no-progress", "--threads", "1"]
 
@@ -100,8 +101,7 @@ def test_processes_that_cannot_meet(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["lanscape"], "unknown study 'lanscape'; choose one of: landscape, curvature, preconditioning, performance, "
-         "optimisers; the nearest is landscape"),
+        (["lanscape"], f"unknown study 'lanscape'; choose one of: {', '.join(STUDIES)}; the nearest is landscape"),
         (["optimizers"], "the nearest is optimisers"),
         (["x" * 5000], "unknown study 'xxx"),
         ([""], "unknown study ''"),

@@ -5,7 +5,7 @@ torchvision's networks are cut, not rewritten: their own modules, initial weight
 1280 channels) and ShuffleNetV2's `conv5`: GAP and GCP networks then share every layer up to the pooling head, whose
 1x1 reduction is the only convolution that GCP adds.
 
-Those named `..._small_images` reduce images by 8 instead of 32: strides of the first layers, and a max-pooling, differ.
+Those named `..._small_images` reduce images by 8 instead of 32: some strides, and a max-pooling, are all that differs.
 """
 
 from collections.abc import Callable
@@ -49,13 +49,13 @@ def from_torchvision(name: str, in_channels: int, fan_out: bool = True) -> tuple
 def mobilenet_v2_small_images(in_channels: int) -> tuple[nn.Module, nn.Module]:
     """Stem and features of MobileNetV2 for small images, `[N, in_channels, H, W] -> [N, 1280, H/8, W/8]` (32x32: 4x4 maps).
 
-    The published network reduces by 32. Here the stem and the first strided stage (24 channels) keep the resolution; weights,
+    The published network reduces by 32. Here the stem and the last strided stage (160 channels) keep the resolution; weights,
     parameters and the other three strides are as published.
     """
     stem, features = from_torchvision("mobilenet_v2", in_channels)
     for part in (stem, features):
-        strided = next(layer for layer in part.modules() if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2))
-        strided.stride = (1, 1)
+        strided = [layer for layer in part.modules() if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)]
+        strided[-1].stride = (1, 1)
     return stem, features
 
 

@@ -13,7 +13,6 @@ from studies.convergence.costs import FLOPS, PARAMETERS, PEAK
 from studies.draw import LABELS, Curves
 from studies.engine.study import Results
 from studies.page import Fold, Picture, Table
-from studies.statistics import mean_interval
 from studies.training import trained_so
 
 AT_STRIDE = "gap_at_stride_of_gcp"
@@ -27,38 +26,30 @@ PUBLISHED = pd.DataFrame(
         ("ResNet-50", 76.17, 100, 78.03, 50, 40),
         ("ResNet-101", 77.67, 100, 79.18, 50, 41),
     ],
-    columns=[
-        "network",
-        "GAP, LRnorm: top-1 [%]",
-        "epochs of LRnorm",
-        "GCP, LRadju: top-1 [%]",
-        "epochs of LRadju",
-        "matching epoch",
-    ],
+    columns=["network", "GAP, LRnorm: top-1 [%]", "epochs of it", "GCP, LRadju: top-1 [%]", "epochs", "matching epoch"],
 )
-"""Wang et al. (2020), ImageNet."""
+PUBLISHED_CAPTION = "Published by Wang et al. (2020), on ImageNet; not measured here."
 
 
 def folds(results: Results) -> Sequence[Fold]:
     """The claim with its curves and tables."""
     records, judged = results.records, results.of("converges under rapid decay")
     table = summary(records)
-    measured = [case for claim in claims.EXPLORATORY for case in results.of(claim.name) if case.estimate is not None]
+    controls, exploratory = (
+        [case for claim in asked for case in results.of(claim.name) if case.estimate and not case.estimate.censored]
+        for asked in (claims.CONTROLS, claims.EXPLORATORY)
+    )  # of a censored epoch there is only a bound; the table says how often
     return [
         Fold(
             judged=judged,
             sentences=[_sooner(matching(records))],
             pictures=[*_curves(records), *_kfac(records)],
-            controls=results.of(*(claim.name for claim in claims.CONTROLS)),
-            exploratory=measured,
+            controls=controls,
+            exploratory=exploratory,
             tables=[
                 Table("convergence_accuracy", CAPTION, table),
                 Table("convergence_costs", COSTS_CAPTION, costs(records)),
-                Table(
-                    "convergence_published",
-                    "Published by Wang et al. (2020), on ImageNet; not measured here.",
-                    PUBLISHED,
-                ),
+                Table("convergence_published", PUBLISHED_CAPTION, PUBLISHED),
             ],
             method=_method(results),
             provenance=results.provenance,
@@ -78,9 +69,9 @@ def _sooner(epochs: pd.DataFrame) -> str:
 
 
 CAPTION = (
-    "Test accuracy, means over seeds with 95 % interval; best: of the best epoch of each seed. Matching epoch: the first after "
-    "which a network is as accurate as GAP after the last epoch of LRnorm, and the seconds of its training steps until then; "
-    "medians over seeds, of which some never get there. Trainings ran side by side on one machine: compare their seconds roughly."
+    "Test accuracy after the last epoch, mean and standard deviation over seeds, and of the best epoch of each seed. Matching "
+    "epoch: the first after which a network is as accurate as GAP after the last epoch of LRnorm, and the seconds of training "
+    "steps until then; medians over seeds, of which some never get there. Trainings ran side by side: compare seconds roughly."
 )
 COSTS_CAPTION = (
     "Operations of a forward pass of one image (convolutions, products of matrices; 2 for a multiplication with addition), and "
@@ -113,15 +104,16 @@ def summary(records: pd.DataFrame) -> pd.DataFrame:
             "schedule": WORDS.get(kind, kind),
             "epochs": int(part.epoch.max()),
             "seeds": len(last),
-            "top-1 final [%]": mean_interval(last.test_top1).short,
-            "top-1 best [%]": mean_interval(best.test_top1).short,
-            "top-5 final [%]": mean_interval(last.test_top5).short,
-            "top-5 best [%]": mean_interval(best.test_top5).short,
+            "top-1 [%]": last.test_top1.mean(),
+            "± seeds": last.test_top1.std(),
+            "best top-1": best.test_top1.mean(),
+            "top-5 [%]": last.test_top5.mean(),
+            "best top-5": best.test_top5.mean(),
             "matching epoch": _median(found.value, found.censored),
             "seconds to it": _median(found.seconds, found.censored),
             "never": f"{found.censored.sum()} of {len(found)}",
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).round(4)
 
 
 def _median(values: "pd.Series[float]", censored: "pd.Series[bool]") -> str:
@@ -147,12 +139,15 @@ def _curves(records: pd.DataFrame) -> list[Picture]:
     pictures = []
     for network, part in epochs[epochs.optimizer == "sgd"].groupby("network", sort=False):
         ends = part.groupby(["head", "schedule", "seed"]).test_top1.last().groupby(["head", "schedule"]).mean()
-        shown = [
-            place for place in (("gap", "norm"), ("gcp", "norm"), ("gap", "fast"), ("gcp", "fast")) if place in ends
-        ]
-        found = ", ".join(f"{LABELS[head]} {WORDS[kind]} {100 * ends[head, kind]:.1f} %" for head, kind in shown)
+        found = ", ".join(
+            f"{LABELS[head]} {WORDS[kind]} {100 * ends[head, kind]:.1f} %"
+            for kind in ("norm", "fast")
+            for head in ("gap", "gcp")
+            if (head, kind) in ends
+        )
         words = f"{LABELS.get(str(network), network)}, top-1 after the last epoch: {found}. Line: that of GAP, LRnorm."
-        drawing = Curves("epoch", "test_top1", panels="schedule", y_label="test top-1", reference=ends.get(shown[0]))
+        level = ends.get(("gap", "norm"))
+        drawing = Curves("epoch", "test_top1", panels="schedule", y_label="test top-1", reference=level)
         picture = drawing.draw(part.replace({"schedule": WORDS}))
         pictures.append(Picture(f"convergence_{network}", words, picture))
     return pictures
@@ -179,20 +174,24 @@ def _kfac(records: pd.DataFrame) -> list[Picture]:
 
 def _method(results: Results) -> list[str]:
     settings = results.origins.settings
-    table = summary(results.records)
-    lengths = table[table.optimiser == LABELS["sgd"]].groupby("network", sort=False)
+    training, few = settings["training"], settings["network_limit"]
+    lengths = summary(results.records).drop_duplicates(["network", "schedule"]).groupby("network", sort=False)
     epochs = "; ".join(
-        f"{network} {', '.join(f'{row.epochs} of {row.schedule}' for row in part.drop_duplicates('schedule').itertuples())}"
+        f"{network}: {', '.join(f'{row.schedule} {row.epochs}' for row in part.itertuples())}"
         for network, part in lengths
     )
+    images = f", {training['train_limit']:,} training images" if training["train_limit"] else ""
+    further = (
+        f" Other networks{f' ({few:,} images)' if few else ''}: learning rate (in proportion to the batch, where it is smaller) and "
+        "weight decay as published for their family."
+    )
     return [
-        f"{trained_so(results.origins)}; under the three schedules of its family, stretched to epochs in published proportion "
-        f"({epochs}). For each seed all heads start from the same weights below them and see the same batches.",
+        f"{trained_so(results.origins)}{images}; three schedules of the network's family, stretched to epochs in published "
+        f"proportion ({epochs}). For each seed all heads start from the same weights below them and see the same batches."
+        f"{further * bool(settings['networks'])}",
         "The claim compares the last epochs. The best epoch is chosen on the test images, so its accuracy is optimistic, for "
         "every network alike; so is the matching epoch, the first of several tries.",
-        "The ResNets for small images, MobileNetV2 and ShuffleNetV2 have the same strides under all heads. Of torchvision's "
-        "ResNets the published GCP network keeps stride 1 in its last stage and the GAP network does not; GAP with the stride of "
-        "GCP is among the controls.",
-        f"K-FAC ({settings['kfac']}) has the learning rate that is its default, untuned, times the same schedules, and decoupled "
-        "weight decay.",
+        "Strides are the same under all heads, but for torchvision's ResNets, whose published GCP network keeps stride 1 in its "
+        "last stage and GAP network does not: GAP with the stride of GCP is then among the controls.",
+        f"K-FAC ({settings['kfac']}) has its default learning rate, untuned, the same schedules, and decoupled weight decay.",
     ]

@@ -32,34 +32,22 @@ KFAC_RATES = {"kfac_adam": 0.06, "kfac": 0.1, "ekfac": 0.1}
 """K-FAC by the name of its optimiser -> the default learning rate of its step."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """Backbones with schedules of their own, <family>_norm, _fast and _adju, and how they were trained on ImageNet with these."""
-
-    prefixes: tuple[str, ...]
-    batch_size: int
-    weight_decay: float
-
-    def has(self, network: str) -> bool:
-        """Whether a network, by its name, is one of them."""
-        return network.startswith(self.prefixes)
-
-
 FAMILIES = {
-    "resnet": Family(("resnet", "cifar_resnet", "digits"), 256, 1e-4),
-    "mobilenet": Family(("mobilenet",), 96, 4e-5),
-    "shufflenet": Family(("shufflenet",), 1024, 4e-5),
+    "resnet": (("resnet", "cifar_resnet", "digits"), 256, 1e-4),
+    "mobilenet": (("mobilenet",), 96, 4e-5),
+    "shufflenet": (("shufflenet",), 1024, 4e-5),
 }
-"""The small networks for CIFAR and for digits have the schedules of ResNets."""
+"""Family, with schedules <family>_norm, _fast and _adju -> beginnings of its networks' names, published batch and weight decay.
+The small networks for CIFAR and for digits have the schedules of ResNets."""
 
 
 def family_of(network: str) -> str:
     """The family of a network; InputError for one that has none."""
-    name = next((name for name, family in FAMILIES.items() if family.has(network)), None)
-    if name is None:
-        known = "; ".join(f"{name}: {', '.join(family.prefixes)}..." for name, family in FAMILIES.items())
-        raise InputError(f"network {network!r}: no schedules were published for it; families by name are {known}")
-    return name
+    for family, (names, _, _) in FAMILIES.items():
+        if network.startswith(names):
+            return family
+    known = "; ".join(f"{family}: {', '.join(names)}..." for family, (names, _, _) in FAMILIES.items())
+    raise InputError(f"network {network!r}: no schedules were published for it; families by name are {known}")
 
 
 @dataclass(frozen=True)
@@ -112,15 +100,14 @@ class Settings:
         first, home = self.training, family_of(self.training.network)
         further = []
         for network in self.networks:
-            name = family_of(network)
-            family, norm = FAMILIES[name], SCHEDULES[f"{name}_norm"]
-            changes: dict[str, Any] = {"network": network, "train_limit": self.network_limit or first.train_limit}
-            if self.published:
-                changes |= {"batch_size": family.batch_size, "epochs": norm.epochs}
-            if name != home:
-                batch = changes.get("batch_size", first.batch_size)
-                rate = times(norm.learning_rate or 0, min(batch, family.batch_size), family.batch_size)
-                changes |= {"learning_rate": rate, "weight_decay": family.weight_decay}
+            family = family_of(network)
+            (_, published_batch, decay), norm = FAMILIES[family], SCHEDULES[f"{family}_norm"]
+            batch, epochs = (published_batch, norm.epochs) if self.published else (first.batch_size, first.epochs)
+            changes: dict[str, Any] = {"network": network, "batch_size": batch, "epochs": epochs}
+            changes["train_limit"] = self.network_limit or first.train_limit
+            if family != home:
+                rate = times(norm.learning_rate or 0, min(batch, published_batch), published_batch)
+                changes |= {"learning_rate": rate, "weight_decay": decay}
             further.append(replace(first, **changes))
         return [first, *further]
 
@@ -208,9 +195,9 @@ STUDY = Study(
         "smoke": Settings(training=replace(PRESETS["smoke"], epochs=3), control_seeds=1, adju_seeds=1, kfac_seeds=1),
         "quick": Settings(),
         "cifar10": Settings(
-            training=replace(PRESETS["cifar10"], epochs=16),
+            training=replace(PRESETS["cifar10"], epochs=16, train_limit=20_000),
             networks=("cifar_resnet20", "shufflenet_v2_x0_5_small_images", "mobilenet_v2_small_images"),
-            network_limit=5000,
+            network_limit=5_000,
             adju_seeds=2,
         ),
         "paper": Settings(
@@ -220,7 +207,7 @@ STUDY = Study(
             kfac_seeds=1,
         ),
     },
-    seeds={"smoke": 2, "quick": 8, "cifar10": 5, "paper": 2},
+    seeds={"smoke": 2, "quick": 6, "cifar10": 5, "paper": 2},
     plan=plan,
     claims=CLAIMS,
     folds=folds,

@@ -61,7 +61,8 @@ class Panels:
 class Curves(Panels):
     """Thin lines the seeds, a thick line their mean, its 95 % t interval as a band; the axes show all seeds.
 
-    An interval that is wider runs off the panel. With `upper`, a column, the band goes from the mean of `y` to that of `upper`.
+    An interval that is wider runs off the panel; that of two seeds, ± 12.7 standard errors, is not drawn. With `upper`,
+    a column, the band goes from the mean of `y` to that of `upper`.
     """
 
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
@@ -105,7 +106,8 @@ class Curves(Panels):
             tint, style = palette[str(word)], styles[str(word)] or (None, None)
             lines = [means(own, self.x, y, interval) for y in columns]
             low, high = (lines[0]["mean"], lines[1]["mean"]) if self.upper else (lines[0].low, lines[0].high)
-            axes.fill_between(low.index, low, high, color=tint, alpha=0.15, linewidth=0)
+            if self.upper or own.seed.nunique() > 2:
+                axes.fill_between(low.index, low, high, color=tint, alpha=0.15, linewidth=0)
             for line in lines:
                 axes.plot(line["mean"], color=tint, linewidth=1.8, dashes=style)
 

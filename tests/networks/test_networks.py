@@ -86,12 +86,12 @@ def test_gap_networks_compute_what_torchvision_does(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2_small_images", "shufflenet_v2_x0_5_small_images"])
 def test_networks_for_small_images_are_torchvisions_with_other_strides(backbone: str) -> None:
-    """Stride 1 where the published one first halves the maps; ShuffleNetV2 without its max-pooling: 4x4 maps of 32x32 images."""
+    """Stride 1 in the stem, in MobileNetV2's last strided stage, and no max-pooling in ShuffleNetV2: 4x4 maps of 32x32 images."""
     published = backbone.removesuffix("_small_images")
     model = torchvision_model(published)
     net = with_torchvision_weights(network(backbone, "gap", 3), model, published)
     if published == "mobilenet_v2":
-        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
+        model.features[0][0].stride = model.features[14].conv[1][0].stride = (1, 1)
     else:
         model.conv1[0].stride, model.maxpool = (1, 1), nn.Identity()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
