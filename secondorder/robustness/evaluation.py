@@ -98,9 +98,8 @@ def corruption_mistakes(
         InputError: as `mistakes` and `corrupt`, for no severity, and indices fewer or more than images.
         NonFiniteError: for logits that are not finite.
     """
-    severities = list(severities)
-    if not severities:
-        raise InputError("severities are empty; give some of 0 to 5")
+    if not isinstance(severities, Iterable) or not (severities := list(severities)):
+        raise InputError(f"severities are {short(severities)}; give some of 0 to 5")
     wrong: list[list[Tensor]] = [[] for _ in severities]
     with logits_of(model, normalisation) as logits:
         for images, labels, numbers in numbered_batches(batches, indices):
@@ -118,6 +117,10 @@ def logits_of(model: nn.Module, normalisation: Normalisation) -> Iterator[Callab
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {short(model)}; it must be a torch.nn.Module")
+    if not isinstance(normalisation, Normalisation):
+        raise InputError(
+            f"normalisation is {short(normalisation)}; give that of the training images, such as data.test.normalisation"
+        )
     modes = {layer: layer.training for layer in model.modules()}
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device, dtype = parameter.device, parameter.dtype
@@ -156,9 +159,11 @@ def _missed(logits: Tensor, labels: Tensor) -> Tensor:
 
 def numbered_batches(batches: Iterable[Batch], indices: Indices | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images, labels and numbers ``[B]`` of the images of each batch."""
-    if indices is not None and not hasattr(indices, "__len__"):
-        raise InputError(f"indices are {short(indices)}; give a whole number for each image")
-    numbers = None if indices is None else torch.tensor(checked_indices(indices, len(indices)), dtype=torch.int64)
+    try:
+        count = 0 if indices is None else len(indices)
+    except TypeError as error:  # a number, a generator, a tensor or array of one number
+        raise InputError(f"indices are {short(indices)}; give a whole number for each image") from error
+    numbers = None if indices is None else torch.tensor(checked_indices(indices, count), dtype=torch.int64)
     start = 0
     for images, labels in checked_batches(batches):
         end = start + len(images)

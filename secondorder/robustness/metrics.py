@@ -97,7 +97,9 @@ def _ratios(
         denominator = float(len(SEVERITIES))
         if reference is not None:
             if name not in reference:
-                raise InputError(f"the normaliser has no errors of {short(name)}, only of {', '.join(reference)}")
+                raise InputError(
+                    f"the normaliser has no errors of {short(name)}, only of {', '.join(map(str, reference))}"
+                )
             denominator = sum(reference[name]) - len(SEVERITIES) * reference_clean
             if not denominator > 0:
                 raise InputError(
@@ -123,7 +125,8 @@ def _reference(normaliser: str | ErrorTable | None, clean: float | None) -> tupl
 
 def _check_complete(errors: ErrorTable, reference: dict[str, list[float]] | None) -> None:
     """InputError where the table lacks a corruption of the reference: a mean over fewer is another quantity."""
-    missing = [name for name in reference or () if name not in errors]
+    table = _checked(errors, "the error table")
+    missing = [str(name) for name in reference or () if name not in table]
     if missing:
         raise InputError(f"the error table lacks {', '.join(missing)}; a mean takes every corruption of the normaliser")
 

@@ -9,7 +9,7 @@ The arrays stay on disk, of which a batch is read when its turn comes. ImageNet-
 Index letters: ``N`` images, ``B`` images of a batch, ``J`` frames, ``C`` channels, ``H`` rows, ``W`` columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from secondorder.data.decoding import decode, decode_stream
 from secondorder.data.files import check_regular, entries, expanded, folders_in, is_folder, open_regular, reason, shown
 from secondorder.data.readers import folder_split
-from secondorder.errors import InputError, check_whole
+from secondorder.errors import InputError, check_whole, short
 from secondorder.robustness.metrics import SEVERITIES
 from secondorder.robustness.streams import Batch
 
@@ -122,6 +122,8 @@ def _from_folder(folder: Path, classes: Sequence[str] | None, batch_size: int) -
         severities = ", ".join(folders_in(folder.parent)) or "none"
         raise InputError(f"{shown(folder)} is not there; severities of {shown(folder.parent.name, 40)}: {severities}")
     found = folders_in(folder)
+    if classes is not None and (isinstance(classes, str) or not isinstance(classes, Iterable)):
+        raise InputError(f"classes are {short(classes)}; give the names of the class folders, or None")
     order = found if classes is None else [str(name) for name in classes]
     if sorted(order) != found:
         odd = [shown(name, 25) for name in sorted(set(order) ^ set(found))]

@@ -65,8 +65,10 @@ def flip_probabilities(predictions: Mapping[str, Numbers], difficulty: int = 1) 
         difficulty: 1 to 3.
 
     Raises:
-        InputError: as `flips`, for an unknown perturbation and a difficulty out of range.
+        InputError: as `flips`, for no perturbation, an unknown one and a difficulty out of range.
     """
+    if not isinstance(predictions, Mapping) or not predictions:
+        raise InputError(f"predictions are {short(predictions)}; give a mapping: perturbation -> classes [N, frames]")
     return {name: flip_probability(classes, *comparison(name, difficulty)) for name, classes in predictions.items()}
 
 
@@ -108,9 +110,10 @@ def top5_distances(outputs: Numbers, against: str = "previous", distance: int = 
         InputError: as `flips` and `best_classes`, and for best classes that are not five different ones.
     """
     given = _tensor(outputs, "outputs")
-    if given.ndim != 3:
+    if given.ndim != 3 or not len(given):
         raise InputError(
-            f"outputs have the shape {list(given.shape)}; give logits [N, J, K] or the best five classes [N, J, 5]"
+            f"outputs have the shape {list(given.shape)}; give logits [N, J, K] or the best five classes [N, J, 5] of at "
+            "least 1 sequence"
         )
     best = best_classes(given) if given.is_floating_point() else _whole_numbers(given, "outputs", 3)
     if best.shape[2] != BEST or bool((best.sort(2).values.diff(dim=2) == 0).any()):
@@ -184,7 +187,7 @@ def _checked(values: Mapping[str, float], what: str, highest: float) -> dict[str
 def _tensor(values: Numbers, what: str) -> Tensor:
     """The values as a tensor; InputError for what is no array of numbers."""
     try:
-        return values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+        return values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} are {short(values)}; give an array of numbers") from error
 

@@ -101,11 +101,17 @@ def frame_classes(
         NonFiniteError: for logits that are not finite.
     """
     check_whole("batch_size", batch_size)
-    best = []
+    if not isinstance(frames, Iterable):
+        raise InputError(f"frames are {short(frames)}; give batches of sequences, as of read_sequence")
+    best: list[Tensor] = []
     with logits_of(model, normalisation) as logits:
         for sequences in frames:
             if not isinstance(sequences, Tensor) or sequences.dtype != torch.uint8 or sequences.ndim != 5:
                 raise InputError(f"sequences are {short(sequences)}; give tensors uint8 [B, frames, C, H, W]")
+            if best and sequences.shape[1] != best[0].shape[1]:
+                raise InputError(
+                    f"sequences of {sequences.shape[1]} frames after sequences of {best[0].shape[1]}; give one kind at a time"
+                )
             order = torch.cat([_best(logits(part)) for part in sequences.flatten(0, 1).split(batch_size)])
             best.append(order.unflatten(0, sequences.shape[:2]))
     if not best:

@@ -205,11 +205,14 @@ def batches(images: Any = IMAGES, labels: Any = LABELS) -> Iterator[Any]:
         ({"batches": batches(labels=LABELS + 1)}, "labels from 1 to 10 for a network of 10 classes"),
         ({"batches": batches(IMAGES[:, :1])}, "1 channels, the normalisation 3"),
         ({"corruption": "tilt"}, "unknown corruption 'tilt'"),
-        ({"severities": []}, "severities are empty"),
+        ({"severities": []}, r"severities are \[\]"),
+        ({"severities": 3}, "severities are 3"),
         ({"severities": [6]}, "severity must be"),
         ({"indices": range(21)}, "21 indices for more images"),
         ({"indices": range(23)}, "23 indices for 22 images"),
         ({"indices": 3}, "indices are 3"),
+        ({"indices": torch.tensor(3)}, r"indices are tensor\(3\)"),
+        ({"normalisation": None}, "normalisation is None"),
         ({"indices": [0.5] * N}, "whole numbers"),
     ],
 )
@@ -219,7 +222,9 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], words: str) -> Non
         corruption_mistakes(**(good | arguments))
 
 
-@pytest.mark.parametrize("frames", [[], [IMAGES], [IMAGES[None] / 255], IMAGES])
+@pytest.mark.parametrize(
+    "frames", [[], None, [IMAGES], [IMAGES[None] / 255], [IMAGES[None, :2], IMAGES[None, :3]], IMAGES]
+)
 def test_bad_frames_are_refused(frames: Any) -> None:
     with pytest.raises(InputError, match="sequences"):
         frame_classes(Network(), frames, NORMALISATION)

@@ -17,6 +17,7 @@ from secondorder.robustness.metrics import (
 )
 from secondorder.robustness.stability import (
     best_classes,
+    flip_probabilities,
     flip_probability,
     flips,
     mean_flip_rate,
@@ -98,6 +99,8 @@ def test_alexnet_against_itself() -> None:
         ({"fog": ROW, "snow": ROW}, {"snow": ROW}, "no errors of 'fog'"),
         ({"fog": ROW}, {"fog": ROW[:2]}, "the normaliser has"),
         ({"fog": ROW}, {"fog": [0.0] * 5}, "loses nothing by fog"),
+        (None, "alexnet", "the error table is None"),
+        ({"fog": ROW}, {1: ROW}, "lacks 1"),
         ({"fog": ROW}, "alexnet", "lacks gaussian_noise, shot_noise"),
         ({**ALEXNET_ERRORS, "spatter": ROW}, "alexnet", "no errors of 'spatter'"),
         ({"fog": ROW}, "vgg", "unknown normaliser.*'vgg'; choose one of: alexnet"),
@@ -131,6 +134,7 @@ def test_flips_between_neighbours_and_against_the_first() -> None:
     assert flips(CLASSES, "first").tolist() == [1 / 3, 0]  # only the third is not 0
     assert flips(CLASSES, distance=2).tolist() == [1 / 2, 0]  # 0 and 1 differ, 0 and 0 do not
     assert flip_probability(CLASSES.numpy().astype(np.uint16)) == pytest.approx(1 / 3)
+    assert flip_probability(CLASSES.numpy()[:, ::-1]) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +213,9 @@ def test_bad_flip_probabilities_are_refused(values: Any, normaliser: Any, words:
         (lambda: top5_distance(torch.zeros(1, 2, 6, dtype=torch.int64)), "not the best five"),
         (lambda: top5_distance(torch.zeros(1, 2, 5, dtype=torch.int64)), "not the best five"),
         (lambda: top5_distance(torch.zeros(2, 6)), "shape"),
+        (lambda: top5_distance(torch.zeros(0, 2, 6)), "at least 1 sequence"),
+        (lambda: flip_probabilities([1]), "mapping: perturbation"),
+        (lambda: flip_probabilities({}), "mapping: perturbation"),
     ],
 )
 def test_bad_predictions_are_refused(call: Any, words: str) -> None:

@@ -143,6 +143,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a severity that is not there": (lambda root: None, {"severity": 4}, "4 is not there; severities of fog: 2, 3"),
     "no severity": (lambda root: None, {"severity": 6}, "severity must be a whole number from 1 to 5, got 6"),
     "another network": (lambda root: None, {"classes": ("n01", "n03")}, "network's 2 classes; in one only: n02, n03"),
+    "no names": (lambda root: None, {"classes": 3}, "classes are 3"),
     "a class too many": (lambda root: nested(root, "fog", "3", "n09"), {"classes": CLASSES}, "in one only: n09"),
     "a class without images": (lambda root: nested(root, "fog", "3", "n09"), {}, "1 hold none \\(n09\\)"),
     "nothing": (lambda root: nested(root, "snow"), {"corruption": "snow"}, "severities of snow: none"),
