@@ -132,6 +132,54 @@ def test_at_matched_clean_error_only_what_it_does_not_explain_is_left() -> None:
     assert values["covariance"].to_numpy() == pytest.approx(np.full(3, 2 * values["gap", 0]))
 
 
+def test_the_slope_counts_as_estimated() -> None:
+    """Logarithms of the values are jackknife pseudo-values of a least-squares fit with one slope."""
+    generator = np.random.default_rng(0)
+    x = np.stack([generator.normal(-3, 0.2, 4), generator.normal(-2, 0.2, 4)])
+    y = generator.normal(0, 0.3, (2, 4)) - 0.5 * x
+    rows = pd.DataFrame(
+        [
+            {"network": "n", "dataset": "d", "head": head, "seed": seed, "x": x[h, seed], "y": y[h, seed]}
+            for h, head in enumerate(("gap", "gcp"))
+            for seed in range(4)
+        ]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "relative", lambda _: rows[claims.KEYS].assign(value=np.exp(rows.y)))
+        patch.setattr(claims, "clean_error", lambda _: rows[claims.KEYS].assign(value=1 / (1 + np.exp(-rows.x))))
+        found = claims.at_matched_accuracy(rows).pivot(index="seed", columns="head", values="value")
+
+    def effect(kept: list[int]) -> float:
+        head = np.repeat([0.0, 1.0], len(kept))
+        design = np.stack([np.ones_like(head), head, x[:, kept].ravel()], axis=1)
+        return float(np.linalg.lstsq(design, y[:, kept].ravel(), rcond=None)[0][1])
+
+    seeds = [*range(4)]
+    wanted = [4 * effect(seeds) - 3 * effect([s for s in seeds if s != left]) for left in seeds]
+    assert np.log(found.gcp / found.gap).to_numpy() == pytest.approx(wanted)
+
+
+def test_a_gap_network_without_all_corruptions_is_no_reference() -> None:
+    """A study that stopped in the middle of a seed: neither its clean error nor its errors enter."""
+    names = {"fog": 0.3, "frost": 0.5}
+    fake = records({"gap": names, "gcp": names}, {"gap": 0.1, "gcp": 0.1})
+    stopped = (fake["head"] == "gap") & (fake.seed == 1)
+    partial = fake[~(stopped & (fake.layer == "frost"))].copy()
+    partial.loc[partial.index.isin(fake.index[stopped]), "value"] = 0.9
+    found = claims.relative(partial)
+    alone = claims.relative(fake[~stopped])
+    assert len(found) == 7
+    pd.testing.assert_frame_equal(found, alone)
+
+
+@pytest.mark.parametrize("errors", [{"gcp": {"fog": 0.3}}, {"gap": {"spatter": 0.3}, "gcp": {"spatter": 0.3}}])
+def test_the_page_without_gap_or_corruptions_of_the_benchmark(errors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "strips", lambda *_, **__: None)
+    fake = records(errors, {"gap": 0.1, "gcp": 0.1})
+    (fold,) = page.folds(Results(fake, Origins("robustness", asdict(Settings())), judge(STUDY.claims, fake)))
+    assert fold.judged[0].outcome == "not measured"
+
+
 def test_without_gap_or_corruptions_there_is_no_relative_error() -> None:
     fake = records({"gcp": {"fog": 0.3}}, {"gcp": 0.1})
     assert claims.relative(fake).empty

@@ -47,14 +47,15 @@ def losses(records: pd.DataFrame) -> pd.DataFrame:
 def mean_loss(records: pd.DataFrame, group: str = "") -> pd.DataFrame:
     """The mean of `losses` over all corruptions, or those of a group (KEYS, value)."""
     table = losses(records)
-    table = table[[group in ("", CORRUPTIONS[name].group) for name in table.layer]]
+    table = table[table.layer.isin([name for name, row in CORRUPTIONS.items() if group in ("", row.group)])]
     return table.groupby(KEYS, sort=False).value.mean().reset_index()
 
 
 def counted(records: pd.DataFrame) -> list[str]:
-    """The corruptions by which the mean GAP network of one architecture loses something."""
+    """The corruptions by which the mean GAP network of one architecture, of those with all corruptions, loses something."""
     table = losses(records)
-    found = table[table["head"] == "gap"].groupby("layer", sort=False).value.mean()
+    of_gap = table[table["head"] == "gap"].pivot(index=KEYS, columns="layer", values="value")
+    found = of_gap.reindex(columns=table.layer.unique()).dropna().mean()
     return found.index[found > 0].tolist()
 
 
@@ -68,13 +69,14 @@ def _relative(records: pd.DataFrame) -> pd.DataFrame:
     """`relative` of one architecture."""
     names = counted(records)
     errors = of_quantity(records, CORRUPTED)
-    table = errors[errors.layer.isin(names)].pivot(index=KEYS, columns=["layer", "index"], values="value").dropna()
-    clean = clean_error(records).set_index(KEYS).value
+    table = errors.pivot(index=KEYS, columns=["layer", "index"], values="value").dropna()
+    clean = clean_error(records).set_index(KEYS).value.dropna()
+    table = table[table.index.isin(clean.index)]
     of_each: dict[Hashable, float] = clean.to_dict()
     gap = table.index.get_level_values("head") == "gap"
     if not gap.any() or not names:
         return pd.DataFrame(columns=[*KEYS, "value"])
-    reference, reference_clean = _table(table[gap].mean(), names), float(clean.xs("gap", level="head").mean())
+    reference, reference_clean = _table(table[gap].mean(), names), float(clean[table.index[gap]].mean())
     values = [
         relative_mean_corruption_error(_table(row, names), of_each[key], reference, reference_clean)
         for key, row in table.iterrows()
@@ -90,18 +92,31 @@ def _table(errors: pd.Series, names: list[str]) -> dict[str, list[float]]:
 def at_matched_accuracy(records: pd.DataFrame) -> pd.DataFrame:
     """The relative mCE (KEYS, value) that each network would have with the mean clean error of its architecture.
 
-    Analysis of covariance: log relative mCE = a_head + b logit(clean error), with one slope for all heads, counted as known.
+    Analysis of covariance: log relative mCE = a_head + b logit(clean error), with one slope for all heads. A value is a jackknife
+    pseudo-value, exp(n m - (n - 1) m_s) for m the adjusted mean of its head and m_s that without seed s, slope and all: the
+    scatter of adjusted logarithms would count the slope as known, and where clean errors differ between heads most of what is not
+    known is the slope.
     """
     table = relative(records).merge(clean_error(records), on=KEYS, suffixes=("", "_clean"))
     table = table[(table.value > 0) & table.value_clean.between(0, 1, inclusive="neither")]
     parts = []
     for _, part in table.groupby("network", sort=False):
-        both = pd.DataFrame({"x": logit(part.value_clean), "y": np.log(part.value)})
-        within = both - both.groupby(part["head"]).transform("mean")
-        scatter = float((within.x**2).sum())
-        slope = float((within.x * within.y).sum()) / scatter if scatter > 0 else 0.0
-        parts.append(part.assign(value=np.exp(both.y - slope * (both.x - both.x.mean()))))
+        both = part[KEYS].assign(x=logit(part.value_clean), y=np.log(part.value))
+        whole, seeds = _adjusted(both, both.x.mean()), both.groupby("head").seed.transform("nunique")
+        without = {seed: _adjusted(both[both.seed != seed], both.x.mean()) for seed in both.seed.unique()}
+        left = pd.Series([without[s].get(h, np.nan) for s, h in zip(both.seed, both["head"], strict=True)], both.index)
+        mean_of_head = both["head"].map(whole)
+        parts.append(part.assign(value=np.exp(mean_of_head - (seeds - 1) * (left.fillna(mean_of_head) - mean_of_head))))
     return pd.concat(parts)[[*KEYS, "value"]] if parts else table[[*KEYS, "value"]]
+
+
+def _adjusted(both: pd.DataFrame, at: float) -> pd.Series:
+    """The mean of y of every head, brought to x = at along the common slope within heads; 0 where nothing varies."""
+    means = both.groupby("head")[["x", "y"]].mean()
+    x, y = (both[name] - both["head"].map(means[name]) for name in ("x", "y"))
+    scatter = float((x**2).sum())
+    slope = float((x * y).sum()) / scatter if scatter > 0 else 0.0
+    return means.y - slope * (means.x - at)
 
 
 SAYS = {
