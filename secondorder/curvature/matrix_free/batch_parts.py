@@ -12,6 +12,7 @@ from secondorder.curvature.matrix_free.memory import check_memory
 from secondorder.errors import InputError, check_whole
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
+ALL, SHARE = 8, 16  # samples: as many are all tried, of more one in 16
 COUPLED = "the network lets images act on one another's outputs"
 
 
@@ -58,6 +59,18 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
     coupling = network.couples_samples() or _interaction(network, z, x)
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
     return Probe(z.shape[1:], z.dtype, sum(saved.values()) // len(x) + x[0].nbytes, coupling, shapes)
+
+
+def trial_samples(images: Tensor, most: int) -> Tensor:
+    """The places of a few samples of a batch, in order, on which formulas are tried: those with most in them, no black images.
+
+    At most `most` of them, but two if there are.
+    """
+    N = len(images)
+    count = min(N if N <= ALL else max(ALL // 2, N // SHARE), max(2, most), N)
+    if not images.is_floating_point():
+        return torch.arange(count, device=images.device) * N // count
+    return images.reshape(N, -1).square().sum(1).topk(count).indices.sort().values
 
 
 def part_size(

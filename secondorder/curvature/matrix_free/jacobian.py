@@ -7,11 +7,13 @@ evaluated part by part, anew for every product.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from secondorder.curvature.matrix_free.batch_parts import trial_samples
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
@@ -163,7 +165,7 @@ class Jacobian:
         self.layers = layers or {}
         self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
-        """Whether forward mode gives the same J as reverse mode; None: not known yet."""
+        """Whether forward mode gives the same J as reverse mode (`adjoint_check`); None: not known yet."""
         self._kept: Linearisation | None = None
 
     def parts(self) -> Iterator[Linearisation]:
@@ -177,6 +179,14 @@ class Jacobian:
         if self._kept is None:
             self._kept = self.linearised(slice(0, N), 0)
         yield self._kept
+
+    def trial(self) -> Linearisation:
+        """Few images to try formulas on, all if that is what they are, or where the network does not take few."""
+        chosen = trial_samples(self.images, self.chunk)
+        if len(chosen) < len(self.images):
+            with suppress(RuntimeError, ValueError, IndexError):
+                return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
+        return next(self.parts())
 
     def linearised(self, rows: slice, part: int) -> Linearisation:
         """Some samples of the batch with a graph of their own."""
