@@ -77,7 +77,7 @@ def ekfac_blocks(
     jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]]
 ) -> dict[str, SymmetricOperator]:
     """The EKFAC block of each parameter: a pass over the batch for the bases, another one for the scales."""
-    factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS)
+    factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS, by_image=True)
     bases = {name: EigenbasisMoments(factors[shared], kind) for name, (shared, kind) in layers.items()}
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
     for part in jacobian.parts():

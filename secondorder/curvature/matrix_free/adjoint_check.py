@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
 from secondorder.curvature.matrix_free.jacobian import Linearisation
+from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError
 
 SURE, POSSIBLE = 0.7, 0.4
@@ -73,14 +73,3 @@ def forward_mode_is_right(part: Linearisation) -> bool:
         f"no product J v is the adjoint of the backward pass: {cause} has a wrong or no jvp, and a backward pass that cannot be "
         "differentiated; give it a right jvp, or use .dense(), which needs backward passes only"
     )
-
-
-def random_like(x: Tensor, source: torch.Generator) -> Tensor:
-    """Standard normal numbers, the same on every device."""
-    return torch.randn(x.shape, generator=source, dtype=x.dtype).to(x.device)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a . b in the widest format of the device."""
-    wide = widest(a.device)
-    return a.flatten().to(wide) @ b.flatten().to(wide)

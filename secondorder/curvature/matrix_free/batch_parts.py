@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.memory import check_memory
 from secondorder.errors import InputError, check_whole
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
-ALL, SHARE = 8, 16  # samples: as many are all tried, of more one in 16
 COUPLED = "the network lets images act on one another's outputs"
 
 
@@ -45,7 +45,11 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
         return tensor
 
     try:
-        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        with (
+            torch.enable_grad(),
+            tracked(network.parameters.values()),
+            saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             z, uses = network.outputs_and_uses(x, None, 0, layers or {})
     except InputError:
         raise
@@ -56,21 +60,14 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
     if z.numel() == 0:
         raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
     network.check_finite(z, x)
+    if past := captured(z, network.parameters):
+        raise InputError(
+            f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
+            "read it as an attribute of its module"
+        )
     coupling = network.couples_samples() or _interaction(network, z, x)
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
     return Probe(z.shape[1:], z.dtype, sum(saved.values()) // len(x) + x[0].nbytes, coupling, shapes)
-
-
-def trial_samples(images: Tensor, most: int) -> Tensor:
-    """The places of a few samples of a batch, in order, on which formulas are tried: those with most in them, no black images.
-
-    At most `most` of them, but two if there are.
-    """
-    N = len(images)
-    count = min(N if N <= ALL else max(ALL // 2, N // SHARE), max(2, most), N)
-    if not images.is_floating_point():
-        return torch.arange(count, device=images.device) * N // count
-    return images.reshape(N, -1).square().sum(1).topk(count).indices.sort().values
 
 
 def part_size(

@@ -6,18 +6,21 @@ evaluated part by part, anew for every product.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
-from secondorder.curvature.matrix_free.batch_parts import trial_samples
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import failures_of
 
 
@@ -44,6 +47,20 @@ class Linearisation:
         self._adjoint: tuple[Tensor, dict[str, Tensor]] | None = None
         self._gradient: dict[str, Tensor] | None = None
         self._batches: bool | None = None
+
+    @cached_property
+    def nodes(self) -> dict[Node, None]:
+        """The nodes of the graph."""
+        return graph_nodes([self.graph])
+
+    def used_elsewhere(self, layers: Mapping[str, Iterable[nn.Module]]) -> list[str]:
+        """The parameters that the graph reads more often than calls of their layers do, whose uses have been recorded."""
+        reads = leaf_uses(self.nodes)
+
+        def calls(own: Iterable[nn.Module]) -> int:
+            return sum(use.layer in set(own) and use.output.node in self.nodes for use in self.uses)
+
+        return [name for name, own in layers.items() if reads[id(self.network.weights[name])] > calls(own)]
 
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
