@@ -187,8 +187,9 @@ def curvature_blocks(
     if row.kronecker:
         kronecker_layers(frozen)
     images, labels = checked_batch(batch, frozen)
+    available = budget(memory, frozen.device)
     layers = layers_with_rules(frozen.module, frozen.parameters)
-    probe = probed(frozen, images, layers)
+    probe = probed(frozen, images, layers, available)
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):
         raise InputError(
@@ -196,7 +197,7 @@ def curvature_blocks(
             "use quantity 'ggn' or 'hessian', which take any loss"
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
-    available, fixed = budget(memory, frozen.device), row.fixed(frozen, probe, len(images))
+    fixed = row.fixed(frozen, probe, len(images))
     columns = 0 if row.any_loss else matrix.column_bytes(probe.outputs.numel(), probe.dtype.itemsize)
     each, why = row.graphs * probe.sample_bytes + columns, coupling(probe, loss, curvature)
     size = part_size(len(images), chunk, each, fixed, available, why, reserve=available // 4)

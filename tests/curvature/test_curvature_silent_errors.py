@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import relative
+from small_networks import By, relative, reverse_ggn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -18,26 +18,6 @@ CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
 def data(n: int = 5, width: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(n, width).double(), torch.randint(3, (n,))
-
-
-def reverse_ggn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    """J^T H J with every row of J from a backward pass of its own."""
-    z, parameters = model(batch[0]), list(model.parameters())
-    pulled = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in z.flatten()]
-    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in pulled])
-    H = torch.autograd.functional.hessian(lambda f: loss(f, batch[1]), z.detach()).view(len(J), len(J))
-    return J.mT @ H @ J
-
-
-class By(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class _Sine(torch.autograd.Function):
