@@ -27,7 +27,9 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import (
+    AnyLoss,
     Loss,
     LossCurvature,
     SeparableLoss,
@@ -168,7 +170,8 @@ def curvature_blocks(
 
     The network is evaluated in its present mode and left as it is, bit for bit; its present random state decides on
     dropout masks, the same in every product. Cross-entropy and squared error have all quantities, other losses `ggn`
-    (positive semi-definite when the loss is convex in the outputs) and `hessian`.
+    (positive semi-definite when the loss is convex in the outputs) and `hessian`. A loss is a function of the outputs: one that
+    depends on parameters itself is refused, `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
         weights and biases of linear layers and convolutions (`kronecker_parameters`).
@@ -204,6 +207,8 @@ def curvature_blocks(
     block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
     jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
     with full_precision(images):
+        if isinstance(curvature, AnyLoss):
+            check_loss(curvature, next(jacobian.parts()).z, frozen.parameters)
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 

@@ -100,6 +100,16 @@ class By(nn.Module):
         return self.function(x)
 
 
+def around(function: Callable[[Tensor], Tensor]) -> nn.Sequential:
+    """linear - a function - linear - tanh - linear, for rows [N, 6]."""
+    return nn.Sequential(nn.Linear(6, 4), By(function), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+
+
+def rows(n: int = 5) -> tuple[Tensor, Tensor]:
+    """Rows [n, 6] and labels."""
+    return torch.randn(n, 6).double(), torch.randint(CLASSES, (n,))
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b|."""
     return float((a - b).abs().max() / b.abs().max())

@@ -214,7 +214,9 @@ def loss_name(loss: Loss) -> str:
 
 
 def _options(loss: Loss) -> dict[str, Any] | None:
-    """Kind and options of a loss with closed forms; None for any other, subclasses with a forward of their own too."""
+    """Kind and options of a loss with closed forms; None for any other, and for one with a forward or hooks of its own."""
+    if isinstance(loss, nn.Module) and _changed(loss):
+        return None
     if loss is F.cross_entropy:
         loss = nn.CrossEntropyLoss()
     if loss is F.mse_loss:
@@ -223,8 +225,16 @@ def _options(loss: Loss) -> dict[str, Any] | None:
         return {"kind": "squared error", "reduction": loss.reduction}
     if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
         names = ("reduction", "weight", "ignore_index", "label_smoothing")
+        if loss.weight is not None and loss.weight.requires_grad:
+            return None  # made from parameters
         return {"kind": "cross-entropy"} | {name: getattr(loss, name) for name in names}
     return None
+
+
+def _changed(loss: nn.Module) -> bool:
+    """Whether a module does something else than its type; BackPACK's hooks only look."""
+    hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
+    return "forward" in vars(loss) or any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
 
 
 def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype) -> SquaredError:
