@@ -98,7 +98,7 @@ class Linearisation:
                 )
             self._adjoint = u, dict(zip(self.network.weights, gradient, strict=True))
         u, gradients = self._adjoint
-        return _along(gradients, tangents, [u])[0]
+        return along(gradients, tangents, [u])[0]
 
     def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
@@ -125,14 +125,14 @@ class Linearisation:
     def _single_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         assert self._gradient is not None
         count = len(next(iter(tangents.values())))
-        columns = [_along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
+        columns = [along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
         return [torch.stack(column) for column in zip(*columns, strict=True)]
 
     def _batched_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor] | None:
         """All at once; None when a function of the network has no rule for that, or one that is wrong for the first tangent."""
         assert self._gradient is not None
         try:
-            found = _along(self._gradient, tangents, inputs, batched=True)
+            found = along(self._gradient, tangents, inputs, batched=True)
         except RuntimeError:  # of a function without a batching rule
             self._batches = False
             return None
@@ -144,7 +144,7 @@ class Linearisation:
         return found if self._batches else None
 
 
-def _along(
+def along(
     gradients: Mapping[str, Tensor], tangents: Mapping[str, Tensor], inputs: list[Tensor], batched: bool = False
 ) -> list[Tensor]:
     """The derivative with respect to the inputs of sum_name <gradient, tangent>, of all tangents `[R, ...]` if `batched`."""
@@ -183,6 +183,8 @@ class Jacobian:
         self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
         """Whether forward mode gives the same J as reverse mode (`adjoint_check`); None: not known yet."""
+        self.twice_differentiable = False
+        """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._kept: Linearisation | None = None
 
     def parts(self) -> Iterator[Linearisation]:
@@ -197,9 +199,9 @@ class Jacobian:
             self._kept = self.linearised(slice(0, N), 0)
         yield self._kept
 
-    def trial(self) -> Linearisation:
-        """Few images to try formulas on, all if that is what they are, or where the network does not take few."""
-        chosen = trial_samples(self.images, self.chunk)
+    def trial(self, most: int | None = None) -> Linearisation:
+        """Few images to try formulas on, at `most` so many; all where there are no more, or the network does not take few."""
+        chosen = trial_samples(self.images, self.chunk if most is None else most)
         if len(chosen) < len(self.images):
             with suppress(RuntimeError, ValueError, IndexError):
                 return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
