@@ -90,7 +90,7 @@ STUDY = Study(
             measure_every=2,
             rho=(0.1, 0.5),
         ),
-        "quick": Settings(),
+        "quick": Settings(images=120, sequence_images=20),
         "cifar10": Settings(
             training=replace(PRESETS["cifar10"], epochs=16), images=2000, sequence_images=200, measure_every=1560
         ),
