@@ -218,6 +218,8 @@ def test_controls_and_kfac_are_compared_on_the_seeds_that_they_have() -> None:
     judged = {case.claim.name: case.estimate for case in judge(CLAIMS, made_up(CURVES)) if case.estimate is not None}
     control = judged["final top-1: gap_lifted, LRfast - gap, LRnorm"]
     assert (control.n, control.left_out, control.value) == (1, 0, pytest.approx(0.1))  # 0.9 - 0.8, one seed
+    lifted = judged["final top-1: gcp, LRfast - gap_lifted, LRfast"]
+    assert (lifted.n, lifted.left_out, lifted.value) == (1, 0, pytest.approx(0.0, abs=1e-12))  # 0.9 - 0.9
     kfac = judged["final top-1: gcp, LRfast, kfac - gcp, LRfast"]
     assert (kfac.n, kfac.left_out, kfac.value) == (1, 1, pytest.approx(0.1))  # 1.0 - 0.9; the other seed diverged
     assert "final top-1: gcp, LRadju - gap, LRnorm" not in judged

@@ -182,7 +182,7 @@ def _method(results: Results) -> list[str]:
     )
     images = f", {training['train_limit']:,} training images" if training["train_limit"] else ""
     further = (
-        f" Other networks{f' ({few:,} images)' if few else ''}: learning rate (in proportion to smaller batches) and "
+        f" Other networks{f' ({few:,} images)' if few else ''}: learning rate (in proportion to a smaller batch) and "
         "weight decay as published for their family."
     )
     return [
