@@ -273,7 +273,7 @@ def test_the_table_and_the_page() -> None:
     assert (gap["top-1 [%]"], gap["best top-1"]) == (75.0, 80.0)  # the best are 90 and 70
     assert (gap["matching epoch"], gap["seconds to it"], gap.never) == ("3.5", "7", "0 of 2")
     training = {"network": "digits_net", "dataset": "digits", "epochs": 4, "batch_size": 2, "learning_rate": 0.1}
-    training |= {"schedule": "resnet_norm", "train_limit": None}
+    training |= {"schedule": "", "train_limit": None}  # that of the family is told
     settings = {"training": training, "networks": ["mobilenet_v2"], "network_limit": 500, "kfac": "kfac_adam"}
     (fold,) = folds(Results(records, Origins("convergence", settings), judge(CLAIMS, records)))
     assert fold.number == 7
@@ -285,6 +285,8 @@ def test_the_table_and_the_page() -> None:
     assert "matching epoch: gcp, LRnorm" in shown
     assert "matching epoch: gcp, LRfast" not in shown  # censored in two seeds
     assert "final top-1: covariance, LRfast - gap, LRnorm" not in shown  # not measured
+    assert "learning rate 0.1 (resnet_norm); three schedules" in fold.method[0]
+    assert "Other networks (500 images)" in fold.method[0]
     assert any("chosen on the test images" in words for words in fold.method)
     accuracy, costs, published = (part.data for part in fold.tables)
     assert len(accuracy) == len(costs) + 2 == 8

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,10 @@ def _kfac(records: pd.DataFrame) -> list[Picture]:
 
 def _method(results: Results) -> list[str]:
     settings = results.origins.settings
-    training, few = settings["training"], settings["network_limit"]
-    lengths = summary(results.records).drop_duplicates(["network", "schedule"]).groupby("network", sort=False)
+    training, few, records = settings["training"], settings["network_limit"], results.records
+    norm = records[(records.network == training["network"]) & records.schedule.str.endswith("_norm")].schedule.iloc[0]
+    origins = replace(results.origins, settings=settings | {"training": training | {"schedule": norm}})
+    lengths = summary(records).drop_duplicates(["network", "schedule"]).groupby("network", sort=False)
     epochs = "; ".join(
         f"{network}: {', '.join(f'{row.schedule} {row.epochs}' for row in part.itertuples())}"
         for network, part in lengths
@@ -186,7 +189,7 @@ def _method(results: Results) -> list[str]:
         "weight decay as published for their family."
     )
     return [
-        f"{trained_so(results.origins)}{images}; three schedules of the network's family, stretched to epochs in published "
+        f"{trained_so(origins)}{images}; three schedules of the network's family, stretched to epochs in published "
         f"proportion ({epochs}). For each seed all heads start from the same weights below them and see the same batches."
         f"{further * bool(settings['networks'])}",
         "The claim compares the last epochs. The best epoch is chosen on the test images, so its accuracy is optimistic, for "

@@ -30,8 +30,6 @@ CLAIMED = ("gap", "gcp")
 KINDS = ("norm", "fast", "adju")
 KFAC_RATES = {"kfac_adam": 0.06, "kfac": 0.1, "ekfac": 0.1}
 """K-FAC by the name of its optimiser -> the default learning rate of its step."""
-
-
 FAMILIES = {
     "resnet": (("resnet", "cifar_resnet", "digits"), 256, 1e-4),
     "mobilenet": (("mobilenet",), 96, 4e-5),
@@ -102,8 +100,8 @@ class Settings:
         for network in self.networks:
             family = family_of(network)
             (_, published_batch, decay), norm = FAMILIES[family], SCHEDULES[f"{family}_norm"]
-            batch, epochs = (published_batch, norm.epochs) if self.published else (first.batch_size, first.epochs)
-            changes: dict[str, Any] = {"network": network, "batch_size": batch, "epochs": epochs}
+            batch, length = (published_batch, norm.epochs) if self.published else (first.batch_size, first.epochs)
+            changes: dict[str, Any] = {"network": network, "batch_size": batch, "epochs": length}
             changes["train_limit"] = self.network_limit or first.train_limit
             if family != home:
                 rate = times(norm.learning_rate or 0, min(batch, published_batch), published_batch)
