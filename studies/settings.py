@@ -18,7 +18,7 @@ Preset = Literal["smoke", "quick", "cifar10", "paper"]
 PRESETS: dict[str, str] = {
     "smoke": "seconds, for tests",
     "quick": "minutes on two CPU cores, on scikit-learn's digits",
-    "cifar10": "at most about two hours a study on two CPU cores, on CIFAR-10",
+    "cifar10": "hours a study on two CPU cores, resumable, on CIFAR-10",
     "paper": "the published ImageNet settings; days on GPUs",
 }
 MOST_SEEDS = 1000
@@ -29,7 +29,7 @@ class Common:
     """Settings of every study."""
 
     preset: Preset = "quick"
-    """Size of everything: smoke (seconds, for tests), quick (minutes, digits), cifar10 (at most two hours a study), paper
+    """Size of everything: smoke (seconds, for tests), quick (minutes, digits), cifar10 (hours a study), paper
     (ImageNet). Gives the defaults of all other flags."""
     out: Path | None = None
     """Folder for results, figures and report; reports/<preset> when not given."""

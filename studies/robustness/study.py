@@ -5,12 +5,13 @@ its last step on clean, corrupted and perturbed test images, and along the gradi
 landscape study: is it the smoother ones that are robust?
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 from secondorder.errors import check_known
 from secondorder.robustness import CORRUPTIONS, SEQUENCES
 from studies.checks import check_count, check_names
+from studies.convergence.study import STUDY as CONVERGENCE
 from studies.engine.plan import Measurement, Trained, every
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
@@ -92,7 +93,7 @@ STUDY = Study(
         ),
         "quick": Settings(images=120, sequence_images=20),
         "cifar10": Settings(
-            training=replace(PRESETS["cifar10"], epochs=16), images=2000, sequence_images=200, measure_every=1560
+            training=CONVERGENCE.presets["cifar10"].training, images=2000, sequence_images=200, measure_every=624
         ),
         "paper": Settings(
             ("gap", "gcp"), PRESETS["paper"], images=50_000, sequence_images=10_000, measure_every=50_000
