@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
+from secondorder.curvature.matrix_free.graph import custom_functions
 from secondorder.curvature.matrix_free.jacobian import Linearisation
 from secondorder.curvature.matrix_free.trial import inner, random_like
-from secondorder.errors import InputError
+from secondorder.errors import InputError, first_line
 
 SURE, POSSIBLE = 0.7, 0.4
 """Powers of the rounding unit: below the first no formula is wrong, 4 times what networks with covariance heads show in float32
@@ -28,6 +28,8 @@ class AdjointTest:
     """Random u `[n, K]` and v at some images, with J^T u; parameters have a part in u . J v as equal as rounding allows."""
 
     def __init__(self, part: Linearisation) -> None:
+        self.failures: list[str] = []
+        """Why a mode has failed."""
         source = torch.Generator().manual_seed(0)
         self.u = random_like(part.z, source)
         names = list(part.network.weights)
@@ -44,7 +46,8 @@ class AdjointTest:
             Jv = push(self.v)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # no forward mode, or one that fails: NotImplementedError among them
+        except RuntimeError as failure:  # NotImplementedError among them
+            self.failures.append(first_line(failure))
             return math.inf
         terms = torch.stack([inner(g, self.v[name]) for name, g in self.gradients.items()])
         size = float(Jv.to(terms).norm() + terms.norm())
@@ -67,8 +70,10 @@ def forward_mode_is_right(part: Linearisation) -> bool:
     reverse = test.mismatch(part.push_forward_by_reverse)
     if min(forward, reverse) <= eps**POSSIBLE:  # rounding of ill-conditioned functions
         return forward <= reverse
-    functions = custom_functions(graph_nodes([part.graph]))
+    functions = custom_functions(part.nodes)
     cause = f"the autograd Function {' or '.join(functions)}" if functions else "a function of the network"
+    if len(test.failures) == 2 and not functions:
+        raise InputError(f"products with the Jacobian need forward mode or second derivatives: {test.failures[1]}")
     raise InputError(
         f"no product J v is the adjoint of the backward pass: {cause} has a wrong or no jvp, and a backward pass that cannot be "
         "differentiated; give it a right jvp, or use .dense(), which needs backward passes only"

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.memory import budget, check_memory
-from secondorder.curvature.matrix_free.sample_coupling import sample_coupling
+from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, check_whole
 
@@ -71,7 +71,7 @@ def probed(
             "read it as an attribute of its module"
         )
     sample_bytes = sum(saved.values()) // len(x) + x[0].nbytes
-    few = trial_samples(images, available // max(1, sample_bytes))
+    few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
     coupling = network.couples_samples() or sample_coupling(network, images[few])
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
     return Probe(z.shape[1:], z.dtype, sample_bytes, coupling, shapes)

@@ -28,5 +28,8 @@ def check_loss(loss: AnyLoss, z: Tensor, parameters: Mapping[str, nn.Parameter])
             "outputs; leave that out, and add c |w|^2 / 2 by DampedOperator(block, c)"
         )
     with torch.enable_grad(), failures_of(f"a second derivative of {loss_name(loss.loss)}"):
-        nodes, what = graph_nodes([value]), f"the loss {loss_name(loss.loss)}"
-        check(lambda at: gradients(loss.value(at["outputs"]), at), at, nodes, what)
+
+        def again(at: Mapping[str, Tensor]) -> list[Tensor]:
+            return gradients(loss.value(at["outputs"]), at)
+
+        check(gradients(value, at), at, graph_nodes([value]), again, f"the loss {loss_name(loss.loss)}")

@@ -17,10 +17,12 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 
 COUPLED = "the network lets images act on one another's outputs"
+COMPANY = 4
+"""Images of a large batch that are asked: neighbours, and others."""
 DIFFERENT = 64
 """Powers of two among the scales c."""
-ROUNDING = 64
-"""Rounding units of the largest gradient: as much as parts of a sum in another order make."""
+ROUNDING = 2**13
+"""Rounding units of the largest gradient: more than sums in another order make on a GPU; on a CPU there is no difference."""
 
 
 def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
@@ -54,7 +56,7 @@ def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
 
 
 def _company_matters(network: FrozenNetwork, z: Tensor, x: Tensor) -> bool:
-    """Every image is once among those that stay, and once replaced by one of these."""
+    """Whether outputs change with the other images, each of which is replaced by one of those that stay."""
     for stay in splits(len(x), complete=not x.is_floating_point()):
         kept = torch.tensor(stay, device=x.device)
         others = x.clone()

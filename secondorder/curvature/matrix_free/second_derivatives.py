@@ -3,18 +3,20 @@
 A gradient g(w) is itself differentiated for products H v = dg/dw v. That goes wrong without a word where a function's backward
 pass is not differentiable (`once_differentiable`: its part is missing), takes for constants what it has kept in `ctx`, or has a
 wrong derivative of its own (`torch._weight_norm`). Tried on random vectors, u . H v = v . H u; and where a network or loss has
-autograd Functions that nobody has tested, in float64, H v = (g(w + h v) - g(w - h v)) / 2 h.
+autograd Functions that nobody has tested, in numbers of 64 bits, H v = (g(w + h v) - g(w - h v)) / 2 h.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from copy import copy
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
-from secondorder.curvature.matrix_free.jacobian import Jacobian, along
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, along
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError
 
@@ -35,33 +37,47 @@ DIFFERENCE, NOISE = 1e-4, 1e-5
 def check_network(jacobian: Jacobian) -> None:
     """InputError where the second derivative of the network with respect to its parameters is wrong, tried on two images."""
     trial = jacobian.trial(IMAGES)
+    if custom_functions(trial.nodes):
+        with suppress(RuntimeError, TypeError):  # a network, or a device, without numbers of 64 bits
+            trial = _in_double(trial)
     source = torch.Generator().manual_seed(0)
     towards = random_like(trial.z, source) * trial.z.abs().max()
 
-    def gradient(weights: Mapping[str, Tensor]) -> list[Tensor]:
-        z = trial.network.outputs(trial.images, weights, trial.part).reshape(trial.z.shape)
-        return gradients((z * (towards + z / 2)).sum(), weights)  # every second derivative of z has a part
+    def value(z: Tensor) -> Tensor:
+        return (z * (towards + z / 2)).sum()  # every second derivative of z has a part
 
-    check(gradient, trial.network.weights, trial.nodes, "the network", "use quantity 'ggn'")
+    def again(weights: Mapping[str, Tensor]) -> list[Tensor]:
+        z = trial.network.outputs(trial.images, weights, trial.part)
+        return gradients(value(z.reshape(towards.shape)), weights)
+
+    weights = trial.network.weights
+    with torch.enable_grad():
+        g = gradients(value(trial.graph), weights)
+    check(g, weights, trial.nodes, again, "the network", "use quantity 'ggn'")
 
 
 def check(
-    gradient: Gradient, inputs: Mapping[str, Tensor], nodes: Iterable[Node], what: str, way_out: str = "replace it"
+    g: list[Tensor],
+    inputs: Mapping[str, Tensor],
+    nodes: Iterable[Node],
+    again: Gradient,
+    what: str,
+    way_out: str = "replace it",
 ) -> None:
-    """InputError that names the cause unless the derivative of the gradient at the inputs is symmetric and whole.
+    """InputError that names the cause unless the derivative of a gradient is symmetric and whole.
 
     Args:
-        gradient: of a function.
-        inputs: where it is taken; they require gradients.
+        g: the gradients of a function with respect to the inputs, with a graph.
+        inputs: tensors that require gradients, by name.
         nodes: of the function's graph.
+        again: the gradients at other inputs.
         what: the function is.
         way_out: for the message.
     """
-    g = gradient(inputs)
-    if not any(t.requires_grad for t in g):
-        return
     nodes = [*nodes, *graph_nodes(g)]
     names, functions = {node.name() for node in nodes}, custom_functions(nodes)
+    if not functions and not any(t.requires_grad for t in g):
+        return
     cause = f"a function of {what}"
     if functions:
         cause = f"the autograd Function {' or '.join(functions)}"
@@ -78,10 +94,10 @@ def check(
             f"second derivatives of {what} are not symmetric (by {asymmetry:.1g}): {cause} has a wrong one; {way_out}, or do "
             "without that function"
         )
-    if functions and g[0].dtype == torch.float64 and not any(_is_difference(gradient, inputs, v, Hv, h) for h in STEPS):
+    if functions and g[0].dtype == torch.float64 and not any(_is_difference(again, inputs, v, Hv, h) for h in STEPS):
         raise InputError(
-            f"second derivatives of {what} are not those of its gradient: {cause} has a backward pass that takes variables for "
-            f"constants; {way_out}, or write it with differentiable operations of saved tensors"
+            f"second derivatives of {what} are not those of its gradient: {cause} has a backward pass that is not the derivative, "
+            f"or takes variables for constants; {way_out}, or write it with differentiable operations of saved tensors"
         )
 
 
@@ -106,15 +122,27 @@ def _asymmetry(g: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[d
     return v, Hv, difference / size if difference > 0 else 0.0
 
 
+def _in_double(part: Linearisation) -> Linearisation:
+    """The same with numbers of 64 bits, in which a difference says something."""
+    network = copy(part.network)
+    network.weights = {name: w.detach().double().requires_grad_() for name, w in network.weights.items()}
+    network.constants, network.buffers = (
+        {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+        for tensors in (network.constants, network.buffers)
+    )
+    images = part.images.double() if part.images.is_floating_point() else part.images
+    return Linearisation(network, images, slice(None), part.part)
+
+
 def _is_difference(
-    gradient: Gradient, inputs: Mapping[str, Tensor], v: Mapping[str, Tensor], Hv: list[Tensor], h: float
+    again: Gradient, inputs: Mapping[str, Tensor], v: Mapping[str, Tensor], Hv: list[Tensor], h: float
 ) -> bool:
     """Whether H v is the central difference of the gradient, input by input."""
     with torch.enable_grad():
         ahead, behind = (
             [
                 g.detach()
-                for g in gradient({name: (t.detach() + step * v[name]).requires_grad_() for name, t in inputs.items()})
+                for g in again({name: (t.detach() + step * v[name]).requires_grad_() for name, t in inputs.items()})
             ]
             for step in (h, -h)
         )

@@ -5,17 +5,17 @@ from torch import Tensor
 
 from secondorder.accelerator import widest
 
-ALL, SHARE = 8, 16
-"""Images: as many are all tried, of more one in 16."""
+ALL, FEW, SHARE = 8, 2, 32
+"""Images: of so many formulas are tried on all, of more on one in 32, but two."""
 
 
-def trial_samples(images: Tensor, most: int) -> Tensor:
+def trial_samples(images: Tensor, most: int, few: int = FEW) -> Tensor:
     """The places of a few images of a batch, in order: those with the largest norm, which no black one has.
 
-    At most `most` of them, but two if there are.
+    At most `most` of them, but two if there are; of more than ALL at least `few`.
     """
     N = len(images)
-    count = min(N if N <= ALL else max(ALL // 2, N // SHARE), max(2, most), N)
+    count = min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
     if not images.is_floating_point():
         return torch.arange(count, device=images.device) * N // count
     return images.reshape(N, -1).square().sum(1).topk(count).indices.sort().values
