@@ -68,7 +68,7 @@ def test_coupled_images_are_evaluated_together(coupling: str) -> None:
     layer = TimeMajor() if coupling == "recurrent" else By(COUPLINGS[coupling.split(",")[0]])
     dropout = [nn.Dropout(0.3)] if "dropout" in coupling else []
     model, data = nn.Sequential(nn.Linear(6, 4), layer, nn.Tanh(), *dropout, nn.Linear(4, 3)).double(), rows(6)
-    data[0][:2] = 0
+    data[0][:2], data[0][5] = 0, 1e4 * data[0][5]
     torch.manual_seed(3)
     blocks = curvature_blocks(model, CE, data, "ggn")
     torch.manual_seed(3)

@@ -6,6 +6,7 @@ evaluated part by part, anew for every product.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -55,12 +56,9 @@ class Linearisation:
 
     def used_elsewhere(self, layers: Mapping[str, Iterable[nn.Module]]) -> list[str]:
         """The parameters that the graph reads more often than calls of their layers do, whose uses have been recorded."""
-        reads = leaf_uses(self.nodes)
-
-        def calls(own: Iterable[nn.Module]) -> int:
-            return sum(use.layer in set(own) and use.output.node in self.nodes for use in self.uses)
-
-        return [name for name, own in layers.items() if reads[id(self.network.weights[name])] > calls(own)]
+        reads, calls = leaf_uses(self.nodes), Counter(use.layer for use in self.uses if use.output.node in self.nodes)
+        weights = self.network.weights
+        return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
 
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""

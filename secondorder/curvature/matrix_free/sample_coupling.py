@@ -22,7 +22,7 @@ COMPANY = 4
 DIFFERENT = 64
 """Powers of two among the scales c."""
 ROUNDING = 2**13
-"""Rounding units of the largest gradient: more than sums in another order make on a GPU; on a CPU there is no difference."""
+"""Rounding units of an image's largest gradient: more than sums in another order make on a GPU; on a CPU they are the same."""
 
 
 def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
@@ -36,13 +36,14 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
             z = network.outputs(x)
     except (RuntimeError, ValueError, IndexError):
         return f"the network cannot be evaluated for {len(images)} images"
+    network.check_finite(z.detach(), x.detach())
     if _gradients_are_mixed(z, x) or _company_matters(network, z.detach(), x.detach()):
         return COUPLED
     return None if network.random.drawn else _matters_alone(network, z.detach(), x.detach())
 
 
 def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
-    if not (x.requires_grad and z.requires_grad):
+    if not (x.requires_grad and z.requires_grad and x.numel()):
         return False
     source = torch.Generator().manual_seed(0)
     u, c = random_like(z, source), sample_scales(x, source, min(len(x), DIFFERENT))
@@ -52,7 +53,7 @@ def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
         return False
     # What is no number at one image alone is none of its own.
     alike, scaled = (torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in (alike, scaled / c))
-    return bool((scaled - alike).abs().max() > ROUNDING * torch.finfo(z.dtype).eps * alike.abs().max())
+    return bool((_largest(scaled - alike) > ROUNDING * torch.finfo(z.dtype).eps * _largest(alike)).any())
 
 
 def _company_matters(network: FrozenNetwork, z: Tensor, x: Tensor) -> bool:
@@ -63,7 +64,8 @@ def _company_matters(network: FrozenNetwork, z: Tensor, x: Tensor) -> bool:
         others[~kept] = x[kept][torch.arange(len(x) - sum(stay), device=x.device) % sum(stay)]
         # Of equal shape, images take the same way through the same kernels, and as places are kept, through the same masks.
         again = _evaluated(network, others)
-        if again is None or not _close(again[kept], z[kept], z, 0.5):
+        eps = torch.finfo(z.dtype).eps
+        if again is None or not _close(again[kept], z[kept], eps**0.5 * _largest(z[kept]) + 16 * eps * z.abs().max()):
             return True
     return False
 
@@ -73,7 +75,7 @@ def _matters_alone(network: FrozenNetwork, z: Tensor, x: Tensor) -> str | None:
     again = _evaluated(network, x[:1])
     if again is None:
         return "the network cannot be evaluated for a single image"
-    return None if _close(again, z[:1], z, 0.25) else COUPLED
+    return None if _close(again, z[:1], torch.finfo(z.dtype).eps ** 0.25 * z.abs().max()) else COUPLED
 
 
 def splits(count: int, complete: bool) -> Iterator[list[bool]]:
@@ -97,7 +99,10 @@ def _evaluated(network: FrozenNetwork, images: Tensor) -> Tensor | None:
         return None
 
 
-def _close(a: Tensor, b: Tensor, scale: Tensor, power: float) -> bool:
-    """Equal but for rounding of numbers as large as the scale."""
-    tolerance = torch.finfo(b.dtype).eps ** power * scale.abs().max()
-    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance)
+def _close(a: Tensor, b: Tensor, tolerance: Tensor) -> bool:
+    return a.shape == b.shape and bool((_largest(a - b) <= tolerance).all())
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each image's numbers `[N]`."""
+    return x.abs().reshape(len(x), -1).amax(1)

@@ -96,7 +96,7 @@ def check(
         )
     if functions and g[0].dtype == torch.float64 and not any(_is_difference(again, inputs, v, Hv, h) for h in STEPS):
         raise InputError(
-            f"second derivatives of {what} are not those of its gradient: {cause} has a backward pass that is not the derivative, "
+            f"second derivatives of {what} are not those of its gradient: {cause} has a backward pass that is not the derivative "
             f"or takes variables for constants; {way_out}, or write it with differentiable operations of saved tensors"
         )
 

@@ -18,7 +18,7 @@ def trial_samples(images: Tensor, most: int, few: int = FEW) -> Tensor:
     count = min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
     if not images.is_floating_point():
         return torch.arange(count, device=images.device) * N // count
-    return images.reshape(N, -1).square().sum(1).topk(count).indices.sort().values
+    return images.reshape(N, images[0].numel()).square().sum(1).topk(count).indices.sort().values
 
 
 def random_like(x: Tensor, source: torch.Generator) -> Tensor:
