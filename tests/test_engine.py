@@ -152,6 +152,19 @@ def test_studies_share_networks_and_measurements(data: ImageDataset, tmp_path: P
     assert set(b.step[b.quantity == "norm"]) == {4, 5}
 
 
+def test_what_another_study_measures_again_does_not_replace_what_stands_in_a_table(
+    data: ImageDataset, tmp_path: Path
+) -> None:
+    """A network that is trained again elsewhere has other last bits, and other seconds, than that of the table."""
+    go(tmp_path, staged([Trained(Subject(RUN, data))]))
+    before = (tmp_path / "a.csv").read_bytes()
+    plans = {name: staged([Trained(Subject(RUN, data))]) for name in "ab"}
+    with workers(1) as executor:
+        carry_out(plans, {name: opened(tmp_path, name) for name in plans}, Store(tmp_path / "other"), executor)
+    assert (tmp_path / "a.csv").read_bytes() == before
+    assert read_records(tmp_path, "b")[0].quantity.tolist() == read_records(tmp_path, "a")[0].quantity.tolist()
+
+
 def test_a_stage_may_depend_on_the_records_of_the_one_before(data: ImageDataset, tmp_path: Path) -> None:
     def tuned() -> Plan:
         rates = (0.01, 0.1)

@@ -67,8 +67,11 @@ class Table:
             self.changed = True
 
     def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
-        """The records of a job, of those measurements that are wanted here."""
-        mine = {*wanted}
+        """The records of a job, of those measurements that are wanted here; what is there already is not replaced.
+
+        A network that another study trains again, on another machine perhaps, is not quite the one that was measured here.
+        """
+        mine = {*wanted} - {*self.parts}
         for key, result in ((k, r) for k, r in done.results.items() if k in mine):
             labels = job.labels_at(job.wanted[key][0])
             if not result["rows"]:
