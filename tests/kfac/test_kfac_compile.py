@@ -11,6 +11,8 @@ import torch._inductor.config
 from kfac_training import weights
 from natural import KFAC
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -192,6 +194,24 @@ def test_the_compiler_is_given_back() -> None:
         one = KFAC(model(), 0.1)
         del one
         assert stance() == "eager_on_recompile"
+
+
+def test_an_optimiser_that_is_collected_within_a_compiled_program() -> None:
+    """There the stance may not be changed: what was given back nowhere left the whole process uncompiled."""
+
+    def program(*frame: Any) -> ConvertFrameReturn:
+        return ConvertFrameReturn()
+
+    optimizer = KFAC(nn.Linear(3, 2), 0.1)
+    optimizer.itself = optimizer  # type: ignore[attr-defined]
+    assert stance() == "force_eager"
+    del optimizer
+    set_eval_frame(program)
+    try:
+        gc.collect()
+    finally:
+        set_eval_frame(None)
+    assert stance() == "default"
 
 
 def test_another_stance_is_an_error_and_no_wrong_factors() -> None:

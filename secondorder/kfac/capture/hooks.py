@@ -3,7 +3,8 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import torch
 
@@ -47,19 +48,26 @@ class Uncompiled:
     What is compiled neither calls hooks that came later nor has the graph that they need, and is not made anew when they come.
     """
 
-    _present = 0
-    _stance: Any = None
+    _present: ClassVar[set["Uncompiled"]] = set()
+    _before: ClassVar[list[Any]] = []
+    """What gives back the stance that was there before the first of these; empty where none is there."""
 
     def __init__(self) -> None:
-        if not Uncompiled._present:
-            Uncompiled._stance = torch.compiler.set_stance("force_eager")
-        Uncompiled._present += 1
+        Uncompiled._present.add(self)
+        if not Uncompiled._before:
+            Uncompiled._before.append(torch.compiler.set_stance("force_eager"))
 
     def remove(self) -> None:
-        """Give back the stance that was there before the first of these."""
-        Uncompiled._present -= 1
-        if not Uncompiled._present:
-            Uncompiled._stance.__exit__(None, None, None)
+        """Give back the stance that was there before the first of these, if this was the last.
+
+        Also where that is forbidden, in the middle of a compiled program: an object may be collected anywhere, and a thread of
+        its own is never in one.
+        """
+        Uncompiled._present.discard(self)
+        if not Uncompiled._present and Uncompiled._before:
+            thread = Thread(target=Uncompiled._before.pop().__exit__, args=(None, None, None))
+            thread.start()
+            thread.join()
 
 
 _pulls: list[None] = []
