@@ -3,7 +3,8 @@
     ggn                 J^T H J, J = df/dw of the network's outputs, H the loss's Hessian at them (generalised Gauss-Newton)
     hessian             d^2 L / dw^2
     mc_fisher           the GGN with labels drawn from the model: unbiased, `samples` columns instead of one for each class
-    empirical_fisher    1/N sum_n g_n g_n^T, g_n the gradient of a sample's own loss (sum_n for a summed loss)
+    empirical_fisher    1/N sum_n g_n g_n^T, g_n the gradient of a sample's own loss (sum_n for a summed loss; class weights
+                        weight the samples): mc_fisher with the given labels in place of drawn ones
     kfac_expand         B kron A for each layer, positions as samples (KFC)
     kfac_reduce         B kron A for each layer, positions averaged first
     ekfac               the best diagonal in the eigenbasis of kfac_expand

@@ -22,7 +22,7 @@ from secondorder.kfac.capture.hooks import Hook, handles_of
 
 def cross_entropy(z: Tensor) -> LossCurvature:
     """Curvature of F.cross_entropy at outputs `[N, K]`; labels are no part of it."""
-    return CrossEntropy(torch.full_like(z, 1 / z.numel()), z.new_tensor(len(z)))
+    return CrossEntropy(torch.full_like(z, 1 / z.numel()))
 
 
 def mean_square(z: Tensor) -> LossCurvature:

@@ -6,9 +6,19 @@ Index letters: N samples, K outputs (classes) of a sample, R columns of F, S Mon
     cross-entropy    l_n = -sum_k q_nk log p_nk,  p = softmax(z)    M_n = c_n (diag p - p p^T)    F_nk = sqrt(c_n p_k) (e_k - p)
     squared error    l_n = c |z_n - y_n|^2                          M_n = 2 c I                  F_n = sqrt(2 c) I
 
-with q the (weighted, smoothed) distribution of the label divided by the mean's divisor D, and c_n = sum_k q_nk. A column
+with q the (weighted, smoothed) distribution of the label divided by the mean's divisor, and c_n = sum_k q_nk. A column
 drawn from the model's own distribution has the same F F^T in expectation: sqrt(c_n) (p - e_y) with y ~ p, and sqrt(2 c) g
-with g ~ N(0, I). The empirical Fisher has the one column sqrt(1/D) dl_n/dz_n, l_n not reduced.
+with g ~ N(0, I).
+
+The empirical Fisher has the given label in place of the drawn one. The loss is a weighted sum of the samples' own losses,
+L = sum_n s_n l_n with -log p(y_n | z_n) = l_n up to a constant, and its one column is sqrt(s_n) dl_n/dz_n = dL/dz_n / sqrt(s_n):
+
+    cross-entropy    l_n = -log p_y            s_n = c_n: 1/N for a mean, 1 for a sum, in proportion to class weights
+    squared error    l_n = the own mean or     s_n = 1/N for a mean, 1 for a sum; y ~ N(z, sigma^2 I), sigma^2 = K/2 and 1/2
+                     sum over K outputs
+
+so that labels which are drawn from p(y | z) at fixed s_n give M_n in expectation. K-FAC's `fisher="empirical"` has the same own
+losses, but takes class weights, which it does not know, as part of them.
 """
 
 from abc import ABC, abstractmethod
@@ -65,15 +75,14 @@ class SeparableLoss(LossCurvature):
 
     @abstractmethod
     def gradients(self, z: Tensor) -> Tensor:
-        """F `[N, K, 1]`, the gradient of each sample's own loss over the root of the mean's divisor."""
+        """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy(SeparableLoss):
-    """-sum_nk q_nk log p_nk with q `[N, K]`, and the divisor D that is inside q."""
+    """-sum_nk q_nk log p_nk with q `[N, K]`, the mean's divisor inside."""
 
     q: Tensor
-    divisor: Tensor
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
@@ -110,8 +119,9 @@ class CrossEntropy(SeparableLoss):
         return columns.mul_((self._scale / noise.shape[-1]).sqrt()[..., None])
 
     def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(D) (c p - q): D (c p - q) is the gradient of a sample's own loss."""
-        return (self.divisor.sqrt() * (self._scale * z.softmax(-1) - self.q))[..., None]
+        """sqrt(c) (p - q / c); none for a label that does not count."""
+        c = self._scale
+        return ((c * z.softmax(-1) - self.q) / torch.where(c > 0, c, 1).sqrt())[..., None]
 
     @property
     def _scale(self) -> Tensor:
@@ -121,10 +131,11 @@ class CrossEntropy(SeparableLoss):
 
 @dataclass(frozen=True)
 class SquaredError(SeparableLoss):
-    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / D."""
+    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / divisor, and the share s of a sample's own loss in it."""
 
     y: Tensor
     divisor: int
+    share: float = 1.0
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
@@ -153,8 +164,8 @@ class SquaredError(SeparableLoss):
         return noise * (2 / self.divisor / noise.shape[-1]) ** 0.5
 
     def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(c) 2 (z - y)."""
-        return ((z - self.y) * (2 / self.divisor**0.5))[..., None]
+        """2 c (z - y) / sqrt(s)."""
+        return ((z - self.y) * (2 / self.divisor / self.share**0.5))[..., None]
 
 
 @dataclass(frozen=True)
@@ -235,7 +246,8 @@ def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype:
         )
     if not torch.isfinite(y).all():
         raise InputError("the targets contain NaN or infinity")
-    return SquaredError(y.to(dtype).reshape(len(y), -1), y.numel() if options["reduction"] == "mean" else 1)
+    y = y.to(dtype).reshape(len(y), -1)
+    return SquaredError(y, y.numel(), 1 / len(y)) if options["reduction"] == "mean" else SquaredError(y, 1)
 
 
 def _cross_entropy(options: dict[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> CrossEntropy:
@@ -261,7 +273,7 @@ def _cross_entropy(options: dict[str, Any], shape: torch.Size, labels: Tensor, d
         divisor = torch.ones_like(divisor)
     if not divisor > 0:
         raise InputError("no label counts: all are ignored or have weight 0")
-    return CrossEntropy(q / divisor, divisor)
+    return CrossEntropy(q / divisor)
 
 
 def _checked_classes(labels: Tensor, N: int, K: int, ignored: int) -> Tensor:
