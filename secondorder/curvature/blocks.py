@@ -167,9 +167,12 @@ def curvature_blocks(
 ) -> CurvatureBlocks:
     """The blocks of a quantity of QUANTITIES for the loss of a batch (images `[N, ...]`, labels), any network.
 
-    The network is evaluated in its present mode and left as it is, bit for bit; its present random state decides on
-    dropout masks, the same in every product. Cross-entropy and squared error have all quantities, other losses `ggn`
-    (positive semi-definite when the loss is convex in the outputs) and `hessian`.
+    The network is evaluated in its present mode and left as it is, bit for bit, with its parameters, buffers, images and
+    labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
+    part in them where PyTorch does not tell of the change (`.data`). Its present random state decides on dropout masks, the
+    same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy and
+    squared error have all quantities, other losses `ggn` (positive semi-definite when the loss is convex in the outputs) and
+    `hessian`.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
         weights and biases of linear layers and convolutions (`kronecker_parameters`).
@@ -184,7 +187,7 @@ def curvature_blocks(
     check_known("quantity", quantity, QUANTITIES)
     check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
-    frozen = FrozenNetwork(network, params)
+    frozen = FrozenNetwork(network, params, copied=True)
     if row.kronecker:
         kronecker_layers(frozen)
     images, labels = checked_batch(batch, frozen)
@@ -198,8 +201,9 @@ def curvature_blocks(
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
     available, fixed = budget(memory, frozen.device), row.fixed(frozen, probe, len(images))
-    columns = 0 if row.any_loss else matrix.column_bytes(probe.outputs.numel(), probe.dtype.itemsize)
-    each, why = row.graphs * probe.sample_bytes + columns, coupling(probe, loss, curvature)
+    fixed += matrix.noise_bytes + copied_bytes(frozen, images, labels)
+    outputs = matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)
+    each, why = row.graphs * probe.sample_bytes + outputs, coupling(probe, frozen, loss, curvature)
     size = part_size(len(images), chunk, each, fixed, available, why, reserve=available // 4)
     block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
     jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
@@ -207,11 +211,18 @@ def curvature_blocks(
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 
-def coupling(probe: Probe, loss: Loss, curvature: LossCurvature) -> str | None:
+def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, curvature: LossCurvature) -> str | None:
     """Why the batch cannot be divided, or None."""
+    if probe.coupling is None and network.random.drawn:
+        return "the network draws random numbers (dropout), which are those of a whole batch; eval() draws none"
     if probe.coupling is None and not curvature.separable:
         return f"{loss_name(loss)} is not known to be a sum over the samples"
     return probe.coupling
+
+
+def copied_bytes(network: FrozenNetwork, images: Tensor, labels: Tensor) -> int:
+    """Bytes of the copies of a batch and of all parameters."""
+    return sum(t.nbytes for t in (images, labels, *network.weights.values(), *network.constants.values()))
 
 
 def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple[Tensor, Tensor]:
@@ -220,7 +231,7 @@ def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple
         raise InputError("a batch is a pair (images, labels) of tensors")
     if any(t.is_meta for t in batch):
         raise InputError("images or labels are on the device 'meta', which holds no numbers")
-    images, labels = (t.detach().to(network.device) for t in batch)
+    images, labels = (t.detach().to(network.device, copy=True) for t in batch)  # loaders use their memory again
     if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise InputError(
             f"images {list(images.shape)} and labels {list(labels.shape)}; a batch needs one label for each image, at least one"

@@ -93,9 +93,9 @@ def test_little_memory_divides_the_batch_and_changes_nothing(quantity: str) -> N
     v = torch.randn(whole.whole.size).double()
     network, row = FrozenNetwork(model), QUANTITIES[quantity]
     probe = probed(network, data[0], dict.fromkeys(model.modules()))
-    columns = 0 if row.any_loss else 2 * 3 * 3 * 8
-    samples = 2.5 * (row.graphs * probe.sample_bytes + columns)
-    memory = int((row.fixed(network, probe, 6) + samples) / 0.75)  # a quarter is left for rows
+    samples = 2.5 * (row.graphs * probe.sample_bytes + 9 * 3 * 8)
+    copies = sum(t.nbytes for t in (*data, *model.parameters()))
+    memory = int((row.fixed(network, probe, 6) + copies + samples) / 0.75)  # a quarter is left for rows
     divided = curvature_blocks(model, CE, data, quantity, memory=memory)
     if quantity in ("ggn", "hessian"):
         assert divided.whole.jacobian.chunk == 2  # type: ignore[attr-defined]

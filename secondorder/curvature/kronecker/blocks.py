@@ -165,7 +165,7 @@ def kronecker_factors(
         for shared, found in uses.items():
             if shared in with_weight:
                 factors[shared].add_inputs(found)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most):
+        for _, _, s in pulled_columns(part, matrix, flat(uses), most):
             gradients = iter(s)
             for shared, found in uses.items():
                 factors[shared].add_gradients([next(gradients) for _ in found])

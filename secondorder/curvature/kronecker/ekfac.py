@@ -82,7 +82,7 @@ def ekfac_blocks(
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most, projected):
+        for _, _, s in pulled_columns(part, matrix, flat(uses), most, projected):
             gradients = iter(s)
             of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
             for name, (shared, _) in layers.items():

@@ -82,8 +82,7 @@ class GaussNewtonOperator(SymmetricOperator):
     @property
     def columns(self) -> int:
         """R, the columns of F."""
-        part = next(iter(self.jacobian.parts()))
-        return self.matrix.columns(part.z[:1], slice(part.rows.start, part.rows.start + 1)).shape[-1]
+        return self.matrix.count(next(iter(self.jacobian.parts())).z.shape[1])
 
     def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
         """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix."""

@@ -16,7 +16,7 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.errors import failures_of
+from secondorder.errors import InputError, failures_of
 
 
 class Linearisation:
@@ -63,9 +63,18 @@ class Linearisation:
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own call
             for name, tangent in tangents.items():
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
-            z = self.network.outputs(self.images, weights, self.part)
-            tangent = forward_ad.unpack_dual(z).tangent
+            z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
+        self._check_repeated(z)
         return torch.zeros_like(self.z) if tangent is None else tangent.reshape(self.z.shape)
+
+    def _check_repeated(self, z: Tensor) -> None:
+        """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""
+        again, size = z.reshape(self.z.shape), self.z.abs().max()
+        if not bool(((again - self.z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * size).all()):
+            raise InputError(
+                "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
+                "state that it keeps; use eval(), or draw from torch's default generator"
+            )
 
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""

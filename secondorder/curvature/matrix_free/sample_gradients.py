@@ -30,13 +30,12 @@ class SampleGradients:
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, columns, and their rows `[m, r, P]`."""
         for part in self.jacobian.parts():
-            F = self.matrix.columns(part.z, part.rows)
             uses = self._uses(part, self.by_layers(part))
             P, most = sum(self.sizes), self.jacobian.block_bytes
-            for columns, s in pulled_columns(part, F, uses, most, P):
-                numbers = (columns.stop - columns.start) * P + max(map(unfolded, uses), default=0)
+            for columns, F, s in pulled_columns(part, self.matrix, uses, most, P):
+                numbers = F.shape[-1] * P + max(map(unfolded, uses), default=0)
                 for rows in slices(len(F), numbers * F.itemsize, most):
-                    block = self._block(part, rows, F[rows, :, columns], uses, s)
+                    block = self._block(part, rows, F[rows], uses, s)
                     yield slice(part.rows.start + rows.start, part.rows.start + rows.stop), columns, block
 
     def by_layers(self, part: Linearisation) -> list[str]:
@@ -50,7 +49,7 @@ class SampleGradients:
             U = torch.zeros_like(trial.z)
             U[0] = torch.linspace(1, 2, U.shape[1], dtype=U.dtype, device=U.device)
             uses = self._uses(trial, known)
-            s = next(pulled_columns(trial, U[..., None], uses, self.jacobian.block_bytes))[1]
+            s = pulled_back(trial, U[..., None], uses)
             truth = dict(zip(known, trial.pull_back(U, known), strict=True)) if known else {}
             self._by_layers = [
                 name
@@ -113,17 +112,23 @@ class SampleGradients:
 
 
 def pulled_columns(
-    part: Linearisation, F: Tensor, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Columns of F `[n, K, R]`, as many as fit into `most_bytes`, and their gradients s `[n, r, *out]` at each use's output.
+    part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Some columns F `[n, K, r]` of a matrix, as many as fit into `most_bytes`, and their gradients `[n, r, *out]` at the uses.
 
     `extra` numbers more are held for each column.
     """
-    numbers = sum(use.output_shape.numel() for use in uses) + extra
-    for columns in slices(F.shape[-1], numbers * F.itemsize, most_bytes):
-        pulled = [part.output_gradients(f, uses) for f in F[..., columns].unbind(-1)] if uses else []
-        # A single column, most often all that fits, is not copied.
-        yield columns, [s[0][:, None] if len(s) == 1 else torch.stack(s, 1) for s in zip(*pulled, strict=True)]
+    numbers = sum(use.output_shape.numel() for use in uses) + extra + 2 * part.z.numel()
+    for columns in slices(matrix.count(part.z.shape[1]), numbers * part.z.itemsize, most_bytes):
+        F = matrix.columns(part.z, part.rows, columns)
+        yield columns, F, pulled_back(part, F, uses)
+
+
+def pulled_back(part: Linearisation, F: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
+    """The gradients s `[n, r, *out]` at each use's output of the columns F `[n, K, r]`."""
+    pulled = [part.output_gradients(f, uses) for f in F.unbind(-1)] if uses else []
+    # A single column, most often all that fits, is not copied.
+    return [s[0][:, None] if len(s) == 1 else torch.stack(s, 1) for s in zip(*pulled, strict=True)]
 
 
 def slices(count: int, item_bytes: int, most_bytes: int) -> list[slice]:
