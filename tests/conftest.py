@@ -35,6 +35,16 @@ def imported_modules_are_no_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_uncompiled() -> Iterator[None]:
+    """An optimiser of secondorder.kfac that lives longer than its file would keep what other files compile uncompiled."""
+    yield
+    hooks = sys.modules.get("secondorder.kfac.capture.hooks")
+    if hooks is not None and hooks.Uncompiled._present:
+        gc.collect()
+        assert not hooks.Uncompiled._present, "an optimiser is still there: what keeps it, a cache?"
+
+
 @pytest.fixture(scope="session")
 def forkserver() -> ForkServerContext:
     """Starts processes that may be killed, forked from a server that has imported the packages once."""

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,14 @@ def names(file: str) -> dict[str, Any]:
         for block in blocks(file):
             exec(compile(block, file, "exec"), namespace)
     return namespace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Optimisers among what is defined keep the whole process uncompiled."""
+    yield
+    names.cache_clear()
+    names_before_training.cache_clear()
 
 
 def of(part: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Hooks on models, parameters and graphs that keep nothing alive, and know the passes that are not the user's."""
 
+import _thread
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
 from typing import Any, ClassVar
 
 import torch
@@ -61,13 +61,21 @@ class Uncompiled:
         """Give back the stance that was there before the first of these, if this was the last.
 
         Also where that is forbidden, in the middle of a compiled program: an object may be collected anywhere, and a thread of
-        its own is never in one.
+        its own is never in one. It is a bare one, as `threading` may be in the middle of something, too.
         """
         Uncompiled._present.discard(self)
         if not Uncompiled._present and Uncompiled._before:
-            thread = Thread(target=Uncompiled._before.pop().__exit__, args=(None, None, None))
-            thread.start()
-            thread.join()
+            given_back = _thread.allocate_lock()
+            given_back.acquire()
+            _thread.start_new_thread(_give_back, (Uncompiled._before.pop(), given_back))
+            given_back.acquire()
+
+
+def _give_back(stance: Any, given_back: _thread.LockType) -> None:
+    try:
+        stance.__exit__(None, None, None)
+    finally:
+        given_back.release()
 
 
 _pulls: list[None] = []
