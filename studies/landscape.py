@@ -73,7 +73,7 @@ class Settings:
     """Pooling heads to compare."""
     training: TrainingFlags = field(default_factory=Training)
     """How they are trained."""
-    control_seeds: int = 5
+    control_seeds: int = 3
     """Seeds of the controls, every head but gap and gcp; at most those of gap and gcp."""
     measure_every: int = 40
     """Training steps between two measurements."""

@@ -28,11 +28,12 @@ class Interval:
         return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def mean_interval(values: ArrayLike) -> Interval:
-    """Mean of independent values with Student's t interval, mean +- t_{n-1} s / sqrt(n).
+def mean_interval(values: ArrayLike, within: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """Mean of independent values with Student's t interval, mean +- t_{n-1} s / sqrt(n), as far as it lies `within` a range.
 
-    Infinite ends for a single value; nan throughout for none, or if one is not finite. InputError unless the values are a list
-    of numbers; so too below.
+    within: ends between which the mean must lie, (0, 1) for shares: what is beyond them leaves the interval, which covers the
+    mean as often without it. Infinite ends for a single value; nan throughout for none, or if one is not finite. InputError
+    unless the values are a list of numbers; so too below.
     """
     x = _numbers(values)
     if x.size == 0 or not np.isfinite(x).all():
@@ -43,7 +44,8 @@ def mean_interval(values: ArrayLike) -> Interval:
     unit = x / size
     middle = float(unit.mean()) * size
     half = float(stats.t.ppf(0.975, x.size - 1) * unit.std(ddof=1) / np.sqrt(x.size)) * size
-    return Interval(middle, middle - half, middle + half, x.size)
+    low, high = np.clip([middle - half, middle + half], *within).tolist()
+    return Interval(middle, low, high, x.size)
 
 
 def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Interval:

@@ -40,6 +40,7 @@ from secondorder.optional import MissingLibraryError  # noqa: E402
 from secondorder.preconditioning import head_spectrum  # noqa: E402
 from secondorder.robustness import corrupt  # noqa: E402
 from secondorder.training import Run, Trained, train  # noqa: E402
+from secondorder.transfer import detector, linear_probe  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
 
@@ -86,6 +87,8 @@ def main() -> dict[str, str]:
         "image": lambda: decode(__file__),
         "resnet18": lambda: network("resnet18", "gcp", 3),
         "jpeg": lambda: corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "jpeg_compression", 1),
+        "detector": lambda: detector(model, 2),
+        "probe": lambda: linear_probe(torch.eye(2), torch.arange(2), torch.eye(2), torch.arange(2)),
         "report": report.table,
         "summary": lambda: summary_table(exact),
         "fidelity": lambda: fidelity_table(approximate, exact),

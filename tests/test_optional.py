@@ -20,6 +20,8 @@ SAID = {
     "image": f"an image file needs pillow: {WAY_OUT}",
     "resnet18": f"the network resnet18 needs torchvision: {WAY_OUT}",
     "jpeg": f"the corruption jpeg_compression needs pillow: {WAY_OUT}",
+    "detector": f"a feature pyramid needs torchvision: {WAY_OUT}",
+    "probe": f"a linear probe needs scikit-learn: {WAY_OUT}",
     "report": f"the table of a report needs pandas: {WAY_OUT}",
     "summary": f"summary_table needs pandas: {WAY_OUT}",
     "fidelity": f"fidelity_table needs pandas: {WAY_OUT}",

@@ -20,7 +20,7 @@ from studies.training import Training
 
 ROOT = Path(__file__).parents[1]
 CODE = ("README.md", *(f"secondorder/{part}/README.md" for part in (
-    "curvature", "kfac", "pooling", "preconditioning", "robustness", "training")), "CONTRIBUTING.md")  # fmt: skip
+    "curvature", "kfac", "pooling", "preconditioning", "robustness", "training", "transfer")), "CONTRIBUTING.md")  # fmt: skip
 """With Python in them; all blocks of a file run in one namespace."""
 TEXTS = (*CODE, "studies/README.md", "reports/quick/report.md", "reports/cifar10/report.md")
 
@@ -115,6 +115,17 @@ def test_pooling() -> None:
     assert page["pooled"].shape == (2, 16 * 17 // 2)
     assert page["nothing"].shape == (0, 136)
     torch.testing.assert_close(page["pooled"][1:], head(tokens[1:, :30]), rtol=1e-4, atol=1e-5)
+
+
+def test_transfer() -> None:
+    page = of("transfer")
+    assert set(page["losses"]) >= {"loss_classifier", "loss_box_reg"}
+    assert {"boxes", "labels", "scores"} == set(page["found"][0])
+    assert page["maps"].shape == (40, 64, 8, 8)
+    assert page["labels"][page["shots"]].tolist() == [0] * 5 + [1] * 5
+    assert page["features"].shape == (40, 64 + 64 * 65 // 2)
+    assert 0 <= page["accuracy"] <= 1
+    assert len(page["score"]) == 2
 
 
 def test_deployment() -> None:

@@ -1,6 +1,7 @@
 """Intervals of independent values."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,9 @@ def test_ratio_interval_is_paired_and_geometric() -> None:
 
 
 def test_without_an_interval_ends_are_not_finite() -> None:
-    assert mean_interval([0.1]) == Interval(0.1, -math.inf, math.inf, 1)
+    assert mean_interval([0.0, 0.02], (0.0, 1.0)) == replace(mean_interval([0.0, 0.02]), low=0.0)
+    assert mean_interval([0.9, 1.0], (0.0, 1.0)).high == 1.0
+    assert mean_interval([0.1], (0.0, 1.0)) == mean_interval([0.1]) == Interval(0.1, -math.inf, math.inf, 1)
     assert geometric_interval([1.0]) == Interval(1.0, 0.0, math.inf, 1)
     for found in (ratio_interval([0.1, 0.0], [1.0, 1.0]), ratio_interval([0.1, np.nan], [1.0, 1.0]), mean_interval([])):
         assert np.isnan([found.estimate, found.low, found.high]).all()

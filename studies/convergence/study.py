@@ -67,7 +67,7 @@ class Settings:
     """Train the further networks in batches and for epochs as published for their family, not like the first."""
     control_seeds: int = 2
     """Seeds of the controls; at most those of gap and gcp."""
-    adju_seeds: int = 3
+    adju_seeds: int = 2
     """Seeds under LRadju; at most those under LRnorm and LRfast."""
     kfac: str = "kfac_adam"
     """K-FAC that trains gap and gcp, too (kfac_adam: its default step, kfac: the published one), at its untuned default rate."""
@@ -196,7 +196,6 @@ STUDY = Study(
             training=replace(PRESETS["cifar10"], epochs=16, train_limit=20_000),
             networks=("cifar_resnet20", "shufflenet_v2_x0_5_small_images", "mobilenet_v2_small_images"),
             network_limit=5_000,
-            adju_seeds=2,
         ),
         "paper": Settings(
             training=replace(PRESETS["paper"], stride="published"),
@@ -205,7 +204,7 @@ STUDY = Study(
             kfac_seeds=1,
         ),
     },
-    seeds={"smoke": 2, "quick": 6, "cifar10": 5, "paper": 2},
+    seeds={"smoke": 2, "quick": 5, "cifar10": 5, "paper": 2},
     plan=plan,
     claims=CLAIMS,
     folds=folds,

@@ -107,7 +107,8 @@ def _table_words(records: pd.DataFrame) -> str:
 
 
 def _by_head(records: pd.DataFrame) -> pd.DataFrame:
-    """The measures of each network and head."""
+    """The measures of each network and head, of which only the relative error may be below 0."""
+    ends = {"relative mCE": (-np.inf, np.inf), TOP5: (0.0, np.inf)}
     measures = {
         "clean error": claims.clean_error(records),
         "mean corrupted error": claims.mean(records, CORRUPTED),
@@ -115,13 +116,17 @@ def _by_head(records: pd.DataFrame) -> pd.DataFrame:
         FLIPS: claims.mean(records, FLIPS),
         TOP5: claims.mean(records, TOP5),
     }
-    columns = {
-        name: table.groupby(["network", "head"], sort=False).value.agg(lambda values: mean_interval(values).short)
-        for name, table in measures.items()
-        if len(table)
-    }
+    columns = {}
+    for name, table in measures.items():
+        if len(table):
+            seeds = table.groupby(["network", "head"], sort=False).value
+            columns[name] = seeds.agg(_short, within=ends.get(name, (0.0, 1.0)))
     table = pd.DataFrame(columns).reset_index()
     return table.assign(network=table.network.map(label), head=table["head"].map(label))
+
+
+def _short(values: pd.Series, within: tuple[float, float]) -> str:
+    return mean_interval(values, within).short
 
 
 def _published() -> pd.DataFrame:

@@ -99,7 +99,7 @@ STUDY = Study(
             ("gap", "gcp"), PRESETS["paper"], images=50_000, sequence_images=10_000, measure_every=50_000
         ),
     },
-    seeds={"smoke": 2, "quick": 6, "cifar10": 5, "paper": 3},
+    seeds={"smoke": 2, "quick": 5, "cifar10": 5, "paper": 3},
     plan=plan,
     claims=CLAIMS,
     folds=folds,
