@@ -11,9 +11,10 @@ HALVES = 100
 
 
 class Estimate(NamedTuple):
-    """A value and its error: a standard error over random probes, or a bound for eigenvalues; 0 when exact.
+    """A value and its error: a standard error over random probes, a bound for eigenvalues, or their sum; 0 when exact.
 
-    One probe tells nothing of its error, which is infinite then.
+    What Lanczos cannot see (`counting_bounds`) is part of the error of every number that depends on it. One probe tells nothing
+    of its error, which is infinite then.
     """
 
     value: float
@@ -69,3 +70,10 @@ def half_sampling(statistic: Callable[[Tensor], float], probes: int) -> Estimate
     halves = [torch.randperm(probes, generator=source)[:kept] for _ in range(HALVES)]
     found = torch.tensor([statistic(half) for half in halves], dtype=torch.float64)
     return Estimate(value, math.sqrt(kept / (probes - kept) * float((found - value).square().mean())))
+
+
+def between(value: float, low: float, high: float, probes: int) -> Estimate:
+    """A value whose truth lies between two bounds, which K probes gave: the error reaches to the farther one."""
+    if math.isnan(value):
+        return Estimate(value, value)
+    return Estimate(value, math.inf if probes == 1 else max(value - low, high - value, 0.0))
