@@ -12,7 +12,7 @@ from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
 from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
-from secondorder.curvature.operators.symmetric import check_bytes, mirror_
+from secondorder.curvature.operators.symmetric import check_bytes, mirror_, norm_at_any_scale
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import full_precision
 
@@ -116,7 +116,7 @@ class GaussNewtonOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of the smaller of the matrix and the Gram matrix of its factor."""
-        return torch.linalg.matrix_norm(self.gram() if self._gram_is_smaller() else self.dense())
+        return norm_at_any_scale(self.gram() if self._gram_is_smaller() else self.dense())
 
     def _gram_is_smaller(self) -> bool:
         return self.matrix.factored and len(self.jacobian.images) * self.columns < self.size

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.class_labels import ClassLabels, class_labels
+from secondorder.curvature.matrix_free.linear_losses import check_curved
 from secondorder.errors import InputError, failures_of
 
 DRAWN_AT_A_TIME, NORMAL_AT_A_TIME = 2**21, 2**17
@@ -202,7 +203,25 @@ class AnyLoss(LossCurvature):
         return value.reshape(())
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """M U by differentiating the gradient along U."""
+        """M U by differentiating the gradient along U. Raises InputError for a loss that has no M (`linear_losses`)."""
+        MU = self._derivative_along(z, U)
+        if not bool(MU.any()) and bool(U.any()):
+            check_curved(loss_name(self.loss), self.gradient, self._derivative_along, z, self._outputs_as_labels)
+        return MU
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """dL/dz."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.value(z), z)[0]
+
+    @property
+    def _outputs_as_labels(self) -> Tensor | None:
+        """The labels as outputs where they may be some."""
+        alike = self.labels.shape == self.shape and self.labels.is_floating_point()
+        return self.labels.reshape(len(self.labels), -1) if alike else None
+
+    def _derivative_along(self, z: Tensor, U: Tensor) -> Tensor:
         with torch.enable_grad(), failures_of(f"a second derivative of {loss_name(self.loss)}"):
             z = z.detach().requires_grad_()
             gradient = torch.autograd.grad(self.value(z), z, create_graph=True)[0]

@@ -127,7 +127,7 @@ class SpectralDensity:
         share = cumulative(self.nodes, self.weights / self.size, self.zero, points).mean(0)
         if self.bounds is None:
             return share, torch.zeros_like(share)
-        inside = torch.where(points < 0, -self.zero, self.zero)
+        inside = torch.where(points < 0, points.new_tensor(-self.zero), points.new_tensor(self.zero))
         low, high = self.bounds.up_to(torch.where(points.abs() <= self.zero, inside, points))
         error = (share - low / self.size).maximum(high / self.size - share).clamp_min(0)
         return share, torch.full_like(error, math.inf) if len(self.nodes) == 1 else error
