@@ -11,6 +11,7 @@ backpack      BackPACK's quantities through covariance heads and the paper's net
 from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
+from secondorder.curvature.operators import DampedOperator
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
 from secondorder.curvature.spectrum import (
     SpectralDensity,
@@ -26,6 +27,7 @@ from secondorder.curvature.spectrum import (
 __all__ = [
     "QUANTITIES",
     "CurvatureBlocks",
+    "DampedOperator",
     "Fidelity",
     "OutputJacobians",
     "SpectralDensity",

@@ -3,7 +3,8 @@
     ggn                 J^T H J, J = df/dw of the network's outputs, H the loss's Hessian at them (generalised Gauss-Newton)
     hessian             d^2 L / dw^2
     mc_fisher           the GGN with labels drawn from the model: unbiased, `samples` columns instead of one for each class
-    empirical_fisher    1/N sum_n g_n g_n^T, g_n the gradient of a sample's own loss (sum_n for a summed loss)
+    empirical_fisher    1/N sum_n g_n g_n^T, g_n the gradient of a sample's own loss (sum_n for a summed loss; class weights
+                        weight the samples): mc_fisher with the given labels in place of drawn ones
     kfac_expand         B kron A for each layer, positions as samples (KFC)
     kfac_reduce         B kron A for each layer, positions averaged first
     ekfac               the best diagonal in the eigenbasis of kfac_expand
@@ -27,7 +28,9 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import (
+    AnyLoss,
     Loss,
     LossCurvature,
     SeparableLoss,
@@ -166,9 +169,13 @@ def curvature_blocks(
 ) -> CurvatureBlocks:
     """The blocks of a quantity of QUANTITIES for the loss of a batch (images `[N, ...]`, labels), any network.
 
-    The network is evaluated in its present mode and left as it is, bit for bit; its present random state decides on
-    dropout masks, the same in every product. Cross-entropy and squared error have all quantities, other losses `ggn`
-    (positive semi-definite when the loss is convex in the outputs) and `hessian`.
+    The network is evaluated in its present mode and left as it is, bit for bit, with its parameters, buffers, images and
+    labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
+    part in them where PyTorch does not tell of the change (`.data`). Its present random state decides on dropout masks, the
+    same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy and
+    squared error have all quantities, other losses `ggn` (positive semi-definite when the loss is convex in the outputs) and
+    `hessian`. A loss is a function of the outputs: one that depends on parameters itself is refused,
+    `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
         weights and biases of linear layers and convolutions (`kronecker_parameters`).
@@ -183,12 +190,13 @@ def curvature_blocks(
     check_known("quantity", quantity, QUANTITIES)
     check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
-    frozen = FrozenNetwork(network, params)
+    frozen = FrozenNetwork(network, params, copied=True)
     if row.kronecker:
         kronecker_layers(frozen)
     images, labels = checked_batch(batch, frozen)
+    available = budget(memory, frozen.device)
     layers = layers_with_rules(frozen.module, frozen.parameters)
-    probe = probed(frozen, images, layers)
+    probe = probed(frozen, images, layers, available)
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):
         raise InputError(
@@ -196,21 +204,30 @@ def curvature_blocks(
             "use quantity 'ggn' or 'hessian', which take any loss"
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
-    available, fixed = budget(memory, frozen.device), row.fixed(frozen, probe, len(images))
-    columns = 0 if row.any_loss else matrix.column_bytes(probe.outputs.numel(), probe.dtype.itemsize)
-    each, why = row.graphs * probe.sample_bytes + columns, coupling(probe, loss, curvature)
+    fixed = row.fixed(frozen, probe, len(images)) + matrix.noise_bytes + copied_bytes(frozen, images, labels)
+    outputs = matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)
+    each, why = row.graphs * probe.sample_bytes + outputs, coupling(probe, frozen, loss, curvature)
     size = part_size(len(images), chunk, each, fixed, available, why, reserve=available // 4)
     block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
     jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
     with full_precision(images):
+        if isinstance(curvature, AnyLoss):
+            check_loss(curvature, next(jacobian.parts()).z, frozen.parameters)
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 
-def coupling(probe: Probe, loss: Loss, curvature: LossCurvature) -> str | None:
+def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, curvature: LossCurvature) -> str | None:
     """Why the batch cannot be divided, or None."""
+    if probe.coupling is None and network.random.drawn:
+        return "the network draws random numbers (dropout), which are those of a whole batch; eval() draws none"
     if probe.coupling is None and not curvature.separable:
         return f"{loss_name(loss)} is not known to be a sum over the samples"
     return probe.coupling
+
+
+def copied_bytes(network: FrozenNetwork, images: Tensor, labels: Tensor) -> int:
+    """Bytes of the copies of a batch and of all parameters."""
+    return sum(t.nbytes for t in (images, labels, *network.weights.values(), *network.constants.values()))
 
 
 def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple[Tensor, Tensor]:
@@ -219,7 +236,7 @@ def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple
         raise InputError("a batch is a pair (images, labels) of tensors")
     if any(t.is_meta for t in batch):
         raise InputError("images or labels are on the device 'meta', which holds no numbers")
-    images, labels = (t.detach().to(network.device) for t in batch)
+    images, labels = (t.detach().to(network.device, copy=True) for t in batch)  # loaders use their memory again
     if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise InputError(
             f"images {list(images.shape)} and labels {list(labels.shape)}; a batch needs one label for each image, at least one"

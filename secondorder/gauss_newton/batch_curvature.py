@@ -22,7 +22,7 @@ from secondorder.kfac.capture.hooks import Hook, handles_of
 
 def cross_entropy(z: Tensor) -> LossCurvature:
     """Curvature of F.cross_entropy at outputs `[N, K]`; labels are no part of it."""
-    return CrossEntropy(torch.full_like(z, 1 / z.numel()), z.new_tensor(len(z)))
+    return CrossEntropy(z.new_full((len(z), 1), 1 / len(z)))
 
 
 def mean_square(z: Tensor) -> LossCurvature:

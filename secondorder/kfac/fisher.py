@@ -75,7 +75,7 @@ def _cross_entropy(z: Tensor, reduction: str, generator: torch.Generator | None,
     rows = last.reshape(-1, K)
     T = len(rows) // max(1, len(z))
     c = 1 / T if reduction == "mean" else 1.0
-    loss = CrossEntropy(z.new_full((len(rows), 1), c), z.new_ones(()))
+    loss = CrossEntropy(z.new_full((len(rows), 1), c))
     drawn = torch.rand(len(rows), samples, generator=generator, dtype=torch.float64)
     noise = drawn.to(widest(z.device)).to(z.device)
     columns = loss.sampled(rows, noise).movedim(-1, 0)

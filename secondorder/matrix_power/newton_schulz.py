@@ -73,7 +73,7 @@ def iterate(A: Tensor, num_iter: int, inverse: bool) -> tuple[Tensor, tuple[Tens
 
     3 K - 2 products (3 K - 3 with `inverse`); differentiable as plain autograd, too.
     """
-    three_halves = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).mul_(1.5)
+    three_halves = 1.5 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     m, product = A, A
     iterates: list[Tensor] = [A]
     squares: list[Tensor] = []
@@ -94,7 +94,7 @@ def pull_back(G: Tensor, saved: tuple[Tensor, ...], inverse: bool) -> Tensor:
     """dL/dA for symmetric G = dL/d iterate(A), 5 K - 3 products (5 K - 5): all iterates and adjoints are symmetric."""
     num_iter = (len(saved) + 2) // 3
     m, squares, factors = saved[:num_iter], saved[num_iter : 2 * num_iter - 1], (saved[0], *saved[2 * num_iter - 1 :])
-    three_halves = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).mul_(1.5)
+    three_halves = 1.5 * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
     gradient_m: Tensor | None = None
     for k in reversed(range(num_iter)):
         T = torch.add(three_halves, m[k], alpha=-0.5)

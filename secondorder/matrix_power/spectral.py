@@ -224,7 +224,8 @@ def _summed(lam: Tensor, null: Tensor, V: Tensor, W: Tensor, function: ScalarFun
     for k in range(lam.shape[-1]):
         second = _second_slice(lam, null, first, ratio, k, function)
         product = V[..., :, k, None] * W[..., None, k, :]
-        T += second * (product + product.mT)
+        # not in place: a recorder (`torch.func.linearize`) would replay it on the zeros of the first time
+        T = T + second * (product + product.mT)
     return T
 
 

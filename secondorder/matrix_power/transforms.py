@@ -65,6 +65,7 @@ def without_mutation(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself, or while PyTorch records operations the same without operations in place.
 
     A recorder (`torch.func.linearize`, `make_fx`) may keep a tensor as a constant and replay the operation that changes it.
+    The fast ways go through here; plain definitions have no operation in place at all.
     """
     return torch.func.functionalize(function) if torch._C._len_torch_dispatch_stack() > 0 else function
 

@@ -80,6 +80,36 @@ def true_ggn(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor]) -> 
     return J.mT @ H @ J
 
 
+def reverse_ggn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+    """J^T H J [P, P] with every row of J from a backward pass of its own: what no_grad holds constant is constant."""
+    z, parameters = model(data[0]), list(model.parameters())
+    pulled = [torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True) for one in z.flatten()]
+    J = torch.stack([torch.cat([g.flatten() for g in row]) for row in pulled])
+    H = torch.autograd.functional.hessian(lambda f: loss(f, data[1]), z.detach()).view(len(J), len(J))
+    return J.mT @ H @ J
+
+
+class By(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def around(function: Callable[[Tensor], Tensor]) -> nn.Sequential:
+    """linear - a function - linear - tanh - linear, for rows [N, 6]."""
+    return nn.Sequential(nn.Linear(6, 4), By(function), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+
+
+def rows(n: int = 5) -> tuple[Tensor, Tensor]:
+    """Rows [n, 6] and labels."""
+    return torch.randn(n, 6).double(), torch.randint(CLASSES, (n,))
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b|."""
     return float((a - b).abs().max() / b.abs().max())

@@ -79,7 +79,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no second derivative, hessian": (
         {"loss": nn.MultiMarginLoss(p=2), "quantity": "hessian"},
-        "a second derivative of this network and loss fails: derivative for",
+        "a second derivative of MultiMarginLoss fails: derivative for",
     ),
 }
 

@@ -65,14 +65,19 @@ def test_value_product_and_root_equal_autograd(loss: nn.Module, labels: Tensor) 
 
 
 @pytest.mark.parametrize(("loss", "labels"), cases())
-def test_gradient_columns_are_the_unreduced_losses_gradients(loss: nn.Module, labels: Tensor) -> None:
+def test_gradient_columns_are_the_losses_gradients_over_the_roots_of_the_shares(
+    loss: nn.Module, labels: Tensor
+) -> None:
     z = torch.randn(N, K, dtype=torch.float64, requires_grad=True)
     curvature = made(loss, labels)
-    total = torch.autograd.grad(loss(z, labels), z)[0]
-    loss.reduction = "none"
-    own = torch.autograd.grad(loss(z, labels).sum(), z)[0]
-    divisor = float((own / total).nan_to_num().abs().max())  # what the mean divides by, 1 for a sum
-    assert relative(curvature.gradients(z.detach())[..., 0], own / math.sqrt(divisor)) <= 1e-13
+    gradient = torch.autograd.grad(loss(z, labels), z)[0]
+    shares = torch.tensor({"mean": 1 / N, "sum": 1.0}[loss.reduction], dtype=torch.float64)
+    if isinstance(loss, nn.CrossEntropyLoss):  # M_n = s_n (diag p - p p^T), seen at its first entry
+        p, first = z.detach().softmax(-1)[:, 0], [n * K for n in range(N)]
+        shares = true_matrix(loss, z.detach(), labels)[first, first][:, None] / (p - p.square())[:, None]
+    columns = curvature.gradients(z.detach())[..., 0]
+    torch.testing.assert_close(columns * shares.sqrt(), gradient, rtol=1e-10, atol=1e-15)
+    assert bool((columns[(gradient == 0).all(1)] == 0).all())
 
 
 @pytest.mark.parametrize(("loss", "labels"), [cases()[0], cases()[5], cases()[-1]])

@@ -93,9 +93,9 @@ def test_little_memory_divides_the_batch_and_changes_nothing(quantity: str) -> N
     v = torch.randn(whole.whole.size).double()
     network, row = FrozenNetwork(model), QUANTITIES[quantity]
     probe = probed(network, data[0], dict.fromkeys(model.modules()))
-    columns = 0 if row.any_loss else 2 * 3 * 3 * 8
-    samples = 2.5 * (row.graphs * probe.sample_bytes + columns)
-    memory = int((row.fixed(network, probe, 6) + samples) / 0.75)  # a quarter is left for rows
+    samples = 2.5 * (row.graphs * probe.sample_bytes + 9 * 3 * 8)
+    copies = sum(t.nbytes for t in (*data, *model.parameters()))
+    memory = int((row.fixed(network, probe, 6) + copies + samples) / 0.75)  # a quarter is left for rows
     divided = curvature_blocks(model, CE, data, quantity, memory=memory)
     if quantity in ("ggn", "hessian"):
         assert divided.whole.jacobian.chunk == 2  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def test_too_little_memory_is_refused_before_the_batch_is_evaluated() -> None:
         InputError, match=r"needs about \S+ GiB, 9\.31e-06 GiB are available; use a smaller chunk or fewer"
     ):
         curvature_blocks(model, CE, data, "ggn", memory=10_000)
-    assert evaluated == [2, 2, 1]  # the probe, and its first image in other company
+    assert evaluated == [2, 2, 2, 2, 1]  # the probe, its images with gradients, each in other company, the first alone
     whole = curvature_blocks(model, CE, data, "ggn", memory=28_000).whole
     with pytest.raises(InputError, match="a factor of 18 x 202 needs about"):
         whole.rows()  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secondorder.curvature.operators import (
     BlockDiagonalOperator,
+    DampedOperator,
     DenseOperator,
     DiagonalOperator,
     EigenbasisOperator,
@@ -99,8 +100,14 @@ def difference() -> tuple[SymmetricOperator, Tensor]:
     return DifferenceOperator(DenseOperator(A), DenseOperator(B)), A - B
 
 
+def damped() -> tuple[SymmetricOperator, Tensor]:
+    operator, A = few_rows()
+    return DampedOperator(operator, 0.3), A + 0.3 * torch.eye(len(A)).double()
+
+
 CASES: list[Callable[[], tuple[SymmetricOperator, Tensor]]] = [
     products_only,
+    damped,
     dense,
     few_rows,
     many_rows,

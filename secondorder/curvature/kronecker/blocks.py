@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from secondorder.curvature.kronecker.call_check import Layers, check_calls, check_reads
 from secondorder.curvature.kronecker.factors import (
     KRONECKER_LAYERS,
     WIDE_INPUT,
@@ -39,9 +40,6 @@ from secondorder.curvature.operators import (
 )
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import symmetric
-
-Layers = tuple[nn.Module, ...]
-"""The layers that share one weight, most often one."""
 
 
 def kronecker_parameters(network: nn.Module) -> list[str]:
@@ -93,7 +91,7 @@ class KroneckerFactors:
         """The inputs of one part of the batch."""
         kind, inputs = self.kind, [use.input for use in uses]
         positions = sum(kind.positions(x) for x in inputs) if self.sharing == "expand" else 1
-        self.counted += len(inputs[0]) * positions
+        self.counted += sum(len(x) * kind.positions(x) for x in inputs) if self.sharing == "expand" else len(inputs[0])
         if self.wide < kind.inputs > self.samples * positions:
             self.rows = [*(self.rows or []), joint_input_rows(kind, inputs, self.sharing)]
         else:
@@ -151,21 +149,25 @@ def kronecker_factors(
     layers: Mapping[str, tuple[Layers, str]],
     sharing: str,
     wide: int = WIDE_INPUT,
+    by_image: bool = False,
 ) -> dict[Layers, KroneckerFactors]:
     """The factors of all layers: one pull-back for each column, down to the outputs of the layers.
 
-    A is kept as rows when its input is wider than `wide` and than the number of rows.
+    A is kept as rows when its input is wider than `wide` and than the number of rows. `by_image` says that sums over the
+    positions of an image are needed, as they are for `reduce`.
     """
+    check_calls(jacobian, layers, by_image or sharing == "reduce")
     with_weight = {shared for shared, kind in layers.values() if kind == "weight"}
     N = len(jacobian.images)
     most = jacobian.block_bytes
     factors = {shared: KroneckerFactors(shared, sharing, N, wide, most) for shared, _ in layers.values()}
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
+        check_reads(part, layers)
         for shared, found in uses.items():
             if shared in with_weight:
                 factors[shared].add_inputs(found)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most):
+        for _, _, s in pulled_columns(part, matrix, flat(uses), most):
             gradients = iter(s)
             for shared, found in uses.items():
                 factors[shared].add_gradients([next(gradients) for _ in found])

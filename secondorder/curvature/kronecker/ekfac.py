@@ -77,12 +77,12 @@ def ekfac_blocks(
     jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]]
 ) -> dict[str, SymmetricOperator]:
     """The EKFAC block of each parameter: a pass over the batch for the bases, another one for the scales."""
-    factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS)
+    factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS, by_image=True)
     bases = {name: EigenbasisMoments(factors[shared], kind) for name, (shared, kind) in layers.items()}
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
     for part in jacobian.parts():
         uses = uses_of(part.uses, layers)
-        for _, s in pulled_columns(part, matrix.columns(part.z, part.rows), flat(uses), most, projected):
+        for _, _, s in pulled_columns(part, matrix, flat(uses), most, projected):
             gradients = iter(s)
             of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
             for name, (shared, _) in layers.items():

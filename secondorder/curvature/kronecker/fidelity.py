@@ -68,7 +68,7 @@ def fidelity(
     """
     found = frobenius_products(approximate, exact, method, probes, seed, memory)
     products = (found.first, found.mixed, found.second)
-    scale = found.statistic(lambda aa, ab, bb: ab / aa if aa > 0 else 0.0, *products)
+    scale = found.best_scale
     return Fidelity(
         size=exact.size,
         method=found.method,

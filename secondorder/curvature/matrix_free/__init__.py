@@ -3,4 +3,9 @@
 Data flow: `frozen_network` (the user's network, left untouched) -> `batch_parts` and `memory` (how many samples at once) ->
 `jacobian` (J v, J^T u, H v of a part) -> `loss_curvature`, `output_matrix` (M at the outputs) -> `gauss_newton`, `hessian`
 (operators). `layer_uses`, `per_sample` and `sample_gradients` are the fast way to the rows of J.
+
+What is taken for granted of a network is asked of the network itself, on a few images (`trial`): that images do not act on one
+another (`sample_coupling`), that forward mode gives the J of the backward pass (`adjoint_check`), that second derivatives are
+right (`second_derivatives`), that neither it nor the loss reads parameters past their modules (`captured_parameters`, `graph`,
+`loss_check`).
 """

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.memory import check_memory
+from secondorder.curvature.matrix_free.memory import budget, check_memory
+from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
+from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, check_whole
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
-COUPLED = "the network lets images act on one another's outputs"
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class Probe:
     shapes: Mapping[nn.Module, list[torch.Size]]
 
 
-def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, object] | None = None) -> Probe:
-    """Evaluate and differentiate the network on the first samples of a batch."""
+def probed(
+    network: FrozenNetwork,
+    images: Tensor,
+    layers: Mapping[nn.Module, object] | None = None,
+    available: int | None = None,
+) -> Probe:
+    """Evaluate and differentiate the network on a few samples of a batch, as many as `available` bytes allow."""
+    available = budget(None, network.device) if available is None else available
     x = images[:PROBE].detach()
-    if x.is_floating_point():
-        x.requires_grad_()
     known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}
     saved: dict[int, int] = {}
 
@@ -44,7 +50,11 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
         return tensor
 
     try:
-        with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        with (
+            torch.enable_grad(),
+            tracked(network.parameters.values()),
+            saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             z, uses = network.outputs_and_uses(x, None, 0, layers or {})
     except InputError:
         raise
@@ -55,9 +65,16 @@ def probed(network: FrozenNetwork, images: Tensor, layers: Mapping[nn.Module, ob
     if z.numel() == 0:
         raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
     network.check_finite(z, x)
-    coupling = network.couples_samples() or _interaction(network, z, x)
+    if past := captured(z, network.parameters):
+        raise InputError(
+            f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
+            "read it as an attribute of its module"
+        )
+    sample_bytes = sum(saved.values()) // len(x) + x[0].nbytes
+    few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
+    coupling = network.couples_samples() or sample_coupling(network, images[few])
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
-    return Probe(z.shape[1:], z.dtype, sum(saved.values()) // len(x) + x[0].nbytes, coupling, shapes)
+    return Probe(z.shape[1:], z.dtype, sample_bytes, coupling, shapes)
 
 
 def part_size(
@@ -91,41 +108,6 @@ def part_size(
     needed = fixed_bytes + size * sample_bytes
     check_memory(needed, available, f"this curvature with {size} of {samples} samples at a time", way_out)
     return size
-
-
-def _interaction(network: FrozenNetwork, z: Tensor, x: Tensor) -> str | None:
-    """Whether a module that nobody knows couples samples: the first output depends on what comes with the first image.
-
-    Its gradient at the second image tells, or, where the network hides that (detach), its value in other company.
-    """
-    if len(x) < 2:
-        return None
-    if _has_gradient_at_second(z, x):
-        return COUPLED
-    first, size = z[0].detach(), z.detach().abs().max()
-    eps = torch.finfo(z.dtype).eps
-    # Of equal shape, images take the same way through the same kernels; otherwise rounding differs, also to 16 bits.
-    companies = [(x.detach()[[0, 0]], eps**0.5)]
-    if not network.random.drawn:  # the masks of a single image would be others
-        companies.append((x.detach()[:1], eps**0.25))
-    for images, tolerance in companies:
-        try:
-            with torch.no_grad():
-                again = network.outputs(images)[0]
-        except (RuntimeError, ValueError, IndexError):
-            return "the network cannot be evaluated for a single image"
-        if again.shape != first.shape or not (again - first).abs().max() <= tolerance * size:
-            return COUPLED
-    return None
-
-
-def _has_gradient_at_second(z: Tensor, x: Tensor) -> bool:
-    if not x.requires_grad or not z.requires_grad:
-        return False
-    direction = torch.linspace(1, 2, z[0].numel(), dtype=z.dtype, device=z.device).view_as(z[0])
-    with torch.enable_grad():
-        gradient = torch.autograd.grad(z[0], x, direction, allow_unused=True)[0]
-    return gradient is not None and bool(gradient[1].any())
 
 
 def _first_line(error: Exception) -> str:

@@ -25,14 +25,16 @@ class FrozenNetwork:
     """f(w) for images `[N, ...]`: the network in its present mode, buffers and random state, parameters w of our own.
 
     w are detached views of the chosen parameters (by default those that require gradients), so that neither hooks on
-    parameters nor `.grad` nor `requires_grad` of the network take part. The network's modules are used but left as they
+    parameters nor `.grad` nor `requires_grad` of the network take part; with `copied` they are copies, and so are the other
+    parameters: what is written into the network's own later (`.data` does that unnoticed) has no part in f, and what the
+    forward pass writes into parameters (`max_norm` of an embedding) is lost. The network's modules are used but left as they
     were: mode, attributes, hooks and random state. Backward hooks do not run; forward hooks do, they may change the output.
     Every evaluation draws the same random numbers (dropout masks). Raises InputError for a network without parameters,
     unknown names, numbers of fewer than 32 bits, images that are not finite, and when parameters were changed after the
     construction.
     """
 
-    def __init__(self, network: nn.Module, params: Iterable[str] | None = None) -> None:
+    def __init__(self, network: nn.Module, params: Iterable[str] | None = None, copied: bool = False) -> None:
         if torch.is_inference_mode_enabled():
             raise InputError(
                 "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use no_grad"
@@ -49,8 +51,12 @@ class FrozenNetwork:
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
                 raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
         self.parameters = {name: named[name] for name in _chosen(named, params)}
-        self.weights = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
-        self.constants = {name: p.detach() for name, p in named.items() if name not in self.weights}
+        own = {name: p.detach().clone() if copied else p.detach() for name, p in named.items()}
+        self.weights = {name: own[name].requires_grad_() for name in self.parameters}
+        self.constants = {name: p for name, p in own.items() if name not in self.weights}
+        self._written = self._renormalised() if copied else []
+        """The parameters that a forward pass writes into: each pass gets a copy of its own."""
+        self._tried = not copied
         self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
         self.modes = [(part, part.training) for part in self.module.modules()]
         self.random = RandomState()
@@ -69,6 +75,7 @@ class FrozenNetwork:
         self.check_unchanged()
         buffers = {name: b.clone() for name, b in self.buffers.items()}  # batch norm writes into them
         state = {**self.constants, **buffers, **(self.weights if weights is None else weights)}
+        state |= {name: state[name].clone() for name in self._written}
         state = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
         with (
             _left_as_they_were(self.modes),
@@ -79,13 +86,34 @@ class FrozenNetwork:
             outputs = functional_call(
                 self.module, state, (images.clone(),)
             )  # a copy: networks may write into their input
+        if not self._tried:
+            self._tried = True
+            if written := self._found_written():
+                self._written += written
+                return self.outputs_and_uses(images, weights, part, layers)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
             got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network returns {got} for {len(images)} images; it must return one tensor [N, ...]")
         return outputs, uses
 
+    def _renormalised(self) -> list[str]:
+        """The weights of embeddings that make their vectors no longer than `max_norm` whenever these are used."""
+        modules = [part for part in self.module.modules() if getattr(part, "max_norm", None) is not None]
+        own = {id(p) for part in modules for p in part._parameters.values()}
+        return [self.prefix + name for name, p in self.module.named_parameters() if id(p) in own]
+
+    @torch.no_grad()
+    def _found_written(self) -> list[str]:
+        """Other parameters that differ from the network's after a forward pass; they are then as before."""
+        own = {self.prefix + name: p for name, p in self.module.named_parameters()}
+        state = {**self.constants, **self.weights}
+        written = [name for name, w in state.items() if not _same(w, own[name])]
+        for name in written:
+            state[name].detach().copy_(own[name])
+        return written
+
     def check_unchanged(self) -> None:
-        """InputError when a parameter was written into since the construction: w are views of the network's own memory."""
+        """InputError when a parameter was written into since the construction, as far as PyTorch tells (not by `.data`)."""
         for name, parameter, version in self._versions:
             if parameter._version != version:
                 raise InputError(f"parameter {name} has changed since this curvature was made; make it anew")
@@ -199,6 +227,11 @@ def _left_as_they_were(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same numbers, NaN being equal to NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _finds_non_finite(name: str, found: list[str]):  # type: ignore[no-untyped-def]

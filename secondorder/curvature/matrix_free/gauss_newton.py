@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.accelerator import widest
+from secondorder.curvature.matrix_free.adjoint_check import forward_mode_is_right
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened, shaped
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
 from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
-from secondorder.curvature.operators.symmetric import check_bytes, mirror_
+from secondorder.curvature.operators.symmetric import check_bytes, mirror_, norm_at_any_scale
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import full_precision
 
@@ -20,8 +20,9 @@ from secondorder.matrix_power.transforms import full_precision
 class GaussNewtonOperator(SymmetricOperator):
     """J^T M J `[P, P]` for the named parameters: J = df/dw of the outputs `[N, K]`, M = F F^T of the loss.
 
-    A product is J v by forward mode, M in closed form, J^T by reverse mode. Where F is known (cross-entropy, squared
-    error) the matrix has the exact factor `rows` `[N R, P]`, which gives everything else without P products.
+    A product is J v by forward mode where that is right (`adjoint_check`), M in closed form, J^T by reverse mode. Where F is
+    known (cross-entropy, squared error) the matrix has the exact factor `rows` `[N R, P]`, which gives everything else without P
+    products.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class GaussNewtonOperator(SymmetricOperator):
         self._gradients = SampleGradients(jacobian, matrix, self.names)
 
     def _matmat(self, V: Tensor) -> Tensor:
+        if self.jacobian.forward_mode is None:
+            self.jacobian.forward_mode = forward_mode_is_right(self.jacobian.trial())
         result = torch.zeros_like(V)
         for part in self.jacobian.parts():
             for k in range(V.shape[1]):
@@ -44,20 +47,8 @@ class GaussNewtonOperator(SymmetricOperator):
 
     def _product(self, part: Linearisation, v: Tensor) -> Tensor:
         tangents = shaped(v, self.jacobian.network, self.names)
-        if self.jacobian.forward_mode is not False:
-            try:
-                Jv = part.push_forward(tangents)
-            except NotImplementedError:
-                self.jacobian.forward_mode = False
-            else:
-                MJv = self.matrix.product(part.z, Jv, part.rows)
-                JMJv = flattened(part.pull_back(MJv, self.names))
-                # Forward mode ignores no_grad, by which a network may hold something constant: then it is another J.
-                if self.jacobian.forward_mode is None and bool(MJv.any()):
-                    self.jacobian.forward_mode = _transposed(v, JMJv, Jv, MJv)
-                if self.jacobian.forward_mode is not False:
-                    return JMJv
-        MJv = self.matrix.product(part.z, part.push_forward_by_reverse(tangents), part.rows)
+        push = part.push_forward if self.jacobian.forward_mode else part.push_forward_by_reverse
+        MJv = self.matrix.product(part.z, push(tangents), part.rows)
         return flattened(part.pull_back(MJv, self.names))
 
     def rows(self) -> Tensor:
@@ -82,8 +73,7 @@ class GaussNewtonOperator(SymmetricOperator):
     @property
     def columns(self) -> int:
         """R, the columns of F."""
-        part = next(iter(self.jacobian.parts()))
-        return self.matrix.columns(part.z[:1], slice(part.rows.start, part.rows.start + 1)).shape[-1]
+        return self.matrix.count(next(iter(self.jacobian.parts())).z.shape[1])
 
     def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
         """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix."""
@@ -126,7 +116,7 @@ class GaussNewtonOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of the smaller of the matrix and the Gram matrix of its factor."""
-        return torch.linalg.matrix_norm(self.gram() if self._gram_is_smaller() else self.dense())
+        return norm_at_any_scale(self.gram() if self._gram_is_smaller() else self.dense())
 
     def _gram_is_smaller(self) -> bool:
         return self.matrix.factored and len(self.jacobian.images) * self.columns < self.size
@@ -140,11 +130,3 @@ class GaussNewtonOperator(SymmetricOperator):
             raise InputError(
                 "only cross-entropy and squared error have a factor in closed form; use products (operator @ v)"
             )
-
-
-def _transposed(v: Tensor, JMJv: Tensor, Jv: Tensor, MJv: Tensor) -> bool:
-    """Whether v . J^T M J v and J v . M J v are equal but for rounding, as they are when J^T is the transpose of J."""
-    eps = torch.finfo(Jv.dtype).eps
-    v, JMJv, Jv, MJv = (t.to(widest(t.device)).flatten() for t in (v, JMJv, Jv, MJv))
-    outer, inner = float(v @ JMJv), float(Jv @ MJv)
-    return abs(outer - inner) <= eps**0.5 * abs(inner) + 10 * eps * float(v.norm() * JMJv.norm())

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
+from secondorder.curvature.matrix_free.second_derivatives import check_network
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.errors import failures_of
 
 COLUMNS, SMALL_NETWORK = 16, 10_000
 """Columns at once, and up to how many parameters: 2 times faster at 828, but 1.7 times slower at 25,000 (CPU, float64)."""
@@ -24,6 +26,10 @@ class HessianOperator(SymmetricOperator):
         self.names = list(names)
 
     def _matmat(self, V: Tensor) -> Tensor:
+        if not self.jacobian.twice_differentiable:
+            with failures_of("a second derivative of this network"):
+                check_network(self.jacobian)
+            self.jacobian.twice_differentiable = True
         result = torch.zeros_like(V)
         for part in self.jacobian.parts():
             for columns in self._groups(V.shape[1]):

@@ -6,17 +6,23 @@ evaluated part by part, anew for every product.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.errors import failures_of
+from secondorder.curvature.matrix_free.trial import trial_samples
+from secondorder.errors import InputError, failures_of
 
 
 class Linearisation:
@@ -43,6 +49,17 @@ class Linearisation:
         self._gradient: dict[str, Tensor] | None = None
         self._batches: bool | None = None
 
+    @cached_property
+    def nodes(self) -> dict[Node, None]:
+        """The nodes of the graph."""
+        return graph_nodes([self.graph])
+
+    def used_elsewhere(self, layers: Mapping[str, Iterable[nn.Module]]) -> list[str]:
+        """The parameters that the graph reads more often than calls of their layers do, whose uses have been recorded."""
+        reads, calls = leaf_uses(self.nodes), Counter(use.layer for use in self.uses if use.output.node in self.nodes)
+        weights = self.network.weights
+        return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
+
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
         weights = [self.network.weights[name] for name in names]
@@ -63,9 +80,18 @@ class Linearisation:
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own call
             for name, tangent in tangents.items():
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
-            z = self.network.outputs(self.images, weights, self.part)
-            tangent = forward_ad.unpack_dual(z).tangent
+            z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
+        self._check_repeated(z)
         return torch.zeros_like(self.z) if tangent is None else tangent.reshape(self.z.shape)
+
+    def _check_repeated(self, z: Tensor) -> None:
+        """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""
+        again, size = z.reshape(self.z.shape), self.z.abs().max()
+        if not bool(((again - self.z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * size).all()):
+            raise InputError(
+                "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
+                "state that it keeps; use eval(), or draw from torch's default generator"
+            )
 
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
@@ -79,7 +105,7 @@ class Linearisation:
                 )
             self._adjoint = u, dict(zip(self.network.weights, gradient, strict=True))
         u, gradients = self._adjoint
-        return _along(gradients, tangents, [u])[0]
+        return along(gradients, tangents, [u])[0]
 
     def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
@@ -106,14 +132,14 @@ class Linearisation:
     def _single_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         assert self._gradient is not None
         count = len(next(iter(tangents.values())))
-        columns = [_along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
+        columns = [along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
         return [torch.stack(column) for column in zip(*columns, strict=True)]
 
     def _batched_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor] | None:
         """All at once; None when a function of the network has no rule for that, or one that is wrong for the first tangent."""
         assert self._gradient is not None
         try:
-            found = _along(self._gradient, tangents, inputs, batched=True)
+            found = along(self._gradient, tangents, inputs, batched=True)
         except RuntimeError:  # of a function without a batching rule
             self._batches = False
             return None
@@ -125,7 +151,7 @@ class Linearisation:
         return found if self._batches else None
 
 
-def _along(
+def along(
     gradients: Mapping[str, Tensor], tangents: Mapping[str, Tensor], inputs: list[Tensor], batched: bool = False
 ) -> list[Tensor]:
     """The derivative with respect to the inputs of sum_name <gradient, tangent>, of all tangents `[R, ...]` if `batched`."""
@@ -163,7 +189,9 @@ class Jacobian:
         self.layers = layers or {}
         self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
-        """Whether forward mode gives the same J as reverse mode; None: not known yet."""
+        """Whether forward mode gives the same J as reverse mode (`adjoint_check`); None: not known yet."""
+        self.twice_differentiable = False
+        """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._kept: Linearisation | None = None
 
     def parts(self) -> Iterator[Linearisation]:
@@ -177,6 +205,14 @@ class Jacobian:
         if self._kept is None:
             self._kept = self.linearised(slice(0, N), 0)
         yield self._kept
+
+    def trial(self, most: int | None = None) -> Linearisation:
+        """Few images to try formulas on, at `most` so many; all where there are no more, or the network does not take few."""
+        chosen = trial_samples(self.images, self.chunk if most is None else most)
+        if len(chosen) < len(self.images):
+            with suppress(RuntimeError, ValueError, IndexError):
+                return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
+        return next(self.parts())
 
     def linearised(self, rows: slice, part: int) -> Linearisation:
         """Some samples of the batch with a graph of their own."""

@@ -6,9 +6,19 @@ Index letters: N samples, K outputs (classes) of a sample, R columns of F, S Mon
     cross-entropy    l_n = -sum_k q_nk log p_nk,  p = softmax(z)    M_n = c_n (diag p - p p^T)    F_nk = sqrt(c_n p_k) (e_k - p)
     squared error    l_n = c |z_n - y_n|^2                          M_n = 2 c I                  F_n = sqrt(2 c) I
 
-with q the (weighted, smoothed) distribution of the label divided by the mean's divisor D, and c_n = sum_k q_nk. A column
+with q the (weighted, smoothed) distribution of the label divided by the mean's divisor, and c_n = sum_k q_nk. A column
 drawn from the model's own distribution has the same F F^T in expectation: sqrt(c_n) (p - e_y) with y ~ p, and sqrt(2 c) g
-with g ~ N(0, I). The empirical Fisher has the one column sqrt(1/D) dl_n/dz_n, l_n not reduced.
+with g ~ N(0, I).
+
+The empirical Fisher has the given label in place of the drawn one. The loss is a weighted sum of the samples' own losses,
+L = sum_n s_n l_n with -log p(y_n | z_n) = l_n up to a constant, and its one column is sqrt(s_n) dl_n/dz_n = dL/dz_n / sqrt(s_n):
+
+    cross-entropy    l_n = -log p_y            s_n = c_n: 1/N for a mean, 1 for a sum, in proportion to class weights
+    squared error    l_n = the own mean or     s_n = 1/N for a mean, 1 for a sum; y ~ N(z, sigma^2 I), sigma^2 = K/2 and 1/2
+                     sum over K outputs
+
+so that labels which are drawn from p(y | z) at fixed s_n give M_n in expectation. K-FAC's `fisher="empirical"` has the same own
+losses, but takes class weights, which it does not know, as part of them.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +31,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.accelerator import widest
+from secondorder.curvature.matrix_free.class_labels import ClassLabels, class_labels
+from secondorder.curvature.matrix_free.linear_losses import check_curved
 from secondorder.errors import InputError, failures_of
 
-DRAWN_AT_A_TIME = 2**21
-"""Probabilities that are added up in float64 to draw classes: of a language model's tokens they are as large as its logits."""
+DRAWN_AT_A_TIME, NORMAL_AT_A_TIME = 2**21, 2**17
+"""Numbers in float64 that labels are drawn with at a time: probabilities that are added up (of a language model's tokens they are
+as large as its logits), and normal numbers."""
+
+ALL = slice(None)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,8 +67,8 @@ class SeparableLoss(LossCurvature):
     """A loss with closed forms: a sum over samples of the negative log-likelihood of a distribution."""
 
     @abstractmethod
-    def root(self, z: Tensor) -> Tensor:
-        """F `[N, K, K]` with F_n F_n^T = M_n."""
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
+        """F `[N, K, K]` with F_n F_n^T = M_n, or some of its columns `[N, K, R]`, which are as large as R batches of outputs."""
 
     @abstractmethod
     def noise(self, samples: int, seed: int) -> Tensor:
@@ -65,40 +80,43 @@ class SeparableLoss(LossCurvature):
 
     @abstractmethod
     def gradients(self, z: Tensor) -> Tensor:
-        """F `[N, K, 1]`, the gradient of each sample's own loss over the root of the mean's divisor."""
+        """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy(SeparableLoss):
-    """-sum_nk q_nk log p_nk with q `[N, K]`, and the divisor D that is inside q."""
+    """-sum_nk q_nk log p_nk with the sums c `[N, 1]` of q `[N, K]` over the classes; M and its draws need no labels."""
 
-    q: Tensor
-    divisor: Tensor
+    scale: Tensor
+    labels: ClassLabels | None = None
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
-        return -(self.q * z.log_softmax(-1)).sum()
+        return -(self._distribution * z.log_softmax(-1)).sum()
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
         """c (p * u - p (p . u))."""
-        pU = z.softmax(-1) * U
-        return self._scale * (pU - z.softmax(-1) * pU.sum(-1, keepdim=True))
+        p = z.softmax(-1)
+        pU = p * U
+        return pU.sub_(p.mul_(pU.sum(-1, keepdim=True))).mul_(self.scale)
 
     def part(self, rows: slice) -> "CrossEntropy":
         """The summands of some samples."""
-        return replace(self, q=self.q[rows])
+        return replace(self, scale=self.scale[rows], labels=None if self.labels is None else self.labels.part(rows))
 
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
         """Column k: sqrt(c p_k) (e_k - p)."""
         p = z.softmax(-1)
-        columns = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) - p[..., None]
-        return columns * (self._scale * p).sqrt()[..., None, :]
+        first, last, _ = columns.indices(z.shape[-1])
+        F = p.neg()[..., None].repeat(1, 1, last - first)
+        F.diagonal(-first, 1, 2).add_(1)
+        return F.mul_((self.scale * p[:, columns]).sqrt()[..., None, :])
 
     def noise(self, samples: int, seed: int) -> Tensor:
         """Uniform numbers `[N, S]`."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(self.q), samples, generator=generator, dtype=torch.float64)
-        return drawn.to(widest(self.q.device)).to(self.q.device)
+        drawn = torch.rand(len(self.scale), samples, generator=generator, dtype=torch.float64)
+        return drawn.to(widest(self.scale.device)).to(self.scale.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
@@ -107,24 +125,26 @@ class CrossEntropy(SeparableLoss):
         y = torch.cat([torch.searchsorted(*both, right=True) for both in zip(sums, noise.split(few), strict=True)])
         columns = p[..., None].repeat(1, 1, noise.shape[-1])  # [N, K, S]
         columns.scatter_add_(1, y.clamp_max(z.shape[-1] - 1)[:, None], columns.new_full((), -1).expand_as(y[:, None]))
-        return columns.mul_((self._scale / noise.shape[-1]).sqrt()[..., None])
+        return columns.mul_((self.scale / noise.shape[-1]).sqrt()[..., None])
 
     def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(D) (c p - q): D (c p - q) is the gradient of a sample's own loss."""
-        return (self.divisor.sqrt() * (self._scale * z.softmax(-1) - self.q))[..., None]
+        """sqrt(c) (p - q / c); none for a label that does not count."""
+        c = self.scale
+        return (z.softmax(-1).mul_(c).sub_(self._distribution) / torch.where(c > 0, c, 1).sqrt())[..., None]
 
     @property
-    def _scale(self) -> Tensor:
-        """c `[N, 1]`."""
-        return self.q.sum(-1, keepdim=True)
+    def _distribution(self) -> Tensor:
+        assert self.labels is not None
+        return self.labels.distribution
 
 
 @dataclass(frozen=True)
 class SquaredError(SeparableLoss):
-    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / D."""
+    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / divisor, and the share s of a sample's own loss in it."""
 
     y: Tensor
     divisor: int
+    share: float = 1.0
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
@@ -138,23 +158,28 @@ class SquaredError(SeparableLoss):
         """The summands of some samples."""
         return replace(self, y=self.y[rows])
 
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
         """sqrt(2 c) I."""
-        eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-        return (eye * (2 / self.divisor) ** 0.5).expand(len(z), -1, -1)
+        first, last, _ = columns.indices(z.shape[-1])
+        eye = z.new_zeros(z.shape[-1], last - first)
+        eye.diagonal(-first).fill_((2 / self.divisor) ** 0.5)
+        return eye.expand(len(z), -1, -1)
 
     def noise(self, samples: int, seed: int) -> Tensor:
         """Normal numbers `[N, K, S]`."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*self.y.shape, samples, generator=generator, dtype=torch.float64).to(self.y)
+        noise = self.y.new_empty(*self.y.shape, samples)
+        for part in noise.split(max(1, NORMAL_AT_A_TIME // self.y.shape[1] // samples)):
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+        return noise
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(2 c / S) g."""
         return noise * (2 / self.divisor / noise.shape[-1]) ** 0.5
 
     def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(c) 2 (z - y)."""
-        return ((z - self.y) * (2 / self.divisor**0.5))[..., None]
+        """2 c (z - y) / sqrt(s)."""
+        return ((z - self.y) * (2 / self.divisor / self.share**0.5))[..., None]
 
 
 @dataclass(frozen=True)
@@ -178,7 +203,25 @@ class AnyLoss(LossCurvature):
         return value.reshape(())
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """M U by differentiating the gradient along U."""
+        """M U by differentiating the gradient along U. Raises InputError for a loss that has no M (`linear_losses`)."""
+        MU = self._derivative_along(z, U)
+        if not bool(MU.any()) and bool(U.any()):
+            check_curved(loss_name(self.loss), self.gradient, self._derivative_along, z, self._outputs_as_labels)
+        return MU
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """dL/dz."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.value(z), z)[0]
+
+    @property
+    def _outputs_as_labels(self) -> Tensor | None:
+        """The labels as outputs where they may be some."""
+        alike = self.labels.shape == self.shape and self.labels.is_floating_point()
+        return self.labels.reshape(len(self.labels), -1) if alike else None
+
+    def _derivative_along(self, z: Tensor, U: Tensor) -> Tensor:
         with torch.enable_grad(), failures_of(f"a second derivative of {loss_name(self.loss)}"):
             z = z.detach().requires_grad_()
             gradient = torch.autograd.grad(self.value(z), z, create_graph=True)[0]
@@ -205,7 +248,8 @@ def loss_curvature(loss: Loss, shape: torch.Size, labels: Tensor, dtype: torch.d
         raise InputError(f"{loss_name(loss)} has reduction {options['reduction']!r}; use 'mean' or 'sum'")
     if options["kind"] == "squared error":
         return _squared_error(options, shape, labels, dtype)
-    return _cross_entropy(options, shape, labels, dtype)
+    made = class_labels(options, shape, labels, dtype)
+    return CrossEntropy(made.total, made)
 
 
 def loss_name(loss: Loss) -> str:
@@ -214,7 +258,9 @@ def loss_name(loss: Loss) -> str:
 
 
 def _options(loss: Loss) -> dict[str, Any] | None:
-    """Kind and options of a loss with closed forms; None for any other, subclasses with a forward of their own too."""
+    """Kind and options of a loss with closed forms; None for any other, and for one with a forward or hooks of its own."""
+    if isinstance(loss, nn.Module) and _changed(loss):
+        return None
     if loss is F.cross_entropy:
         loss = nn.CrossEntropyLoss()
     if loss is F.mse_loss:
@@ -223,8 +269,16 @@ def _options(loss: Loss) -> dict[str, Any] | None:
         return {"kind": "squared error", "reduction": loss.reduction}
     if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
         names = ("reduction", "weight", "ignore_index", "label_smoothing")
+        if loss.weight is not None and loss.weight.requires_grad:
+            return None  # made from parameters
         return {"kind": "cross-entropy"} | {name: getattr(loss, name) for name in names}
     return None
+
+
+def _changed(loss: nn.Module) -> bool:
+    """Whether a module does something else than its type; BackPACK's hooks only look."""
+    hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
+    return "forward" in vars(loss) or any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
 
 
 def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype) -> SquaredError:
@@ -233,48 +287,7 @@ def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype:
             f"targets of shape {list(y.shape)} ({y.dtype}) for outputs {list(shape)}; squared error needs equal shapes and "
             "floating-point targets"
         )
-    if not torch.isfinite(y).all():
+    if not all(bool(torch.isfinite(end)) for end in y.aminmax()):  # nothing as large as the targets is made
         raise InputError("the targets contain NaN or infinity")
-    return SquaredError(y.to(dtype).reshape(len(y), -1), y.numel() if options["reduction"] == "mean" else 1)
-
-
-def _cross_entropy(options: dict[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> CrossEntropy:
-    N, K = shape
-    weight = options["weight"]
-    weight = torch.ones(K, dtype=dtype, device=labels.device) if weight is None else weight.to(labels.device, dtype)
-    if weight.shape != (K,) or not bool((weight.isfinite() & (weight >= 0)).all()):
-        raise InputError(
-            f"weights {weight.tolist()} of the loss: must be {K} finite numbers of at least 0, one for each output"
-        )
-    if labels.is_floating_point():
-        if labels.shape != shape or not torch.isfinite(labels).all():
-            raise InputError(f"class probabilities of shape {list(labels.shape)}: must be finite and [{N}, {K}]")
-        target, counted = labels.to(dtype), torch.ones_like(weight[:1]).expand(N)
-        divisor = torch.tensor(float(N), dtype=dtype, device=labels.device)
-    else:
-        counted = _checked_classes(labels, N, K, options["ignore_index"]).to(dtype)
-        target = F.one_hot(labels.where(counted > 0, 0), K).to(dtype)
-        divisor = (counted[:, None] * target * weight).sum()
-    smoothing = options["label_smoothing"]
-    q = weight * ((1 - smoothing) * target + smoothing / K) * counted[:, None]
-    if options["reduction"] == "sum":
-        divisor = torch.ones_like(divisor)
-    if not divisor > 0:
-        raise InputError("no label counts: all are ignored or have weight 0")
-    return CrossEntropy(q / divisor, divisor)
-
-
-def _checked_classes(labels: Tensor, N: int, K: int, ignored: int) -> Tensor:
-    """Which of the class indices `[N]` count, as a mask; InputError for wrong types, shapes and values."""
-    if labels.dtype != torch.int64 or labels.shape != (N,):
-        raise InputError(
-            f"labels of shape {list(labels.shape)} ({labels.dtype}); cross-entropy needs class indices [{N}] (torch.int64) "
-            f"or class probabilities [{N}, {K}]"
-        )
-    counted = labels != ignored
-    wrong = labels[counted & ((labels < 0) | (labels >= K))]
-    if len(wrong):
-        raise InputError(
-            f"label {int(wrong[0])} is out of range; the network has {K} outputs, labels must be 0..{K - 1}"
-        )
-    return counted
+    y = y.to(dtype).reshape(len(y), -1)
+    return SquaredError(y, y.numel(), 1 / len(y)) if options["reduction"] == "mean" else SquaredError(y, 1)

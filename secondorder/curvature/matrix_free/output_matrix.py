@@ -1,15 +1,17 @@
 """The matrix between J^T and J: M = F F^T over a network's outputs, block diagonal over samples."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.loss_curvature import LossCurvature, SeparableLoss
+from secondorder.curvature.matrix_free.loss_curvature import ALL, LossCurvature, SeparableLoss
 from secondorder.errors import check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")
 """Columns F from the root of the loss's Hessian, from labels that the model draws, or the gradient of the given labels."""
+OUTPUTS, OUTPUTS_OF_ANY = 9, 16
+"""As many numbers as outputs that a product holds at a time, by measurement: outputs, tangents, what the loss makes of them (of a
+loss that is known by its values: its autograd graph), gradients."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,33 @@ class OutputMatrix:
         F = self.columns(z, rows)
         return (F @ (F.mT @ U[..., None]))[..., 0]
 
-    def columns(self, z: Tensor, rows: slice) -> Tensor:
-        """F `[n, K, R]` of the samples `rows`."""
+    def columns(self, z: Tensor, rows: slice, columns: slice = ALL) -> Tensor:
+        """F `[n, K, R]` of the samples `rows`, or some of its columns."""
         part = self.loss.part(rows)
         assert isinstance(part, SeparableLoss)
-        columns: dict[str, Callable[[], Tensor]] = {
-            "exact": lambda: part.root(z),
-            "mc": lambda: part.sampled(z, self.noise[rows]),  # type: ignore[index]
-            "empirical": lambda: part.gradients(z),
-        }
-        return columns[self.fisher]()
+        if self.fisher == "exact":
+            return part.root(z, columns)
+        if self.fisher == "empirical":
+            return part.gradients(z)[..., columns]
+        assert self.noise is not None
+        drawn = self.noise[rows][..., columns].contiguous()
+        F = part.sampled(z, drawn)
+        share = drawn.shape[-1] / self.noise.shape[-1]
+        return F if share == 1 else F.mul_(share**0.5)
 
-    def column_bytes(self, K: int, itemsize: int) -> int:
-        """Bytes of the columns of one sample, and of what they are made from."""
-        counts = {"exact": K, "mc": 0 if self.noise is None else self.noise.shape[-1], "empirical": 1}
-        return 2 * K * counts[self.fisher] * itemsize
+    def count(self, K: int) -> int:
+        """R, the columns of F of a sample with K outputs."""
+        return {"exact": K, "mc": 0 if self.noise is None else self.noise.shape[-1], "empirical": 1}[self.fisher]
+
+    def output_bytes(self, K: int, itemsize: int) -> int:
+        """Bytes of the outputs of one sample and of what a product with M makes of them, columns among that unless `exact`."""
+        columns = 0 if self.fisher == "exact" else 2 * self.count(K)
+        return ((OUTPUTS if self.factored else OUTPUTS_OF_ANY) + columns) * K * itemsize
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes of the random numbers of `mc`, of the whole batch."""
+        return 0 if self.noise is None else self.noise.nbytes
 
     @property
     def factored(self) -> bool:

@@ -13,6 +13,7 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, 
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded
+from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 
 
 class SampleGradients:
@@ -25,39 +26,50 @@ class SampleGradients:
         network = jacobian.network
         self.sizes = [network.weights[name].numel() for name in names]
         self.sites = sites(network.module, {name: network.parameters[name] for name in names})
-        self._by_layers: list[str] | None = None
+        self._right: list[str] | None = None
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, columns, and their rows `[m, r, P]`."""
         for part in self.jacobian.parts():
-            F = self.matrix.columns(part.z, part.rows)
-            uses = self._uses(part, self.by_layers(part))
+            by_layers = self.by_layers(part)
+            uses = self._uses(part, by_layers)
             P, most = sum(self.sizes), self.jacobian.block_bytes
-            for columns, s in pulled_columns(part, F, uses, most, P):
-                numbers = (columns.stop - columns.start) * P + max(map(unfolded, uses), default=0)
+            for columns, F, s in pulled_columns(part, self.matrix, uses, most, P):
+                numbers = F.shape[-1] * P + max(map(unfolded, uses), default=0)
                 for rows in slices(len(F), numbers * F.itemsize, most):
-                    block = self._block(part, rows, F[rows, :, columns], uses, s)
+                    block = self._block(part, rows, F[rows], by_layers, uses, s)
                     yield slice(part.rows.start + rows.start, part.rows.start + rows.stop), columns, block
 
     def by_layers(self, part: Linearisation) -> list[str]:
-        """The parameters whose rows follow from the inputs and output gradients of layers.
+        """The parameters of a part whose rows follow from the inputs and output gradients of layers.
 
-        This is tried, once, on the first sample: the network may use a layer's parameters in other ways, too.
+        Those with rules that are right, and that the network reads in calls of their layers only.
         """
-        if self._by_layers is None:
-            trial = self.jacobian.linearised(slice(0, 1), part.part) if self._alone else part
-            known = [name for name in self.names if self._has_rules(trial, name)] if not self.jacobian.coupled else []
-            U = torch.zeros_like(trial.z)
-            U[0] = torch.linspace(1, 2, U.shape[1], dtype=U.dtype, device=U.device)
-            uses = self._uses(trial, known)
-            s = next(pulled_columns(trial, U[..., None], uses, self.jacobian.block_bytes))[1]
-            truth = dict(zip(known, trial.pull_back(U, known), strict=True)) if known else {}
-            self._by_layers = [
-                name
-                for name in known
-                if _close(self._rows(name, slice(0, 1), uses, s).flatten(), truth[name].flatten())
-            ]
-        return self._by_layers
+        if self._right is None:
+            self._right = [] if self.jacobian.coupled else self._tried(self.jacobian.trial())
+        known = [name for name in self._right if self._has_rules(part, name)]
+        elsewhere = part.used_elsewhere({name: [layer for layer, _ in self.sites[name]] for name in known})
+        return [name for name in known if name not in elsewhere]
+
+    def _tried(self, trial: Linearisation) -> list[str]:
+        """The parameters for which sum_n c_n row_n = J^T (c u), with random u `[n, K]` and a scale c_n of each sample.
+
+        The scales tell whether each row is that of its own sample: a layer's first dimension may be another one.
+        """
+        known = [name for name in self.names if self._has_rules(trial, name)]
+        source = torch.Generator().manual_seed(0)
+        u, c = random_like(trial.z, source), sample_scales(trial.z, source)
+        uses, most = self._uses(trial, known), self.jacobian.block_bytes
+        s = pulled_back(trial, u[..., None], uses)
+        truth = dict(zip(known, trial.pull_back(c * u, known), strict=True)) if known else {}
+        right = []
+        for name in known:
+            numbers = truth[name].numel() + max(map(unfolded, uses))
+            parts = slices(len(u), numbers * u.itemsize, most)
+            sums = (torch.einsum("m,mrp->p", c[rows, 0], self._rows(name, rows, uses, s)) for rows in parts)
+            if _close(sum(sums, start=torch.zeros_like(truth[name].flatten())), truth[name].flatten()):
+                right.append(name)
+        return right
 
     @property
     def _alone(self) -> bool:
@@ -69,7 +81,7 @@ class SampleGradients:
         used = [use for use in part.uses if any(use.layer is layer for layer, _ in places)]
         return (
             bool(used)
-            and all(use.intact for use in used)
+            and all(use.intact and len(use.input) == use.output_shape[0] == len(part.z) for use in used)
             and all(attribute in PER_SAMPLE.get(type(layer), {}) for layer, attribute in places)
         )
 
@@ -88,15 +100,20 @@ class SampleGradients:
         return sum(terms[1:], start=terms[0])
 
     def _block(
-        self, part: Linearisation, rows: slice, F: Tensor, uses: Sequence[LayerUse], s: Sequence[Tensor]
+        self,
+        part: Linearisation,
+        rows: slice,
+        F: Tensor,
+        by_layers: Sequence[str],
+        uses: Sequence[LayerUse],
+        s: Sequence[Tensor],
     ) -> Tensor:
         m, _, r = F.shape
         block = F.new_empty(m, r, sum(self.sizes))
         pieces = dict(zip(self.names, block.split(self.sizes, -1), strict=True))
-        assert self._by_layers is not None
-        for name in self._by_layers:
+        for name in by_layers:
             pieces[name].copy_(self._rows(name, rows, uses, s))
-        others = [name for name in self.names if name not in self._by_layers]
+        others = [name for name in self.names if name not in by_layers]
         for i in range(m if others else 0):
             rest = self._one_by_one(part, rows.start + i, F[i], others)
             for name, piece in zip(others, rest.split([pieces[name].shape[-1] for name in others], -1), strict=True):
@@ -113,17 +130,23 @@ class SampleGradients:
 
 
 def pulled_columns(
-    part: Linearisation, F: Tensor, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Columns of F `[n, K, R]`, as many as fit into `most_bytes`, and their gradients s `[n, r, *out]` at each use's output.
+    part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Some columns F `[n, K, r]` of a matrix, as many as fit into `most_bytes`, and their gradients `[n, r, *out]` at the uses.
 
     `extra` numbers more are held for each column.
     """
-    numbers = sum(use.output_shape.numel() for use in uses) + extra
-    for columns in slices(F.shape[-1], numbers * F.itemsize, most_bytes):
-        pulled = [part.output_gradients(f, uses) for f in F[..., columns].unbind(-1)] if uses else []
-        # A single column, most often all that fits, is not copied.
-        yield columns, [s[0][:, None] if len(s) == 1 else torch.stack(s, 1) for s in zip(*pulled, strict=True)]
+    numbers = sum(use.output_shape.numel() for use in uses) + extra + 2 * part.z.numel()
+    for columns in slices(matrix.count(part.z.shape[1]), numbers * part.z.itemsize, most_bytes):
+        F = matrix.columns(part.z, part.rows, columns)
+        yield columns, F, pulled_back(part, F, uses)
+
+
+def pulled_back(part: Linearisation, F: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
+    """The gradients s `[n, r, *out]` at each use's output of the columns F `[n, K, r]`."""
+    pulled = [part.output_gradients(f, uses) for f in F.unbind(-1)] if uses else []
+    # A single column, most often all that fits, is not copied.
+    return [s[0][:, None] if len(s) == 1 else torch.stack(s, 1) for s in zip(*pulled, strict=True)]
 
 
 def slices(count: int, item_bytes: int, most_bytes: int) -> list[slice]:
@@ -133,5 +156,6 @@ def slices(count: int, item_bytes: int, most_bytes: int) -> list[slice]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, also with matrix units of reduced precision; a wrong formula is off by much more."""
-    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** 0.25 * b.abs().max())
+    """Equal but for rounding, in float32 also with matrix units of reduced precision; a wrong formula is off by much more."""
+    power = 0.25 if a.dtype == torch.float32 else 0.5
+    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** power * b.abs().max())

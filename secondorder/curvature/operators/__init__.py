@@ -1,6 +1,7 @@
-"""Symmetric linear operators: dense, factored, diagonal, block-diagonal, Kronecker, eigenbasis, difference, preconditioned."""
+"""Symmetric linear operators: stored (dense, factored, diagonal, Kronecker, eigenbasis), or made of others."""
 
 from secondorder.curvature.operators.block_diagonal import BlockDiagonalOperator
+from secondorder.curvature.operators.damped import DampedOperator
 from secondorder.curvature.operators.dense import DenseOperator
 from secondorder.curvature.operators.diagonal import DiagonalOperator
 from secondorder.curvature.operators.difference import DifferenceOperator
@@ -18,6 +19,7 @@ from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOper
 __all__ = [
     "DENSE_LIMIT",
     "BlockDiagonalOperator",
+    "DampedOperator",
     "DenseOperator",
     "DiagonalOperator",
     "DifferenceOperator",

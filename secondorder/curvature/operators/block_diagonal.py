@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, norm_at_any_scale
 from secondorder.errors import InputError
 
 
@@ -44,4 +44,4 @@ class BlockDiagonalOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The root of the sum of the blocks' squared norms."""
-        return torch.linalg.vector_norm(torch.stack([block.frobenius_norm() for block in self.blocks]))
+        return norm_at_any_scale(torch.stack([block.frobenius_norm() for block in self.blocks]))

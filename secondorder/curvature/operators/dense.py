@@ -1,9 +1,8 @@
 """A symmetric matrix that is stored in full."""
 
-import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor, norm_at_any_scale
 from secondorder.errors import InputError
 
 
@@ -30,4 +29,4 @@ class DenseOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of all entries."""
-        return torch.linalg.matrix_norm(self.matrix)
+        return norm_at_any_scale(self.matrix)

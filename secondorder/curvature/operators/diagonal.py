@@ -1,9 +1,8 @@
 """A diagonal matrix."""
 
-import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_tensor, norm_at_any_scale
 from secondorder.errors import InputError
 
 
@@ -35,4 +34,4 @@ class DiagonalOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of the entries."""
-        return torch.linalg.vector_norm(self.entries)
+        return norm_at_any_scale(self.entries)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, norm_at_any_scale
 from secondorder.errors import InputError
 
 
@@ -45,4 +45,4 @@ class EigenbasisOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of the scales."""
-        return torch.linalg.matrix_norm(self.scales)
+        return norm_at_any_scale(self.scales)

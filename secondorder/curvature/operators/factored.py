@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes, check_tensor, mirror_
+from secondorder.curvature.operators.symmetric import (
+    DENSE_LIMIT,
+    SymmetricOperator,
+    check_bytes,
+    check_tensor,
+    mirror_,
+    norm_at_any_scale,
+)
 from secondorder.errors import InputError
 
 
@@ -48,4 +55,4 @@ class FactoredOperator(SymmetricOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The norm of the Gram matrix."""
-        return torch.linalg.matrix_norm(self.gram())
+        return norm_at_any_scale(self.gram())

@@ -70,7 +70,7 @@ class SymmetricOperator(ABC):
 
     def frobenius_norm(self) -> Tensor:
         """The root of the sum of all squared entries, a scalar."""
-        return torch.linalg.matrix_norm(self.dense())
+        return norm_at_any_scale(self.dense())
 
     def linear_operator(self) -> LinearOperator:
         """The same operator for SciPy: products with NumPy vectors and matrices, computed on this operator's device."""
@@ -93,6 +93,16 @@ class SymmetricOperator(ABC):
 def mirror_(matrix: Tensor) -> Tensor:
     """The matrix, its lower triangle overwritten by the upper: a product of matrices may round the two differently."""
     return matrix.triu_().add_(matrix.triu(1).mT)
+
+
+def norm_at_any_scale(x: Tensor) -> Tensor:
+    """The root of the sum of squared entries, also where squares vanish or overflow; a scalar."""
+    norm = torch.linalg.vector_norm(x)
+    limits = torch.finfo(x.dtype)
+    if x.numel() == 0 or (limits.tiny / limits.eps) ** 0.5 < float(norm) < math.inf:
+        return norm
+    largest = x.abs().max()
+    return torch.linalg.vector_norm(x / largest) * largest if 0 < float(largest) < math.inf else norm
 
 
 def check_tensor(what: str, x: Tensor, whole: bool = False) -> None:

@@ -6,16 +6,19 @@ B. Ghorbani, S. Krishnan, Y. Xiao, ICML 2019, and V. Papyan, arXiv 1811.07062.
 Index letters: P rows of the operator, K probes, M nodes.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.spectrum.counting_bounds import CountingBounds
 from secondorder.curvature.spectrum.density_curve import SCALES, DensityCurve, cumulative, density_curve
-from secondorder.curvature.spectrum.estimate import Estimate, exact, half_sampling, jackknife, mean
+from secondorder.curvature.spectrum.estimate import Estimate, between, exact, half_sampling, jackknife, mean
+from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.products import (
     MEMORY,
@@ -30,7 +33,7 @@ from secondorder.curvature.spectrum.products import (
     norm,
     refuse_memory,
 )
-from secondorder.curvature.spectrum.quadrature import lanczos_quadrature
+from secondorder.curvature.spectrum.quadrature import joined, lanczos_quadrature
 from secondorder.errors import InputError
 
 
@@ -38,14 +41,19 @@ from secondorder.errors import InputError
 class SpectralDensity:
     """Eigenvalue nodes `[K, M]` and the number of eigenvalues that each stands for, as K random probes see them.
 
-    Float64 on the CPU; the weights of each probe sum to P. |node| <= zero counts as the eigenvalue zero. When `is_exact`,
-    K is 1, the nodes are the P eigenvalues and all errors are 0.
+    Float64 on the CPU; the weights of each probe sum to P. |node| <= zero counts as the eigenvalue zero. `bounds`: how far
+    Lanczos tells numbers of eigenvalues; None for known eigenvalues, when K is 1, the nodes are all P, and errors are 0.
     """
 
     nodes: Tensor
     weights: Tensor
     zero: float
-    is_exact: bool
+    bounds: CountingBounds | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the nodes are the eigenvalues."""
+        return self.bounds is None
 
     @property
     def size(self) -> int:
@@ -53,19 +61,34 @@ class SpectralDensity:
         return round(float(self.weights[0].sum()))
 
     def integral(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """The sum of a function over all P eigenvalues: tr f(A)."""
+        """The sum of a function over all P eigenvalues, tr f(A), and the standard error over the probes.
+
+        Right for polynomials of degree 2 steps - 1, and for smooth functions that such polynomials come close to; functions
+        with jumps have an error of up to the weight of the nodes beside them (`zero_share` and `cumulative` count it).
+        """
         values = (function(self.nodes).double() * self.weights).sum(1)
         return exact(values) if self.is_exact else mean(values)
 
     def statistic(self, function: Callable[[Tensor, Tensor], float], smooth: bool = True) -> Estimate:
-        """A function of (eigenvalues, their numbers), averaged over probes; with smooth = False of their quantiles."""
+        """A function of (eigenvalues, their numbers), averaged over probes, with the error of the probes (see `integral`).
+
+        smooth: False for quantiles, which leaving out a single probe may not move.
+        """
 
         def of_probes(index: Tensor) -> float:
             return function(self.nodes[index].flatten(), self.weights[index].flatten() / len(index))
 
-        if self.is_exact:
+        if self.bounds is None:
             return exact(of_probes(torch.tensor([0])))
         return (jackknife if smooth else half_sampling)(of_probes, len(self.nodes))
+
+    def statistic_of_range(self, function: Callable[[Tensor, Tensor], float]) -> Estimate:
+        """The same for a quantile of the magnitudes above `zero`, which changes with what may lie on the other side."""
+        value, error = self.statistic(function, smooth=False)
+        if self.bounds is None or math.isnan(value):
+            return Estimate(value, error)
+        others = [function(nodes, numbers) for nodes, numbers in _with_other_ends(self, self.bounds)]
+        return Estimate(value, error + max(math.inf if math.isnan(other) else abs(other - value) for other in others))
 
     def moment(self, power: int) -> Estimate:
         """tr A^power: 0 gives P, 1 the trace, 2 the squared Frobenius norm. InputError for a negative power."""
@@ -85,14 +108,29 @@ class SpectralDensity:
     @property
     def zero_share(self) -> Estimate:
         """The share of eigenvalues that are zero: the relative size of the null space."""
-        P = self.size
-        return self.integral(lambda values: (values.abs() <= self.zero).double() / P)
+        share = float(self.integral(lambda values: (values.abs() <= self.zero).double()).value) / self.size
+        if self.bounds is None:
+            return exact(share)
+        low, high = (
+            float(1 - n / self.size) for n in self.bounds.beyond(torch.tensor([self.zero], dtype=torch.float64))
+        )
+        return between(share, min(low, high), max(low, high), len(self.nodes))
 
     def cumulative(self, point: float) -> Estimate:
-        """The share of eigenvalues up to a point; exact at gaps, and up to the weight of one node where they are dense."""
+        """The share of eigenvalues up to a point; its error is small at gaps, and the weight of a node where they are dense."""
         at = torch.tensor([point], dtype=torch.float64)
-        share = cumulative(self.nodes, self.weights / self.size, self.zero, at)[:, 0]
-        return exact(share) if self.is_exact else mean(share)
+        value, error = self._cumulative(at)
+        return Estimate(float(value), float(error))
+
+    def _cumulative(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares up to the points `[X]` and their errors `[X]`."""
+        share = cumulative(self.nodes, self.weights / self.size, self.zero, points).mean(0)
+        if self.bounds is None:
+            return share, torch.zeros_like(share)
+        inside = torch.where(points < 0, points.new_tensor(-self.zero), points.new_tensor(self.zero))
+        low, high = self.bounds.up_to(torch.where(points.abs() <= self.zero, inside, points))
+        error = (share - low / self.size).maximum(high / self.size - share).clamp_min(0)
+        return share, torch.full_like(error, math.inf) if len(self.nodes) == 1 else error
 
     def curve(
         self, scale: str = "symlog", *, points: int = 400, width: float | None = None, linear: float | None = None
@@ -109,16 +147,15 @@ class SpectralDensity:
                 check_positive(name, value)
         linear = linear or max(self.zero, 1e-8 * float(self.nodes.abs().max())) or 1.0
         curve = density_curve(self.nodes, self.weights / self.size, self.zero, scale, points, width, linear)
-        if not self.is_exact:
-            return curve
         none = torch.zeros_like(curve.density)
-        return DensityCurve(**{**vars(curve), "density_error": none, "cumulative_error": none})
+        error = none if self.is_exact else curve.density_error
+        return replace(curve, density_error=error, cumulative_error=self._cumulative(curve.eigenvalue)[1])
 
 
 def exact_density(eigenvalues: Tensor, zero: float) -> SpectralDensity:
     """The distribution of known eigenvalues `[P]`; magnitudes up to `zero` (absolute) count as zero."""
     values = eigenvalues.double().cpu()[None]
-    return SpectralDensity(values, torch.ones_like(values), zero, is_exact=True)
+    return SpectralDensity(values, torch.ones_like(values), zero)
 
 
 def spectral_density(
@@ -136,8 +173,8 @@ def spectral_density(
     The first `deflate` eigenvalues of largest magnitude are computed by themselves (those that converge) and the probes
     see the rest: a network's few large eigenvalues would otherwise carry most of the standard error. Magnitudes up to
     `zero` times the largest count as zero (default 1e-8, for float32 operators 1.2e-5): Lanczos finds a null space when
-    a gap separates it from the other eigenvalues, not when they decay through `zero`. Sums of f(A) over probes are
-    unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the error of the probes.
+    a gap separates it from the other eigenvalues, not when they decay through `zero`; the errors say so. Sums of f(A) over
+    probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the error of the probes.
     `memory` bounds the bytes of Lanczos vectors; probes that do not fit side by side run one after the other.
 
     Raises InputError for bad arguments and too little memory; NonFiniteError.
@@ -150,24 +187,43 @@ def spectral_density(
     check_threshold("zero", zero)
     if deflate >= operator.size:
         raise InputError(f"deflate must be less than the number of rows, {operator.size}, got {deflate}")
-    apart, without = _deflated(operator, deflate, seed, memory)
+    apart, residual, without = _deflated(operator, deflate, seed, memory)
     rest = operator.size - len(apart)
     steps = min(steps, rest)
     together = affordable(probes * (steps + 4), operator.size, memory) // (steps + 4)
     if together < 1:
         raise refuse_memory(steps + 4, operator.size, memory, "take fewer steps, a smaller block, or raise memory")
     run = partial(lanczos_quadrature, operator, steps=steps, without=without, source=generator(seed))
-    parts = [run(min(together, probes - start)) for start in range(0, probes, together)]
-    nodes = torch.cat([apart.expand(probes, -1), torch.cat([part[0] for part in parts])], 1)
-    weights = rest * torch.cat([part[1] for part in parts])
-    weights = torch.cat([weights.new_ones(probes, len(apart)), weights], 1)
-    return SpectralDensity(nodes, weights, zero * float(nodes.abs().max()), is_exact=False)
+    seen = joined([run(min(together, probes - start)) for start in range(0, probes, together)])
+    nodes = torch.cat([apart.expand(probes, -1), seen.nodes], 1)
+    weights = torch.cat([seen.weights.new_ones(probes, len(apart)), rest * seen.weights], 1)
+    scale = float(nodes.abs().max())
+    slack = 10 * max(BREAKDOWN, torch.finfo(operator.dtype).eps) * scale + residual
+    bounds = CountingBounds(seen, apart, rest, slack)
+    return SpectralDensity(nodes, weights, zero * scale, bounds)
 
 
-def _deflated(operator: SymmetricOperator, count: int, seed: int, memory: int) -> tuple[Tensor, Tensor]:
-    """The converged among `count` eigenvalues of largest magnitude `[L]` and their vectors `[L, P]`."""
+def _with_other_ends(density: SpectralDensity, bounds: CountingBounds) -> list[tuple[Tensor, Tensor]]:
+    """Nodes and numbers when the mass that may be on the other side of `zero` is there, and when it is just above `zero`."""
+    x, zero = density.nodes.abs(), max(density.zero, bounds.slack)
+    unseen = bounds.rest * bounds.unseen(zero)[:, None]
+    moved = []
+    for side, place in ((x > zero, 0.0), (x > zero, zero), (x <= zero, zero)):
+        order = torch.where(side, x, math.inf).argsort(1)
+        numbers, on_side = density.weights.gather(1, order), side.gather(1, order)
+        before = torch.where(on_side, numbers, 0).cumsum(1) - numbers
+        taken = torch.where(on_side, (unseen - before).clamp_min(0).minimum(numbers), 0)
+        nodes = torch.cat([density.nodes.gather(1, order), torch.full_like(unseen, math.nextafter(place, math.inf))], 1)
+        left = torch.cat([numbers - taken, taken.sum(1, keepdim=True)], 1)
+        moved.append((nodes.flatten(), left.flatten() / len(nodes)))
+    return moved
+
+
+def _deflated(operator: SymmetricOperator, count: int, seed: int, memory: int) -> tuple[Tensor, float, Tensor]:
+    """The converged among `count` eigenvalues of largest magnitude `[L]`, their residuals together, and vectors `[L, P]`."""
     if count == 0:
         none = torch.zeros(0, dtype=torch.float64)
-        return none, torch.zeros(0, operator.size, dtype=torch.float64, device=operator.device)
+        return none, 0.0, torch.zeros(0, operator.size, dtype=torch.float64, device=operator.device)
     top = top_eigenvalues(operator, count, "magnitude", seed=seed, memory=memory)
-    return top.values[top.converged], top.vectors[:, top.converged].mT.to(operator.device).contiguous()
+    vectors = top.vectors[:, top.converged].mT.to(operator.device).contiguous()
+    return top.values[top.converged], float(norm(top.residuals[top.converged], 0)) if len(vectors) else 0.0, vectors

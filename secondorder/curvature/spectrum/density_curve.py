@@ -46,7 +46,7 @@ def density_curve(
     beside = torch.where(nodes.abs() > zero, shares, 0)
     seen = places[shares > 1e-14]  # not the empty nodes of an exhausted probe
     low, high = float(seen.min()), float(seen.max())
-    width = max((high - low) / 100, 1e-3 * max(abs(low), abs(high)), 1e-300) if width is None else width
+    width = (max((high - low) / 100, 1e-3 * max(abs(low), abs(high))) or 1.0) if width is None else width
     s = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
     # one point at a time: [K, M] numbers instead of [K, M, X]
     density = torch.stack([(_bell((x - places) / width) * beside).sum(1) / width for x in s], 1)

@@ -7,13 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secondorder.curvature.spectrum.products import norm
+
 HALVES = 100
 
 
 class Estimate(NamedTuple):
-    """A value and its error: a standard error over random probes, or a bound for eigenvalues; 0 when exact.
+    """A value and its error: a standard error over random probes, a bound for eigenvalues, or their sum; 0 when exact.
 
-    One probe tells nothing of its error, which is infinite then.
+    What Lanczos cannot see (`counting_bounds`) is part of the error of every number that depends on it. One probe tells nothing
+    of its error, which is infinite then.
     """
 
     value: float
@@ -34,10 +37,19 @@ def mean(samples: Tensor) -> Estimate:
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard error over the first dimension of samples `[K, ...]`."""
     K = len(samples)
-    value = samples.mean(0)
+    unit = power_of_two(samples.abs().amax(0))
+    x = samples / unit
+    value = x.mean(0) * unit
     if K == 1:
         return value, torch.full_like(value, math.inf)
-    return value, samples.std(0) / math.sqrt(K)
+    return value, x.std(0) / math.sqrt(K) * unit
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power next above; 1 for zero and what is not finite. In such units no square is lost, and no digit changes."""
+    exponent = torch.frexp(largest).exponent
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000)), 1)
 
 
 def jackknife(statistic: Callable[[Tensor], float], probes: int) -> Estimate:
@@ -51,7 +63,7 @@ def jackknife(statistic: Callable[[Tensor], float], probes: int) -> Estimate:
     if probes == 1:
         return Estimate(value, math.inf)
     without = torch.tensor([statistic(every[every != i]) for i in range(probes)], dtype=torch.float64)
-    return Estimate(value, math.sqrt((probes - 1) / probes * float((without - without.mean()).square().sum())))
+    return Estimate(value, math.sqrt((probes - 1) / probes) * float(norm(without - without.mean(), 0)))
 
 
 def half_sampling(statistic: Callable[[Tensor], float], probes: int) -> Estimate:
@@ -68,4 +80,11 @@ def half_sampling(statistic: Callable[[Tensor], float], probes: int) -> Estimate
     source = torch.Generator().manual_seed(0)
     halves = [torch.randperm(probes, generator=source)[:kept] for _ in range(HALVES)]
     found = torch.tensor([statistic(half) for half in halves], dtype=torch.float64)
-    return Estimate(value, math.sqrt(kept / (probes - kept) * float((found - value).square().mean())))
+    return Estimate(value, math.sqrt(kept / (probes - kept) / HALVES) * float(norm(found - value, 0)))
+
+
+def between(value: float, low: float, high: float, probes: int) -> Estimate:
+    """A value whose truth lies between two bounds, which K probes gave: the error reaches to the farther one."""
+    if math.isnan(value):
+        return Estimate(value, value)
+    return Estimate(value, math.inf if probes == 1 else max(value - low, high - value, 0.0))

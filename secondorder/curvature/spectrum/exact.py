@@ -6,6 +6,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.operators import (
     BlockDiagonalOperator,
+    DampedOperator,
     DenseOperator,
     DiagonalOperator,
     EigenbasisOperator,
@@ -30,6 +31,8 @@ def decomposition_size(operator: SymmetricOperator) -> int:
             return max(decomposition_size(operator.gradient), decomposition_size(operator.input))
         case BlockDiagonalOperator():
             return max(decomposition_size(block) for block in operator.blocks)
+        case DampedOperator():
+            return decomposition_size(operator.operator)
         case GaussNewtonOperator() if operator.matrix.factored:
             return min(len(operator.jacobian.images) * operator.columns, operator.size)
         case _:
@@ -43,6 +46,8 @@ def is_stored(operator: SymmetricOperator) -> bool:
             return all(is_stored(block) for block in operator.blocks)
         case KroneckerOperator():
             return is_stored(operator.gradient) and is_stored(operator.input)
+        case DampedOperator():
+            return is_stored(operator.operator)
         case _:
             return isinstance(operator, DenseOperator | FactoredOperator | DiagonalOperator | EigenbasisOperator)
 
@@ -56,11 +61,15 @@ def in_memory(operator: SymmetricOperator) -> SymmetricOperator:
             raise
         except InputError:
             return operator
+    if isinstance(operator, DampedOperator):
+        return DampedOperator(in_memory(operator.operator), operator.damping)
     return operator
 
 
 def has_diagonal(operator: SymmetricOperator) -> bool:
     """Whether the exact diagonal costs less than some tens of products."""
+    if isinstance(operator, DampedOperator):
+        return has_diagonal(operator.operator)
     if isinstance(operator, GaussNewtonOperator):
         return operator.matrix.factored and not operator.jacobian.coupled  # one backward pass for each output
     return is_stored(operator)

@@ -9,8 +9,9 @@
 Index letters: P rows, K probes (1 when exact).
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from secondorder.curvature.spectrum.products import (
     generator,
 )
 from secondorder.curvature.spectrum.sketch import Sketch
+from secondorder.curvature.spectrum.units import scaled, squares_are_lost, unit_of
 from secondorder.errors import InputError
 
 METHODS = ("auto", "exact", "stochastic")
@@ -34,13 +36,29 @@ METHODS = ("auto", "exact", "stochastic")
 
 @dataclass(frozen=True)
 class FrobeniusProducts:
-    """<A, A>, <A, B>, <B, B> and `difference(scale)` = |scale A - B|^2, one value for each probe, `[K]` on the CPU."""
+    """<A, A>, <A, B>, <B, B> and |scale A - B|^2, one value for each probe, `[K]` on the CPU.
+
+    A and B are in units a and b, `ratio` = a / b, where their squares would leave the range of numbers: <A, A> in a^2, <A, B> in
+    a b, <B, B> and the difference in b^2.
+    """
 
     first: Tensor
     mixed: Tensor
     second: Tensor
-    difference: Callable[[float], Tensor]
+    difference_in_units: Callable[[float], Tensor]
     method: str
+    ratio: float = 1.0
+
+    def difference(self, scale: float) -> Tensor:
+        """|scale A - B|^2."""
+        scale = scale * self.ratio
+        return self.difference_in_units(scale) if math.isfinite(scale) else torch.full_like(self.first, math.inf)
+
+    @property
+    def best_scale(self) -> Estimate:
+        """<A, B> / <A, A>, which brings A nearest to B."""
+        value, error = self.statistic(lambda aa, ab: ab / aa if aa > 0 else 0.0, self.first, self.mixed)
+        return Estimate(value / self.ratio, error / self.ratio)
 
     def statistic(self, function: Callable[..., float], *samples: Tensor) -> Estimate:
         """A function of the means of samples `[K]`, and its standard error over the probes."""
@@ -62,6 +80,19 @@ def frobenius_products(
     check_operator(B)
     check_name("method", method, METHODS)
     check_count("probes", probes)
+    found = _products(A, B, method, probes, seed, memory)
+    if not squares_are_lost(float(found.first.mean()), float(found.second.mean())):
+        return found
+    a, b = unit_of(A), unit_of(B)
+    in_units = _products(scaled(A, 1 / a), scaled(B, 1 / b), method, probes, seed, memory)
+    for operator, squared in ((A, in_units.first), (B, in_units.second)):
+        finite("norm", operator, squared)
+    return replace(in_units, ratio=a / b)
+
+
+def _products(
+    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int
+) -> FrobeniusProducts:
     if method != "stochastic" or A.size <= 4 * probes:
         found = _exact(A, B, max(EXACT_SIZE, 4 * probes))
         if found is not None:
@@ -85,7 +116,7 @@ def _exact(A: SymmetricOperator, B: SymmetricOperator, dense_size: int) -> Frobe
     aa, ab, bb = (inner_product(x, y) for x, y in ((A, A), (A, B), (B, B)))
     if aa is None or ab is None or bb is None:
         return None
-    known = finite("norm", A, torch.tensor([[aa], [ab], [bb]], dtype=torch.float64))
+    known = torch.tensor([[aa], [ab], [bb]], dtype=torch.float64)
     weights = lambda scale: torch.tensor([scale**2, -2 * scale, 1.0], dtype=torch.float64)  # noqa: E731
     first, mixed, second = known
     return FrobeniusProducts(first, mixed, second, lambda scale: (weights(scale) @ known).clamp_min(0), "structured")

@@ -2,7 +2,8 @@
 
     exact      all eigenvalues; the errors are 0 (rounding of the operator's number format)
     lanczos    extremes by `top_eigenvalues` with residual bounds, everything else by `spectral_density` (the leading
-               eigenvalues apart, probes for the rest) with standard errors
+               eigenvalues apart, probes for the rest) with standard errors and what Lanczos cannot see (`counting_bounds`):
+               it tells a dense cluster from a single eigenvalue, or a decay from a null space, by weights alone
 
 The usual condition number is |A|_2 over the smallest magnitude above a threshold, and as much a statement about the
 threshold as about A: a spectrum that decays through it has as large a condition number as one allows. It is given with
@@ -21,7 +22,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum import spectral_statistics as statistics
@@ -29,6 +29,7 @@ from secondorder.curvature.spectrum.density import SpectralDensity, exact_densit
 from secondorder.curvature.spectrum.estimate import Estimate, exact
 from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size, exact_eigenvalues
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
+from secondorder.curvature.spectrum.open_numbers import exact_numbers, largest_magnitude, quadrature_numbers
 from secondorder.curvature.spectrum.products import (
     MEMORY,
     check_count,
@@ -101,8 +102,8 @@ def spectral_summary(
     smaller Gram matrix), else "lanczos" with `probes`, `steps` and `deflate` of `spectral_density`. `threshold` is
     relative to the largest magnitude; default P eps of the operator's number format when exact, and at least what Lanczos
     can resolve, 1e-8 (float32: 1.2e-5), else. By Lanczos the lower end of the range is where the averaged weights reach half an
-    eigenvalue: right where a gap ends the range, and else an order of magnitude, for Lanczos does not resolve single
-    eigenvalues among many. Errors of the three condition numbers are rough.
+    eigenvalue. Errors reach as far as the truth is open, up to the condition number 1 / threshold where eigenvalues decay through
+    the threshold; those of the sums (trace, frobenius_norm, stable_rank, participation) are standard errors.
 
     Raises InputError for bad arguments and too little memory; NonFiniteError.
     """
@@ -123,8 +124,11 @@ def spectral_summary(
 def _exact_summary(operator: SymmetricOperator, threshold: float | None) -> SpectralSummary:
     values = exact_eigenvalues(operator)
     relative = min(_rounding(operator), 0.5) if threshold is None else threshold
-    density = exact_density(values, relative * float(values.abs().max()))
-    return _summary("exact", relative, density, exact(values[-1]), exact(values[0]))
+    top = float(values.abs().max())
+    density = exact_density(values, relative * top)
+    # what a decomposition may have moved across the threshold
+    doubt = _rounding(operator) * top / 2 if decomposition_size(operator) > 0 else 0.0
+    return _summary("exact", relative, density, exact(values[-1]), exact(values[0]), exact_numbers(density, doubt))
 
 
 def _lanczos_summary(
@@ -136,17 +140,22 @@ def _lanczos_summary(
     density = spectral_density(
         operator, probes=probes, steps=steps, deflate=deflate, zero=relative, seed=seed, memory=memory
     )
-    largest, smallest = (_extreme(operator, which, seed, memory) for which in ("largest", "smallest"))
-    return _summary("lanczos", relative, density, largest, smallest)
+    largest, smallest = (_extreme(operator, density, which, seed, memory) for which in ("largest", "smallest"))
+    numbers = quadrature_numbers(density, largest, smallest)
+    return _summary("lanczos", relative, density, largest, smallest, numbers)
 
 
 def _rounding(operator: SymmetricOperator) -> float:
     return operator.size * torch.finfo(operator.dtype).eps
 
 
-def _extreme(operator: SymmetricOperator, which: str, seed: int, memory: int) -> Estimate:
+def _extreme(operator: SymmetricOperator, density: SpectralDensity, which: str, seed: int, memory: int) -> Estimate:
+    """An extreme eigenvalue with its residual, or, not converged, with how far beyond it another may be."""
     top = top_eigenvalues(operator, 1, which, seed=seed, memory=memory)
-    return Estimate(float(top.values[0]), float(top.residuals[0]))
+    value, error = float(top.values[0]), float(top.residuals[0])
+    if not bool(top.converged[0]) and density.bounds is not None:
+        error = max(error, density.bounds.reach(value, upwards=which == "largest"))
+    return Estimate(value, error)
 
 
 def _summary(
@@ -155,16 +164,9 @@ def _summary(
     density: SpectralDensity,
     largest: Estimate,
     smallest: Estimate,
+    numbers: Mapping[str, Estimate],
 ) -> SpectralSummary:
-    magnitude = max((Estimate(abs(value), error) for value, error in (largest, smallest)))
-    bound, top = density.zero, magnitude.value
-
-    def condition(values: Tensor, numbers: Tensor) -> float:
-        return top / statistics.smallest_above(values, numbers, bound)
-
-    def median_condition(values: Tensor, numbers: Tensor) -> float:
-        return top / statistics.median_above(values, numbers, bound)
-
+    magnitude = largest_magnitude(largest, smallest)
     return SpectralSummary(
         size=density.size,
         method=method,
@@ -174,14 +176,12 @@ def _summary(
         largest_magnitude=magnitude,
         trace=density.trace,
         frobenius_norm=density.frobenius_norm,
-        rank=density.statistic(partial(statistics.number_above, threshold=bound)),
-        condition=density.statistic(condition, smooth=False),
-        median_condition=density.statistic(median_condition, smooth=False),
         trace_quantile_condition=density.statistic(statistics.trace_quantile_condition, smooth=False),
         effective_rank=density.statistic(statistics.effective_rank),
-        stable_rank=density.statistic(partial(statistics.stable_rank, largest=top)),
+        stable_rank=density.statistic(partial(statistics.stable_rank, largest=magnitude.value)),
         participation=density.statistic(statistics.participation),
         negative_share=density.statistic(statistics.negative_share),
+        **numbers,
     )
 
 

@@ -33,6 +33,7 @@ from secondorder.curvature.spectrum.products import (
     rademacher,
 )
 from secondorder.curvature.spectrum.sketch import Sketch
+from secondorder.curvature.spectrum.units import scaled, squares_are_lost, unit_of
 
 METHODS = ("auto", "exact", "hutchinson", "hutch++")
 DISTRIBUTIONS: dict[str, Callable[[SymmetricOperator, int, torch.Generator], Tensor]] = {
@@ -89,6 +90,17 @@ def frobenius_norm_estimate(
     if method in ("auto", "exact"):
         operator = in_memory(operator)
     method = _resolved(operator, method, probes, is_stored(operator))
+    found = _frobenius_norm(operator, method, probes, distribution, seed, memory)
+    if not squares_are_lost(found.value * found.value):
+        return found
+    unit = unit_of(operator)
+    value, error = _frobenius_norm(scaled(operator, 1 / unit), method, probes, distribution, seed, memory)
+    return Estimate(value * unit, error * unit)
+
+
+def _frobenius_norm(
+    operator: SymmetricOperator, method: str, probes: int, distribution: str, seed: int, memory: int
+) -> Estimate:
     if method == "exact":
         return exact(_exact_squared_norm(operator) ** 0.5)
     if method == "hutch++":

@@ -1,0 +1,47 @@
+"""What the graph behind tensors is made of: its nodes, how often each leaf is used, and functions that others have written."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+TESTED = ("secondorder.", "torch.")
+"""Packages whose autograd Functions have tests of their derivatives."""
+LEAF = "torch::autograd::AccumulateGrad"
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> dict[Node, None]:
+    """All nodes that a backward pass from the tensors can reach, each once."""
+    found: dict[Node, None] = {}
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found[node] = None
+        waiting += [after for after, _ in node.next_functions if after is not None and after not in found]
+    return found
+
+
+def leaf_uses(nodes: Iterable[Node]) -> Counter[int]:
+    """How many places of a graph read each leaf, by the leaf's id: once for each call of a layer with that weight."""
+    return Counter(id(leaf) for node in nodes for after, _ in node.next_functions for leaf in _leaf(after))
+
+
+def graph_leaves(nodes: Iterable[Node]) -> dict[int, Tensor]:
+    """The leaves of a graph by their ids."""
+    return {id(leaf): leaf for node in nodes for leaf in _leaf(node)}
+
+
+def custom_functions(nodes: Iterable[Node]) -> list[str]:
+    """The names of autograd Functions that are not of the packages TESTED, so that their derivatives may be wrong."""
+    kinds = {type(node) for node in nodes if isinstance(node, BackwardCFunction)}
+    functions = {getattr(kind, "_forward_cls", kind) for kind in kinds}
+    return sorted({f.__name__ for f in functions if not f.__module__.startswith(TESTED)})
+
+
+def _leaf(node: Node | None) -> Iterator[Tensor]:
+    if node is not None and node.name() == LEAF:
+        yield node.variable  # type: ignore[attr-defined]

@@ -1,0 +1,41 @@
+"""On what formulas are tried before they are trusted: a few images of the batch, random vectors, and what counts as equal."""
+
+import torch
+from torch import Tensor
+
+from secondorder.accelerator import widest
+
+ALL, FEW, SHARE = 8, 2, 32
+"""Images: of so many formulas are tried on all, of more on one in 32, but two."""
+
+
+def trial_samples(images: Tensor, most: int, few: int = FEW) -> Tensor:
+    """The places of a few images of a batch, in order: those with the largest norm, which no black one has.
+
+    At most `most` of them, but two if there are; of more than ALL at least `few`.
+    """
+    N = len(images)
+    count = min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
+    if not images.is_floating_point():
+        return torch.arange(count, device=images.device) * N // count
+    return images.reshape(N, images[0].numel()).square().sum(1).topk(count).indices.sort().values
+
+
+def random_like(x: Tensor, source: torch.Generator) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(x.shape, generator=source, dtype=x.dtype).to(x.device)
+
+
+def sample_scales(x: Tensor, source: torch.Generator, different: int = 3) -> Tensor:
+    """1, 2, 4, ... in random order, so many `different` ones, by sample of x `[n, ...]` and of its shape.
+
+    Multiplying by powers of two changes no rounding.
+    """
+    powers = 2.0 ** (torch.randperm(len(x), generator=source) % different)
+    return powers.to(x).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """a . b in the widest format of the device."""
+    wide = widest(a.device)
+    return a.flatten().to(wide) @ b.flatten().to(wide)

@@ -1,0 +1,125 @@
+"""Products with a Jacobian that forward and reverse mode do not agree about: those of the backward pass, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_networks import around, relative, reverse_ggn, rows
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from secondorder.curvature import curvature_blocks
+from secondorder.errors import InputError
+
+CE = nn.CrossEntropyLoss()
+
+
+class Sine(torch.autograd.Function):
+    """sin, whose derivative cannot be differentiated again, and without forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+class _OwnForwardMode(Sine):
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * ctx.saved_tensors[0].cos()
+
+
+class _WrongForwardMode(torch.autograd.Function):
+    """sin with a wrong derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return 1.01 * t
+
+
+class _BrokenForwardMode(_WrongForwardMode):
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        raise RuntimeError("not in forward mode")
+
+
+class _Clipped(torch.autograd.Function):
+    """The identity with a backward pass that is not linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.1, 0.1)
+
+
+def normed(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.norm(dim=1, keepdim=True)
+    return x / scale
+
+
+def hooked(x: Tensor) -> Tensor:
+    x = x.tanh()
+    if x.requires_grad:
+        x.register_hook(lambda g: 1.01 * g)
+    return x
+
+
+ONE_WAY = {
+    "no_grad": normed,
+    "detach": lambda x: x / x.detach().norm(dim=1, keepdim=True),
+    "hook": hooked,
+    "wrong forward mode": _WrongForwardMode.apply,
+    "broken forward mode": _BrokenForwardMode.apply,
+    "once differentiable, own forward mode": _OwnForwardMode.apply,
+}
+"""Functions whose derivative is not the same in forward mode, or not in reverse mode of reverse mode."""
+
+
+@pytest.mark.parametrize("function", ONE_WAY)
+def test_products_are_those_of_reverse_mode_whichever_block_comes_first(function: str) -> None:
+    model, batch = around(ONE_WAY[function]), rows()
+    G, blocks, end = reverse_ggn(model, CE, batch), curvature_blocks(model, CE, batch, "ggn"), len(list(model))
+    V = torch.randn(len(G), 2).double()
+    for chosen, place in [(f"{end - 1}.weight", slice(-15, -3)), ("0.weight", slice(24))]:
+        assert relative(blocks[chosen] @ V[place], G[place, place] @ V[place]) <= 1e-12
+    assert relative(blocks.whole @ V, G @ V) <= 1e-12
+    parts = curvature_blocks(model, CE, batch, "ggn", chunk=2).whole
+    assert relative(parts @ V, G @ V) <= 1e-12
+
+
+@pytest.mark.parametrize("function", [Sine.apply, _Clipped.apply], ids=["once differentiable", "not linear"])
+def test_products_are_refused_where_neither_mode_gives_them(function: Callable[[Tensor], Tensor]) -> None:
+    model, batch = around(function), rows()
+    G, blocks = reverse_ggn(model, CE, batch), curvature_blocks(model, CE, batch, "ggn")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"(Sine|_Clipped).*jvp.*dense\(\)"):
+            blocks["4.weight"] @ torch.ones(12).double()
+    if function == Sine.apply:
+        assert relative(blocks.whole.dense(), G) <= 1e-12
+
+
+def test_forward_mode_is_used_where_it_is_right() -> None:
+    model, batch = around(torch.sin), rows()
+    whole = curvature_blocks(model.float(), CE, (batch[0].float(), batch[1]), "ggn").whole
+    whole @ torch.ones(whole.size)
+    assert whole.jacobian.forward_mode is True  # type: ignore[attr-defined]
