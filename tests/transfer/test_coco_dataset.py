@@ -126,6 +126,11 @@ def test_resizing(annotations: CocoAnnotations) -> None:
     expected = np.kron(rectangle(*RECTANGLE), np.ones((2, 3), np.uint8))
     assert np.array_equal(target["masks"].numpy(), np.stack([expected] * 3))
     assert data[1][0].shape == (3, 20, 36)
+    for height, width in ((7, 5), (10, 31), (23, 12)):  # every pixel of a mask is that under its centre
+        rows, columns = ((np.arange(n) + 0.5) * old / n for n, old in ((height, HEIGHT), (width, WIDTH)))
+        expected = rectangle(*RECTANGLE)[np.ix_(rows.astype(int), columns.astype(int))]
+        resized = CocoDataset(annotations, masks=True, size=(height, width))[0][1]["masks"]
+        assert np.array_equal(resized[0].numpy(), expected)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(annotations: CocoAnnotations) -> None:

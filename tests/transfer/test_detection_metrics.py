@@ -226,6 +226,8 @@ def test_terciles_keep_equal_areas_together() -> None:
     metrics = of_boxes([there(*boxes[3:])], [found((boxes[3], 0.9), (boxes[5], 0.8))])
     assert metrics.boundaries == (10, 20)
     assert metrics.size_terciles == (1, 0, 1)
+    crowd = there(*boxes[3:], FAR, iscrowd=torch.tensor([0, 0, 0, 1]))
+    assert of_boxes([crowd], [found((boxes[3], 0.9), (boxes[5], 0.8))]).boundaries == (10, 20)
 
 
 def test_a_data_set_is_compared_as_a_whole(tmp_path: Path) -> None:
