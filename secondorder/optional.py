@@ -8,6 +8,7 @@ from secondorder.errors import InputError
 
 OPTIONAL: dict[str, tuple[str, str]] = {
     "PIL": ("pillow", "studies"),
+    "faster_coco_eval": ("faster-coco-eval", "studies"),
     "pandas": ("pandas", "studies"),
     "pytorch_optimizer": ("pytorch_optimizer", "studies"),
     "singd": ("singd", "studies"),

@@ -9,6 +9,7 @@ import tempfile
 LIBRARIES = (
     *("torchvision", "PIL", "pandas", "matplotlib", "seaborn", "sklearn", "statsmodels", "tyro", "markdown_it", "loky"),
     *("cloudpickle", "psutil", "threadpoolctl", "pytorch_optimizer", "singd", "submitit", "ray", "timm", "onnx"),
+    "faster_coco_eval",
 )
 for library in LIBRARIES:
     sys.modules[library] = None  # type: ignore[assignment]  # Python's own way to say that there is no such module
@@ -40,7 +41,8 @@ from secondorder.optional import MissingLibraryError  # noqa: E402
 from secondorder.preconditioning import head_spectrum  # noqa: E402
 from secondorder.robustness import corrupt  # noqa: E402
 from secondorder.training import Run, Trained, train  # noqa: E402
-from secondorder.transfer import detector, linear_probe  # noqa: E402
+from secondorder.transfer import detection_metrics, detector, linear_probe, training_transform  # noqa: E402  # noqa: E402
+from secondorder.transfer.segmentation import compressed  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
 
@@ -89,6 +91,9 @@ def main() -> dict[str, str]:
         "jpeg": lambda: corrupt(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "jpeg_compression", 1),
         "detector": lambda: detector(model, 2),
         "probe": lambda: linear_probe(torch.eye(2), torch.arange(2), torch.eye(2), torch.arange(2)),
+        "metrics": lambda: detection_metrics([], [], classes=("cell",)),
+        "polygon": lambda: compressed([[0, 0, 4, 0, 4, 4]], 8, 8),
+        "boxes": lambda: training_transform()(torch.zeros(3, 8, 8), {}),
         "report": report.table,
         "summary": lambda: summary_table(exact),
         "fidelity": lambda: fidelity_table(approximate, exact),

@@ -20,15 +20,8 @@ FLOORS = (
     ("accelerator", "atomic"),
     ("untouched",),
     *(("data",), ("matrix_power",), ("pooling",), ("networks",), ("curvature",)),
-    *(
-        ("kfac",),
-        ("preconditioning",),
-        ("gauss_newton",),
-        ("training",),
-        ("landscape",),
-        ("robustness",),
-        ("transfer",),
-    ),
+    *(("kfac",), ("preconditioning",), ("gauss_newton",), ("training",), ("landscape",), ("robustness",)),
+    ("transfer",),
 )
 """From the ground up; a module may import its own floor's folder and what is below it (README, Layout)."""
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -35,6 +35,7 @@ _UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations whose width and height change places
 
 
 def decode(file: str) -> Image.Image:
@@ -63,11 +64,47 @@ def decode_stream(stream: BinaryIO, name: str, size: tuple[int, int] | None = No
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise InputError(f"{name} does not decode (none of {known}); replace or remove it") from error
+        raise _unknown_format(name) from error
     except Exception as error:  # a damaged file can fail anywhere in its decoder
-        raise InputError(f"{name} does not decode ({reason(error)}); replace or remove it") from error
+        raise _damaged(name, error) from error
     return rgb.transpose(Image.Transpose[_UPRIGHT[orientation]]) if orientation in _UPRIGHT else rgb
+
+
+def upright_size(file: str) -> tuple[int, int]:
+    """Width and height of what `decode` gives, by the file's header alone where that is enough (not of PNG and TIFF).
+
+    Raises:
+        InputError: as `decode`, of what the header shows.
+    """
+    with needed_by("an image file"):
+        from PIL import Image, UnidentifiedImageError
+    name = shown(file)
+    with open_regular(file) as stream:
+        try:
+            with Image.open(stream, formats=FORMATS) as image:
+                _check_size(image, name, None)
+                if image.format in (
+                    "PNG",
+                    "TIFF",
+                ):  # a PNG has its orientation at its end, and Pillow itself turns a TIFF
+                    image.load()
+                width, height = image.size
+                turned = _orientation(image) in _SIDEWAYS
+        except InputError:
+            raise
+        except UnidentifiedImageError as error:
+            raise _unknown_format(name) from error
+        except Exception as error:  # a damaged file can fail anywhere in its decoder
+            raise _damaged(name, error) from error
+    return (height, width) if turned else (width, height)
+
+
+def _unknown_format(name: str) -> InputError:
+    return InputError(f"{name} does not decode (none of {', '.join(FORMATS)}); replace or remove it")
+
+
+def _damaged(name: str, error: Exception) -> InputError:
+    return InputError(f"{name} does not decode ({reason(error)}); replace or remove it")
 
 
 def _check_size(image: Image.Image, name: str, size: tuple[int, int] | None) -> None:

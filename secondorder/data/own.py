@@ -76,9 +76,9 @@ class OwnSplit(ImageSplit):
         chosen = [self._index(n, seed, epoch) for n in checked_indices(indices, len(self)).tolist()]
         seeds = (uniforms("sample", seed, epoch, chosen, 1)[:, 0] * 2**32).astype(np.int64).tolist()
         samples = []
-        with _generators_kept():
+        with generators_kept():
             for index, value in zip(chosen, seeds, strict=True):
-                _seed_all(value)
+                seed_generators(value)
                 samples.append(self.dataset[index])
             kind = type(self.dataset).__name__
             return checked_batch(_collated(samples, self.collate, kind), kind)
@@ -100,9 +100,9 @@ class OwnSplit(ImageSplit):
         if self.sampler is None:
             return position
         if self._chosen is None or self._chosen[0] != (seed, epoch):
-            with _generators_kept():
+            with generators_kept():
                 value = int(uniforms("sample", seed, epoch, [-1], 1)[0, 0] * 2**32)
-                _seed_all(value)
+                seed_generators(value)
                 if isinstance(getattr(self.sampler, "generator", None), torch.Generator):
                     self.sampler.generator.manual_seed(value)
                 if hasattr(self.sampler, "set_epoch"):
@@ -158,7 +158,7 @@ def checked_batch(batch: Any, kind: str) -> tuple[Tensor, Tensor]:
     return images, labels.to(torch.int64)
 
 
-def _seed_all(value: int) -> None:
+def seed_generators(value: int) -> None:
     """Seed the generators that a transform may draw from, on the CPU."""
     torch.default_generator.manual_seed(value)
     np.random.seed(value)  # noqa: NPY002  the user's code may draw from it
@@ -166,7 +166,7 @@ def _seed_all(value: int) -> None:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Give the caller's random states back at the end."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:

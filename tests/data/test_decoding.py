@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from secondorder.data import load_dataset
-from secondorder.data.decoding import decode, decode_stream
+from secondorder.data.decoding import decode, decode_stream, upright_size
 from secondorder.errors import InputError
 
 
@@ -164,6 +164,26 @@ def test_exif_orientation(orientation: int, form: str) -> None:
     Image.fromarray(stored).save(buffer, form, exif=exif, **options)
     image = decode_stream(io.BytesIO(buffer.getvalue()), "x")
     assert np.array_equal(np.asarray(image), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("form", ["png", "webp", "tiff", "jpeg"])
+def test_the_size_is_that_of_the_decoded_image(orientation: int, form: str, tmp_path: Path) -> None:
+    exif, file = Image.Exif(), tmp_path / f"x.{form}"
+    exif[0x0112] = orientation
+    Image.new("RGB", (3, 2)).save(file, exif=exif)
+    assert upright_size(str(file)) == decode(str(file)).size == ((2, 3) if orientation in (5, 6, 7, 8) else (3, 2))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", png(8, 2, [b"123"], 2), png(8, 2, [], 90_000_000)])
+def test_a_size_that_cannot_be_told(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.png (does not decode|has 90000000x)") as caught:
+        upright_size(str(file))
+    with pytest.raises(InputError) as decoded:
+        decode(str(file))
+    assert str(caught.value).split("(")[0] == str(decoded.value).split("(")[0]
 
 
 def test_damaged_exif_leaves_the_picture() -> None:
