@@ -1,6 +1,7 @@
 """Extreme eigenvalues by Lanczos: known spectra, SciPy, multiplicities, restarts, residual bounds, bad input."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import scipy.sparse.linalg
@@ -10,7 +11,7 @@ from small_networks import batch, chain, true_ggn, true_hessian
 from torch import nn
 
 from secondorder.curvature.operators import DenseOperator, DiagonalOperator
-from secondorder.curvature.spectrum import top_eigenvalues
+from secondorder.curvature.spectrum import products, top_eigenvalues
 from secondorder.curvature.spectrum.krylov_basis import KrylovBasis
 from secondorder.errors import InputError, NonFiniteError
 
@@ -133,6 +134,15 @@ def test_memory_bounds_the_basis() -> None:
     torch.testing.assert_close(found.values, truth.flip(0)[:3], rtol=1e-11, atol=0)
     with pytest.raises(InputError, match=r"12 float64 vectors of 2000 entries take 0\.00018 GiB, more than memory"):
         top_eigenvalues(DiagonalOperator(truth), 3, memory=memory - 1)
+
+
+def test_without_a_budget_the_basis_may_take_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, least = DiagonalOperator(uniform(2000, 0, 1)), 2 * (3 + 3) * 2000 * 8
+    for minimum, free, fits in ((1, least, True), (1, least - 1, False), (least, 1, True)):
+        monkeypatch.setattr(products, "MEMORY", minimum)
+        monkeypatch.setattr(products, "budget", lambda memory, device, free=free: free)
+        with nullcontext() if fits else pytest.raises(InputError, match=r"12 float64 vectors .* more than memory"):
+            top_eigenvalues(operator, 3, max_iterations=3)
 
 
 def test_basis_relation() -> None:

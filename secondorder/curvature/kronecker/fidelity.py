@@ -19,7 +19,6 @@ from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.difference import root_ratio
 from secondorder.curvature.spectrum.estimate import Estimate
 from secondorder.curvature.spectrum.frobenius_products import frobenius_products
-from secondorder.curvature.spectrum.products import MEMORY
 from secondorder.errors import InputError, unknown
 from secondorder.optional import needed_by
 
@@ -57,7 +56,7 @@ def fidelity(
     *,
     probes: int = 20,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Fidelity:
     """The fidelity of one approximate block to the exact one.
 
@@ -87,7 +86,7 @@ def fidelity_table(
     *,
     probes: int = 20,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> pd.DataFrame:
     """A row for each parameter of `approximate_blocks`, in its order, with the columns of `Fidelity.row`.
 

@@ -21,7 +21,6 @@ from secondorder.curvature.spectrum.estimate import Estimate, between, exact, ha
 from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.products import (
-    MEMORY,
     affordable,
     check_count,
     check_name,
@@ -166,7 +165,7 @@ def spectral_density(
     deflate: int = 0,
     zero: float | None = None,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> SpectralDensity:
     """The distribution of the eigenvalues by `steps` steps of Lanczos from each of `probes` random vectors.
 
@@ -175,7 +174,8 @@ def spectral_density(
     `zero` times the largest count as zero (default 1e-8, for float32 operators 1.2e-5): Lanczos finds a null space when
     a gap separates it from the other eigenvalues, not when they decay through `zero`; the errors say so. Sums of f(A) over
     probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the error of the probes.
-    `memory` bounds the bytes of Lanczos vectors; probes that do not fit side by side run one after the other.
+    `memory` bounds the bytes of Lanczos vectors (None: what is available, and 2 GiB at least); probes that do not fit side by
+    side run one after the other.
 
     Raises InputError for bad arguments and too little memory; NonFiniteError.
     """
@@ -190,9 +190,9 @@ def spectral_density(
     apart, residual, without = _deflated(operator, deflate, seed, memory)
     rest = operator.size - len(apart)
     steps = min(steps, rest)
-    together = affordable(probes * (steps + 4), operator.size, memory) // (steps + 4)
+    together = affordable(probes * (steps + 4), operator, memory) // (steps + 4)
     if together < 1:
-        raise refuse_memory(steps + 4, operator.size, memory, "take fewer steps, a smaller block, or raise memory")
+        raise refuse_memory(steps + 4, operator, memory, "take fewer steps, a smaller block, or raise memory")
     run = partial(lanczos_quadrature, operator, steps=steps, without=without, source=generator(seed))
     seen = joined([run(min(together, probes - start)) for start in range(0, probes, together)])
     nodes = torch.cat([apart.expand(probes, -1), seen.nodes], 1)
@@ -219,7 +219,7 @@ def _with_other_ends(density: SpectralDensity, bounds: CountingBounds) -> list[t
     return moved
 
 
-def _deflated(operator: SymmetricOperator, count: int, seed: int, memory: int) -> tuple[Tensor, float, Tensor]:
+def _deflated(operator: SymmetricOperator, count: int, seed: int, memory: int | None) -> tuple[Tensor, float, Tensor]:
     """The converged among `count` eigenvalues of largest magnitude `[L]`, their residuals together, and vectors `[L, P]`."""
     if count == 0:
         none = torch.zeros(0, dtype=torch.float64)

@@ -5,7 +5,6 @@ import math
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.estimate import Estimate
 from secondorder.curvature.spectrum.frobenius_products import frobenius_products
-from secondorder.curvature.spectrum.products import MEMORY
 
 
 def relative_difference(
@@ -15,7 +14,7 @@ def relative_difference(
     *,
     probes: int = 20,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Estimate:
     """|A - B|_F / |B|_F with its standard error; B is the reference, e.g. the Hessian, A its Gauss-Newton matrix.
 

@@ -68,7 +68,7 @@ class FrobeniusProducts:
 
 
 def frobenius_products(
-    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int
+    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int | None
 ) -> FrobeniusProducts:
     """The inner products by the cheapest exact way, or, with "auto", by probes when there is none.
 
@@ -91,7 +91,7 @@ def frobenius_products(
 
 
 def _products(
-    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int
+    A: SymmetricOperator, B: SymmetricOperator, method: str, probes: int, seed: int, memory: int | None
 ) -> FrobeniusProducts:
     if method != "stochastic" or A.size <= 4 * probes:
         found = _exact(A, B, max(EXACT_SIZE, 4 * probes))
@@ -122,7 +122,9 @@ def _exact(A: SymmetricOperator, B: SymmetricOperator, dense_size: int) -> Frobe
     return FrobeniusProducts(first, mixed, second, lambda scale: (weights(scale) @ known).clamp_min(0), "structured")
 
 
-def _stochastic(A: SymmetricOperator, B: SymmetricOperator, probes: int, seed: int, memory: int) -> FrobeniusProducts:
+def _stochastic(
+    A: SymmetricOperator, B: SymmetricOperator, probes: int, seed: int, memory: int | None
+) -> FrobeniusProducts:
     sketch = Sketch([A, B], probes, generator(seed), memory)
     a, b = sketch.images
 

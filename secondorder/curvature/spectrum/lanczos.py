@@ -16,7 +16,6 @@ from torch import Tensor
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.krylov_basis import KrylovBasis, RitzPairs
 from secondorder.curvature.spectrum.products import (
-    MEMORY,
     affordable,
     check_count,
     check_name,
@@ -63,7 +62,7 @@ def top_eigenvalues(
     max_iterations: int = 300,
     block: int = 1,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> TopEigenvalues:
     """The k largest or smallest eigenvalues, or those of largest magnitude, counted with multiplicity.
 
@@ -71,7 +70,8 @@ def top_eigenvalues(
     eigenvalue that is not reached within `max_iterations` products of `block` vectors is returned with its larger residual
     and converged = False. Since a Krylov space holds at most `block` copies of a repeated eigenvalue, the search goes on
     from random vectors after convergence, until they find nothing new. One vector at a time needs the fewest products; a
-    larger block pays where products of several vectors cost little more than one. `memory` bounds the bytes of the basis.
+    larger block pays where products of several vectors cost little more than one. `memory` bounds the bytes of the basis
+    (None: what is available, and 2 GiB at least).
 
     Raises InputError for a k larger than the operator, an unknown `which`, or too little memory; NonFiniteError.
     """
@@ -87,17 +87,18 @@ def top_eigenvalues(
     block = min(block, operator.size)
     if max_iterations * block < k:
         raise InputError(f"{max_iterations} products of {block} vectors cannot give {k} eigenvalues; raise either")
-    basis = KrylovBasis(operator, _capacity(operator.size, k, block, memory), block, generator(seed))
+    basis = KrylovBasis(operator, _capacity(operator, k, block, memory), block, generator(seed))
     pairs = _search(basis, k, ORDERS[which], tolerance, max_iterations)
     return _result(basis, k, pairs, tolerance)
 
 
-def _capacity(size: int, k: int, block: int, memory: int) -> int:
+def _capacity(operator: SymmetricOperator, k: int, block: int, memory: int | None) -> int:
     """The number of basis vectors: all that fit, up to max(3 k, k + 60, k + 16 blocks); a restart needs as many again."""
-    capacity = affordable(2 * min(size, max(3 * k, k + 60, k + 16 * block)), size, memory) // 2
+    size = operator.size
+    capacity = affordable(2 * min(size, max(3 * k, k + 60, k + 16 * block)), operator, memory) // 2
     needed = min(size, k + 3 * block)
     if capacity < needed:
-        raise refuse_memory(2 * needed, size, memory, "ask for fewer eigenvalues, a smaller block, or raise memory")
+        raise refuse_memory(2 * needed, operator, memory, "ask for fewer eigenvalues, a smaller block, or raise memory")
     return capacity
 
 

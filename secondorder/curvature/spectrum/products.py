@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import check_float64
+from secondorder.curvature.matrix_free.memory import budget
 from secondorder.curvature.operators import DenseOperator, SymmetricOperator
 from secondorder.errors import InputError, NonFiniteError, check_known, check_number, check_seed, check_whole
 
-MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may hold at a time
+MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may always hold at a time, where it is given no budget
 DOUBLE = 8  # bytes
 MOST = 2**31 - 1  # of everything that is counted
 COLUMNS = 64  # vectors multiplied at a time where their number is free
@@ -80,17 +81,27 @@ def norm(vectors: Tensor, dim: int) -> Tensor:
     return (vectors / scale).norm(dim=dim) * scale.squeeze(dim)
 
 
-def affordable(rows: int, size: int, memory: int) -> int:
-    """How many of at most `rows` float64 vectors of `size` entries fit into `memory` bytes. InputError for a bad memory."""
+def allowed(operator: SymmetricOperator, memory: int | None) -> int:
+    """Bytes of vectors on the operator's device: `memory`, else what is available there, 2 GiB at least.
+
+    Below that results do not depend on how much a machine happens to have. InputError for a bad memory.
+    """
+    if memory is None:
+        return max(MEMORY, budget(None, operator.device))
     check_positive("memory", memory)
-    return min(rows, int(memory) // (DOUBLE * max(size, 1)))
+    return int(memory)
 
 
-def refuse_memory(rows: int, size: int, memory: int, way_out: str) -> InputError:
+def affordable(rows: int, operator: SymmetricOperator, memory: int | None) -> int:
+    """How many of at most `rows` float64 vectors of the operator's size are `allowed`. InputError for a bad memory."""
+    return min(rows, allowed(operator, memory) // (DOUBLE * max(operator.size, 1)))
+
+
+def refuse_memory(rows: int, operator: SymmetricOperator, memory: int | None, way_out: str) -> InputError:
     """The error for vectors that do not fit, with the numbers."""
     return InputError(
-        f"{rows} float64 vectors of {size} entries take {rows * size * DOUBLE / 2**30:.2g} GiB, more than "
-        f"memory = {memory / 2**30:.2g} GiB; {way_out}"
+        f"{rows} float64 vectors of {operator.size} entries take {rows * operator.size * DOUBLE / 2**30:.2g} GiB, more than "
+        f"memory = {allowed(operator, memory) / 2**30:.2g} GiB; {way_out}"
     )
 
 

@@ -41,12 +41,12 @@ class Sketch:
     """
 
     def __init__(
-        self, operators: Sequence[SymmetricOperator], probes: int, source: torch.Generator, memory: int
+        self, operators: Sequence[SymmetricOperator], probes: int, source: torch.Generator, memory: int | None
     ) -> None:
         size, S = operators[0].size, len(operators) * probes
         rows = (1 + len(operators)) * (S + probes)
-        if affordable(rows, size, memory) < rows:
-            raise refuse_memory(rows, size, memory, "take fewer probes, a smaller block, or raise memory")
+        if affordable(rows, operators[0], memory) < rows:
+            raise refuse_memory(rows, operators[0], memory, "take fewer probes, a smaller block, or raise memory")
         omega = gaussian(operators[0], probes, source)
         self.Q = torch.linalg.qr(torch.cat([product(operator, omega) for operator in operators], 1)).Q
         u = gaussian(operators[0], probes, source)

@@ -31,7 +31,6 @@ from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size,
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.open_numbers import exact_numbers, largest_magnitude, quadrature_numbers
 from secondorder.curvature.spectrum.products import (
-    MEMORY,
     check_count,
     check_name,
     check_operator,
@@ -94,7 +93,7 @@ def spectral_summary(
     steps: int = 80,
     deflate: int = 10,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> SpectralSummary:
     """The numbers of one operator's spectrum.
 
@@ -132,7 +131,13 @@ def _exact_summary(operator: SymmetricOperator, threshold: float | None) -> Spec
 
 
 def _lanczos_summary(
-    operator: SymmetricOperator, threshold: float | None, probes: int, steps: int, deflate: int, seed: int, memory: int
+    operator: SymmetricOperator,
+    threshold: float | None,
+    probes: int,
+    steps: int,
+    deflate: int,
+    seed: int,
+    memory: int | None,
 ) -> SpectralSummary:
     resolved = max(_rounding(operator), default_tolerance(operator.dtype))
     relative = min(resolved, 0.5) if threshold is None else threshold
@@ -149,7 +154,9 @@ def _rounding(operator: SymmetricOperator) -> float:
     return operator.size * torch.finfo(operator.dtype).eps
 
 
-def _extreme(operator: SymmetricOperator, density: SpectralDensity, which: str, seed: int, memory: int) -> Estimate:
+def _extreme(
+    operator: SymmetricOperator, density: SpectralDensity, which: str, seed: int, memory: int | None
+) -> Estimate:
     """An extreme eigenvalue with its residual, or, not converged, with how far beyond it another may be."""
     top = top_eigenvalues(operator, 1, which, seed=seed, memory=memory)
     value, error = float(top.values[0]), float(top.residuals[0])
@@ -194,7 +201,7 @@ def summary_table(
     steps: int = 80,
     deflate: int = 10,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> pd.DataFrame:
     """A row of `spectral_summary` for each block, in order, with its arguments. InputError when there is no block."""
     with needed_by("summary_table"):

@@ -21,7 +21,6 @@ from secondorder.curvature.spectrum.estimate import Estimate, exact, mean, mean_
 from secondorder.curvature.spectrum.exact import has_diagonal, in_memory, inner_product, is_stored
 from secondorder.curvature.spectrum.products import (
     COLUMNS,
-    MEMORY,
     check_count,
     check_name,
     check_operator,
@@ -56,13 +55,13 @@ def trace_estimate(
     probes: int = 20,
     distribution: str = "rademacher",
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Estimate:
     """tr A and its standard error, by a method of the table above.
 
     "auto" is exact for stored operators, Gauss-Newton matrices with a known factor, and where P products are no more than
     those of hutch++; else hutch++. Hutchinson's probes are "rademacher" signs or "gaussian", those of hutch++ Gaussian
-    directions. `memory` bounds the bytes of hutch++'s vectors.
+    directions. `memory` bounds the bytes of hutch++'s vectors (None: what is available, and 2 GiB at least).
     Raises InputError for bad arguments and too little memory; NonFiniteError.
     """
     _check(operator, method, probes, distribution)
@@ -83,7 +82,7 @@ def frobenius_norm_estimate(
     probes: int = 20,
     distribution: str = "rademacher",
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Estimate:
     """|A|_F = sqrt(tr A^2) and its standard error by the delta method; arguments and errors of `trace_estimate`."""
     _check(operator, method, probes, distribution)
@@ -99,7 +98,7 @@ def frobenius_norm_estimate(
 
 
 def _frobenius_norm(
-    operator: SymmetricOperator, method: str, probes: int, distribution: str, seed: int, memory: int
+    operator: SymmetricOperator, method: str, probes: int, distribution: str, seed: int, memory: int | None
 ) -> Estimate:
     if method == "exact":
         return exact(_exact_squared_norm(operator) ** 0.5)
@@ -120,7 +119,7 @@ def diagonal_estimate(
     probes: int = 20,
     distribution: str = "rademacher",
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> DiagonalEstimate:
     """The diagonal of A and standard errors, mean of omega * A omega; arguments and errors of `trace_estimate`."""
     _check(operator, method, probes, distribution)
