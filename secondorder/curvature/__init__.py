@@ -11,6 +11,7 @@ backpack      BackPACK's quantities through covariance heads and the paper's net
 from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
+from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
 from secondorder.curvature.operators import DampedOperator
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
 from secondorder.curvature.spectrum import (
@@ -32,6 +33,7 @@ __all__ = [
     "OutputJacobians",
     "SpectralDensity",
     "SpectralSummary",
+    "SumOverSamples",
     "TopEigenvalues",
     "curvature_blocks",
     "fidelity",

@@ -29,17 +29,11 @@ from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.loss_check import check_loss
-from secondorder.curvature.matrix_free.loss_curvature import (
-    AnyLoss,
-    Loss,
-    LossCurvature,
-    SeparableLoss,
-    loss_curvature,
-    loss_name,
-)
+from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
+from secondorder.curvature.matrix_free.separable_losses import LossCurvature, SeparableLoss
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
@@ -172,10 +166,11 @@ def curvature_blocks(
     The network is evaluated in its present mode and left as it is, bit for bit, with its parameters, buffers, images and
     labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
     part in them where PyTorch does not tell of the change (`.data`). Its present random state decides on dropout masks, the
-    same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy and
-    squared error have all quantities, other losses `ggn` (positive semi-definite when the loss is convex in the outputs) and
-    `hessian`. A loss is a function of the outputs: one that depends on parameters itself is refused,
-    `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
+    same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy (of
+    outputs `[N, C]`, or `[N, C, ...]` of several positions), binary cross-entropy with logits and squared error have all
+    quantities, other losses `ggn` (positive semi-definite when the loss is convex in the outputs) and `hessian`; these are
+    evaluated a part of the batch at a time if `SumOverSamples` declares them to be sums. A loss is a function of the outputs:
+    one that depends on parameters itself is refused, `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
         weights and biases of linear layers and convolutions (`kronecker_parameters`).
@@ -200,8 +195,7 @@ def curvature_blocks(
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):
         raise InputError(
-            f"quantity {quantity!r} needs cross-entropy or squared error on outputs [N, K], not {loss_name(loss)}; "
-            "use quantity 'ggn' or 'hessian', which take any loss"
+            f"quantity {quantity!r} needs {KNOWN}, not {loss_name(loss)}; use quantity 'ggn' or 'hessian', which take any loss"
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
     fixed = row.fixed(frozen, probe, len(images)) + matrix.noise_bytes + copied_bytes(frozen, images, labels)
@@ -212,7 +206,8 @@ def curvature_blocks(
     jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
     with full_precision(images):
         if isinstance(curvature, AnyLoss):
-            check_loss(curvature, next(jacobian.parts()).z, frozen.parameters)
+            z = next(jacobian.parts()).z
+            check_loss(curvature.part(slice(0, len(z))), z, frozen.parameters)
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 
@@ -221,7 +216,7 @@ def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, curvature: LossCu
     if probe.coupling is None and network.random.drawn:
         return "the network draws random numbers (dropout), which are those of a whole batch; eval() draws none"
     if probe.coupling is None and not curvature.separable:
-        return f"{loss_name(loss)} is not known to be a sum over the samples"
+        return f"{loss_name(loss)} is not known to be a sum over the samples (`SumOverSamples` says so of one)"
     return probe.coupling
 
 

@@ -20,7 +20,8 @@ from secondorder.accelerator import check_float64
 from secondorder.curvature.blocks import checked_batch, curvature_blocks
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
-from secondorder.curvature.matrix_free.loss_curvature import Loss, SeparableLoss, loss_curvature, loss_name
+from secondorder.curvature.matrix_free.loss_curvature import KNOWN, Loss, loss_curvature, loss_name
+from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
 from secondorder.curvature.operators import FactoredOperator
 from secondorder.errors import InputError, check_known, check_whole
 
@@ -36,7 +37,7 @@ class OutputJacobians:
     jacobians: Mapping[str, Tensor]
 
     def gauss_newton(self, name: str, loss: Loss | None = None, labels: Tensor | None = None) -> FactoredOperator:
-        """J^T H J of a parameter for cross-entropy or squared error; without a loss J^T J, that of |z - y|^2 / 2.
+        """J^T H J of a parameter for a loss that has one in closed form; without a loss J^T J, that of |z - y|^2 / 2.
 
         Raises InputError for another name or loss, and for labels that do not fit.
         """
@@ -47,9 +48,7 @@ class OutputJacobians:
         if loss is not None and labels is not None:
             curvature = loss_curvature(loss, self.outputs.shape, labels, self.outputs.dtype)
             if not isinstance(curvature, SeparableLoss):
-                raise InputError(
-                    f"{loss_name(loss)} has no H = F F^T in closed form; use cross-entropy or squared error"
-                )
+                raise InputError(f"{loss_name(loss)} has no H = F F^T in closed form; use {KNOWN}")
             J = curvature.root(self.outputs).mT @ J  # F^T J
         return FactoredOperator(J.flatten(0, 1))
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState, unwrapped
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian
-from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, LossCurvature, SquaredError
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.separable_losses import CrossEntropy, LossCurvature, SquaredError
 from secondorder.errors import InputError
 from secondorder.kfac.capture.hooks import Hook, handles_of
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import widest
-from secondorder.curvature.matrix_free.loss_curvature import CrossEntropy, SeparableLoss, SquaredError
+from secondorder.curvature.matrix_free.separable_losses import CrossEntropy, SeparableLoss, SquaredError
 from secondorder.errors import InputError, unknown
 from secondorder.kfac.exact_columns import exact_columns
 

@@ -569,7 +569,7 @@ def broken(images: Tensor) -> Tensor:
         ({"batch": (torch.ones(3, 2, 6, 6).double(), torch.tensor([0, 3, 0]))}, "label 3 is out of range"),
         (
             {"loss": nn.HuberLoss(), "quantity": "mc_fisher"},
-            "'mc_fisher' needs cross-entropy or squared error.*HuberLoss",
+            "'mc_fisher' needs cross-entropy, .* or squared error.*HuberLoss",
         ),
         ({"loss": nn.HuberLoss(), "quantity": "diagonal"}, "'diagonal' needs.*use quantity 'ggn' or 'hessian'"),
         ({"loss": nn.HuberLoss(), "quantity": "kfac_expand"}, "'kfac_expand' needs"),

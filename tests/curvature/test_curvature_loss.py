@@ -8,7 +8,8 @@ from small_networks import relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.matrix_free.loss_curvature import AnyLoss, SeparableLoss, loss_curvature
+from secondorder.curvature.matrix_free.loss_curvature import AnyLoss, loss_curvature
+from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
 from secondorder.errors import InputError
 
 N, K = 5, 4

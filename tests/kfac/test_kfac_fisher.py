@@ -62,7 +62,7 @@ def test_exact_columns_come_in_parts(likelihood: str, shape: tuple[int, ...], mo
 def test_classes_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.randn(7, 5, 2)
     whole = output_gradients(z, "mc", generator=torch.Generator().manual_seed(0), samples=3)
-    monkeypatch.setattr("secondorder.curvature.matrix_free.loss_curvature.DRAWN_AT_A_TIME", 11)
+    monkeypatch.setattr("secondorder.curvature.matrix_free.separable_losses.DRAWN_AT_A_TIME", 11)
     assert torch.equal(output_gradients(z, "mc", generator=torch.Generator().manual_seed(0), samples=3), whole)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
-from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.second_derivatives import check_network
+from secondorder.curvature.matrix_free.separable_losses import LossCurvature
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.errors import failures_of
 

@@ -19,8 +19,8 @@ from torch.autograd.graph import Node
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
-from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.curvature.matrix_free.separable_losses import LossCurvature
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, failures_of
 

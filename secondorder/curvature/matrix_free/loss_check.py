@@ -33,3 +33,18 @@ def check_loss(loss: AnyLoss, z: Tensor, parameters: Mapping[str, nn.Parameter])
             return gradients(loss.value(at["outputs"]), at)
 
         check(gradients(value, at), at, graph_nodes([value]), again, f"the loss {loss_name(loss.loss)}")
+    if loss.separable and len(z) > 1:
+        _check_sum(loss, z, float(value.detach()))
+
+
+def _check_sum(loss: AnyLoss, z: Tensor, value: float) -> None:
+    """InputError for a loss declared to be a sum over samples that is not, on its own, the sum of those of two parts."""
+    cut = len(z) // 2
+    with torch.no_grad():
+        both = [float(loss.part(rows).value(z[rows])) for rows in (slice(0, cut), slice(cut, len(z)))]
+    scale = max(abs(value), *map(abs, both))
+    if abs(sum(both) - value) > 1e3 * torch.finfo(z.dtype).eps * scale:
+        raise InputError(
+            f"{loss_name(loss.loss)} of {len(z)} samples is {value:g}, of {cut} and {len(z) - cut} of them {both[0]:g} and "
+            f"{both[1]:g}: no sum over samples; divide a sum by a number of your own instead of taking a mean"
+        )

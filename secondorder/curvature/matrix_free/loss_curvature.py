@@ -1,28 +1,9 @@
-"""The loss as a function of the network's outputs: its value, gradient and Hessian M, and columns F with F F^T = M.
+"""The curvature of a loss at given labels: in closed form where the loss is known, else by automatic differentiation.
 
-Index letters: N samples, K outputs (classes) of a sample, R columns of F, S Monte-Carlo samples, V vectors. Outputs z
-`[N, K]`. M is block diagonal over samples, M_n = F_n F_n^T with F `[N, K, R]`; the loss's own normalisation is inside.
-
-    cross-entropy    l_n = -sum_k q_nk log p_nk,  p = softmax(z)    M_n = c_n (diag p - p p^T)    F_nk = sqrt(c_n p_k) (e_k - p)
-    squared error    l_n = c |z_n - y_n|^2                          M_n = 2 c I                  F_n = sqrt(2 c) I
-
-with q the (weighted, smoothed) distribution of the label divided by the mean's divisor, and c_n = sum_k q_nk. A column
-drawn from the model's own distribution has the same F F^T in expectation: sqrt(c_n) (p - e_y) with y ~ p, and sqrt(2 c) g
-with g ~ N(0, I).
-
-The empirical Fisher has the given label in place of the drawn one. The loss is a weighted sum of the samples' own losses,
-L = sum_n s_n l_n with -log p(y_n | z_n) = l_n up to a constant, and its one column is sqrt(s_n) dl_n/dz_n = dL/dz_n / sqrt(s_n):
-
-    cross-entropy    l_n = -log p_y            s_n = c_n: 1/N for a mean, 1 for a sum, in proportion to class weights
-    squared error    l_n = the own mean or     s_n = 1/N for a mean, 1 for a sum; y ~ N(z, sigma^2 I), sigma^2 = K/2 and 1/2
-                     sum over K outputs
-
-so that labels which are drawn from p(y | z) at fixed s_n give M_n in expectation. K-FAC's `fisher="empirical"` has the same own
-losses, but takes class weights, which it does not know, as part of them.
+Index letters: N samples, K outputs (classes) of a sample.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,156 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.accelerator import widest
-from secondorder.curvature.matrix_free.class_labels import ClassLabels, class_labels
+from secondorder.curvature.matrix_free.class_labels import class_labels
 from secondorder.curvature.matrix_free.linear_losses import check_curved
-from secondorder.errors import InputError, failures_of
-
-DRAWN_AT_A_TIME, NORMAL_AT_A_TIME = 2**21, 2**17
-"""Numbers in float64 that labels are drawn with at a time: probabilities that are added up (of a language model's tokens they are
-as large as its logits), and normal numbers."""
-
-ALL = slice(None)
+from secondorder.curvature.matrix_free.separable_losses import CrossEntropy, LossCurvature, SquaredError
+from secondorder.curvature.matrix_free.several_labels import BinaryCrossEntropy, CrossEntropyAtPositions
+from secondorder.errors import InputError, failures_of, short
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class LossCurvature(ABC):
-    """A loss at fixed labels as a function of the outputs z `[N, K]`."""
-
-    separable = True
-    """Whether the loss is a sum over samples with known summands, so that it can be computed part by part."""
-
-    @abstractmethod
-    def value(self, z: Tensor) -> Tensor:
-        """The reduced loss, a differentiable scalar."""
-
-    @abstractmethod
-    def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """M U for U `[N, K]`."""
-
-    @abstractmethod
-    def part(self, rows: slice) -> "LossCurvature":
-        """The summands of some samples, with the normalisation of the whole batch."""
-
-
-class SeparableLoss(LossCurvature):
-    """A loss with closed forms: a sum over samples of the negative log-likelihood of a distribution."""
-
-    @abstractmethod
-    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """F `[N, K, K]` with F_n F_n^T = M_n, or some of its columns `[N, K, R]`, which are as large as R batches of outputs."""
-
-    @abstractmethod
-    def noise(self, samples: int, seed: int) -> Tensor:
-        """Random numbers for `sampled`, the same on every device and for every division of the batch."""
-
-    @abstractmethod
-    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """F `[N, K, S]` with E F_n F_n^T = M_n."""
-
-    @abstractmethod
-    def gradients(self, z: Tensor) -> Tensor:
-        """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
+KNOWN = "cross-entropy, binary cross-entropy with logits or squared error"
+"""Losses with closed forms."""
 
 
 @dataclass(frozen=True)
-class CrossEntropy(SeparableLoss):
-    """-sum_nk q_nk log p_nk with the sums c `[N, 1]` of q `[N, K]` over the classes; M and its draws need no labels."""
+class SumOverSamples:
+    """A loss of your own, declared to be a sum over samples: L(z, y) = sum_n L(z_n, y_n), outputs and labels `[N, ...]`.
 
-    scale: Tensor
-    labels: ClassLabels | None = None
+    It is called with the outputs and labels of some samples, any number of them, and gives their sum, a scalar. Then quantities
+    of it can be evaluated a part of the batch at a time; that it is such a sum is tried on the first part. A mean is none, as
+    its divisor is that of the batch: give the sum, divided by a number of your own.
+    """
 
-    def value(self, z: Tensor) -> Tensor:
-        """The loss."""
-        return -(self._distribution * z.log_softmax(-1)).sum()
+    loss: Loss
 
-    def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """c (p * u - p (p . u))."""
-        p = z.softmax(-1)
-        pU = p * U
-        return pU.sub_(p.mul_(pU.sum(-1, keepdim=True))).mul_(self.scale)
-
-    def part(self, rows: slice) -> "CrossEntropy":
-        """The summands of some samples."""
-        return replace(self, scale=self.scale[rows], labels=None if self.labels is None else self.labels.part(rows))
-
-    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """Column k: sqrt(c p_k) (e_k - p)."""
-        p = z.softmax(-1)
-        first, last, _ = columns.indices(z.shape[-1])
-        F = p.neg()[..., None].repeat(1, 1, last - first)
-        F.diagonal(-first, 1, 2).add_(1)
-        return F.mul_((self.scale * p[:, columns]).sqrt()[..., None, :])
-
-    def noise(self, samples: int, seed: int) -> Tensor:
-        """Uniform numbers `[N, S]`."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(self.scale), samples, generator=generator, dtype=torch.float64)
-        return drawn.to(widest(self.scale.device)).to(self.scale.device)
-
-    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
-        p, few = z.softmax(-1), max(1, DRAWN_AT_A_TIME // z.shape[-1])
-        sums = (rows.to(noise.dtype).cumsum(-1) for rows in p.split(few))
-        y = torch.cat([torch.searchsorted(*both, right=True) for both in zip(sums, noise.split(few), strict=True)])
-        columns = p[..., None].repeat(1, 1, noise.shape[-1])  # [N, K, S]
-        columns.scatter_add_(1, y.clamp_max(z.shape[-1] - 1)[:, None], columns.new_full((), -1).expand_as(y[:, None]))
-        return columns.mul_((self.scale / noise.shape[-1]).sqrt()[..., None])
-
-    def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(c) (p - q / c); none for a label that does not count."""
-        c = self.scale
-        return (z.softmax(-1).mul_(c).sub_(self._distribution) / torch.where(c > 0, c, 1).sqrt())[..., None]
-
-    @property
-    def _distribution(self) -> Tensor:
-        assert self.labels is not None
-        return self.labels.distribution
-
-
-@dataclass(frozen=True)
-class SquaredError(SeparableLoss):
-    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / divisor, and the share s of a sample's own loss in it."""
-
-    y: Tensor
-    divisor: int
-    share: float = 1.0
-
-    def value(self, z: Tensor) -> Tensor:
-        """The loss."""
-        return (z - self.y).square().sum() / self.divisor
-
-    def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """2 c u."""
-        return U * (2 / self.divisor)
-
-    def part(self, rows: slice) -> "SquaredError":
-        """The summands of some samples."""
-        return replace(self, y=self.y[rows])
-
-    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """sqrt(2 c) I."""
-        first, last, _ = columns.indices(z.shape[-1])
-        eye = z.new_zeros(z.shape[-1], last - first)
-        eye.diagonal(-first).fill_((2 / self.divisor) ** 0.5)
-        return eye.expand(len(z), -1, -1)
-
-    def noise(self, samples: int, seed: int) -> Tensor:
-        """Normal numbers `[N, K, S]`."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = self.y.new_empty(*self.y.shape, samples)
-        for part in noise.split(max(1, NORMAL_AT_A_TIME // self.y.shape[1] // samples)):
-            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
-        return noise
-
-    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: sqrt(2 c / S) g."""
-        return noise * (2 / self.divisor / noise.shape[-1]) ** 0.5
-
-    def gradients(self, z: Tensor) -> Tensor:
-        """2 c (z - y) / sqrt(s)."""
-        return ((z - self.y) * (2 / self.divisor / self.share**0.5))[..., None]
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of these samples."""
+        return self.loss(outputs, labels)
 
 
 @dataclass(frozen=True)
@@ -189,7 +45,11 @@ class AnyLoss(LossCurvature):
     loss: Loss
     labels: Tensor
     shape: torch.Size
-    separable = False
+
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        """Whether it is declared to be a sum over samples."""
+        return isinstance(self.loss, SumOverSamples)
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
@@ -230,24 +90,31 @@ class AnyLoss(LossCurvature):
             return torch.autograd.grad(gradient, z, U, materialize_grads=True)[0]
 
     def part(self, rows: slice) -> "AnyLoss":
-        """The whole loss; parts of it are not known."""
-        return self
+        """The whole loss, unless it is declared to be a sum over samples: other parts are not known."""
+        if not self.separable:
+            return self
+        labels = self.labels[rows]
+        return replace(self, labels=labels, shape=torch.Size([len(labels), *self.shape[1:]]))
 
 
 def loss_curvature(loss: Loss, shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> LossCurvature:
-    """The loss at these labels for outputs of this shape; closed forms for cross-entropy and squared error.
+    """The loss at these labels for outputs of this shape, in closed form for those of KNOWN.
 
     Raises InputError for labels that do not fit, and for losses that are no functions or not reduced to a scalar.
     """
     if not callable(loss) or isinstance(loss, type):
         raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example nn.CrossEntropyLoss()")
     options = _options(loss)
-    if options is None or (len(shape) != 2 and options["kind"] == "cross-entropy"):
+    if options is None or (len(shape) < 2 and options["kind"] == "cross-entropy"):
         return AnyLoss(loss, labels, shape)
     if options["reduction"] not in ("mean", "sum"):
         raise InputError(f"{loss_name(loss)} has reduction {options['reduction']!r}; use 'mean' or 'sum'")
     if options["kind"] == "squared error":
         return _squared_error(options, shape, labels, dtype)
+    if options["kind"] == "binary cross-entropy":
+        return _binary_cross_entropy(options, shape, labels, dtype) or AnyLoss(loss, labels, shape)
+    if len(shape) > 2:
+        return _at_positions(options, shape, labels, dtype)
     made = class_labels(options, shape, labels, dtype)
     return CrossEntropy(made.total, made)
 
@@ -265,6 +132,8 @@ def _options(loss: Loss) -> dict[str, Any] | None:
         loss = nn.CrossEntropyLoss()
     if loss is F.mse_loss:
         loss = nn.MSELoss()
+    if loss is F.binary_cross_entropy_with_logits:
+        loss = nn.BCEWithLogitsLoss()
     if isinstance(loss, nn.MSELoss) and type(loss).forward is nn.MSELoss.forward:
         return {"kind": "squared error", "reduction": loss.reduction}
     if isinstance(loss, nn.CrossEntropyLoss) and type(loss).forward is nn.CrossEntropyLoss.forward:
@@ -272,6 +141,11 @@ def _options(loss: Loss) -> dict[str, Any] | None:
         if loss.weight is not None and loss.weight.requires_grad:
             return None  # made from parameters
         return {"kind": "cross-entropy"} | {name: getattr(loss, name) for name in names}
+    if isinstance(loss, nn.BCEWithLogitsLoss) and type(loss).forward is nn.BCEWithLogitsLoss.forward:
+        weights = {name: getattr(loss, name) for name in ("weight", "pos_weight")}
+        if any(weight is not None and weight.requires_grad for weight in weights.values()):
+            return None
+        return {"kind": "binary cross-entropy", "reduction": loss.reduction} | weights
     return None
 
 
@@ -291,3 +165,45 @@ def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype:
         raise InputError("the targets contain NaN or infinity")
     y = y.to(dtype).reshape(len(y), -1)
     return SquaredError(y, y.numel(), 1 / len(y)) if options["reduction"] == "mean" else SquaredError(y, 1)
+
+
+def _at_positions(
+    options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype
+) -> CrossEntropyAtPositions:
+    """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs."""
+    N, C, *places = shape
+    positions = torch.Size(places).numel()
+    expected = [*shape] if labels.is_floating_point() else [N, *places]
+    if list(labels.shape) != expected:
+        raise InputError(
+            f"labels of shape {list(labels.shape)} ({labels.dtype}) for outputs {list(shape)}; cross-entropy needs class indices "
+            f"{[N, *places]} (torch.int64) or class probabilities {list(shape)}"
+        )
+    flat = labels.flatten(2).transpose(1, 2).flatten(0, 1) if labels.is_floating_point() else labels.flatten()
+    made = class_labels(options, torch.Size([N * positions, C]), flat, dtype)
+    return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions)
+
+
+def _binary_cross_entropy(
+    options: Mapping[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype
+) -> BinaryCrossEntropy | None:
+    """The binary cross-entropy of outputs `[N, ...]` with targets like them; None where it is not convex in them."""
+    if y.shape != shape or not y.is_floating_point():
+        raise InputError(
+            f"targets of shape {list(y.shape)} ({y.dtype}) for outputs {list(shape)}; binary cross-entropy needs equal shapes "
+            "and floating-point targets"
+        )
+    weights = []
+    for name in ("weight", "pos_weight"):
+        given = options[name]
+        weight = torch.ones((), dtype=dtype, device=y.device) if given is None else given.detach().to(y.device, dtype)
+        try:
+            weights.append(weight.broadcast_to(shape))
+        except RuntimeError:
+            raise InputError(f"{name} of shape {list(weight.shape)}: cannot be that of outputs {list(shape)}") from None
+    divisor = y.numel() if options["reduction"] == "mean" else 1
+    w, positive = weights
+    a, b = ((w * part / divisor).reshape(len(y), -1) for part in (positive * y.to(dtype), 1 - y.to(dtype)))
+    if not all(bool(part.isfinite().all()) for part in (a, b)):
+        raise InputError(f"targets or weights of {short(options['kind'])} contain NaN or infinity")
+    return BinaryCrossEntropy(a, b) if bool((a >= 0).all()) and bool((b >= 0).all()) else None

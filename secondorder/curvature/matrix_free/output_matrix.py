@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.loss_curvature import ALL, LossCurvature, SeparableLoss
+from secondorder.curvature.matrix_free.separable_losses import ALL, LossCurvature, SeparableLoss
 from secondorder.errors import check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")

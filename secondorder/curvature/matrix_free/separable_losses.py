@@ -1,0 +1,175 @@
+"""Losses that are sums over samples with closed forms: value, gradient and Hessian M at the outputs, columns F with F F^T = M.
+
+Index letters: N samples, K outputs (classes) of a sample, R columns of F, S Monte-Carlo samples, V vectors. Outputs z
+`[N, K]`. M is block diagonal over samples, M_n = F_n F_n^T with F `[N, K, R]`; the loss's own normalisation is inside.
+
+    cross-entropy    l_n = -sum_k q_nk log p_nk,  p = softmax(z)    M_n = c_n (diag p - p p^T)    F_nk = sqrt(c_n p_k) (e_k - p)
+    squared error    l_n = c |z_n - y_n|^2                          M_n = 2 c I                  F_n = sqrt(2 c) I
+
+with q the (weighted, smoothed) distribution of the label divided by the mean's divisor, and c_n = sum_k q_nk. A column
+drawn from the model's own distribution has the same F F^T in expectation: sqrt(c_n) (p - e_y) with y ~ p, and sqrt(2 c) g
+with g ~ N(0, I). Two more, of several labels for each sample, are in `several_labels`.
+
+The empirical Fisher has the given label in place of the drawn one. The loss is a weighted sum of the samples' own losses,
+L = sum_n s_n l_n with -log p(y_n | z_n) = l_n up to a constant, and its one column is sqrt(s_n) dl_n/dz_n = dL/dz_n / sqrt(s_n):
+
+    cross-entropy    l_n = -log p_y            s_n = c_n: 1/N for a mean, 1 for a sum, in proportion to class weights
+    squared error    l_n = the own mean or     s_n = 1/N for a mean, 1 for a sum; y ~ N(z, sigma^2 I), sigma^2 = K/2 and 1/2
+                     sum over K outputs
+
+so that labels which are drawn from p(y | z) at fixed s_n give M_n in expectation. K-FAC's `fisher="empirical"` has the same own
+losses, but takes class weights, which it does not know, as part of them.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secondorder.accelerator import widest
+from secondorder.curvature.matrix_free.class_labels import ClassLabels
+
+DRAWN_AT_A_TIME, NORMAL_AT_A_TIME = 2**21, 2**17
+"""Numbers in float64 that labels are drawn with at a time: probabilities that are added up (of a language model's tokens they are
+as large as its logits), and normal numbers."""
+
+ALL = slice(None)
+
+
+class LossCurvature(ABC):
+    """A loss at fixed labels as a function of the outputs z `[N, K]`."""
+
+    separable = True
+    """Whether the loss is a sum over samples with known summands, so that it can be computed part by part."""
+
+    @abstractmethod
+    def value(self, z: Tensor) -> Tensor:
+        """The reduced loss, a differentiable scalar."""
+
+    @abstractmethod
+    def product(self, z: Tensor, U: Tensor) -> Tensor:
+        """M U for U `[N, K]`."""
+
+    @abstractmethod
+    def part(self, rows: slice) -> "LossCurvature":
+        """The summands of some samples, with the normalisation of the whole batch."""
+
+
+class SeparableLoss(LossCurvature):
+    """A loss with closed forms: a sum over samples of the negative log-likelihood of a distribution."""
+
+    @abstractmethod
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
+        """F `[N, K, K]` with F_n F_n^T = M_n, or some of its columns `[N, K, R]`, which are as large as R batches of outputs."""
+
+    @abstractmethod
+    def noise(self, samples: int, seed: int) -> Tensor:
+        """Random numbers for `sampled`, the same on every device and for every division of the batch."""
+
+    @abstractmethod
+    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
+        """F `[N, K, S]` with E F_n F_n^T = M_n."""
+
+    @abstractmethod
+    def gradients(self, z: Tensor) -> Tensor:
+        """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(SeparableLoss):
+    """-sum_nk q_nk log p_nk with the sums c `[N, 1]` of q `[N, K]` over the classes; M and its draws need no labels."""
+
+    scale: Tensor
+    labels: ClassLabels | None = None
+
+    def value(self, z: Tensor) -> Tensor:
+        """The loss."""
+        return -(self._distribution * z.log_softmax(-1)).sum()
+
+    def product(self, z: Tensor, U: Tensor) -> Tensor:
+        """c (p * u - p (p . u))."""
+        p = z.softmax(-1)
+        pU = p * U
+        return pU.sub_(p.mul_(pU.sum(-1, keepdim=True))).mul_(self.scale)
+
+    def part(self, rows: slice) -> "CrossEntropy":
+        """The summands of some samples."""
+        return replace(self, scale=self.scale[rows], labels=None if self.labels is None else self.labels.part(rows))
+
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
+        """Column k: sqrt(c p_k) (e_k - p)."""
+        p = z.softmax(-1)
+        first, last, _ = columns.indices(z.shape[-1])
+        F = p.neg()[..., None].repeat(1, 1, last - first)
+        F.diagonal(-first, 1, 2).add_(1)
+        return F.mul_((self.scale * p[:, columns]).sqrt()[..., None, :])
+
+    def noise(self, samples: int, seed: int) -> Tensor:
+        """Uniform numbers `[N, S]`."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(len(self.scale), samples, generator=generator, dtype=torch.float64)
+        return drawn.to(widest(self.scale.device)).to(self.scale.device)
+
+    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
+        p, few = z.softmax(-1), max(1, DRAWN_AT_A_TIME // z.shape[-1])
+        sums = (rows.to(noise.dtype).cumsum(-1) for rows in p.split(few))
+        y = torch.cat([torch.searchsorted(*both, right=True) for both in zip(sums, noise.split(few), strict=True)])
+        columns = p[..., None].repeat(1, 1, noise.shape[-1])  # [N, K, S]
+        columns.scatter_add_(1, y.clamp_max(z.shape[-1] - 1)[:, None], columns.new_full((), -1).expand_as(y[:, None]))
+        return columns.mul_((self.scale / noise.shape[-1]).sqrt()[..., None])
+
+    def gradients(self, z: Tensor) -> Tensor:
+        """sqrt(c) (p - q / c); none for a label that does not count."""
+        c = self.scale
+        return (z.softmax(-1).mul_(c).sub_(self._distribution) / torch.where(c > 0, c, 1).sqrt())[..., None]
+
+    @property
+    def _distribution(self) -> Tensor:
+        assert self.labels is not None
+        return self.labels.distribution
+
+
+@dataclass(frozen=True)
+class SquaredError(SeparableLoss):
+    """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / divisor, and the share s of a sample's own loss in it."""
+
+    y: Tensor
+    divisor: int
+    share: float = 1.0
+
+    def value(self, z: Tensor) -> Tensor:
+        """The loss."""
+        return (z - self.y).square().sum() / self.divisor
+
+    def product(self, z: Tensor, U: Tensor) -> Tensor:
+        """2 c u."""
+        return U * (2 / self.divisor)
+
+    def part(self, rows: slice) -> "SquaredError":
+        """The summands of some samples."""
+        return replace(self, y=self.y[rows])
+
+    def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
+        """sqrt(2 c) I."""
+        first, last, _ = columns.indices(z.shape[-1])
+        eye = z.new_zeros(z.shape[-1], last - first)
+        eye.diagonal(-first).fill_((2 / self.divisor) ** 0.5)
+        return eye.expand(len(z), -1, -1)
+
+    def noise(self, samples: int, seed: int) -> Tensor:
+        """Normal numbers `[N, K, S]`."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = self.y.new_empty(*self.y.shape, samples)
+        for part in noise.split(max(1, NORMAL_AT_A_TIME // self.y.shape[1] // samples)):
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+        return noise
+
+    def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Column s: sqrt(2 c / S) g."""
+        return noise * (2 / self.divisor / noise.shape[-1]) ** 0.5
+
+    def gradients(self, z: Tensor) -> Tensor:
+        """2 c (z - y) / sqrt(s)."""
+        return ((z - self.y) * (2 / self.divisor / self.share**0.5))[..., None]
