@@ -154,6 +154,8 @@ def test_curvature() -> None:
     v = torch.randn(len(G))
     product = page["ggn"] @ v
     assert torch.allclose(product, G.float() @ v, rtol=0, atol=1e-4 * float(product.abs().max()))
+    left = page["ggn"] @ page["natural"] + 0.1 * page["natural"] - 1
+    assert float(left.norm()) < 1e-4 * len(G) ** 0.5
     assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
 
 

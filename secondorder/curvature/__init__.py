@@ -12,7 +12,7 @@ from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
 from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
-from secondorder.curvature.operators import DampedOperator
+from secondorder.curvature.operators import DampedOperator, damped_inverse
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
 from secondorder.curvature.spectrum import (
     SpectralDensity,
@@ -36,6 +36,7 @@ __all__ = [
     "SumOverSamples",
     "TopEigenvalues",
     "curvature_blocks",
+    "damped_inverse",
     "fidelity",
     "fidelity_table",
     "half_rank_condition",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from secondorder.curvature.conjugate_gradients import conjugate_gradients
 from secondorder.curvature.matrix_free.jacobian import flattened
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.relative_damping import norm_over_trace
@@ -27,7 +28,6 @@ from secondorder.kfac.options import (
 from secondorder.kfac.report import Stopwatch
 from secondorder.kfac.state_check import check_count, check_entries, check_float, check_optimizer
 from secondorder.kfac.update import move, shorten
-from secondorder.preconditioning.conjugate_gradients import conjugate_gradients
 
 TOLERANCE, ITERATIONS = 0.1, 20
 BUFFERS = ("momentum_buffer",)

@@ -1,5 +1,6 @@
 """Is the backward pass of a pooling head a preconditioner? The mathematics as code."""
 
+from secondorder.curvature.conjugate_gradients import CGSolution, conjugate_gradients
 from secondorder.preconditioning.alignment import (
     Alignment,
     Bootstrap,
@@ -8,7 +9,6 @@ from secondorder.preconditioning.alignment import (
     partial_correlation,
 )
 from secondorder.preconditioning.backward import FORMS, BackwardOperator, backward_operator, gcp_backward
-from secondorder.preconditioning.conjugate_gradients import CGSolution, conjugate_gradients
 from secondorder.preconditioning.directions import loss_gradient
 from secondorder.preconditioning.features import varying_images
 from secondorder.preconditioning.head_functions import HEAD_FUNCTIONS

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secondorder.curvature import curvature_blocks
+from secondorder.curvature.conjugate_gradients import CGSolution, conjugate_gradients
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.loss_curvature import Loss
 from secondorder.curvature.operators import FactoredOperator, SymmetricOperator
 from secondorder.curvature.relative_damping import norm_over_trace
 from secondorder.errors import NonFiniteError
 from secondorder.kfac.options import check_number
-from secondorder.preconditioning.conjugate_gradients import CGSolution, conjugate_gradients
 from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient, names_of
 
 FACTOR_BYTES = 512 * 2**20

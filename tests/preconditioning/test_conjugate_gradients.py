@@ -152,10 +152,10 @@ def test_keeps_no_graph() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": -1.0}, "damping -1.0"),
-        ({"damping": float("nan")}, "damping nan"),
-        ({"tolerance": 0.0}, "tolerance 0.0"),
-        ({"tolerance": 1.0}, "tolerance 1.0"),
+        ({"damping": -1.0}, "damping must be .*, got -1.0"),
+        ({"damping": float("nan")}, "damping must be .*, got nan"),
+        ({"tolerance": 0.0}, "tolerance must be .* got 0.0"),
+        ({"tolerance": 1.0}, "tolerance must be .* got 1.0"),
         ({"iterations": 0}, "iterations must be .*, got 0"),
         ({"iterations": 2.5}, "iterations must be .*, got 2.5"),
         ({"start": torch.ones(3)}, r"start has the shape \[3\]"),

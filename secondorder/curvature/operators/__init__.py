@@ -7,6 +7,7 @@ from secondorder.curvature.operators.diagonal import DiagonalOperator
 from secondorder.curvature.operators.difference import DifferenceOperator
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
+from secondorder.curvature.operators.inverse import InverseOperator, damped_inverse
 from secondorder.curvature.operators.kronecker import KroneckerOperator
 from secondorder.curvature.operators.preconditioned import (
     PreconditionedOperator,
@@ -25,9 +26,11 @@ __all__ = [
     "DifferenceOperator",
     "EigenbasisOperator",
     "FactoredOperator",
+    "InverseOperator",
     "KroneckerOperator",
     "PreconditionedOperator",
     "SymmetricOperator",
+    "damped_inverse",
     "damped_inverse_root",
     "in_eigenbasis",
     "preconditioned",

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError, NonFiniteError, check_whole, failures_of
-from secondorder.kfac.options import check_number
+from secondorder.errors import InputError, NonFiniteError, check_number, check_whole, failures_of
 
 
 @dataclass(frozen=True)
@@ -135,10 +134,8 @@ def _steps(
 
 
 def _check(b: Tensor, damping: float, tolerance: float, iterations: int, start: Tensor | None) -> None:
-    check_number("damping", damping, 0.0)
-    check_number("tolerance", tolerance, 0.0, 1.0)
-    if not tolerance > 0:
-        raise InputError(f"tolerance {tolerance}: must be between 0 and 1, a part of |b|")
+    check_number("damping", _plain(damping), 0.0, math.inf)
+    check_number("tolerance", _plain(tolerance), 0.0, 1.0, "()", hint=", a part of |b|")
     check_whole("iterations", iterations)
     for name, tensor in (("b", b), *([] if start is None else [("start", start)])):
         if not isinstance(tensor, Tensor):
@@ -148,6 +145,11 @@ def _check(b: Tensor, damping: float, tolerance: float, iterations: int, start: 
     if start is not None and start.shape != b.shape:
         raise InputError(f"start has the shape {list(start.shape)}, b has {list(b.shape)}")
     _check_finite("b", b)
+
+
+def _plain(value: object) -> object:
+    """The number in a tensor that holds one; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _check_finite(name: str, values: Tensor) -> None:
