@@ -237,11 +237,11 @@ def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple
             f"images {list(images.shape)} and labels {list(labels.shape)}; a batch needs one label for each image, at least one"
         )
     if images.is_floating_point():
-        if not torch.isfinite(images).all():
-            raise NonFiniteError("the images contain NaN or infinity")
         kinds = {w.dtype for w in (*network.weights.values(), *network.constants.values())}
         if images.dtype not in kinds:
             raise InputError(
                 f"the images are {images.dtype}, the network is {network.dtype}; convert one of them with .to()"
             )
+        if not torch.isfinite(images).all():
+            raise NonFiniteError("the images contain NaN or infinity")
     return images, labels

@@ -623,3 +623,25 @@ def test_the_first_module_with_nan_is_named() -> None:
     with pytest.raises(NonFiniteError, match="the output of 2 contains NaN or infinity"):
         curvature_blocks(model, CE, data, "ggn")
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Constant(nn.Sequential):
+    """A network whose outputs depend on no parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal", "mc_fisher", "kfac_expand", "ekfac"])
+def test_a_detached_network_has_no_curvature(quantity: str) -> None:
+    network = Constant(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+    assert not curvature_blocks(network, nn.CrossEntropyLoss(), batch, quantity, memory=10**400).whole.dense().any()
+
+
+def test_images_of_eight_bits_and_of_numbers_without_squares() -> None:
+    network, labels = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.tensor([0, 1])
+    with pytest.raises(InputError, match=r"the images are torch.float8_e4m3fn, the network is torch.float32"):
+        curvature_blocks(network, nn.CrossEntropyLoss(), (torch.ones(2, 3).to(torch.float8_e4m3fn), labels), "ggn")
+    with pytest.raises(NonFiniteError, match=r"a Kronecker factor \[\d, \d\] .* has no eigenbasis in torch.float32"):
+        curvature_blocks(network, nn.CrossEntropyLoss(), (torch.full((2, 3), 1e30), labels), "ekfac")

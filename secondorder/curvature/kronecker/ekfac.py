@@ -12,6 +12,7 @@ Index letters: n samples, r columns, T positions, G groups, D inputs and O outpu
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import over_positions
 from secondorder.curvature.matrix_free.sample_gradients import pulled_columns, slices
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
+from secondorder.errors import NonFiniteError
 
 WIDE_BASIS = 0
 """Inputs above which A is kept as rows if there are fewer of them: a basis of their span is all that is needed."""
@@ -100,8 +102,19 @@ def _eigenbasis(factor: SymmetricOperator) -> Tensor:
     """Orthonormal eigenvectors; for a factor rows^T rows with few rows those of its range, outside of which nothing lies."""
     if isinstance(factor, FactoredOperator) and len(factor.rows) < factor.size:
         basis, triangle = torch.linalg.qr(factor.rows.mT)
-        return basis @ torch.linalg.eigh(triangle @ triangle.mT).eigenvectors
-    return torch.linalg.eigh(factor.dense()).eigenvectors
+        return basis @ _eigenvectors(triangle @ triangle.mT)
+    return _eigenvectors(factor.dense())
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Those of a symmetric matrix. NonFiniteError where it has none in its number format."""
+    with suppress(torch.linalg.LinAlgError):
+        if bool(matrix.isfinite().all()):
+            return torch.linalg.eigh(matrix).eigenvectors
+    raise NonFiniteError(
+        f"a Kronecker factor {list(matrix.shape)} with numbers up to {float(matrix.abs().max()):.2g} has no eigenbasis in "
+        f"{matrix.dtype}; scale the images, or use float64"
+    )
 
 
 def _vectors(use: LayerUse, a: Tensor) -> Tensor:

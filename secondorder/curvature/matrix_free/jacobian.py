@@ -69,6 +69,8 @@ class Linearisation:
 
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
+        if not self.graph.requires_grad:
+            return [U.new_zeros(use.output_shape) for use in uses]
         edges = [use.output for use in uses]
         gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
         return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]

@@ -15,6 +15,8 @@ BLOCK_BYTES = 256 * 2**20
 BLOCK_COPIES = 4
 """Such blocks at a time: gradients, rows, what both are made of, and their squares."""
 GIB = 2**30
+UNLIMITED = 2**62
+"""Bytes beyond which a budget is none."""
 
 
 def available_memory(device: torch.device) -> int:
@@ -37,7 +39,7 @@ def budget(memory: int | None, device: torch.device) -> int:
     if memory is None:
         return int(SHARE * available_memory(device))
     check_number("memory", memory, 0, math.inf, "(]", hint="; in bytes, or None (what is available)")
-    return int(memory)
+    return int(min(memory, UNLIMITED))
 
 
 def check_memory(needed: float, available: int, what: str, way_out: str) -> None:

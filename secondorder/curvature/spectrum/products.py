@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import check_float64
-from secondorder.curvature.matrix_free.memory import budget
+from secondorder.curvature.matrix_free.memory import UNLIMITED, budget
 from secondorder.curvature.operators import DenseOperator, SymmetricOperator
 from secondorder.errors import InputError, NonFiniteError, check_known, check_number, check_seed, check_whole
 
@@ -89,7 +89,7 @@ def allowed(operator: SymmetricOperator, memory: int | None) -> int:
     if memory is None:
         return max(MEMORY, budget(None, operator.device))
     check_positive("memory", memory)
-    return int(memory)
+    return int(min(memory, UNLIMITED))
 
 
 def affordable(rows: int, operator: SymmetricOperator, memory: int | None) -> int:
