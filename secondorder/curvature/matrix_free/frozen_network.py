@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
@@ -81,6 +82,7 @@ class FrozenNetwork:
             _left_as_they_were(self.modes),
             self.random.replayed(part),
             full_precision(images),
+            plain_attention(),
             recorded_uses(layers) as uses,
         ):
             outputs = functional_call(

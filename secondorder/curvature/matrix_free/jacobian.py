@@ -21,6 +21,7 @@ from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.loss_curvature import LossCurvature
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, failures_of
 
@@ -60,6 +61,7 @@ class Linearisation:
         weights = self.network.weights
         return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
 
+    @plain_attention()
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
         weights = [self.network.weights[name] for name in names]
@@ -67,6 +69,7 @@ class Linearisation:
             return [torch.zeros_like(w) for w in weights]
         return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
 
+    @plain_attention()
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
         edges = [use.output for use in uses]
@@ -93,6 +96,7 @@ class Linearisation:
                 "state that it keeps; use eval(), or draw from torch's default generator"
             )
 
+    @plain_attention()
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
         if not self.graph.requires_grad:
@@ -107,6 +111,7 @@ class Linearisation:
         u, gradients = self._adjoint
         return along(gradients, tangents, [u])[0]
 
+    @plain_attention()
     def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
 

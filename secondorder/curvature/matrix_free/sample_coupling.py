@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 
 COUPLED = "the network lets images act on one another's outputs"
@@ -42,6 +43,7 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
     return None if network.random.drawn else _matters_alone(network, z.detach(), x.detach())
 
 
+@plain_attention()
 def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
     if not (x.requires_grad and z.requires_grad and x.numel()):
         return False
