@@ -169,8 +169,9 @@ def curvature_blocks(
 ) -> CurvatureBlocks:
     """The blocks of a quantity of QUANTITIES for the loss of a batch (images `[N, ...]`, labels), any network.
 
-    The network is evaluated in its present mode and left as it is, bit for bit, with its parameters, buffers, images and
-    labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
+    The network may differentiate within its forward pass, also with respect to images that require gradients. It is evaluated
+    in its present mode, attention by PyTorch's math kernel, and left as it is, bit for bit, with its parameters, buffers, images
+    and labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
     part in them where PyTorch does not tell of the change (`.data`). Its present random state decides on dropout masks, the
     same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy and
     squared error have all quantities, other losses `ggn` (positive semi-definite when the loss is convex in the outputs) and
@@ -231,11 +232,15 @@ def copied_bytes(network: FrozenNetwork, images: Tensor, labels: Tensor) -> int:
 
 
 def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple[Tensor, Tensor]:
-    """Images and labels on the network's device. InputError unless they are as many, at least one, and finite."""
+    """Images and labels on the network's device, which is told whether images require gradients.
+
+    InputError unless they are as many, at least one, and finite.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise InputError("a batch is a pair (images, labels) of tensors")
     if any(t.is_meta for t in batch):
         raise InputError("images or labels are on the device 'meta', which holds no numbers")
+    network.differentiates_images = batch[0].requires_grad
     images, labels = (t.detach().to(network.device, copy=True) for t in batch)  # loaders use their memory again
     if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise InputError(

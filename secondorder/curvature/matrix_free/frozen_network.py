@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class FrozenNetwork:
         self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
         self.modes = [(part, part.training) for part in self.module.modules()]
         self.random = RandomState()
+        self.differentiates_images = False
+        """Whether the images require gradients, as a network does that differentiates its outputs with respect to them."""
         first = next(iter(self.weights.values()))
         self.device, self.dtype = first.device, first.dtype
         self._versions = [(name, p, p._version) for name, p in named.items()]
@@ -85,9 +87,8 @@ class FrozenNetwork:
             plain_attention(),
             recorded_uses(layers) as uses,
         ):
-            outputs = functional_call(
-                self.module, state, (images.clone(),)
-            )  # a copy: networks may write into their input
+            x = images.clone()  # networks may write into their input
+            outputs = functional_call(self.module, state, (x.requires_grad_() if self.differentiates_images else x,))
         if not self._tried:
             self._tried = True
             if written := self._found_written():
@@ -130,14 +131,13 @@ class FrozenNetwork:
             for name, module in self.module.named_modules()
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(RuntimeError):  # of derivatives within the network
                 self.outputs(images, part=part)
         finally:
             for handle in handles:
                 handle.remove()
-        raise NonFiniteError(
-            f"the output of {self.prefix + found[0]} contains NaN or infinity; check its weights and input"
-        )
+        where = self.prefix + found[0] if found else "the network"
+        raise NonFiniteError(f"the output of {where} contains NaN or infinity; check its weights and input")
 
     def couples_samples(self) -> str | None:
         """Why a sample's output depends on the other samples of the batch, as far as modules tell, or None."""

@@ -35,6 +35,15 @@ def graph_leaves(nodes: Iterable[Node]) -> dict[int, Tensor]:
     return {id(leaf): leaf for node in nodes for leaf in _leaf(node)}
 
 
+def saved_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
+    """What the nodes of a graph have kept for a backward pass, as far as they tell."""
+    for node in nodes:
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                kept = getattr(node, name, None)
+                yield from (t for t in (kept if isinstance(kept, tuple) else (kept,)) if isinstance(t, Tensor))
+
+
 def custom_functions(nodes: Iterable[Node]) -> list[str]:
     """The names of autograd Functions that are not of the packages TESTED, so that their derivatives may be wrong."""
     kinds = {type(node) for node in nodes if isinstance(node, BackwardCFunction)}

@@ -85,7 +85,7 @@ class Linearisation:
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
             z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
         self._check_repeated(z)
-        return torch.zeros_like(self.z) if tangent is None else tangent.reshape(self.z.shape)
+        return torch.zeros_like(self.z) if tangent is None else tangent.detach().reshape(self.z.shape)
 
     def _check_repeated(self, z: Tensor) -> None:
         """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from secondorder.matrix_power.transforms import inside_transform
+
 
 @dataclass(eq=False)
 class Input:
@@ -51,6 +53,8 @@ def recorded_uses(layers: Mapping[nn.Module, object]) -> Iterator[list[LayerUse]
     uses: list[LayerUse] = []
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if inside_transform():  # of what is of no use outside of it
+            return
         call = read_call(args, kwargs, output)
         if call is not None:
             a, version, place = call

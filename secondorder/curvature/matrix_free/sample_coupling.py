@@ -24,6 +24,8 @@ DIFFERENT = 64
 """Powers of two among the scales c."""
 ROUNDING = 2**13
 """Rounding units of an image's largest gradient: more than sums in another order make on a GPU; on a CPU they are the same."""
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""Of networks that do not take such images."""
 
 
 def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
@@ -35,7 +37,7 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
         with torch.enable_grad():
             x = x.requires_grad_() if x.is_floating_point() else x
             z = network.outputs(x)
-    except (RuntimeError, ValueError, IndexError):
+    except FAILURES:
         return f"the network cannot be evaluated for {len(images)} images"
     network.check_finite(z.detach(), x.detach())
     if _gradients_are_mixed(z, x) or _company_matters(network, z.detach(), x.detach()):
@@ -95,9 +97,9 @@ def splits(count: int, complete: bool) -> Iterator[list[bool]]:
 
 def _evaluated(network: FrozenNetwork, images: Tensor) -> Tensor | None:
     try:
-        with torch.no_grad():
-            return network.outputs(images)
-    except (RuntimeError, ValueError, IndexError):
+        with torch.enable_grad():  # for derivatives within the network
+            return network.outputs(images).detach()
+    except FAILURES:
         return None
 
 
