@@ -44,6 +44,8 @@ from secondorder.matrix_power.transforms import symmetric
 
 def kronecker_parameters(network: nn.Module) -> list[str]:
     """The names of the parameters with Kronecker structure: weights and biases of linear layers and convolutions."""
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {type(network).__name__}: must be a torch.nn.Module")
     module, prefix = unwrapped(network)
     parameters = dict(module.named_parameters())
     return [prefix + name for name, places in sites(module, parameters).items() if _has_structure(places)]

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.graph import graph_nodes, saved_tensors
+from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes, saved_tensors, short_formats
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
@@ -54,6 +54,12 @@ def probed(
         raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
     if z.numel() == 0:
         raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
+    nodes = graph_nodes([z])
+    check_checkpoints(nodes)
+    if short := short_formats(nodes):
+        raise InputError(
+            f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
+        )
     network.check_finite(z, x)
     if past := captured(z, network.parameters):
         raise InputError(

@@ -224,6 +224,8 @@ def _left_as_they_were(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     try:
         for module, mode in modes:
             module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # its gradient, whole and not by frequency
+                module.__dict__.update(sparse=False, scale_grad_by_freq=False)
         yield
     finally:
         for module, attributes in before:

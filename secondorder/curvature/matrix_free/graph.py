@@ -3,9 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+
+from secondorder.errors import InputError
 
 TESTED = ("secondorder.", "torch.")
 """Packages whose autograd Functions have tests of their derivatives."""
@@ -42,6 +45,20 @@ def saved_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
             if name.startswith("_saved_"):
                 kept = getattr(node, name, None)
                 yield from (t for t in (kept if isinstance(kept, tuple) else (kept,)) if isinstance(t, Tensor))
+
+
+def check_checkpoints(nodes: Iterable[Node]) -> None:
+    """InputError for a reentrant checkpoint: parameters within it would seem to have no gradient."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise InputError(
+            "torch.utils.checkpoint hides parameters with use_reentrant=True; call it with use_reentrant=False"
+        )
+
+
+def short_formats(nodes: Iterable[Node]) -> list[torch.dtype]:
+    """The floating-point numbers of fewer than 32 bits that a graph computes in."""
+    formats = {entry.dtype for node in nodes for entry in getattr(node, "_input_metadata", ())}
+    return sorted((f for f in formats if f.is_floating_point and f.itemsize < 4), key=str)
 
 
 def custom_functions(nodes: Iterable[Node]) -> list[str]:

@@ -67,13 +67,15 @@ class Linearisation:
         weights = [self.network.weights[name] for name in names]
         if not self.graph.requires_grad:
             return [torch.zeros_like(w) for w in weights]
-        return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
+        with failures_of("a derivative of this network"):
+            return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
 
     @plain_attention()
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
         edges = [use.output for use in uses]
-        gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
+        with failures_of("a derivative of this network"):
+            gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
         return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
 
     def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
+from secondorder.errors import failures_of
 
 COUPLED = "the network lets images act on one another's outputs"
 COMPANY = 4
@@ -52,7 +53,8 @@ def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
     source = torch.Generator().manual_seed(0)
     u, c = random_like(z, source), sample_scales(x, source, min(len(x), DIFFERENT))
     scales = c.reshape(len(x), -1)[:, 0].view(-1, *[1] * (z.ndim - 1))
-    alike, scaled = (torch.autograd.grad(z, x, s, retain_graph=True, allow_unused=True)[0] for s in (u, scales * u))
+    with failures_of("a derivative of this network"):
+        alike, scaled = (torch.autograd.grad(z, x, s, retain_graph=True, allow_unused=True)[0] for s in (u, scales * u))
     if alike is None or scaled is None:
         return False
     # What is no number at one image alone is none of its own.
