@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers
+from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers, recorded_layers
 from secondorder.curvature.kronecker.ekfac import ekfac_blocks, ekfac_bytes
 from secondorder.curvature.matrix_free.batch_parts import Probe, part_size, probed
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
@@ -192,11 +192,9 @@ def curvature_blocks(
     check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
     frozen = FrozenNetwork(network, params, copied=True)
-    if row.kronecker:
-        kronecker_layers(frozen)
+    layers = recorded_layers(frozen) if row.kronecker else layers_with_rules(frozen.module, frozen.parameters)
     images, labels = checked_batch(batch, frozen)
     available = budget(memory, frozen.device)
-    layers = layers_with_rules(frozen.module, frozen.parameters)
     probe = probed(frozen, images, layers, available)
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):

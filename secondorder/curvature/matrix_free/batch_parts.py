@@ -37,7 +37,7 @@ class Probe:
 def probed(
     network: FrozenNetwork,
     images: Tensor,
-    layers: Mapping[nn.Module, object] | None = None,
+    layers: Mapping[nn.Module, nn.Module | None] | None = None,
     available: int | None = None,
 ) -> Probe:
     """Evaluate and differentiate the network on a few samples of a batch, as many as `available` bytes allow."""
@@ -74,7 +74,7 @@ def probed(
 
 
 def _evaluated(
-    network: FrozenNetwork, x: Tensor, layers: Mapping[nn.Module, object]
+    network: FrozenNetwork, x: Tensor, layers: Mapping[nn.Module, nn.Module | None]
 ) -> tuple[Tensor, list[LayerUse], int]:
     """Outputs, uses of the layers, and the bytes that the graph holds beside the parameters."""
     known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}

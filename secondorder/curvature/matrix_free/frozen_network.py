@@ -72,7 +72,11 @@ class FrozenNetwork:
         return self.outputs_and_uses(images, weights, part, {})[0]
 
     def outputs_and_uses(
-        self, images: Tensor, weights: Mapping[str, Tensor] | None, part: int, layers: Mapping[nn.Module, object]
+        self,
+        images: Tensor,
+        weights: Mapping[str, Tensor] | None,
+        part: int,
+        layers: Mapping[nn.Module, nn.Module | None],
     ) -> tuple[Tensor, list[LayerUse]]:
         """f, and what went into and came out of the given layers in each use."""
         self.check_unchanged()

@@ -35,7 +35,7 @@ class Linearisation:
         images: Tensor,
         rows: slice,
         part: int = 0,
-        layers: Mapping[nn.Module, object] | None = None,
+        layers: Mapping[nn.Module, nn.Module | None] | None = None,
     ) -> None:
         self.network = network
         self.images = images[rows]
@@ -186,7 +186,7 @@ class Jacobian:
         images: Tensor,
         chunk: int,
         coupled: bool = False,
-        layers: Mapping[nn.Module, object] | None = None,
+        layers: Mapping[nn.Module, nn.Module | None] | None = None,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.network = network
