@@ -66,7 +66,7 @@ def kronecker_layers(network: FrozenNetwork) -> dict[str, tuple[Layers, str]]:
     if without:
         shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
         raise InputError(
-            f"no Kronecker structure: {shown}; use params=kronecker_parameters(network) (linear layers and convolutions)"
+            f"no Kronecker structure: {shown}; use params=kronecker_parameters(network) (linear layers, convolutions, attention)"
         )
     return {
         name: (tuple(layer for layer, _ in found), found[0][1].removeprefix("in_proj_"))
@@ -88,7 +88,11 @@ def attention_callers(network: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _has_structure(places: Sequence[tuple[nn.Module, str]], callers: Mapping[nn.Module, nn.Module]) -> bool:
     """Weights and biases of layers that do what their type does: a reparametrised weight, for one, has another name."""
-    return bool(places) and all(
+    if (
+        len({callers.get(layer) is layer for layer, _ in places}) != 1
+    ):  # none, or one weight for query, key, value and for another
+        return False
+    return all(
         _plain(layer)
         and (layer not in callers or (_plain(callers[layer]) and _plain(callers[layer].out_proj)))  # type: ignore[arg-type]
         and attribute in (("in_proj_weight", "in_proj_bias") if callers.get(layer) is layer else ("weight", "bias"))
