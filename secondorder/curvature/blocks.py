@@ -179,7 +179,7 @@ def curvature_blocks(
     `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
-        weights and biases of linear layers and convolutions (`kronecker_parameters`).
+        weights and biases of linear layers, convolutions and attention (`kronecker_parameters`).
     samples, seed: Monte-Carlo columns and their random numbers, the same on every device.
     fisher: a key of FISHERS, for Kronecker-factored quantities.
     chunk: samples that are evaluated at once; None: all if they fit into the memory, else as many as fit. A batch that is

@@ -1,4 +1,4 @@
-"""K-FAC: Kronecker-factored blocks of the Gauss-Newton or Fisher matrix for linear layers and convolutions.
+"""K-FAC: Kronecker-factored blocks of the Gauss-Newton or Fisher matrix for linear layers, convolutions and attention.
 
 The factors of a layer are those of `kronecker.factors`, summed over the parts of a batch and the columns of M's factor.
 Several uses of one layer, or of layers that share a weight, count as more positions.

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ def saved_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
     for node in nodes:
         for name in dir(node):
             if name.startswith("_saved_"):
-                kept = getattr(node, name, None)
+                kept: object = None
+                with suppress(RuntimeError):  # of one that was changed in place since
+                    kept = getattr(node, name)
                 yield from (t for t in (kept if isinstance(kept, tuple) else (kept,)) if isinstance(t, Tensor))
 
 
