@@ -22,8 +22,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from secondorder.accelerator import widest
+from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes
 from secondorder.errors import InputError, check_flag, check_known, check_whole, failures_of
 from secondorder.untouched import same_randomness, untouched
 
@@ -120,7 +122,7 @@ def feature_landscape(
             activation = (origin if shift is None else origin + shift).requires_grad_()
             with torch.enable_grad(), same_randomness():
                 value = _loss_at(model, parts.rest, loss, activation, labels)
-            return value.detach(), list(torch.autograd.grad(value, [activation], materialize_grads=True))
+            return value.detach(), _derivatives(value, [activation])
 
         value, gradient = gradient_at(None)
         if predicted:
@@ -158,10 +160,7 @@ def weight_landscape(
                     parameter.copy_(start + eta * shift)
             with torch.enable_grad(), same_randomness():
                 value = _loss_at(model, model, loss, images, labels)
-                gradient = torch.autograd.grad(value, parameters, allow_unused=True)
-            return value.detach(), [
-                torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)
-            ]
+            return value.detach(), _derivatives(value, parameters)
 
         shifts: list[Tensor] = [torch.zeros_like(p) for p in parameters]
         value, gradient = gradient_at(0.0)
@@ -181,11 +180,12 @@ def optimiser_step(
     if not isinstance(optimiser, torch.optim.Optimizer):
         raise InputError(f"optimiser {type(optimiser).__name__}: must be a torch.optim.Optimizer")
     parameters = _trainable(model)
-    before = {p: {k: _copied(v) for k, v in state.items()} for p, state in optimiser.state.items()}
+    held = optimiser.state.items()
+    before = {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()} for p, state in held}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimiser.param_groups]
     with untouched(model):
         origin = [p.detach().clone() for p in parameters]
-        with torch.enable_grad():
+        with torch.enable_grad(), failures_of("the gradient"):
             value = _loss_at(model, model, loss, images, labels)
             gradient = torch.autograd.grad(value, parameters, allow_unused=True)
         try:
@@ -214,6 +214,9 @@ def _check_arguments(model: object, loss: object, images: Tensor, labels: Tensor
     """InputError unless they are a module, a function and a batch."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model {type(model).__name__}: must be a torch.nn.Module")
+    for name, p in model.named_parameters():
+        if is_lazy(p) or p.is_meta:
+            raise InputError(f"parameter {name} has no numbers yet; run a lazy model once, load those of device 'meta'")
     if not callable(loss) or isinstance(loss, type):
         raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example F.cross_entropy")
     check_batch(images, labels)
@@ -246,15 +249,18 @@ def _loss_at(model: nn.Module, outputs: Callable[[Tensor], Any], loss: Loss, x: 
         value = loss(z, labels)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise InputError("the loss must return one number that depends on the outputs; use reduction='mean' or 'sum'")
+    check_checkpoints(graph_nodes([value]))
     return value
+
+
+def _derivatives(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of a number with respect to its inputs. InputError where a function has none."""
+    with failures_of("the gradient"):
+        return list(torch.autograd.grad(value, inputs, materialize_grads=True))
 
 
 def _described(model: nn.Module, x: Tensor) -> str:
     return f"{type(model).__name__} on {x.dtype} {list(x.shape)}"
-
-
-def _copied(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _walk(

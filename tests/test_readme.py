@@ -159,6 +159,19 @@ def test_curvature() -> None:
     assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
 
 
+def test_attention_in_curvature() -> None:
+    page = of("curvature")
+    H, v = page["attention"], torch.randn(3 * 8 * 8)
+    images, labels = page["sequences"]
+    w = page["transformer"][0].self_attn.in_proj_weight
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        g = torch.autograd.grad(page["loss"](page["transformer"](images), labels), w, create_graph=True)[0]
+    product = torch.autograd.grad(g.flatten() @ v, w)[0].flatten()
+    assert (H @ v - product).abs().max() <= 1e-4 * product.abs().max()
+    size = 8 * 8
+    assert [page["factors"].dense()[i * size : (i + 1) * size, :size].any() for i in range(3)] == [True, False, False]
+
+
 def test_backpack() -> None:
     page = of("curvature")
     expected = page["ggn"].diagonal()

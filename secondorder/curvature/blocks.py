@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers
+from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers, recorded_layers
 from secondorder.curvature.kronecker.ekfac import ekfac_blocks, ekfac_bytes
 from secondorder.curvature.matrix_free.batch_parts import Probe, part_size, probed
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
@@ -163,8 +163,9 @@ def curvature_blocks(
 ) -> CurvatureBlocks:
     """The blocks of a quantity of QUANTITIES for the loss of a batch (images `[N, ...]`, labels), any network.
 
-    The network is evaluated in its present mode and left as it is, bit for bit, with its parameters, buffers, images and
-    labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
+    The network may differentiate within its forward pass, also with respect to images that require gradients. It is evaluated
+    in its present mode, attention by PyTorch's math kernel, and left as it is, bit for bit, with its parameters, buffers, images
+    and labels as they are now: they are copied, and parameters that are changed later make products raise InputError, or have no
     part in them where PyTorch does not tell of the change (`.data`). Its present random state decides on dropout masks, the
     same in every product and those of one evaluation of the whole batch, which is therefore not divided. Cross-entropy (of
     outputs `[N, C]`, or `[N, C, ...]` of several positions), binary cross-entropy with logits and squared error have all
@@ -173,7 +174,7 @@ def curvature_blocks(
     one that depends on parameters itself is refused, `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
-        weights and biases of linear layers and convolutions (`kronecker_parameters`).
+        weights and biases of linear layers, convolutions and attention (`kronecker_parameters`).
     samples, seed: Monte-Carlo columns and their random numbers, the same on every device.
     fisher: a key of FISHERS, for Kronecker-factored quantities.
     chunk: samples that are evaluated at once; None: all if they fit into the memory, else as many as fit. A batch that is
@@ -186,11 +187,9 @@ def curvature_blocks(
     check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
     frozen = FrozenNetwork(network, params, copied=True)
-    if row.kronecker:
-        kronecker_layers(frozen)
+    layers = recorded_layers(frozen) if row.kronecker else layers_with_rules(frozen.module, frozen.parameters)
     images, labels = checked_batch(batch, frozen)
     available = budget(memory, frozen.device)
-    layers = layers_with_rules(frozen.module, frozen.parameters)
     probe = probed(frozen, images, layers, available)
     curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
     if not row.any_loss and not isinstance(curvature, SeparableLoss):
@@ -226,11 +225,15 @@ def copied_bytes(network: FrozenNetwork, images: Tensor, labels: Tensor) -> int:
 
 
 def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple[Tensor, Tensor]:
-    """Images and labels on the network's device. InputError unless they are as many, at least one, and finite."""
+    """Images and labels on the network's device, which is told whether images require gradients.
+
+    InputError unless they are as many, at least one, and finite.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise InputError("a batch is a pair (images, labels) of tensors")
     if any(t.is_meta for t in batch):
         raise InputError("images or labels are on the device 'meta', which holds no numbers")
+    network.differentiates_images = batch[0].requires_grad
     images, labels = (t.detach().to(network.device, copy=True) for t in batch)  # loaders use their memory again
     if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
         raise InputError(

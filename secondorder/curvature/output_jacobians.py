@@ -68,8 +68,13 @@ def output_jacobians(network: nn.Module, images: Tensor, params: Iterable[str]) 
     frozen = FrozenNetwork(network, params)
     check_float64(frozen.device, "output_jacobians")
     images, _ = checked_batch((images, images), frozen)
-    with torch.no_grad():
-        z = frozen.outputs(images)
+    try:
+        with torch.no_grad():
+            z = frozen.outputs(images)
+    except RuntimeError:  # of a derivative within the network
+        with torch.enable_grad():
+            z = frozen.outputs(images).detach()
+    images.requires_grad_(frozen.differentiates_images)
     squared = nn.MSELoss(reduction="sum")  # its Gauss-Newton matrix is 2 J^T J
     blocks = curvature_blocks(network, squared, (images, torch.zeros_like(z)), "ggn", frozen.weights)
     assert isinstance(blocks.whole, GaussNewtonOperator)

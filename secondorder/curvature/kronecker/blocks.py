@@ -1,4 +1,4 @@
-"""K-FAC: Kronecker-factored blocks of the Gauss-Newton or Fisher matrix for linear layers and convolutions.
+"""K-FAC: Kronecker-factored blocks of the Gauss-Newton or Fisher matrix for linear layers, convolutions and attention.
 
 The factors of a layer are those of `kronecker.factors`, summed over the parts of a batch and the columns of M's factor.
 Several uses of one layer, or of layers that share a weight, count as more positions.
@@ -43,10 +43,17 @@ from secondorder.matrix_power.transforms import symmetric
 
 
 def kronecker_parameters(network: nn.Module) -> list[str]:
-    """The names of the parameters with Kronecker structure: weights and biases of linear layers and convolutions."""
+    """The names of the parameters with Kronecker structure: weights and biases of linear layers and convolutions.
+
+    And those of the projections of `nn.MultiheadAttention`, where query, key and value are projected by one weight: of that the
+    block has three parts. Raises InputError for what is no module.
+    """
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {type(network).__name__}: must be a torch.nn.Module")
     module, prefix = unwrapped(network)
     parameters = dict(module.named_parameters())
-    return [prefix + name for name, places in sites(module, parameters).items() if _has_structure(places)]
+    callers = attention_callers(module)
+    return [prefix + name for name, places in sites(module, parameters).items() if _has_structure(places, callers)]
 
 
 def kronecker_layers(network: FrozenNetwork) -> dict[str, tuple[Layers, str]]:
@@ -54,23 +61,50 @@ def kronecker_layers(network: FrozenNetwork) -> dict[str, tuple[Layers, str]]:
 
     InputError that lists the parameters without Kronecker structure, if any was chosen.
     """
-    places = sites(network.module, network.parameters)
-    without = [name for name, found in places.items() if not _has_structure(found)]
+    places, callers = sites(network.module, network.parameters), attention_callers(network.module)
+    without = [name for name, found in places.items() if not _has_structure(found, callers)]
     if without:
         shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
         raise InputError(
-            f"no Kronecker structure: {shown}; use params=kronecker_parameters(network) (linear layers and convolutions)"
+            f"no Kronecker structure: {shown}; use params=kronecker_parameters(network) (linear layers, convolutions, attention)"
         )
-    return {name: (tuple(layer for layer, _ in found), found[0][1]) for name, found in places.items()}
+    return {
+        name: (tuple(layer for layer, _ in found), found[0][1].removeprefix("in_proj_"))
+        for name, found in places.items()
+    }
 
 
-def _has_structure(places: Sequence[tuple[nn.Module, str]]) -> bool:
+def recorded_layers(network: FrozenNetwork) -> dict[nn.Module, nn.Module | None]:
+    """The layers of the chosen parameters, each with the attention module that uses its weight without calling it, or None."""
+    callers = attention_callers(network.module)
+    return {layer: callers.get(layer) for layers, _ in kronecker_layers(network).values() for layer in layers}
+
+
+def attention_callers(network: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The attention module that uses the weights of a module, itself or its output projection, without calling it."""
+    found = [module for module in network.modules() if isinstance(module, nn.MultiheadAttention)]
+    return {module: module for module in found} | {module.out_proj: module for module in found}
+
+
+def _has_structure(places: Sequence[tuple[nn.Module, str]], callers: Mapping[nn.Module, nn.Module]) -> bool:
     """Weights and biases of layers that do what their type does: a reparametrised weight, for one, has another name."""
-    forwards = [layer.forward for layer in KRONECKER_LAYERS]
-    return bool(places) and all(
-        isinstance(layer, KRONECKER_LAYERS) and type(layer).forward in forwards and attribute in ("weight", "bias")
+    if (
+        len({callers.get(layer) is layer for layer, _ in places}) != 1
+    ):  # none, or one weight for query, key, value and for another
+        return False
+    return all(
+        _plain(layer)
+        and (layer not in callers or (_plain(callers[layer]) and _plain(callers[layer].out_proj)))  # type: ignore[arg-type]
+        and attribute in (("in_proj_weight", "in_proj_bias") if callers.get(layer) is layer else ("weight", "bias"))
+        and getattr(layer, "in_proj_weight", layer) is not None
         for layer, attribute in places
     )
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind with factors, and its class's forward that of its kind."""
+    kinds = [kind for kind in (*KRONECKER_LAYERS, nn.MultiheadAttention) if isinstance(layer, kind)]
+    return any(type(layer).forward is kind.forward for kind in kinds)
 
 
 @dataclass

@@ -230,6 +230,8 @@ LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
 
 def layer_kind(module: nn.Module, attribute: str = "weight") -> LayerKind:
     """What a module does with the weight of this name; InputError for a module of no kind in LAYER_KINDS."""
+    if attribute == "weight" and isinstance(module, nn.MultiheadAttention):
+        attribute = "in_proj_weight"
     if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return Linear(module, attribute)
     for kind, description in LAYER_KINDS.items():

@@ -34,7 +34,7 @@ def factor_sizes(
 
     A of inputs wider than `wide` and than the number of rows is kept as rows.
     """
-    described, linear = layer_kind(layer), isinstance(layer, nn.Linear)
+    described, linear = layer_kind(layer), isinstance(layer, nn.Linear | nn.MultiheadAttention)
     G, outputs, D = described.groups, described.outputs, described.inputs
     if kind == "bias":
         return FactorSizes(0, G * outputs**2, G * outputs, 0)

@@ -2,7 +2,8 @@
 
 Data flow: `frozen_network` (the user's network, left untouched) -> `batch_parts` and `memory` (how many samples at once) ->
 `jacobian` (J v, J^T u, H v of a part) -> `loss_curvature`, `output_matrix` (M at the outputs) -> `gauss_newton`, `hessian`
-(operators). `layer_uses`, `per_sample` and `sample_gradients` are the fast way to the rows of J.
+(operators). `layer_uses`, `per_sample` and `sample_gradients` are the fast way to the rows of J. `plain_attention` is what
+attention is evaluated in, `attention_calls` tells of its projections.
 
 What is taken for granted of a network is asked of the network itself, on a few images (`trial`): that images do not act on one
 another (`sample_coupling`), that forward mode gives the J of the backward pass (`adjoint_check`), that second derivatives are

@@ -1,6 +1,7 @@
 """How many samples of a batch are evaluated at once: measured on a probe of the batch, bounded by the memory."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes, saved_tensors, short_formats
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
 from secondorder.curvature.matrix_free.trial import trial_samples
@@ -34,47 +37,70 @@ class Probe:
 def probed(
     network: FrozenNetwork,
     images: Tensor,
-    layers: Mapping[nn.Module, object] | None = None,
+    layers: Mapping[nn.Module, nn.Module | None] | None = None,
     available: int | None = None,
 ) -> Probe:
     """Evaluate and differentiate the network on a few samples of a batch, as many as `available` bytes allow."""
     available = budget(None, network.device) if available is None else available
     x = images[:PROBE].detach()
-    known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     try:
-        with (
-            torch.enable_grad(),
-            tracked(network.parameters.values()),
-            saved_tensors_hooks(note, lambda tensor: tensor),
-        ):
-            z, uses = network.outputs_and_uses(x, None, 0, layers or {})
+        with torch.enable_grad(), tracked(network.parameters.values()):
+            z, uses, saved_bytes = _evaluated(network, x, layers or {})
     except InputError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise InputError(f"the network fails for images {list(images.shape)}: {_first_line(error)}") from error
     if not z.is_floating_point():
         raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
     if z.numel() == 0:
         raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
+    nodes = graph_nodes([z])
+    check_checkpoints(nodes)
+    if short := short_formats(nodes):
+        raise InputError(
+            f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
+        )
     network.check_finite(z, x)
     if past := captured(z, network.parameters):
         raise InputError(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
-    sample_bytes = sum(saved.values()) // len(x) + x[0].nbytes
+    sample_bytes = saved_bytes // len(x) + x[0].nbytes
     few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
     coupling = network.couples_samples() or sample_coupling(network, images[few])
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
     return Probe(z.shape[1:], z.dtype, sample_bytes, coupling, shapes)
+
+
+def _evaluated(
+    network: FrozenNetwork, x: Tensor, layers: Mapping[nn.Module, nn.Module | None]
+) -> tuple[Tensor, list[LayerUse], int]:
+    """Outputs, uses of the layers, and the bytes that the graph holds beside the parameters."""
+    known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        with suppress(RuntimeError):  # zeros without storage, which forward mode has for tangents
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def keep(tensor: Tensor) -> Tensor:
+        return tensor
+
+    try:
+        with saved_tensors_hooks(note, keep):
+            z, uses = network.outputs_and_uses(x, None, 0, layers)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # A derivative by torch.func within the network rules out such hooks: what it has kept is read from the nodes.
+        z, uses = network.outputs_and_uses(x, None, 0, layers)
+        for tensor in saved_tensors(graph_nodes([z])):
+            note(tensor)
+    return z, uses, sum(saved.values())
 
 
 def part_size(

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
@@ -60,6 +61,8 @@ class FrozenNetwork:
         self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
         self.modes = [(part, part.training) for part in self.module.modules()]
         self.random = RandomState()
+        self.differentiates_images = False
+        """Whether the images require gradients, as a network does that differentiates its outputs with respect to them."""
         first = next(iter(self.weights.values()))
         self.device, self.dtype = first.device, first.dtype
         self._versions = [(name, p, p._version) for name, p in named.items()]
@@ -69,7 +72,11 @@ class FrozenNetwork:
         return self.outputs_and_uses(images, weights, part, {})[0]
 
     def outputs_and_uses(
-        self, images: Tensor, weights: Mapping[str, Tensor] | None, part: int, layers: Mapping[nn.Module, object]
+        self,
+        images: Tensor,
+        weights: Mapping[str, Tensor] | None,
+        part: int,
+        layers: Mapping[nn.Module, nn.Module | None],
     ) -> tuple[Tensor, list[LayerUse]]:
         """f, and what went into and came out of the given layers in each use."""
         self.check_unchanged()
@@ -81,11 +88,11 @@ class FrozenNetwork:
             _left_as_they_were(self.modes),
             self.random.replayed(part),
             full_precision(images),
+            plain_attention(),
             recorded_uses(layers) as uses,
         ):
-            outputs = functional_call(
-                self.module, state, (images.clone(),)
-            )  # a copy: networks may write into their input
+            x = images.clone()  # networks may write into their input
+            outputs = functional_call(self.module, state, (x.requires_grad_() if self.differentiates_images else x,))
         if not self._tried:
             self._tried = True
             if written := self._found_written():
@@ -128,14 +135,13 @@ class FrozenNetwork:
             for name, module in self.module.named_modules()
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(RuntimeError):  # of derivatives within the network
                 self.outputs(images, part=part)
         finally:
             for handle in handles:
                 handle.remove()
-        raise NonFiniteError(
-            f"the output of {self.prefix + found[0]} contains NaN or infinity; check its weights and input"
-        )
+        where = self.prefix + found[0] if found else "the network"
+        raise NonFiniteError(f"the output of {where} contains NaN or infinity; check its weights and input")
 
     def couples_samples(self) -> str | None:
         """Why a sample's output depends on the other samples of the batch, as far as modules tell, or None."""
@@ -222,6 +228,8 @@ def _left_as_they_were(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
     try:
         for module, mode in modes:
             module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # its gradient, whole and not by frequency
+                module.__dict__.update(sparse=False, scale_grad_by_freq=False)
         yield
     finally:
         for module, attributes in before:

@@ -2,10 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+
+from secondorder.errors import InputError
 
 TESTED = ("secondorder.", "torch.")
 """Packages whose autograd Functions have tests of their derivatives."""
@@ -33,6 +37,31 @@ def leaf_uses(nodes: Iterable[Node]) -> Counter[int]:
 def graph_leaves(nodes: Iterable[Node]) -> dict[int, Tensor]:
     """The leaves of a graph by their ids."""
     return {id(leaf): leaf for node in nodes for leaf in _leaf(node)}
+
+
+def saved_tensors(nodes: Iterable[Node]) -> Iterator[Tensor]:
+    """What the nodes of a graph have kept for a backward pass, as far as they tell."""
+    for node in nodes:
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                kept: object = None
+                with suppress(RuntimeError):  # of one that was changed in place since
+                    kept = getattr(node, name)
+                yield from (t for t in (kept if isinstance(kept, tuple) else (kept,)) if isinstance(t, Tensor))
+
+
+def check_checkpoints(nodes: Iterable[Node]) -> None:
+    """InputError for a reentrant checkpoint: parameters within it would seem to have no gradient."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise InputError(
+            "torch.utils.checkpoint hides parameters with use_reentrant=True; call it with use_reentrant=False"
+        )
+
+
+def short_formats(nodes: Iterable[Node]) -> list[torch.dtype]:
+    """The floating-point numbers of fewer than 32 bits that a graph computes in."""
+    formats = {entry.dtype for node in nodes for entry in getattr(node, "_input_metadata", ())}
+    return sorted((f for f in formats if f.is_floating_point and f.itemsize < 4), key=str)
 
 
 def custom_functions(nodes: Iterable[Node]) -> list[str]:

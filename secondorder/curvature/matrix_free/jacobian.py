@@ -20,6 +20,7 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.separable_losses import LossCurvature
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, failures_of
@@ -34,7 +35,7 @@ class Linearisation:
         images: Tensor,
         rows: slice,
         part: int = 0,
-        layers: Mapping[nn.Module, object] | None = None,
+        layers: Mapping[nn.Module, nn.Module | None] | None = None,
     ) -> None:
         self.network = network
         self.images = images[rows]
@@ -60,19 +61,23 @@ class Linearisation:
         weights = self.network.weights
         return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
 
+    @plain_attention()
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
         weights = [self.network.weights[name] for name in names]
         if not self.graph.requires_grad:
             return [torch.zeros_like(w) for w in weights]
-        return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
+        with failures_of("a derivative of this network"):
+            return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
 
+    @plain_attention()
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
         if not self.graph.requires_grad:
             return [U.new_zeros(use.output_shape) for use in uses]
         edges = [use.output for use in uses]
-        gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
+        with failures_of("a derivative of this network"):
+            gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
         return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
 
     def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
@@ -84,7 +89,7 @@ class Linearisation:
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
             z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
         self._check_repeated(z)
-        return torch.zeros_like(self.z) if tangent is None else tangent.reshape(self.z.shape)
+        return torch.zeros_like(self.z) if tangent is None else tangent.detach().reshape(self.z.shape)
 
     def _check_repeated(self, z: Tensor) -> None:
         """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""
@@ -95,6 +100,7 @@ class Linearisation:
                 "state that it keeps; use eval(), or draw from torch's default generator"
             )
 
+    @plain_attention()
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
         if not self.graph.requires_grad:
@@ -109,6 +115,7 @@ class Linearisation:
         u, gradients = self._adjoint
         return along(gradients, tangents, [u])[0]
 
+    @plain_attention()
     def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
 
@@ -181,7 +188,7 @@ class Jacobian:
         images: Tensor,
         chunk: int,
         coupled: bool = False,
-        layers: Mapping[nn.Module, object] | None = None,
+        layers: Mapping[nn.Module, nn.Module | None] | None = None,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.network = network

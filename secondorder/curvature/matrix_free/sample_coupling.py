@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
+from secondorder.errors import failures_of
 
 COUPLED = "the network lets images act on one another's outputs"
 COMPANY = 4
@@ -23,6 +25,8 @@ DIFFERENT = 64
 """Powers of two among the scales c."""
 ROUNDING = 2**13
 """Rounding units of an image's largest gradient: more than sums in another order make on a GPU; on a CPU they are the same."""
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""Of networks that do not take such images."""
 
 
 def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
@@ -34,7 +38,7 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
         with torch.enable_grad():
             x = x.requires_grad_() if x.is_floating_point() else x
             z = network.outputs(x)
-    except (RuntimeError, ValueError, IndexError):
+    except FAILURES:
         return f"the network cannot be evaluated for {len(images)} images"
     network.check_finite(z.detach(), x.detach())
     if _gradients_are_mixed(z, x) or _company_matters(network, z.detach(), x.detach()):
@@ -42,13 +46,15 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
     return None if network.random.drawn else _matters_alone(network, z.detach(), x.detach())
 
 
+@plain_attention()
 def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
     if not (x.requires_grad and z.requires_grad and x.numel()):
         return False
     source = torch.Generator().manual_seed(0)
     u, c = random_like(z, source), sample_scales(x, source, min(len(x), DIFFERENT))
     scales = c.reshape(len(x), -1)[:, 0].view(-1, *[1] * (z.ndim - 1))
-    alike, scaled = (torch.autograd.grad(z, x, s, retain_graph=True, allow_unused=True)[0] for s in (u, scales * u))
+    with failures_of("a derivative of this network"):
+        alike, scaled = (torch.autograd.grad(z, x, s, retain_graph=True, allow_unused=True)[0] for s in (u, scales * u))
     if alike is None or scaled is None:
         return False
     # What is no number at one image alone is none of its own.
@@ -93,9 +99,9 @@ def splits(count: int, complete: bool) -> Iterator[list[bool]]:
 
 def _evaluated(network: FrozenNetwork, images: Tensor) -> Tensor | None:
     try:
-        with torch.no_grad():
-            return network.outputs(images)
-    except (RuntimeError, ValueError, IndexError):
+        with torch.enable_grad():  # for derivatives within the network
+            return network.outputs(images).detach()
+    except FAILURES:
         return None
 
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, along
+from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError
 
@@ -34,6 +35,7 @@ DIFFERENCE, NOISE = 1e-4, 1e-5
 """Share of H v, and of the gradient, up to which rounding makes differences: about 1e-8 at h."""
 
 
+@plain_attention()
 def check_network(jacobian: Jacobian) -> None:
     """InputError where the second derivative of the network with respect to its parameters is wrong, tried on two images."""
     trial = jacobian.trial(IMAGES)
