@@ -25,7 +25,9 @@ Gradient = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Tensors that require gradients, by name -> the gradients of a function with respect to them, with a graph."""
 
 ONCE, WEIGHT_NORM = "torch::autograd::Error", "WeightNormInterfaceBackward0"
-"""Nodes: what stands for a backward pass that cannot be differentiated, and PyTorch's weight_norm where that is wrong."""
+LAYER_NORM = "NativeLayerNormBackwardBackward0"
+"""Nodes: what stands for a backward pass that cannot be differentiated, PyTorch's weight_norm where that is wrong, and the
+gradient of its layer_norm, whose second derivative is wrong."""
 IMAGES = 2
 SYMMETRIC = 0.4
 """Power of the rounding unit above which no rounding is to blame."""
@@ -76,6 +78,7 @@ def check(
         what: the function is.
         way_out: for the message.
     """
+    own = {node.name() for node in nodes}
     nodes = [*nodes, *graph_nodes(g)]
     names, functions = {node.name() for node in nodes}, custom_functions(nodes)
     if not functions and not any(t.requires_grad for t in g):
@@ -85,6 +88,8 @@ def check(
         cause = f"the autograd Function {' or '.join(functions)}"
     elif WEIGHT_NORM in names:
         cause = "PyTorch's weight_norm"
+    elif LAYER_NORM in own:
+        cause = "PyTorch's layer_norm, which the network differentiates itself,"
     if ONCE in names:
         raise InputError(
             f"{cause} can be differentiated once only (once_differentiable), and would have no part in second derivatives; "
