@@ -1,14 +1,13 @@
 """torchvision's detectors on the features of a classification network."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from secondorder.data.images import Normalisation
 from secondorder.errors import InputError, check_known, check_whole, one_line, short
-from secondorder.optional import needed_by
 from secondorder.transfer.pyramid import FeaturePyramid
 
 TASKS = ("boxes", "masks")
@@ -74,22 +73,22 @@ def detector(
     """
     check_known("task", task, TASKS)
     check_known("kind", kind, KINDS)
-    for name, value in (("classes", classes), ("hidden", hidden), ("roi_size", roi_size)):
+    for name, value in (("classes", classes), ("width", width), ("hidden", hidden), ("roi_size", roi_size)):
         check_whole(name, value)
     if kind == "fcos" and (task == "masks" or anchors is not None or width % GROUPS):
         raise InputError(f"kind 'fcos' has no masks and no anchors, and a width that is a multiple of {GROUPS}")
     pyramid = FeaturePyramid(network, width, adaptation=adaptation, frozen=frozen)
-    with needed_by("a detector"):
-        from torchvision.models import detection
-    shared = {**_of_images(pyramid, normalisation or IMAGENET, image_size), "num_classes": classes + 1}
+    from torchvision.models import detection
+
+    given = _of_images(pyramid, normalisation or IMAGENET, image_size)
     if kind == "fcos":
-        made, heads = detection.FCOS, _points(pyramid)
+        made = detection.FCOS
+        given |= {"num_classes": classes + 1} | _points(pyramid)
     else:
         made = detection.MaskRCNN if task == "masks" else detection.FasterRCNN
-        heads = _regions(pyramid, classes + 1, task, hidden, roi_size, anchors)
-    _check_options(made, options, {*shared, *heads})
-    with_classes = shared if kind == "fcos" else {**shared, "num_classes": None}
-    model = made(pyramid, **with_classes, **heads, **options)
+        given |= {"num_classes": None} | _regions(pyramid, classes + 1, task, hidden, roi_size, anchors)
+    _check_options(made, options, given)
+    model = made(pyramid, **given, **options)
     model.transform.size_divisible = pyramid.strides[-1]
     if image_size is None:
         model.transform.resize = unresized
@@ -180,7 +179,7 @@ def _anchor_sizes(
     return sizes
 
 
-def _check_options(made: type, options: dict[str, Any], given: set[str]) -> None:
+def _check_options(made: type, options: dict[str, Any], given: Mapping[str, Any]) -> None:
     """InputError for an option that torchvision's class does not have, or that this function gives it."""
     known = {*inspect.signature(made.__init__).parameters} - {"self", "backbone", "kwargs", *given}  # type: ignore[misc]
     for name in options:

@@ -129,6 +129,7 @@ def test_a_network_of_ones_own() -> None:
         ({"hidden": 1.5}, "hidden must be .* got 1.5"),
         ({"roi_size": 0}, "roi_size must be .* got 0"),
         ({"kind": "fcos", "task": "masks"}, "'fcos' has no masks"),
+        ({"kind": "fcos", "width": "wide"}, "width must be .* got 'wide'"),
         ({"kind": "fcos", "width": 20}, "a multiple of 32"),
         ({"kind": "fcos", "anchors": [1, 2, 3]}, "no anchors"),
         ({"anchors": [8, 16]}, r"each of 3 levels, strides \[2, 4, 8\]"),

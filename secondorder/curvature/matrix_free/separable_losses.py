@@ -22,6 +22,7 @@ losses, but takes class weights, which it does not know, as part of them.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,6 +77,12 @@ class SeparableLoss(LossCurvature):
         """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
 
 
+def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Uniform numbers, the same on every device."""
+    drawn = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(widest(device)).to(device)
+
+
 @dataclass(frozen=True)
 class CrossEntropy(SeparableLoss):
     """-sum_nk q_nk log p_nk with the sums c `[N, 1]` of q `[N, K]` over the classes; M and its draws need no labels."""
@@ -107,9 +114,7 @@ class CrossEntropy(SeparableLoss):
 
     def noise(self, samples: int, seed: int) -> Tensor:
         """Uniform numbers `[N, S]`."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(self.scale), samples, generator=generator, dtype=torch.float64)
-        return drawn.to(widest(self.scale.device)).to(self.scale.device)
+        return uniform((len(self.scale), samples), seed, self.scale.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""

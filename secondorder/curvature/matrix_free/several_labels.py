@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.accelerator import widest
-from secondorder.curvature.matrix_free.separable_losses import ALL, CrossEntropy, SeparableLoss
+from secondorder.curvature.matrix_free.separable_losses import ALL, CrossEntropy, SeparableLoss, uniform
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ class BinaryCrossEntropy(SeparableLoss):
 
     def noise(self, samples: int, seed: int) -> Tensor:
         """Uniform numbers `[N, K, S]`."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(*self.a.shape, samples, generator=generator, dtype=torch.float64)
-        return drawn.to(widest(self.a.device)).to(self.a.device)
+        return uniform((*self.a.shape, samples), seed, self.a.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt((a + b) / S) (p - y), y whether the uniform number is below p."""

@@ -13,7 +13,7 @@ from secondorder.curvature.operators.diagonal import DiagonalOperator
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.curvature.operators.kronecker import KroneckerOperator
-from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes
+from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes, decomposed
 from secondorder.errors import InputError, NonFiniteError, check_number, check_whole
 
 
@@ -97,7 +97,9 @@ def damped_inverse(
     if isinstance(operator, DiagonalOperator):
         return DiagonalOperator(_inverted(operator.entries, damping))
     if isinstance(operator, KroneckerOperator):
-        (b, Q_B), (a, Q_A) = (_decomposed(factor.dense()) for factor in (operator.gradient, operator.input))
+        (b, Q_B), (a, Q_A) = (
+            decomposed(factor, "a Kronecker factor") for factor in (operator.gradient, operator.input)
+        )
         return EigenbasisOperator(Q_B, Q_A, _inverted(torch.outer(b, a), damping))
     if isinstance(operator, EigenbasisOperator) and operator.scales.numel() == operator.size:
         return EigenbasisOperator(operator.gradient_basis, operator.input_basis, _inverted(operator.scales, damping))
@@ -106,7 +108,7 @@ def damped_inverse(
         check_bytes(len(operator.rows), operator.dtype, DENSE_LIMIT)
         return WoodburyOperator(operator, damping)
     if isinstance(operator, DenseOperator | FactoredOperator):
-        values, Q = _decomposed(operator.dense())
+        values, Q = decomposed(operator, "the matrix")
         matrix = (Q * _inverted(values, damping)) @ Q.mT
         return DenseOperator((matrix + matrix.mT) / 2)
     return InverseOperator(operator, damping, tolerance, iterations)
@@ -125,11 +127,3 @@ def _inverted(values: Tensor, damping: float) -> Tensor:
             "damping"
         )
     return 1 / damped
-
-
-def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors. NonFiniteError for a matrix that has none."""
-    if not bool(matrix.isfinite().all()):
-        raise NonFiniteError(f"a matrix {list(matrix.shape)} of the operator contains NaN or infinity")
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors

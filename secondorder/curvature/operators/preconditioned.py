@@ -18,9 +18,9 @@ from secondorder.curvature.operators.difference import check_same_space
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.curvature.operators.kronecker import KroneckerOperator
-from secondorder.curvature.operators.symmetric import SymmetricOperator
+from secondorder.curvature.operators.symmetric import SymmetricOperator, decomposed
 from secondorder.curvature.relative_damping import safe_scale, scale_of_spectrum
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError
 
 
 class PreconditionedOperator(SymmetricOperator):
@@ -67,7 +67,8 @@ def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool
         raise InputError(f"{type(block).__name__} is no B kron A; give the K-FAC block of a weight without groups")
     if not 0 < damping < math.inf:
         raise InputError(f"damping {damping}: must be positive and finite; 1e-8 is as good as none")
-    (b, Q_B), (a, Q_A) = (_decomposed(factor) for factor in (block.gradient, block.input))
+    (b, Q_B), (a, Q_A) = (decomposed(factor, "a Kronecker factor") for factor in (block.gradient, block.input))
+    b, a = b.clamp_min(0), a.clamp_min(0)
     scale = safe_scale(scale_of_spectrum(b) * scale_of_spectrum(a))[0] if relative else 1.0
     damped = torch.outer(b, a) + damping * scale
     return EigenbasisOperator(Q_B, Q_A, damped.rsqrt())
@@ -85,12 +86,3 @@ def in_eigenbasis(operator: FactoredOperator, basis: EigenbasisOperator) -> Fact
         raise InputError(f"bases of {basis.scales.numel()} of {basis.size} vectors would lose a part of the operator")
     rows = operator.rows.view(-1, len(Q_B), len(Q_A))
     return FactoredOperator((Q_B.mT @ (rows @ Q_A)).flatten(1))
-
-
-def _decomposed(factor: SymmetricOperator) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none negative, and eigenvectors of a factor."""
-    matrix = factor.dense()
-    if not torch.isfinite(matrix).all():
-        raise NonFiniteError(f"a Kronecker factor {list(matrix.shape)} contains NaN or infinity")
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp_min(0), vectors

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from secondorder.errors import InputError, check_number
+from secondorder.errors import InputError, NonFiniteError, check_number
 from secondorder.matrix_power.transforms import full_precision
 
 DENSE_LIMIT = 2 * 2**30  # bytes of a dense matrix that nobody asked for in so many words
@@ -88,6 +88,15 @@ class SymmetricOperator(ABC):
             rmatmat=product,
             dtype=dtype,
         )
+
+
+def decomposed(operator: SymmetricOperator, what: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in ascending order and eigenvectors. NonFiniteError, which calls the matrix `what`, where it is not finite."""
+    matrix = operator.dense()
+    if not torch.isfinite(matrix).all():
+        raise NonFiniteError(f"{what} {list(matrix.shape)} contains NaN or infinity")
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def mirror_(matrix: Tensor) -> Tensor:
