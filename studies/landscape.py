@@ -37,6 +37,7 @@ from studies.engine.records import Row
 from studies.engine.run import Plan
 from studies.engine.study import Context, Results, Study
 from studies.judge import Claim, contrast, primary
+from studies.judge.matched import KEYS
 from studies.page import Fold, Picture
 from studies.training import PRESETS, Training, TrainingFlags, trained_so
 
@@ -131,9 +132,6 @@ def plan(context: Context) -> Plan:
         for seed, head in product(context.seeds, settings.heads)
         if head in ("gap", "gcp") or seed < settings.control_seeds
     ]
-
-
-KEYS = ["network", "dataset", "head", "seed"]
 
 
 def by_step(records: pd.DataFrame, layer: str, quantity: str) -> pd.DataFrame:

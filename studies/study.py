@@ -8,8 +8,9 @@ from studies.optimisers.study import STUDY as OPTIMISERS
 from studies.performance.study import STUDY as PERFORMANCE
 from studies.preconditioning.study import STUDY as PRECONDITIONING
 from studies.robustness.study import STUDY as ROBUSTNESS
+from studies.transfer.study import STUDY as TRANSFER
 
 STUDIES: dict[str, Study] = {
     study.name: study
-    for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS, CONVERGENCE, ROBUSTNESS)
+    for study in (LANDSCAPE, CURVATURE, PRECONDITIONING, PERFORMANCE, OPTIMISERS, CONVERGENCE, ROBUSTNESS, TRANSFER)
 }

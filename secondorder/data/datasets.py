@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +34,28 @@ DATASETS: dict[str, Row] = {
         maximum=16,
         augmentation=None,  # a shift by one of eight pixels cuts strokes off, and a mirrored digit is none
         expected=(1437, 360),
+    ),
+    "digits_0_to_4": Row(
+        label="Digits 0 to 4 (8x8)",
+        read=partial(read_digits, digits=range(5)),
+        in_channels=1,
+        image_size=8,
+        mean=(0.3052,),
+        std=(0.3784,),
+        maximum=16,
+        augmentation=None,
+        expected=(721, 180),
+    ),
+    "digits_5_to_9": Row(
+        label="Digits 5 to 9 (8x8)",
+        read=partial(read_digits, digits=range(5, 10)),
+        in_channels=1,
+        image_size=8,
+        mean=(0.3055,),
+        std=(0.3738,),
+        maximum=16,
+        augmentation=None,
+        expected=(716, 180),
     ),
     "cifar10": Row(
         label="CIFAR-10",

@@ -1,6 +1,7 @@
 """Transfer: do features of a classification network serve detection, segmentation and other tasks?
 
-from secondorder.transfer import CocoDataset, collate, detection_metrics, detector, find_splits, read_coco, training_transform
+from secondorder.transfer import CocoDataset, detection_metrics, detections, detector, find_splits, fine_tune, read_coco
+from secondorder.transfer import training_transform
 
 splits = find_splits(root, "nuclei")  # or any folder with annotations/instances_<split>.json and <split>/
 window = training_transform(crop=96, flips=("horizontal", "vertical"))
@@ -8,11 +9,9 @@ train = CocoDataset(read_coco(*splits["train"], masks=True), masks=True, transfo
 val = CocoDataset(read_coco(*splits["val"], masks=True), masks=True)
 
 model = detector(network, len(train.classes), task="masks", adaptation="gcp_m", frozen=True)
-train.set_epoch(seed, epoch)
-images, targets = collate([train[0], train[1]])
-losses = model([image / 255 for image in images], targets)
+losses = fine_tune(model, train, epochs=8)  # SGD; or a loop of your own over model(images, targets)
 
-metrics = detection_metrics(val, (model.eval()([image / 255])[0] for image, _ in val))
+metrics = detection_metrics(val, detections(model, val))
 metrics["masks"].numbers["AP50"]
 """
 
@@ -21,6 +20,7 @@ from secondorder.transfer.coco import PRESETS, CocoAnnotations, find_splits, rea
 from secondorder.transfer.dataset import CocoDataset, Target, collate
 from secondorder.transfer.detector import IMAGENET, KINDS, TASKS, detector
 from secondorder.transfer.evaluated import Prediction
+from secondorder.transfer.fine_tuning import detections, fine_tune
 from secondorder.transfer.metrics import NUMBERS, DetectionMetrics, detection_metrics
 from secondorder.transfer.probes import POOLED, DenseScore, dense_probe, few_shot, linear_probe, pooled_features
 from secondorder.transfer.pyramid import ADAPTATIONS, FeaturePyramid
@@ -49,9 +49,11 @@ __all__ = [
     "collate",
     "dense_probe",
     "detection_metrics",
+    "detections",
     "detector",
     "few_shot",
     "find_splits",
+    "fine_tune",
     "linear_probe",
     "pooled_features",
     "read_coco",

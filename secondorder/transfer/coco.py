@@ -12,13 +12,14 @@ has them.
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from secondorder.data.datasets import VARIABLE
 from secondorder.data.files import expanded, is_folder, open_regular, reason, shown
-from secondorder.errors import InputError, check_flag, check_known, short
+from secondorder.errors import InputError, check_flag, check_known, check_whole, short
 from secondorder.transfer.records import (
     CHECKS,
     REQUIRED,
@@ -51,6 +52,16 @@ class CocoAnnotations:
     def classes(self) -> tuple[str, ...]:
         """Names of the labels 1..K."""
         return tuple(self.categories.values())
+
+    def subset(self, indices: Sequence[int]) -> "CocoAnnotations":
+        """The same classes with some of the images, in the order of the indices. InputError for one that is outside, or none."""
+        chosen = [*indices]
+        for n in chosen:
+            check_whole("index of an image", n, 0, len(self.images) - 1)
+        if not chosen:
+            raise InputError("a subset has at least 1 image; there are none among the indices")
+        images = tuple(self.images[n] for n in chosen)
+        return replace(self, images=images, objects=tuple(self.objects[n] for n in chosen))
 
 
 def find_splits(root: str | Path | None = None, name: str | None = None) -> dict[str, tuple[Path, Path]]:

@@ -16,7 +16,7 @@ from secondorder.data.decoding import decode
 from secondorder.data.images import check_image_size
 from secondorder.data.own import generators_kept, seed_generators
 from secondorder.data.sampling import check_seed_and_epoch, checked_indices, uniforms
-from secondorder.errors import InputError, check_flag, short
+from secondorder.errors import InputError, check_flag, check_number, short
 from secondorder.optional import needed_by
 from secondorder.transfer.coco import CocoAnnotations
 from secondorder.transfer.segmentation import decoded
@@ -39,10 +39,12 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
         masks: whether targets have masks; the annotations must have been read with them.
         crowds: whether targets have crowd regions, which no detector shall learn as objects. `truth` has them always.
         size: height and width that images, boxes and masks are resized to, areas in proportion; None: as they are.
+        contrast: two percentiles of an image's own levels, such as (1, 99.8), that become black and white, after resizing;
+            None: levels as they are.
         transform: of (image, target), after resizing, such as `training_transform(...)` or one of torchvision.transforms.v2.
 
     Raises:
-        InputError: for masks that were not read, and a size that is none.
+        InputError: for masks that were not read, and a size or percentiles that are none.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
         masks: bool = False,
         crowds: bool = False,
         size: tuple[int, int] | None = None,
+        contrast: tuple[float, float] | None = None,
         transform: Transform | None = None,
     ) -> None:
         if not isinstance(annotations, CocoAnnotations):
@@ -65,10 +68,15 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
                 raise InputError(f"size must be (height, width) or None, got {short(size)}")
             for side in size:
                 check_image_size(side)
+        if contrast is not None:
+            if not isinstance(contrast, tuple | list) or len(contrast) != 2:
+                raise InputError(f"contrast must be two percentiles or None, got {short(contrast)}")
+            check_number("the lower percentile of contrast", contrast[0], 0, 100, "[)")
+            check_number("the upper percentile of contrast", contrast[1], contrast[0], 100, "(]")
         if transform is not None and not callable(transform):
             raise InputError(f"transform must be a function of (image, target) or None, got {short(transform)}")
         self.annotations, self.masks, self.crowds = annotations, masks, crowds
-        self.size, self.transform = size, transform
+        self.size, self.contrast, self.transform = size, contrast, transform
         # In shared memory, so that workers that live on from epoch to epoch see a change of epoch too.
         self._seed_and_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -118,7 +126,9 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
             raise InputError(f"{record.file.name} has changed: image {record.id} is of another size; read it again")
         image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
         size = self._size(n)
-        return image if size == pixels.shape[:2] else functional.resize(image, list(size), antialias=True)
+        if size != pixels.shape[:2]:
+            image = functional.resize(image, list(size), antialias=True)
+        return image if self.contrast is None else tv_tensors.wrap(stretched(image, *self.contrast), like=image)
 
     def _target(self, n: int, crowds: bool, dtype: torch.dtype) -> Target:
         """The target of an image, resized."""
@@ -141,6 +151,13 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
             masks = torch.from_numpy(decoded([one.mask for one in objects if one.mask], image.height, image.width))
             target["masks"] = tv_tensors.Mask(_resized_masks(masks, height, width))
         return target
+
+
+def stretched(image: Tensor, low: float, high: float) -> Tensor:
+    """An image uint8 ``[C, H, W]`` whose levels at two percentiles, over all channels, become 0 and 255; one level stays 0."""
+    levels = np.percentile(image.numpy(), (low, high))
+    scale = 255 / max(float(levels[1] - levels[0]), 1.0)
+    return ((image.as_subclass(Tensor).double() - float(levels[0])) * scale).clamp(0, 255).round().to(torch.uint8)
 
 
 def _resized_masks(masks: Tensor, height: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ from studies.draw.forest import Forest, mini
 from studies.draw.judged import forest_row, in_margins, seed_rows
 from studies.draw.maps import Heatmap
 from studies.draw.palette import LABELS
-from studies.draw.strips import strips
+from studies.draw.strips import gallery, strips
 
 __all__ = [
     "LABELS",
@@ -14,6 +14,7 @@ __all__ = [
     "Heatmap",
     "Scatter",
     "forest_row",
+    "gallery",
     "in_margins",
     "mini",
     "seed_rows",

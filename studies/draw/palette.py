@@ -18,6 +18,7 @@ HEADS: dict[str, Look] = {
     "covariance": ("covariance (no root)", "#D55E00", (5, 1.5)),
     "gcp": ("GCP (5-step root)", "#0072B2", ()),
     "gcp_exact": ("GCP (exact root)", "#009E73", (1, 1)),
+    "random": ("random (no pretraining)", "#C9A227", (2, 1)),
     "gcp_log": ("GCP (logarithm)", "#550066", (4, 1, 1, 1)),
     "dropcov": ("DropCov", "#E69F00", (6, 1, 1, 1, 1, 1)),
 }
@@ -51,6 +52,8 @@ INK, RULE, ZONE = "#1A1A1A", "#8C8C8C", "#EEEEEE"
 LABELS = {word: name for word, (name, _, _) in LOOKS.items()} | {
     "gap_at_stride_of_gcp": "GAP, stride of GCP",
     "digits": "digits",
+    "digits_0_to_4": "digits 0 to 4",
+    "digits_5_to_9": "digits 5 to 9",
     "cifar10": "CIFAR-10",
     "cifar10_jpeg": "CIFAR-10 (JPEG)",
     "cifar100": "CIFAR-100",

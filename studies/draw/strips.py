@@ -1,4 +1,4 @@
-"""Rows of pictures: what is done to an image, one row for each way to do it."""
+"""Pictures beside one another: what is done to an image, one row for each way to do it, or one below its name each."""
 
 from collections.abc import Mapping
 
@@ -38,3 +38,27 @@ def _row(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The pictures side by side [H + 1, n (W + 1), 3], a white line below and beside each."""
     colored = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
     return np.concatenate(np.pad(colored, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255), axis=1)
+
+
+@themed
+def gallery(pictures: Mapping[str, NDArray[np.uint8]], columns: int = 2) -> Figure:
+    """Pictures [H, W, 3] of any shape below their names, `columns` beside one another, in their order row by row."""
+    room = 0.22  # inches, for a name
+    width = WIDTH / columns
+    names = [*pictures]
+    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
+    heights = [room + max(0.97 * width * pictures[n].shape[0] / pictures[n].shape[1] for n in row) for row in rows]
+    total = sum(heights)
+    figure = Figure(figsize=(WIDTH, total))
+    top = total
+    for row, height in zip(rows, heights, strict=True):
+        for column, name in enumerate(row):
+            picture = pictures[name]
+            tall = 0.97 * width * picture.shape[0] / picture.shape[1]
+            figure.text(column / columns, (top - room / 2) / total, name, va="center", size=SMALL, color=INK)
+            place = (column / columns, (top - room - tall) / total, 0.97 / columns, tall / total)
+            axes = figure.add_axes(place)
+            axes.imshow(picture, interpolation="antialiased", aspect="auto")
+            axes.set_axis_off()
+        top -= height
+    return figure

@@ -13,9 +13,9 @@ from scipy.special import logit
 
 from secondorder.robustness import CORRUPTIONS, SEQUENCES, relative_mean_corruption_error
 from studies.judge import Claim, contrast, primary
+from studies.judge.matched import KEYS, at_matched
 from studies.robustness.measures import CLEAN, CORRUPTED, FLIPS, TOP5
 
-KEYS = ["network", "dataset", "head", "seed"]
 GROUPS = tuple(dict.fromkeys(row.group for row in CORRUPTIONS.values()))
 EXTRA = [name for table in (CORRUPTIONS, SEQUENCES) for name, row in table.items() if row.extra]
 """Corruptions and sequences outside of the benchmark, which enter no mean."""
@@ -92,31 +92,12 @@ def _table(errors: pd.Series, names: list[str]) -> dict[str, list[float]]:
 def at_matched_accuracy(records: pd.DataFrame) -> pd.DataFrame:
     """The relative mCE (KEYS, value) that each network would have with the mean clean error of its architecture.
 
-    Analysis of covariance: log relative mCE = a_head + b logit(clean error), with one slope for all heads. A value is a jackknife
-    pseudo-value, exp(n m - (n - 1) m_s) for m the adjusted mean of its head and m_s that without seed s, slope and all: the
-    scatter of adjusted logarithms would count the slope as known, and where clean errors differ between heads most of what is not
-    known is the slope.
+    Analysis of covariance (`at_matched`) of log relative mCE on logit(clean error).
     """
     table = relative(records).merge(clean_error(records), on=KEYS, suffixes=("", "_clean"))
     table = table[(table.value > 0) & table.value_clean.between(0, 1, inclusive="neither")]
-    parts = []
-    for _, part in table.groupby("network", sort=False):
-        both = part[KEYS].assign(x=logit(part.value_clean), y=np.log(part.value))
-        whole, seeds = _adjusted(both, both.x.mean()), both.groupby("head").seed.transform("nunique")
-        without = {seed: _adjusted(both[both.seed != seed], both.x.mean()) for seed in both.seed.unique()}
-        left = pd.Series([without[s].get(h, np.nan) for s, h in zip(both.seed, both["head"], strict=True)], both.index)
-        mean_of_head = both["head"].map(whole)
-        parts.append(part.assign(value=np.exp(mean_of_head - (seeds - 1) * (left.fillna(mean_of_head) - mean_of_head))))
-    return pd.concat(parts)[[*KEYS, "value"]] if parts else table[[*KEYS, "value"]]
-
-
-def _adjusted(both: pd.DataFrame, at: float) -> pd.Series:
-    """The mean of y of every head, brought to x = at along the common slope within heads; 0 where nothing varies."""
-    means = both.groupby("head")[["x", "y"]].mean()
-    x, y = (both[name] - both["head"].map(means[name]) for name in ("x", "y"))
-    scatter = float((x**2).sum())
-    slope = float((x * y).sum()) / scatter if scatter > 0 else 0.0
-    return means.y - slope * (means.x - at)
+    found = at_matched(table[KEYS].assign(x=logit(table.value_clean), y=np.log(table.value)))
+    return found[KEYS].assign(value=np.exp(found.y.astype(float)))
 
 
 SAYS = {

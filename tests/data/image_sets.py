@@ -79,6 +79,8 @@ def write_fashion_mnist(root: Path) -> None:
 # How a small copy of each data set is written; a new row of DATASETS needs one here.
 WRITERS: dict[str, Callable[[Path], None] | None] = {
     "digits": None,
+    "digits_0_to_4": None,
+    "digits_5_to_9": None,
     "cifar10": write_cifar("cifar-10-batches-py", "labels", "batches.meta", "label_names", 10),
     "cifar10_jpeg": write_jpeg_archives,
     "cifar100": write_cifar("cifar-100-python", "fine_labels", "meta", "fine_label_names", 100),
