@@ -18,9 +18,9 @@ HEADS: dict[str, Look] = {
     "covariance": ("covariance (no root)", "#D55E00", (5, 1.5)),
     "gcp": ("GCP (5-step root)", "#0072B2", ()),
     "gcp_exact": ("GCP (exact root)", "#009E73", (1, 1)),
-    "random": ("random (no pretraining)", "#C9A227", (2, 1)),
     "gcp_log": ("GCP (logarithm)", "#550066", (4, 1, 1, 1)),
     "dropcov": ("DropCov", "#E69F00", (6, 1, 1, 1, 1, 1)),
+    "random": ("random (no pretraining)", "#BB77FF", (2, 1)),
 }
 OPTIMIZERS: dict[str, Look] = {
     "sgd": ("SGD", "#000000", ()),
@@ -57,6 +57,8 @@ LABELS = {word: name for word, (name, _, _) in LOOKS.items()} | {
     "cifar10": "CIFAR-10",
     "cifar10_jpeg": "CIFAR-10 (JPEG)",
     "cifar100": "CIFAR-100",
+    "nuclei": "nuclei",
+    "bccd": "blood cells (BCCD)",
     "digits_net": "digits net",
     "digits_slim": "digits slim",
     "digits_small": "digits small",

@@ -55,9 +55,9 @@ def cost_of(task: Trained) -> tuple[float, str]:
         trained = train(small, fake, folder, snapshots=(0,), progress=False)
         file = Path(folder) / snapshot_name(0)
         wanted = [measurement for _, measurement in task.at if not measurement.of_training]
-        times = Counter(measurement.name for measurement in wanted)
-        measurements = {measurement.name: measurement for measurement in wanted}
-        measuring = sum(times[name] * _seconds(m, small, fake, file) for name, m in measurements.items())
+        kinds = [(m.name, 1 if m.dry is None else m.dry[1]) for m in wanted]
+        first = dict(zip(reversed(kinds), reversed(wanted), strict=True))
+        measuring = sum(count * _seconds(first[kind], small, fake, file) for kind, count in Counter(kinds).items())
     step = float(trained.history[-1]["seconds"]) * scale
     steps = images_of(run.dataset, run.train_limit) // run.batch_size * run.epochs
     parameters = sum(p.numel() for p in trained.model.parameters()) / 1e6
@@ -72,6 +72,7 @@ def cost_of(task: Trained) -> tuple[float, str]:
 def _seconds(measurement: Measurement, run: Run, data: ImageDataset, file: Path) -> float:
     """Of one measurement of a network after no step."""
     with snapshot(run, data, file) as at:
+        measure, times = measurement.dry or (measurement.measure, 1.0)
         start = time.perf_counter()
-        list(measurement.measure(at, measurement.settings))
-        return time.perf_counter() - start
+        list(measure(at, measurement.settings))
+        return (time.perf_counter() - start) * times

@@ -27,6 +27,8 @@ class Measurement:
     version: int = 1
     of_training: bool = False
     """Whether it is of the training (what ``trained.json`` holds of it), not of a snapshot."""
+    dry: tuple[Callable[..., Iterable[Row]], float] | None = None
+    """A part of it that a dry run measures instead, without its data, and how many such parts it has; None: it is measured."""
 
     @property
     def described(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from secondorder.transfer import (
 )
 from secondorder.untouched import same_randomness
 from studies.engine.records import Row
-from studies.transfer.targets import scenes, scenes_of
+from studies.transfer.targets import fake_scenes, scenes, scenes_of
 
 FROZEN = ", frozen"
 """Ends the quantities of detectors on a frozen network."""
@@ -98,6 +99,24 @@ def measure_detector(at: Snapshot, of: Detection, root: Path | None) -> Iterator
             yield {"layer": of.data, "quantity": quantity, "setting": float(of.epochs), "value": value}
     for index, (value, uri) in enumerate(extremes.pictures()):
         yield {"layer": uri, "quantity": f"{PICTURE}, {of.data}", "index": index, "value": value}
+
+
+FAKE_IMAGES = 1
+"""Of a step in a dry run: one of 800 pixels takes a minute on a CPU."""
+
+
+def dry_steps(of: Detection) -> float:
+    """How many of its steps the training has; detections of a test image cost about a third of a step of one."""
+    model = of.model
+    return (model.images * of.epochs + model.test_images / 3) / FAKE_IMAGES
+
+
+def measure_dry(at: Snapshot, of: Detection) -> Iterator[Row]:
+    """One step of training on fake images of the right size."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = fake_scenes(Path(folder), of.data, FAKE_IMAGES)
+        (loss,) = fine_tune(build(at, of, data), data, epochs=1, batch_size=FAKE_IMAGES)
+    yield {"layer": of.data, "quantity": "loss", "value": loss}
 
 
 def build(at: Snapshot, of: Detection, train: CocoDataset) -> Any:

@@ -48,6 +48,11 @@ def by_pretraining(records: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("head", key=lambda heads: heads.map(order), kind="stable")
 
 
+def short_label(head: str) -> str:
+    """The name of a head without what stands in brackets."""
+    return label(head).partition(" (")[0]
+
+
 def _detectors(results: Results) -> Fold:
     """Claim 9."""
     judged, records = results.of("transfers"), by_pretraining(results.records)
@@ -77,7 +82,7 @@ def _words(results: Results) -> list[str]:
     """Mean precisions by pretraining, and whether better classification explains their difference."""
     means = 100 * claims.score(results.records, BOX).groupby("trained_under").value.mean()
     heads = [head for head in ("gap", "gcp", "") if head in means]
-    told = ", ".join(f"{means[head]:.1f} ({label(head or RANDOM)})" for head in heads)
+    told = ", ".join(f"{means[head]:.1f} ({short_label(head or RANDOM)})" for head in heads)
     words = [f"Box AP of fine-tuned detectors, mean over data sets and budgets: {told}."]
     main, matched = (results.of(name) for name in ("transfers", claims.CONTROLS[0].name))
     for claim, control in zip(main, matched, strict=True):
@@ -98,7 +103,7 @@ def _curves(measured: pd.DataFrame, judged: Sequence[Judged]) -> list[Picture]:
     """Precision over the budget, a panel for each data set and arm."""
     if measured.empty:
         return []
-    panels = measured.layer + ", " + measured.quantity.map(ARMS)
+    panels = measured.layer.map(label) + ", " + measured.quantity.map(ARMS)
     order = {arm: place for place, arm in enumerate(ARMS)}
     table = measured.assign(panel=panels, value=100 * measured.value)
     table = table.sort_values(
@@ -117,7 +122,7 @@ def _gallery(records: pd.DataFrame) -> list[Picture]:
     pictures = {}
     for row in shown.sort_values(["quantity", "index"], kind="stable").to_dict("records"):
         data, rank = row["quantity"].partition(", ")[2], "best" if row["index"] else "worst"
-        pictures[f"{label(row['head'])}, {data}, {rank}: AP {100 * row['value']:.0f} %"] = decoded(row["layer"])
+        pictures[f"{short_label(row['head'])}, {data}, {rank}: AP {100 * row['value']:.0f} %"] = decoded(row["layer"])
     words = "Truth at the left, detections of a score above 0.5 at the right: worst and best test image of the largest budget."
     return [Picture("transfer_pictures", words, gallery(pictures))]
 
@@ -173,7 +178,7 @@ def _probe_words(results: Results) -> list[str]:
         means = 100 * claims.score(results.records, quantity).groupby("trained_under").value.mean()
         heads = [head for head in ("gap", "gcp", "") if head in means]
         if heads:
-            told = ", ".join(f"{means[head]:.1f} % ({label(head or RANDOM)})" for head in heads)
+            told = ", ".join(f"{means[head]:.1f} % ({short_label(head or RANDOM)})" for head in heads)
             words.append(f"{quantity[0].upper()}{quantity[1:]}, mean over data and samples: {told}.")
     return words
 
@@ -184,10 +189,9 @@ def _forest(cases: Sequence[Judged]) -> list[Picture]:
     for case in cases:
         assert case.estimate is not None
         quantity, _, pair = case.claim.name.partition(": ")
-        of, to = (label(word) for word in pair.split(" - "))
+        words = " − ".join(short_label(word) for word in pair.split(" - "))
         row = forest_row(case.claim, case.dataset, "", case.estimate.seen)
-        both = [row, *seed_rows(row, case.estimate.by_seed)]
-        rows += [one | {"quantity": quantity, "pair": f"{_short(of)} − {_short(to)}"} for one in both]
+        rows += [one | {"quantity": quantity, "pair": words} for one in (row, *seed_rows(row, case.estimate.by_seed))]
     if not rows:
         return []
     drawn = Forest("pair", groups="quantity", x_label="difference of the score, a fraction", labels=0.3).draw(
@@ -197,20 +201,14 @@ def _forest(cases: Sequence[Judged]) -> list[Picture]:
     return [Picture("transfer_probes", words, drawn)]
 
 
-def _short(name: str) -> str:
-    return name.partition(" (")[0]
-
-
 def _accuracy(results: Results) -> list[Picture]:
     """Scores against the accuracy of the pretraining, a point for each network."""
     parts = [claims.with_accuracy(results.records, quantity).assign(quantity=quantity) for quantity in (*PROBES, BOX)]
-    table = pd.concat([part for part in parts if len(part)] or [parts[0]])
-    if len(table) < 4:
+    parts = [part for part in parts if part.accuracy.nunique() > 2 and part.value.nunique() > 2]
+    if not parts:
         return []
-    told = []
-    for quantity, part in table.groupby("quantity", sort=False):
-        over = float(spearmanr(part.accuracy, part.value).statistic)
-        told.append(f"{quantity} {over:.2f}" if np.isfinite(over) else f"{quantity} none")
+    told = [f"{part.quantity.iloc[0]} {spearmanr(part.accuracy, part.value).statistic:.2f}" for part in parts]
+    table = pd.concat(parts)
     shown = by_pretraining(table.assign(value=100 * table.value.astype(float), accuracy=100 * table.accuracy))
     draw = Scatter(
         "accuracy", "value", panels="quantity", x_label="test top-1 of the pretraining, %", y_label="score, %"
@@ -228,7 +226,7 @@ def _probe_table(probed: pd.DataFrame) -> pd.DataFrame:
 
 def _by_head(table: pd.DataFrame, keys: list[str], names: dict[str, str]) -> pd.DataFrame:
     """In percent, a row for each combination of the keys, a column for each pretraining."""
-    percent = table.assign(value=100 * table.value, head=table["head"].map(label))
+    percent = table.assign(value=100 * table.value, head=table["head"].map(label), layer=table.layer.map(label))
     seeds = percent.groupby([*keys, "head"], sort=False).value
     found = seeds.agg(lambda values: mean_interval(values, (0.0, 100.0)).short).unstack("head", sort=False)
     return found.reset_index().rename(columns=names).rename_axis(columns=None)

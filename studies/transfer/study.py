@@ -26,7 +26,7 @@ from studies.engine.run import Plan
 from studies.engine.study import Context, Study
 from studies.training import PRESETS, Training, TrainingFlags
 from studies.transfer.claims import CLAIMS
-from studies.transfer.detectors import Detection, Model, measure_detector
+from studies.transfer.detectors import Detection, Model, dry_steps, measure_detector, measure_dry
 from studies.transfer.page import folds
 from studies.transfer.probes import Dense, Linear, measure_dense, measure_linear
 from studies.transfer.targets import digest_of, scenes_of
@@ -96,7 +96,8 @@ def measurements(
     for name, frozen, epochs in product(settings.detection, (False, True), settings.budgets):
         shown = pictures and not frozen and epochs == max(settings.budgets)
         detection = Detection(name, digests[name], epochs, frozen, adapted, shown, settings.detector)
-        yield Measurement("detector", partial(measure_detector, root=root), detection)
+        dry = (measure_dry, dry_steps(detection))
+        yield Measurement("detector", partial(measure_detector, root=root), detection, dry=dry)
 
 
 def plan(context: Context) -> Plan:
@@ -111,7 +112,10 @@ def plan(context: Context) -> Plan:
             "--detection and --dense without a data set"
         )
     root = common.data_root
-    digests = {name: digest_of(name, root) for name in (*settings.linear, *settings.dense, *settings.detection)}
+    if common.dry_run:  # of which detectors alone can be stated without their data
+        settings = replace(settings, linear=("digits",), dense=())
+    names = [*settings.linear, *settings.dense, *settings.detection]
+    digests = {name: "" if common.dry_run else digest_of(name, root) for name in names}
     total = training.steps(common)
     tasks = []
     for seed, head in product(context.seeds, settings.heads):
@@ -135,7 +139,7 @@ STUDY = Study(
     title="do features trained under GCP serve detection, segmentation and other tasks better",
     presets={
         "smoke": Settings(("gap", "gcp"), replace(PRESETS["smoke"], dataset="digits_0_to_4"), shots=(2, 5), draws=2),
-        "quick": Settings(),
+        "quick": Settings(("gap", "gap_lifted", "gcp"), control_seeds=3),
         "cifar10": Settings(
             training=CONVERGENCE.presets["cifar10"].training,
             linear=("digits", "bccd"),

@@ -1,12 +1,14 @@
 """The other tasks: images of another data set, windows around the objects of detection data, and the scenes themselves."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from secondorder.data import DATASETS, ImageDataset, Normalisation, epoch_order, load_dataset
@@ -51,6 +53,9 @@ SCENES = {
 }
 """By the name of the folder in the data root; a folder that is not here has boxes, and images as they are."""
 FLIPS = ("horizontal", "vertical")
+FAKE_SIDE = 256
+"""Pixels a side of the images of a dry run, of a data set of unknown size."""
+FAKE_CLASSES = {"coco": 80, "nuclei": 1}
 
 
 def scenes_of(name: str) -> Scenes:
@@ -108,6 +113,37 @@ def scenes(name: str, root: Path | None, images: int, test_images: int, seed: in
     chosen = evenly_spaced(len(test.images), test_images).tolist()
     window = training_transform(of.crop, FLIPS)
     return shown(name, train.subset(drawn), of.masks, window), shown(name, test.subset(chosen), of.masks)
+
+
+def fake_scenes(folder: Path, name: str, images: int) -> CocoDataset:
+    """Noise of the size that a data set's images are shown in, with eight objects each, written into a folder."""
+    of = scenes_of(name)
+    height, width = of.image_size or of.size or (of.crop or FAKE_SIDE,) * 2
+    (folder / "annotations").mkdir()
+    (folder / "train").mkdir()
+    files, objects = [], []
+    for n in range(images):
+        pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+        Image.fromarray(pixels.numpy()).save(folder / "train" / f"{n}.png")
+        files.append({"id": n, "file_name": f"{n}.png", "height": height, "width": width})
+        for k in range(8):
+            x, y, w, h = k * width / 8, (k % 3) * height / 4, width / 8, height / 5
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            objects.append(
+                {
+                    "id": 8 * n + k,
+                    "image_id": n,
+                    "category_id": 1,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "segmentation": [corners],
+                }
+            )
+    categories = [{"id": k, "name": str(k)} for k in range(1, 1 + FAKE_CLASSES.get(name, 3))]
+    table = {"images": files, "annotations": objects, "categories": categories}
+    file = folder / "annotations" / "instances_train.json"
+    file.write_text(json.dumps(table))
+    return shown(name, read_coco(file, folder / "train", masks=of.masks), of.masks)
 
 
 @dataclass(frozen=True)

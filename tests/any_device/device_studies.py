@@ -19,6 +19,7 @@ FLAGS = {
     "performance": "--shapes 2x4x3x3 --repeats 1 --kfac-repeats 1 --kfac-heads gap",
     "convergence": "--heads gap gcp --adju-seeds 0 --kfac-seeds 0",
     "robustness": "--heads gap gcp --images 4 --sequence-images 2 --corruptions contrast --sequences rotate",
+    "transfer": "--heads gap gcp --shots 2 --draws 1",
     "optimisers": "--others --autoencoder.updates 4 --autoencoder.evaluations 2 --timing-steps 1",
 }
 
