@@ -74,7 +74,9 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         question=QUESTION,
         preset=preset,
         claims=primary,
-        commands={claim.name: f"python -m studies {claim.study}" for claim in primary if claim.study},
+        commands={
+            c.name: f"python -m studies {c.study}" for c in primary if c.study and not has_records(folder, c.study)
+        },
     )
     makers = {name: lambda _, name=name: folds(name) for name in studies}
     return write_page(folder, page, makers, must=must)

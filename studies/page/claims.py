@@ -46,8 +46,12 @@ class ClaimRow:
 
 
 def columns(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """The data sets that were measured, small ones first, and for each the folder beside this one that it is from, or ""."""
-    found = {outcome.dataset: outcome.folder for outcome in outcomes if outcome.dataset}
+    """The data sets that a claim was measured on, small ones first, each with the folder beside this one that it is from, or "".
+
+    All data sets, where no claim was measured on any.
+    """
+    measured = [outcome for outcome in outcomes if outcome.outcome != NOT_MEASURED] or outcomes
+    found = {outcome.dataset: outcome.folder for outcome in measured if outcome.dataset}
     order = {name: place for place, name in enumerate(LABELS)}
     return dict(sorted(found.items(), key=lambda column: order.get(column[0], len(order))))
 
