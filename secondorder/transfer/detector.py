@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from secondorder.data.images import Normalisation
 from secondorder.errors import InputError, check_known, check_whole, one_line, short
 from secondorder.transfer.pyramid import FeaturePyramid
+from secondorder.untouched import undrawn_if_refused
 
 TASKS = ("boxes", "masks")
 KINDS = ("rcnn", "fcos")
@@ -20,6 +21,7 @@ GROUPS = 32
 """Of the group normalisation in the head of FCOS."""
 
 
+@undrawn_if_refused()
 def detector(
     network: nn.Module,
     classes: int,

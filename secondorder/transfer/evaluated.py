@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, short
+from secondorder.transfer.checks import REAL, check_tensor
 from secondorder.transfer.dataset import Target
 from secondorder.transfer.segmentation import encoded
 
@@ -89,7 +90,7 @@ class Evaluated:
         if not np.isfinite(boxes).all():
             raise NonFiniteError(f"{what} has a box that is not finite; look at the training's loss")
         labels = _tensor(what, of_image, "labels")
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != boxes.shape[:1]:
+        if labels.is_floating_point() or labels.shape != boxes.shape[:1]:
             raise InputError(
                 f"{what} has labels {labels.dtype} {list(labels.shape)}; {len(boxes)} whole numbers are needed"
             )
@@ -133,11 +134,9 @@ def _records(boxes: NDArray[np.float64], labels: list[int], columns: Record) -> 
 
 def _tensor(what: str, of_image: Mapping[str, Any], key: str) -> Tensor:
     """A tensor of an image, on the CPU."""
-    value = of_image.get(key)
-    if not isinstance(value, Tensor):
-        raise InputError(
-            f"{what} has {key} {short(value)}; a tensor is needed" if key in of_image else f"{what} has no {key}"
-        )
+    if key not in of_image:
+        raise InputError(f"{what} has no {key}")
+    value = check_tensor(f"{what}: {key}", of_image[key], REAL, "a tensor of real numbers")
     return value.detach().as_subclass(Tensor).cpu()
 
 

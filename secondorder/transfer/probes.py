@@ -16,8 +16,10 @@ from secondorder.errors import InputError, check_known, check_number, check_seed
 from secondorder.matrix_power.checks import FLOATS
 from secondorder.optional import needed_by
 from secondorder.pooling import PoolingHead, pooling_head
+from secondorder.transfer.checks import WHOLE, check_tensor
 from secondorder.untouched import same_randomness
 
+CLASSES = "whole numbers, the class of each sample"
 POOLED = ("mean", "mean_and_covariance")
 ROUNDS = 2000
 """Steps of L-BFGS for a linear probe, at most."""
@@ -55,8 +57,9 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
     """
     check_whole("shots", shots)
     check_seed(seed)
-    if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
-        raise InputError(f"labels of shape {list(labels.shape)}, {labels.dtype}: must be classes [N]")
+    check_tensor("labels", labels, WHOLE, CLASSES)
+    if labels.ndim != 1 or not len(labels):
+        raise InputError(f"labels of shape {list(labels.shape)}: must be {CLASSES}")
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for label in labels.unique().tolist():
@@ -86,6 +89,8 @@ def linear_probe(
     """
     check_number("strength", strength, 0, math.inf, "()")
     for x, y, what in ((features, labels, "features"), (test_features, test_labels, "test_features")):
+        check_tensor(what, x, FLOATS, "floating-point [n, D]")
+        check_tensor(f"labels of {what}", y, WHOLE, CLASSES)
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(x) or x.shape[1:] != features.shape[1:]:
             raise InputError(f"{what} of shape {list(x.shape)} with labels {list(y.shape)}: must be [n, D] and [n]")
         if not x.isfinite().all():
@@ -143,9 +148,10 @@ def dense_probe(
     check_seed(seed)
     for x, y, what in ((maps, masks, "maps"), (test_maps, test_masks, "test_maps")):
         _check_maps(what, x)
-        if y.ndim != 3 or len(y) != len(x) or y.dtype != torch.int64 or x.shape[1] != maps.shape[1]:
+        check_tensor(f"masks of {what}", y, frozenset({torch.int64}), "int64 [N, H, W]")
+        if y.ndim != 3 or 0 in y.shape or len(y) != len(x) or x.shape[1] != maps.shape[1] or x.dtype != maps.dtype:
             raise InputError(
-                f"{what} {list(x.shape)}, masks {list(y.shape)}, {y.dtype}: must be [N, C, h, w], int64 [N, H, W]"
+                f"{what} {list(x.shape)}, {x.dtype}, masks {list(y.shape)}: must be [N, C, h, w] as maps, and [N, H, W]"
             )
     classes = int(torch.stack([masks.max(), test_masks.max()]).max()) + 1
     if len(masks.unique()) < 2 or min(masks.min(), test_masks.min()) < 0:
@@ -179,7 +185,8 @@ def _logits(probe: nn.Module, x: Tensor, masks: Tensor) -> Tensor:
 
 
 def _check_maps(name: str, maps: Tensor) -> None:
-    if maps.ndim != 4 or 0 in maps.shape or maps.dtype not in FLOATS:
-        raise InputError(f"{name} of shape {list(maps.shape)}, {maps.dtype}: must be floating-point [N, C, H, W]")
+    check_tensor(name, maps, FLOATS, "floating-point [N, C, H, W]")
+    if maps.ndim != 4 or 0 in maps.shape:
+        raise InputError(f"{name} of shape {list(maps.shape)}: must be floating-point [N, C, H, W]")
     if not maps.isfinite().all():
         raise InputError(f"{name}: not all are finite numbers")

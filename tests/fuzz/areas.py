@@ -18,6 +18,7 @@ from .runs import runs
 from .spectra import spectra
 from .statistics import statistics
 from .training import training
+from .transfer import transfer
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ AREAS: dict[str, Area] = {
     "preconditioning": Area(preconditioning, 10, 120),
     "landscape": Area(landscape, 4, 80),
     "statistics": Area(statistics, 10, 150),
+    "transfer": Area(transfer, 8, 100),
     "command_line": Area(command_line, 4, 50),
     "kept_files": Area(kept_files, 4, 40),
 }

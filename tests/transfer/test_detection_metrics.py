@@ -311,7 +311,7 @@ def bad() -> Iterator[tuple[str, Images, Images, dict[str, Any], type[InputError
         who + r"scores of shape \[2\]; \[1\] is needed",
     )
     yield "no scores", truth, of(scores=None), {}, InputError, who + "no scores"
-    yield "scores in a list", truth, of(scores=[0.9]), {}, InputError, who + r"scores \[0.9\]; a tensor is needed"
+    yield "scores in a list", truth, of(scores=[0.9]), {}, InputError, r"image_id 7\): scores \[0.9\]: must be a tensor"
     yield "boxes of another shape", truth, of(boxes=torch.rand(1, 5)), {}, InputError, who + r"boxes of shape \[1, 5\]"
     yield "a box that is inside out", truth, of(boxes=corners((5, 0, 2, 2))), {}, InputError, who + "a box with x2 < x1"
     yield "no prediction", truth, [None], {}, InputError, r"image_id 7\) is None; a dict"  # type: ignore[list-item]

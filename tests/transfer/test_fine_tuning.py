@@ -93,6 +93,11 @@ def test_training_lowers_the_loss_and_draws_nothing_from_the_global_generator(da
     losses = fine_tune(model, data, epochs=6, learning_rate=0.02)
     assert torch.equal(torch.get_rng_state(), before)
     assert losses[-1] < 0.8 * losses[0]
+    left = data[0][0]
+    data.set_epoch(0, 5)  # the last one
+    assert torch.equal(data[0][0], left)
+    data.set_epoch(0, 4)
+    assert not torch.equal(data[0][0], left)
     again = small_detector(task="masks")
     assert fine_tune(again, data, epochs=6, learning_rate=0.02) == losses
     other = small_detector(task="masks")

@@ -37,7 +37,7 @@ def test_shots_of_each_class() -> None:
     assert len({tuple(few_shot(labels, 2, seed).tolist()) for seed in range(20)}) > 5
     with pytest.raises(InputError, match="class 0 has 3 samples: fewer than 4 shots"):
         few_shot(labels, 4, 0)
-    with pytest.raises(InputError, match="must be classes"):
+    with pytest.raises(InputError, match="must be whole numbers, the class of each sample"):
         few_shot(labels.float(), 1, 0)
 
 
