@@ -39,7 +39,7 @@ from studies.settings import Common
 from studies.transfer import claims, detectors, page, probes, targets
 from studies.transfer.study import STUDY, Settings, plan
 
-RUN = Run("digits_tiny", "gcp", "digits_0_to_4", 1, 32, 0.05, train_limit=96, threads=1)
+RUN = Run("digits_tiny", "gcp", "digits_0_to_4", 1, 32, 0.05, train_limit=96, seed=2, threads=1)
 COLOR = Run("cifar_resnet8", "gcp", "own", 1, 4, 0.05, threads=1)
 SMALL = detectors.Model(16, 16, 3, 40, 16, images=4, test_images=3)
 
@@ -108,15 +108,18 @@ def test_images_of_another_data_set_have_the_shape_of_the_networks_own(color: Im
     assert len(task.test_images) == len(task.test_labels) == 180
 
 
-def test_windows_are_normalised_as_the_networks_own_images(color: ImageDataset, scenes_root: Path) -> None:
-    task = targets.labelled("scenes", scenes_root, color)
+@pytest.mark.parametrize("grey", [False, True])
+def test_windows_are_normalised_as_the_networks_own_images(grey: bool, color: ImageDataset, scenes_root: Path) -> None:
+    like = load_dataset("digits") if grey else color
+    task = targets.labelled("scenes", scenes_root, like)
     (file, images), (test_file, test_images) = targets.files_of("scenes", scenes_root)
     for found, given in ((task.images, (file, images)), (task.test_images, (test_file, test_images))):
-        pictures, _ = targets.windows(read_coco(*given), targets.Scenes().window, 16)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (color.mean, color.std))
-        torch.testing.assert_close(found, (pictures.float() / 255 - mean) / std)
-    grey = targets.labelled("scenes", scenes_root, load_dataset("digits"))
-    assert grey.images.shape[1:] == (1, 8, 8)
+        pictures, _ = targets.windows(read_coco(*given), targets.Scenes().window, like.image_size)
+        unit = pictures.double() / 255
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (like.mean, like.std))
+        wanted = ((unit.mean(1, keepdim=True) if grey else unit) - mean) / std
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+        assert grey is (mean[0].item() > 0.3)
 
 
 def test_training_images_are_drawn_by_the_seed_and_augmented_test_images_are_not(scenes_root: Path) -> None:
@@ -218,7 +221,9 @@ def test_a_detector_by_hand(
         rows = [*detectors.measure_detector(at, of, scenes_root)]
         assert torch.equal(torch.get_rng_state(), before)
         data, test = targets.scenes("scenes", scenes_root, 4, 3, COLOR.seed)
+        torch.rand(5)
         made = detectors.build(at, of, data)
+        assert made.backbone.frozen is frozen
         stem, own = made.backbone.stem.state_dict(), at.model.stem.state_dict()  # type: ignore[union-attr, operator]
         same = [torch.equal(value, own[name]) for name, value in stem.items()]
         assert all(same) is not frozen  # batch-norm statistics are renewed
