@@ -58,7 +58,7 @@ LABELS = {word: name for word, (name, _, _) in LOOKS.items()} | {
     "cifar10_jpeg": "CIFAR-10 (JPEG)",
     "cifar100": "CIFAR-100",
     "nuclei": "nuclei",
-    "bccd": "blood cells (BCCD)",
+    "bccd": "blood cells",
     "digits_net": "digits net",
     "digits_slim": "digits slim",
     "digits_small": "digits small",
