@@ -185,6 +185,15 @@ def test_measuring_sees_the_same_dropout_mask_at_every_eta() -> None:
     torch.testing.assert_close(line.loss, torch.full((4,), line.loss_at_origin, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_untouched_restores_the_sign_of_zero() -> None:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.zero_().neg_()
+    with untouched(model), torch.no_grad():
+        model.weight.zero_()
+    assert model.weight.signbit().all()
+
+
 def test_untouched_restores_after_an_exception() -> None:
     model, optimiser, *_ = trained_a_little("gcp")
     before = trace(model, optimiser)
