@@ -158,6 +158,10 @@ def test_curvature() -> None:
     left = page["ggn"] @ page["natural"] + 0.1 * page["natural"] - 1
     assert float(left.norm()) < 1e-4 * len(G) ** 0.5
     assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
+    loaded = page["loaded"]
+    assert torch.equal(loaded["kfac"] @ v, page["kfac"] @ v)
+    assert torch.equal(loaded["ggn"] @ v, page["ggn"].factored() @ v)
+    assert loaded["spectrum"] == page["spectral_summary"](page["ggn"])
 
 
 def test_attention_in_curvature() -> None:

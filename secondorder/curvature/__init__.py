@@ -2,6 +2,7 @@
 
 blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
 jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
+saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
 operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
 fidelity      how well an approximate block fits the exact one
@@ -14,6 +15,7 @@ from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelit
 from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
 from secondorder.curvature.operators import DampedOperator, damped_inverse
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
+from secondorder.curvature.saving import load_curvature, save_curvature
 from secondorder.curvature.spectrum import (
     SpectralDensity,
     SpectralSummary,
@@ -41,8 +43,10 @@ __all__ = [
     "fidelity_table",
     "half_rank_condition",
     "kronecker_parameters",
+    "load_curvature",
     "output_jacobians",
     "relative_difference",
+    "save_curvature",
     "spectral_density",
     "spectral_summary",
     "summary_table",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from devices import check, images_and_labels, moved, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature import QUANTITIES, curvature_blocks, fidelity, output_jacobians, spectral_summary
+from secondorder.curvature import (
+    QUANTITIES,
+    curvature_blocks,
+    fidelity,
+    load_curvature,
+    output_jacobians,
+    save_curvature,
+    spectral_summary,
+)
 from secondorder.curvature.backpack import backpack_quantity
 from secondorder.errors import InputError
 from secondorder.landscape import (
@@ -96,6 +105,15 @@ def test_fidelity(device: str) -> None:
 
     model, batch = tiny(), images_and_labels()
     check(measured(*moved((model, batch), device)), measured(model, batch), device)
+
+
+def test_saving(device: str, tmp_path: Path) -> None:
+    model, batch = moved((tiny(), images_and_labels()), device)
+    blocks = curvature_blocks(model, CE, batch, "kfac_expand", NAMES)
+    save_curvature(tmp_path / "kfac.pt", blocks)
+    loaded = load_curvature(tmp_path / "kfac.pt", "cpu")
+    assert loaded.whole.device.type == "cpu"
+    assert torch.equal(loaded[NAMES[0]].dense(), blocks[NAMES[0]].dense().cpu())
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
