@@ -158,6 +158,13 @@ def test_curvature() -> None:
     left = page["ggn"] @ page["natural"] + 0.1 * page["natural"] - 1
     assert float(left.norm()) < 1e-4 * len(G) ** 0.5
     assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
+    x = page["batch"][0][:1].clone().requires_grad_()
+    z = page["model"](x)
+    J = torch.stack([torch.autograd.grad(k, x, retain_graph=True)[0].flatten() for k in z[0]]).double()
+    p = z.detach()[0].double().softmax(0)
+    H = (p.diag() - torch.outer(p, p)) / 8
+    assert float(page["sharpness"]) == pytest.approx(float(torch.linalg.eigvals(H @ J @ J.T).real.max()), rel=1e-4)
+    assert page["stem"].size == 8 * page["model"].stem(page["batch"][0])[0].numel()
     loaded = page["loaded"]
     assert torch.equal(loaded["kfac"] @ v, page["kfac"] @ v)
     assert torch.equal(loaded["ggn"] @ v, page["ggn"].factored() @ v)

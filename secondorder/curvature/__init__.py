@@ -1,6 +1,7 @@
 """Curvature of a network's loss: blocks as operators, their spectra, Kronecker approximations, and BackPACK through GCP.
 
 blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
+activations   `activation_curvature`: the same with respect to images or to what a module puts out
 jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
 saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
 operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
@@ -9,6 +10,7 @@ fidelity      how well an approximate block fits the exact one
 backpack      BackPACK's quantities through covariance heads and the paper's networks
 """
 
+from secondorder.curvature.activations import ActivationCurvature, activation_curvature
 from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
@@ -29,6 +31,7 @@ from secondorder.curvature.spectrum import (
 
 __all__ = [
     "QUANTITIES",
+    "ActivationCurvature",
     "CurvatureBlocks",
     "DampedOperator",
     "Fidelity",
@@ -37,6 +40,7 @@ __all__ = [
     "SpectralSummary",
     "SumOverSamples",
     "TopEigenvalues",
+    "activation_curvature",
     "curvature_blocks",
     "damped_inverse",
     "fidelity",
