@@ -75,9 +75,14 @@ def _changed(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 
     An accelerator is waited for once, not for each tensor.
     """
-    near = [pair for pair in pairs if pair[0].device.type == "cpu" and not torch.equal(*pair)]
+    near = [pair for pair in pairs if pair[0].device.type == "cpu" and not torch.equal(*map(_bits, pair))]
     far = [pair for pair in pairs if pair[0].device.type != "cpu"]
     if not far:
         return near
-    differ = torch.stack([(tensor != value).any().to(far[0][0].device) for tensor, value in far]).tolist()
+    differ = torch.stack([(_bits(tensor) != _bits(value)).any().to(far[0][0].device) for tensor, value in far]).tolist()
     return [*near, *(pair for pair, changed in zip(far, differ, strict=True) if changed)]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: 0 and -0 are equal as numbers."""
+    return tensor.detach().reshape(-1).view(torch.uint8)

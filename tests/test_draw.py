@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from scipy import stats
 
 from secondorder.errors import InputError
-from studies.draw import Curves, Forest, Heatmap, Scatter, in_margins, mini, strips
+from studies.draw import Contours, Curves, Forest, Heatmap, Scatter, in_margins, mini, strips
 from studies.draw.frame import SMALL, WIDTH, save
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import (
@@ -41,6 +41,16 @@ MAP = pd.DataFrame(
     ],
     columns=["damping", "rate", "seed", "loss"],
 )
+GRID = pd.DataFrame(
+    [
+        (head, x, y, seed, scale * (x**2 + 4 * y**2 + 0.5) + seed)
+        for head, scale in (("gap", 1.0), ("gcp", 30.0))
+        for x in np.linspace(-1, 1, 9)
+        for y in np.linspace(-1, 2, 7)
+        for seed in range(2)
+    ],
+    columns=["head", "x", "y", "seed", "loss"],
+)
 KINDS: dict[str, tuple[Any, pd.DataFrame]] = {
     "curves": (Curves("step", "loss", panels="part", zone=(0.9, 1.1), reference=1.0), LINES),
     "logarithmic curves": (Curves("step", "loss", panels="part", mean="geometric", log="y"), LINES),
@@ -49,6 +59,8 @@ KINDS: dict[str, tuple[Any, pd.DataFrame]] = {
     "ratios": (Forest("claim", groups="dataset"), forest_table(controls("digits", 4))),
     "map": (Heatmap("damping", "rate", "loss"), MAP),
     "logarithmic map": (Heatmap("damping", "rate", "loss", panels="head", log=True), MAP.assign(head="gcp")),
+    "contours": (Contours("x", "y", "loss", panels="head"), GRID),
+    "logarithmic contours": (Contours("x", "y", "loss", panels="head", log=True), GRID),
     "scatter": (Scatter("predicted", "variation", line="identity", log="xy"), LINES),
 }
 GCP = {"head": "gcp"}
@@ -278,6 +290,65 @@ def test_signed_maps_have_two_colours_and_bold_words_where_zero_is_excluded() ->
     assert low == -high
     backwards = Heatmap("damping", "rate", "loss", signed=True).draw(table[::-1]).axes[0]
     assert [t.get_text() for t in backwards.get_yticklabels()] == [*dict.fromkeys(table.damping[::-1])]
+
+
+def drawn_contours(description: Contours, table: pd.DataFrame) -> list[Any]:
+    """What is filled, the lines, and the cross of the first panel."""
+    axes = description.draw(table).axes[0]
+    return [*axes.collections[:2], *axes.lines]
+
+
+def test_contours_are_where_the_mean_over_seeds_has_their_value() -> None:
+    table = GRID[GRID["head"] == "gap"]
+    filled, lines, cross = drawn_contours(Contours("x", "y", "loss"), table)
+    levels = np.asarray(lines.levels)
+    assert levels[0] <= table.groupby(["x", "y"]).loss.mean().min() < levels[1]
+    assert levels[-2] < table.groupby(["x", "y"]).loss.mean().max() <= levels[-1]
+    assert len(levels) <= 11
+    np.testing.assert_array_equal(filled.levels, levels)
+    fine = [np.linspace(-1, 1, 201), np.linspace(-1, 2, 301)]
+    x, y = np.meshgrid(*fine, indexing="ij")
+    bowl = pd.DataFrame({"x": x.ravel(), "y": y.ravel(), "loss": (x**2 + 4 * y**2).ravel(), "seed": 0})
+    lines = drawn_contours(Contours("x", "y", "loss"), bowl)[1]
+    assert lines.levels[0] == 0
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        points = path.vertices
+        np.testing.assert_allclose(points[:, 0] ** 2 + 4 * points[:, 1] ** 2, level, rtol=1e-3, atol=1e-3)
+    assert (cross.get_xdata(), cross.get_ydata()) == ([0], [0])
+    away = drawn_contours(Contours("x", "y", "loss"), table.assign(x=table.x + 5))
+    assert len(away) == 2  # no origin, no cross
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_panels_of_contours_share_their_levels(log: bool) -> None:
+    figure = Contours("x", "y", "loss", panels="head", log=log).draw(GRID)
+    first, second = (axes.collections[0] for axes in figure.axes[:2])
+    np.testing.assert_array_equal(first.levels, second.levels)
+    assert (first.norm.vmin, first.norm.vmax) == (second.norm.vmin, second.norm.vmax)
+    assert first.levels[0] <= GRID.loss.min() + 0.5
+    if log:
+        assert first.levels[0] > 0
+        assert len(first.levels) <= 11
+
+
+def test_contours_leave_out_what_is_not_finite_or_has_no_logarithm() -> None:
+    table = GRID[GRID["head"] == "gap"].copy()
+    table.loc[(table.x == 1) & (table.seed == 1), "loss"] = np.inf
+    table.loc[table.x == -1, "loss"] = -1.0
+    shown = [drawn_contours(Contours("x", "y", "loss", log=log), table)[0] for log in (False, True)]
+    ends = [[path.vertices[:, 0] for path in filled.get_paths() if len(path.vertices)] for filled in shown]
+    assert [max(np.concatenate(x)) for x in ends] == [0.75, 0.75]
+    assert [min(np.concatenate(x)) for x in ends] == [-1.0, -0.75]
+
+
+def test_contours_of_a_plain_and_of_what_is_no_grid() -> None:
+    table = GRID[GRID["head"] == "gap"]
+    filled = drawn_contours(Contours("x", "y", "loss"), table.assign(loss=3.0))[0]
+    assert filled.levels[0] < 3 < filled.levels[-1]
+    with pytest.raises(InputError, match="contours need a full grid, got 62 places of 9 values of x and 7 of y"):
+        Contours("x", "y", "loss").draw(table.iloc[2:])
+    with pytest.raises(InputError, match="contours need a full grid, got 9 places of 9 values of x and 1 of y"):
+        Contours("x", "y", "loss").draw(table[table.y == 2])
 
 
 def test_strips_put_every_picture_beside_its_name() -> None:

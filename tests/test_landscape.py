@@ -2,6 +2,7 @@
 
 import copy
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -185,6 +186,15 @@ def test_measuring_sees_the_same_dropout_mask_at_every_eta() -> None:
     torch.testing.assert_close(line.loss, torch.full((4,), line.loss_at_origin, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_untouched_restores_the_sign_of_zero() -> None:
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.zero_().neg_()
+    with untouched(model), torch.no_grad():
+        model.weight.zero_()
+    assert model.weight.signbit().all()
+
+
 def test_untouched_restores_after_an_exception() -> None:
     model, optimiser, *_ = trained_a_little("gcp")
     before = trace(model, optimiser)
@@ -226,6 +236,7 @@ def test_untouched_restores_after_an_exception() -> None:
         ({"loss": lambda z, y: 1.0}, "the loss must return one number"),
         ({"loss": lambda z, y: z.detach().sum()}, "the loss must return one number that depends on the outputs"),
         ({"images": "x"}, "images are str: must be a tensor"),
+        ({"images": torch.zeros(4, 1, 8, 8, device="meta")}, "images are on the device 'meta': must be a tensor"),
         ({"labels": torch.tensor(3)}, "labels are a single number: must be a tensor"),
         ({"labels": torch.full((4,), 10)}, r"the loss on labels \[4\] fails: Target 10 is out of bounds"),
         ({"images": torch.zeros(4, 1, 8, 8).to(torch.complex64)}, r"Network on torch.complex64 \[4, 1, 8, 8\] fails: "),
@@ -248,9 +259,15 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         feature_landscape(**(good | change))  # type: ignore[arg-type]
 
 
+def test_ends_of_a_range_are_numbers_of_any_kind() -> None:
+    for ends in ((1, 10**30), (Fraction(1, 4), np.float32(0.5)), (1e-300, 1e299)):
+        assert torch.equal(equally_spaced(*ends, 3), torch.linspace(*map(float, ends), 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     "numbers",
     [
+        (1, 10**400, 5),
         *(
             (0.0, 1.0, 5),
             (2.0, 1.0, 5),

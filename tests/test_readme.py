@@ -20,7 +20,8 @@ from studies.training import Training
 
 ROOT = Path(__file__).parents[1]
 CODE = ("README.md", *(f"secondorder/{part}/README.md" for part in (
-    "curvature", "kfac", "pooling", "preconditioning", "robustness", "training", "transfer")), "CONTRIBUTING.md")  # fmt: skip
+    "curvature", "kfac", "landscape", "pooling", "preconditioning", "robustness", "training",
+    "transfer")), "CONTRIBUTING.md")  # fmt: skip
 """With Python in them; all blocks of a file run in one namespace."""
 TEXTS = (*CODE, "studies/README.md", "reports/quick/report.md", "reports/cifar10/report.md")
 
@@ -157,6 +158,17 @@ def test_curvature() -> None:
     left = page["ggn"] @ page["natural"] + 0.1 * page["natural"] - 1
     assert float(left.norm()) < 1e-4 * len(G) ** 0.5
     assert float((page["hessian"] @ v - product).norm() / (page["hessian"] @ v).norm()) > 0.1
+    x = page["batch"][0][:1].clone().requires_grad_()
+    z = page["model"](x)
+    J = torch.stack([torch.autograd.grad(k, x, retain_graph=True)[0].flatten() for k in z[0]]).double()
+    p = z.detach()[0].double().softmax(0)
+    H = (p.diag() - torch.outer(p, p)) / 8
+    assert float(page["sharpness"]) == pytest.approx(float(torch.linalg.eigvals(H @ J @ J.T).real.max()), rel=1e-4)
+    assert page["stem"].size == 8 * page["model"].stem(page["batch"][0])[0].numel()
+    loaded = page["loaded"]
+    assert torch.equal(loaded["kfac"] @ v, page["kfac"] @ v)
+    assert torch.equal(loaded["ggn"] @ v, page["ggn"].factored() @ v)
+    assert loaded["spectrum"] == page["spectral_summary"](page["ggn"])
 
 
 def test_attention_in_curvature() -> None:
@@ -186,6 +198,24 @@ def test_kfac() -> None:
     assert report.events == {}
     assert [row.parameter for row in report.parameters] == [name for name, _ in page["learner"].named_parameters()]
     assert page["logits"].isfinite().all()
+
+
+def test_landscape() -> None:
+    page = of("landscape")
+    assert page["weights"].loss.shape == (5,)
+    assert page["features"].loss_at_origin == pytest.approx(page["weights"].loss_at_origin, rel=1e-5)
+    plane, model = page["plane"], page["model"]
+    with torch.no_grad():
+        whole = torch.nn.functional.cross_entropy(model(page["images"]), page["labels"])
+    assert plane.loss_at_origin == plane.loss[2, 2] == pytest.approx(float(whole), rel=1e-5)
+    assert (plane.loss > plane.loss_at_origin).any()
+    lengths = [d.norm() for d in page["steepest"].values()]
+    assert float(torch.stack(lengths).norm()) == pytest.approx(1, rel=1e-6)
+    low, middle, high = page["sharp"].loss[1:4, 2]
+    assert float(low - 2 * middle + high) > 0.1 * 0.05**2 * float(page["top"].values[0])  # not infinitely near to w
+    page["figure"].draw_without_rendering()
+    assert page["axes"].get_xlim() == (-1, 1)
+    assert len(page["filled"].levels) > 8
 
 
 def test_preconditioning() -> None:

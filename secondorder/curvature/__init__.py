@@ -1,19 +1,23 @@
 """Curvature of a network's loss: blocks as operators, their spectra, Kronecker approximations, and BackPACK through GCP.
 
 blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
+activations   `activation_curvature`: the same with respect to images or to what a module puts out
 jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
+saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
 operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
 fidelity      how well an approximate block fits the exact one
 backpack      BackPACK's quantities through covariance heads and the paper's networks
 """
 
+from secondorder.curvature.activations import ActivationCurvature, activation_curvature
 from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
 from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
 from secondorder.curvature.operators import DampedOperator, damped_inverse
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
+from secondorder.curvature.saving import load_curvature, save_curvature
 from secondorder.curvature.spectrum import (
     SpectralDensity,
     SpectralSummary,
@@ -27,6 +31,7 @@ from secondorder.curvature.spectrum import (
 
 __all__ = [
     "QUANTITIES",
+    "ActivationCurvature",
     "CurvatureBlocks",
     "DampedOperator",
     "Fidelity",
@@ -35,14 +40,17 @@ __all__ = [
     "SpectralSummary",
     "SumOverSamples",
     "TopEigenvalues",
+    "activation_curvature",
     "curvature_blocks",
     "damped_inverse",
     "fidelity",
     "fidelity_table",
     "half_rank_condition",
     "kronecker_parameters",
+    "load_curvature",
     "output_jacobians",
     "relative_difference",
+    "save_curvature",
     "spectral_density",
     "spectral_summary",
     "summary_table",

@@ -1,5 +1,6 @@
 """Figures: a few kinds, each a frozen description (data) whose `draw` is a function of a tidy table alone."""
 
+from studies.draw.contours import Contours
 from studies.draw.curves import Curves, Scatter
 from studies.draw.forest import Forest, mini
 from studies.draw.judged import forest_row, in_margins, seed_rows
@@ -9,6 +10,7 @@ from studies.draw.strips import gallery, strips
 
 __all__ = [
     "LABELS",
+    "Contours",
     "Curves",
     "Forest",
     "Heatmap",

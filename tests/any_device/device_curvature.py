@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,27 @@ from devices import check, images_and_labels, moved, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature import QUANTITIES, curvature_blocks, fidelity, output_jacobians, spectral_summary
+from secondorder.curvature import (
+    QUANTITIES,
+    curvature_blocks,
+    fidelity,
+    load_curvature,
+    output_jacobians,
+    save_curvature,
+    spectral_summary,
+)
 from secondorder.curvature.backpack import backpack_quantity
 from secondorder.errors import InputError
-from secondorder.landscape import LandscapeLine, equally_spaced, feature_landscape, optimiser_step, weight_landscape
+from secondorder.landscape import (
+    LandscapeLine,
+    LandscapePlane,
+    equally_spaced,
+    feature_landscape,
+    filter_normalised_direction,
+    landscape_plane,
+    optimiser_step,
+    weight_landscape,
+)
 from secondorder.networks import SharedBackbone, frozen_at
 from secondorder.pooling import POOLINGS, pooling_head
 from secondorder.preconditioning import (
@@ -89,6 +107,15 @@ def test_fidelity(device: str) -> None:
     check(measured(*moved((model, batch), device)), measured(model, batch), device)
 
 
+def test_saving(device: str, tmp_path: Path) -> None:
+    model, batch = moved((tiny(), images_and_labels()), device)
+    blocks = curvature_blocks(model, CE, batch, "kfac_expand", NAMES)
+    save_curvature(tmp_path / "kfac.pt", blocks)
+    loaded = load_curvature(tmp_path / "kfac.pt", "cpu")
+    assert loaded.whole.device.type == "cpu"
+    assert torch.equal(loaded[NAMES[0]].dense(), blocks[NAMES[0]].dense().cpu())
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_backpack_through_every_head(pooling: str, device: str) -> None:
     if pooling == "dropcov":
@@ -120,6 +147,19 @@ def test_landscape(device: str) -> None:
     found, expected = lines(*moved((model, *batch), device)), lines(model, *batch)
     for ours, theirs in zip(found, expected, strict=True):
         check(vars(ours), vars(theirs), "cpu")  # a line is of numbers on the CPU
+
+
+def plane(model: nn.Module, images: Tensor, labels: Tensor, loader: Any) -> LandscapePlane:
+    d = filter_normalised_direction(model, 1)
+    e = optimiser_step(model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, images, labels)
+    return landscape_plane(model, F.cross_entropy, loader, d, e, torch.tensor([0.0, 0.3]), batch_norm="batch")
+
+
+def test_planes(device: str) -> None:
+    """Of batches on the CPU, as a loader gives them."""
+    model, batch = tiny(), images_and_labels()
+    batches = [tuple(t[:2] for t in batch), tuple(t[2:] for t in batch)]
+    check(vars(plane(*moved((model, *batch), device), batches)), vars(plane(model, *batch, batches)), "cpu")
 
 
 def test_preconditioning(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Lines through the loss: bad arguments, and a quadratic in closed form."""
+"""Lines through the loss and planes: bad arguments, and a quadratic in closed form."""
 
 from random import Random
 from typing import Any
@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.landscape import equally_spaced, feature_landscape, optimiser_step, weight_landscape
+from secondorder.landscape import (
+    equally_spaced,
+    feature_landscape,
+    filter_normalised_direction,
+    landscape_plane,
+    optimiser_step,
+    parameter_directions,
+    weight_landscape,
+)
 from secondorder.networks import network
 
 from .call import Call, arguments, shown
@@ -16,7 +24,7 @@ from .values import absurd, bad_tensor, named, normal
 
 def landscape(random: Random) -> Call:
     """Any of the kinds below."""
-    return random.choice((spacing, bad_argument, bad_argument, bad_argument, quadratic))(random)
+    return random.choice((spacing, bad_argument, bad_argument, bad_plane, bad_vectors, quadratic))(random)
 
 
 def spacing(random: Random) -> Call:
@@ -75,6 +83,49 @@ def bad_argument(random: Random) -> Call:
 
     words = f"{function.__name__}({field}={shown(value)})"
     return Call(words, lambda: function(**given), watched=(model,), pure=True)
+
+
+def bad_plane(random: Random) -> Call:
+    """A plane, or a direction for it, with one argument that is absurd or does not fit."""
+    model: Any = network("digits_tiny", random.choice(("gap", "gcp")), 3, 1)
+    images, labels = normal(random, 4, 1, 8, 8, dtype=torch.float32), torch.arange(4) % 3
+    if random.random() < 0.3:
+        given: dict[str, Any] = {"model": model}
+        field = random.choice(("model", "seed", "normalisation", "vectors"))
+        given[field] = absurd(random)
+        words = f"filter_normalised_direction({field}={shown(given[field])})"
+        return Call(words, lambda: filter_normalised_direction(**given), watched=(model,), pure=True)
+    d = filter_normalised_direction(model)
+    given = {"model": model, "loss": F.cross_entropy, "batches": [(images, labels)], "first": d, "second": d}
+    given["x"] = torch.tensor([0.0, 1.0])
+    field = random.choice([*given, "y", "batch_norm", "reduction"])
+    bad = {
+        "batches": lambda: random.choice(
+            (
+                (bad_tensor(random, images), labels),
+                [(images, bad_tensor(random, labels.float()))],
+                [(images, labels), absurd(random)],
+                iter([(images, labels), (images, labels[:2])]),
+            )
+        ),
+        "first": lambda: d | {"stem.0.weight": bad_tensor(random, d["stem.0.weight"])},
+        "second": lambda: random.choice(({"nowhere": images}, {3: images}, [*d.values()][:-1])),
+        "x": lambda: bad_tensor(random, torch.ones(3)),
+        "loss": lambda: random.choice((nn.CrossEntropyLoss(reduction="none"), lambda z, y: 1.0)),
+    }
+    given[field] = bad[field]() if field in bad and random.random() < 0.6 else absurd(random)
+    words = f"landscape_plane({field}={shown(given[field])})"
+    return Call(words, lambda: landscape_plane(**given), watched=(model,), pure=True)
+
+
+def bad_vectors(random: Random) -> Call:
+    """Vectors that do not fit a model's parameters."""
+    model = nn.Linear(2, 2)
+    given: dict[str, Any] = {"vectors": normal(random, 6, 2), "model": model, "params": None}
+    field = random.choice([*given])
+    given[field] = bad_tensor(random, given["vectors"]) if field == "vectors" else absurd(random)
+    words = f"parameter_directions({field}={shown(given[field])})"
+    return Call(words, lambda: parameter_directions(**given), watched=(model,), pure=True)
 
 
 class Quadratic(nn.Module):

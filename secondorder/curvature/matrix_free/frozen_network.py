@@ -51,7 +51,7 @@ class FrozenNetwork:
                 raise InputError(f"parameter {name} is on the device 'meta', which holds no numbers")
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
                 raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
-        self.parameters = {name: named[name] for name in _chosen(named, params)}
+        self.parameters = {name: named[name] for name in chosen_names(named, params)}
         own = {name: p.detach().clone() if copied else p.detach() for name, p in named.items()}
         self.weights = {name: own[name].requires_grad_() for name in self.parameters}
         self.constants = {name: p for name, p in own.items() if name not in self.weights}
@@ -202,7 +202,7 @@ def unwrapped(network: nn.Module) -> tuple[nn.Module, str]:
     return network, prefix
 
 
-def _chosen(named: Mapping[str, nn.Parameter], params: Iterable[str] | None) -> list[str]:
+def chosen_names(named: Mapping[str, nn.Parameter], params: Iterable[str] | None) -> list[str]:
     """The names of the chosen parameters in the network's order."""
     if not named:
         raise InputError("the network has no parameters, so its loss has no curvature")

@@ -7,7 +7,7 @@ from secondorder.curvature.operators.diagonal import DiagonalOperator
 from secondorder.curvature.operators.difference import DifferenceOperator
 from secondorder.curvature.operators.eigenbasis import EigenbasisOperator
 from secondorder.curvature.operators.factored import FactoredOperator
-from secondorder.curvature.operators.inverse import InverseOperator, damped_inverse
+from secondorder.curvature.operators.inverse import InverseOperator, WoodburyOperator, damped_inverse
 from secondorder.curvature.operators.kronecker import KroneckerOperator
 from secondorder.curvature.operators.preconditioned import (
     PreconditionedOperator,
@@ -30,6 +30,7 @@ __all__ = [
     "KroneckerOperator",
     "PreconditionedOperator",
     "SymmetricOperator",
+    "WoodburyOperator",
     "damped_inverse",
     "damped_inverse_root",
     "in_eigenbasis",

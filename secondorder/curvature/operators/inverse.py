@@ -50,13 +50,20 @@ class InverseOperator(SymmetricOperator):
 
 
 class WoodburyOperator(SymmetricOperator):
-    """(R^T R + lambda I)^-1 = (I - R^T (R R^T + lambda I)^-1 R) / lambda of rows R `[R, P]`, fewer than P."""
+    """(R^T R + lambda I)^-1 = (I - R^T (R R^T + lambda I)^-1 R) / lambda of rows R `[R, P]`, fewer than P.
 
-    def __init__(self, factor: FactoredOperator, damping: float) -> None:
-        super().__init__(factor.size, factor.dtype, factor.device)
-        self.rows, self.damping = factor.rows, damping
-        values, self.vectors = torch.linalg.eigh(factor.rows @ factor.rows.mT)
-        self.inverses = 1 / (values.clamp_min(0) + damping)
+    The inner inverse is Q diag(inverses) Q^T, Q = `vectors` `[R, R]`.
+    """
+
+    def __init__(self, rows: Tensor, vectors: Tensor, inverses: Tensor, damping: float) -> None:
+        super().__init__(rows.shape[1], rows.dtype, rows.device)
+        self.rows, self.vectors, self.inverses, self.damping = rows, vectors, inverses, damping
+
+    @classmethod
+    def of(cls, factor: FactoredOperator, damping: float) -> "WoodburyOperator":
+        """That of a factor and lambda."""
+        values, vectors = torch.linalg.eigh(factor.rows @ factor.rows.mT)
+        return cls(factor.rows, vectors, 1 / (values.clamp_min(0) + damping), damping)
 
     def _matmat(self, V: Tensor) -> Tensor:
         inner = self.vectors @ (self.inverses[:, None] * (self.vectors.mT @ (self.rows @ V)))
@@ -106,7 +113,7 @@ def damped_inverse(
     if isinstance(operator, FactoredOperator) and len(operator.rows) < operator.size:
         _inverted(operator.rows.new_zeros(1), damping)
         check_bytes(len(operator.rows), operator.dtype, DENSE_LIMIT)
-        return WoodburyOperator(operator, damping)
+        return WoodburyOperator.of(operator, damping)
     if isinstance(operator, DenseOperator | FactoredOperator):
         values, Q = decomposed(operator, "the matrix")
         matrix = (Q * _inverted(values, damping)) @ Q.mT
