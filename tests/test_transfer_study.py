@@ -243,6 +243,28 @@ def test_a_detector_by_hand(
     assert len(pictures) == (0 if frozen else 2)
 
 
+def test_precisions_by_threshold_and_third(
+    color: ImageDataset, trained: Path, scenes_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide boxes are found as they are, high ones 1.4 of 6 pixels too far to the right: overlap 4.6 / 7.4 = 0.62."""
+    _, test = targets.scenes("scenes", scenes_root, 4, 3, seed=0)
+    found = []
+    for target in test.truth():
+        boxes, labels = target["boxes"].as_subclass(Tensor).float(), target["labels"]
+        boxes[labels == 2] += torch.tensor([1.4, 0.0, 1.4, 0.0])
+        found.append({"boxes": boxes, "labels": labels, "scores": torch.ones(len(boxes))})
+    monkeypatch.setattr(detectors, "fine_tune", lambda *_, **__: None)
+    monkeypatch.setattr(detectors, "detections", lambda *_: iter(found))
+    of = detectors.Detection("scenes", "", 2, False, False, False, SMALL)
+    with snapshot(COLOR, color, trained / "step-2.pt") as at:
+        rows = [*detectors.measure_detector(at, of, scenes_root)]
+    values = {row["quantity"]: row["value"] for row in rows}
+    assert values["box AP50"] == pytest.approx(1)
+    assert values["box AP75"] == pytest.approx(0.5)
+    assert values["box AP"] == pytest.approx((1 + 0.3) / 2)  # high ones pass 0.5, 0.55 and 0.6
+    assert [*values] == ["box AP", "box AP50", "box AP75", *(f"box AP, {n} third" for n in detectors.THIRDS)]
+
+
 def test_the_worst_and_the_best_image_are_drawn(scenes_root: Path) -> None:
     """Found are all boxes of image 1, half of those of image 0 and none of image 2."""
     _, test = targets.scenes("scenes", scenes_root, 1, 3, seed=0)

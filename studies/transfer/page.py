@@ -122,7 +122,9 @@ def _gallery(records: pd.DataFrame) -> list[Picture]:
     pictures = {}
     for row in shown.sort_values(["quantity", "index"], kind="stable").to_dict("records"):
         data, rank = row["quantity"].partition(", ")[2], "best" if row["index"] else "worst"
-        pictures[f"{short_label(row['head'])}, {label(data)}, {rank}: AP {100 * row['value']:.0f} %"] = decoded(row["layer"])
+        pictures[f"{short_label(row['head'])}, {label(data)}, {rank}: AP {100 * row['value']:.0f} %"] = decoded(
+            row["layer"]
+        )
     words = "Truth at the left, detections of a score above 0.5 at the right: worst and best test image of the largest budget."
     return [Picture("transfer_pictures", words, gallery(pictures))]
 
