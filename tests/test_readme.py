@@ -171,6 +171,18 @@ def test_curvature() -> None:
     assert loaded["spectrum"] == page["spectral_summary"](page["ggn"])
 
 
+def test_data_sets_and_structures_in_curvature() -> None:
+    ns = of("curvature")
+    images, labels = ns["data"].tensors
+    one = ns["curvature_blocks"](ns["model"], ns["loss"], (images, labels), "ggn", [ns["name"]])[ns["name"]]
+    v = torch.randn(one.size)
+    torch.testing.assert_close(ns["whole"] @ v, one @ v, rtol=1e-3, atol=1e-5 * float((one @ v).abs().max()))
+    assert ns["of_factors"].size == one.size
+    assert list(ns["of_both"]) == list(ns["of_logits"])
+    assert not bool(ns["of_logits"]["lengths.weight"].dense().any())
+    assert bool(ns["of_both"]["lengths.weight"].dense().any())
+
+
 def test_attention_in_curvature() -> None:
     page = of("curvature")
     H, v = page["attention"], torch.randn(3 * 8 * 8)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.blocks import QUANTITIES, checked_batch, curvature_blocks
+from secondorder.curvature.blocks import QUANTITIES, curvature_blocks
+from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
 from secondorder.curvature.matrix_free.loss_curvature import Loss
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
@@ -98,7 +99,7 @@ def activation_curvature(
     if not isinstance(network, nn.Module):
         raise InputError(f"network {type(network).__name__}: must be a torch.nn.Module")
     network = unwrapped(network)[0]
-    images, labels = checked_batch(batch, _reference(network, batch))
+    images, labels = checked_tensors(batch, _reference(network, batch))
     like = images[0]
     if at is not None:
         check_known("module", at, [name for name, _ in network.named_modules()])

@@ -17,25 +17,31 @@ or the given labels (empirical).
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secondorder.curvature.kronecker.blocks import kronecker_blocks, kronecker_bytes, kronecker_layers, recorded_layers
 from secondorder.curvature.kronecker.ekfac import ekfac_blocks, ekfac_bytes
 from secondorder.curvature.matrix_free.batch_parts import Probe, part_size, probed
+from secondorder.curvature.matrix_free.batch_stream import BatchStream
+from secondorder.curvature.matrix_free.batches import Batch, checked_batch, is_batch
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.hessian import HessianOperator
-from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
+from secondorder.curvature.matrix_free.network_outputs import NetworkOutputs, Output
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
-from secondorder.curvature.matrix_free.separable_losses import LossCurvature, SeparableLoss
+from secondorder.curvature.matrix_free.samples import tensors_of
+from secondorder.curvature.matrix_free.separable_losses import LossParts
+from secondorder.curvature.matrix_free.streamed import CUT, StreamedJacobian, StreamedLoss
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
-from secondorder.errors import InputError, NonFiniteError, check_known
+from secondorder.errors import InputError, check_known
 from secondorder.matrix_power.transforms import full_precision
 
 
@@ -64,7 +70,7 @@ class Problem:
     """What a quantity is made from."""
 
     jacobian: Jacobian
-    loss: LossCurvature
+    loss: LossParts
     matrix: OutputMatrix
     memory: int | None
 
@@ -151,10 +157,11 @@ QUANTITIES: dict[str, Quantity] = {
 def curvature_blocks(
     network: nn.Module,
     loss: Loss,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Any, Any] | Iterable[tuple[Any, Any]],
     quantity: str,
     params: Iterable[str] | None = None,
     *,
+    output: Output | None = None,
     samples: int = 1,
     seed: int = 0,
     fisher: str = "exact",
@@ -173,6 +180,12 @@ def curvature_blocks(
     evaluated a part of the batch at a time if `SumOverSamples` declares them to be sums. A loss is a function of the outputs:
     one that depends on parameters itself is refused, `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
+    batch: also a mapping or a tuple of tensors `[N, ...]` in place of images, with which the network is called by name or by
+        position; or a data set, which is read anew for every product: a DataLoader, or a list of batches, that gives the same
+        batches in the same order each time. The loss is that of all its samples at once: a mean is divided by their number,
+        or by the weights of the labels that count, and a loss that is known to be a sum over samples is summed.
+    output: what the loss reads where the network returns several tensors: a key or attribute, an index, or a function of what it
+        returns. None: all, also several `[N, ...]` in a structure, for a loss of that structure.
     params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
         weights and biases of linear layers, convolutions and attention (`kronecker_parameters`).
     samples, seed: Monte-Carlo columns and their random numbers, the same on every device.
@@ -186,65 +199,77 @@ def curvature_blocks(
     check_known("quantity", quantity, QUANTITIES)
     check_known("fisher", fisher, FISHERS)
     row = QUANTITIES[quantity]
-    frozen = FrozenNetwork(network, params, copied=True)
+    outputs = NetworkOutputs(output)
+    frozen = FrozenNetwork(network, params, copied=True, output=outputs)
     layers = recorded_layers(frozen) if row.kronecker else layers_with_rules(frozen.module, frozen.parameters)
-    images, labels = checked_batch(batch, frozen)
+    data = checked_data(batch, frozen)
+    few = data.few if isinstance(data, BatchStream) else data
     available = budget(memory, frozen.device)
-    probe = probed(frozen, images, layers, available)
-    curvature = loss_curvature(loss, torch.Size([len(images), *probe.outputs]), labels, probe.dtype)
-    if not row.any_loss and not isinstance(curvature, SeparableLoss):
+    probe = probed(frozen, few.inputs, layers, available)
+    loss = outputs.loss_of_one(loss)
+    curvature, why = loss_parts(data, loss, probe, frozen)
+    if not row.any_loss and not curvature.factored:
         raise InputError(
             f"quantity {quantity!r} needs {KNOWN}, not {loss_name(loss)}; use quantity 'ggn' or 'hessian', which take any loss"
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
-    fixed = row.fixed(frozen, probe, len(images)) + matrix.noise_bytes + copied_bytes(frozen, images, labels)
-    outputs = matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)
-    each, why = row.graphs * probe.sample_bytes + outputs, coupling(probe, frozen, loss, curvature)
-    size = part_size(len(images), chunk, each, fixed, available, why, reserve=available // 4)
+    fixed = row.fixed(frozen, probe, len(data)) + matrix.noise_bytes + copied_bytes(frozen, data)
+    each = row.graphs * probe.sample_bytes + matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)
+    largest = data.largest if isinstance(data, BatchStream) else len(data)
+    size = part_size(largest, chunk, each, fixed, available, why, reserve=available // 4)
     block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
-    jacobian = Jacobian(frozen, images, size, probe.coupling is not None, layers, block_bytes)
-    with full_precision(images):
-        if isinstance(curvature, AnyLoss):
-            z = next(jacobian.parts()).z
-            check_loss(curvature.part(slice(0, len(z))), z, frozen.parameters)
+    if isinstance(data, BatchStream):
+        jacobian: Jacobian = StreamedJacobian(frozen, data, size, layers, block_bytes, probe.outputs.numel())
+    else:
+        jacobian = Jacobian(frozen, data.inputs, size, probe.coupling is not None, layers, block_bytes)
+    with full_precision(tensors_of(few.inputs)[0]):
+        check_any_loss(curvature, jacobian, few)
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 
-def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, curvature: LossCurvature) -> str | None:
+def checked_data(batch: Any, network: FrozenNetwork) -> Batch | BatchStream:
+    """One batch, copied, or a data set of several."""
+    if is_batch(batch):
+        return checked_batch(batch, network)
+    stream = BatchStream(batch, network)
+    return stream if stream.count > 1 else stream.copied()
+
+
+def loss_parts(
+    data: Batch | BatchStream, loss: Loss, probe: Probe, network: FrozenNetwork
+) -> tuple[LossParts, str | None]:
+    """The loss, and why the batch cannot be divided, or None. InputError for a data set where there is a reason."""
+    if not isinstance(data, BatchStream):
+        made = loss_curvature(loss, torch.Size([len(data), *probe.outputs]), data.labels, probe.dtype)
+        return made, coupling(probe, network, loss, made.separable)
+    if why := coupling(probe, network, loss, separable=True):
+        raise InputError(f"{why}; {CUT}")
+    return StreamedLoss(data, loss, probe.outputs, probe.dtype), None
+
+
+def check_any_loss(loss: LossParts, jacobian: Jacobian, few: Batch) -> None:
+    """InputError for a loss that is known by its values only and cannot be used (`check_loss`), tried on few samples."""
+    if isinstance(loss, StreamedLoss):
+        made, z = loss.of_few, Linearisation(jacobian.network, few.inputs, slice(None)).z
+    elif isinstance(loss, AnyLoss):
+        z = next(jacobian.parts()).z
+        made = loss.part(slice(0, len(z)))
+    else:
+        return
+    if isinstance(made, AnyLoss):
+        check_loss(made, z, jacobian.network.parameters)
+
+
+def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, separable: bool) -> str | None:
     """Why the batch cannot be divided, or None."""
     if probe.coupling is None and network.random.drawn:
         return "the network draws random numbers (dropout), which are those of a whole batch; eval() draws none"
-    if probe.coupling is None and not curvature.separable:
+    if probe.coupling is None and not separable:
         return f"{loss_name(loss)} is not known to be a sum over the samples (`SumOverSamples` says so of one)"
     return probe.coupling
 
 
-def copied_bytes(network: FrozenNetwork, images: Tensor, labels: Tensor) -> int:
-    """Bytes of the copies of a batch and of all parameters."""
-    return sum(t.nbytes for t in (images, labels, *network.weights.values(), *network.constants.values()))
-
-
-def checked_batch(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tuple[Tensor, Tensor]:
-    """Images and labels on the network's device, which is told whether images require gradients.
-
-    InputError unless they are as many, at least one, and finite.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-        raise InputError("a batch is a pair (images, labels) of tensors")
-    if any(t.is_meta for t in batch):
-        raise InputError("images or labels are on the device 'meta', which holds no numbers")
-    network.differentiates_images = batch[0].requires_grad
-    images, labels = (t.detach().to(network.device, copy=True) for t in batch)  # loaders use their memory again
-    if images.ndim == 0 or labels.ndim == 0 or len(images) == 0 or len(images) != len(labels):
-        raise InputError(
-            f"images {list(images.shape)} and labels {list(labels.shape)}; a batch needs one label for each image, at least one"
-        )
-    if images.is_floating_point():
-        kinds = {w.dtype for w in (*network.weights.values(), *network.constants.values())}
-        if images.dtype not in kinds:
-            raise InputError(
-                f"the images are {images.dtype}, the network is {network.dtype}; convert one of them with .to()"
-            )
-        if not torch.isfinite(images).all():
-            raise NonFiniteError("the images contain NaN or infinity")
-    return images, labels
+def copied_bytes(network: FrozenNetwork, data: Batch | BatchStream) -> int:
+    """Bytes of the copies of all parameters and of a batch; of a data set's largest: as it is read, on the device, and joined."""
+    batch = data.nbytes if not isinstance(data, BatchStream) else 3 * data.largest_bytes
+    return batch + sum(t.nbytes for t in (*network.weights.values(), *network.constants.values()))

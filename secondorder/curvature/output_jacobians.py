@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.accelerator import check_float64
-from secondorder.curvature.blocks import checked_batch, curvature_blocks
+from secondorder.curvature.blocks import curvature_blocks
+from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, Loss, loss_curvature, loss_name
@@ -67,7 +68,7 @@ def output_jacobians(network: nn.Module, images: Tensor, params: Iterable[str]) 
     """
     frozen = FrozenNetwork(network, params)
     check_float64(frozen.device, "output_jacobians")
-    images, _ = checked_batch((images, images), frozen)
+    images, _ = checked_tensors((images, images), frozen)
     try:
         with torch.no_grad():
             z = frozen.outputs(images)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.blocks import checked_batch
+from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
 from secondorder.errors import InputError, NonFiniteError, failures_of
@@ -27,7 +27,7 @@ def loss_gradient(
     input, and NonFiniteError.
     """
     frozen = FrozenNetwork(network, params)
-    images, labels = checked_batch(batch, frozen)
+    images, labels = checked_tensors(batch, frozen)
     if not callable(loss) or isinstance(loss, type):
         raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example F.cross_entropy")
     with torch.enable_grad(), full_precision(images):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secondorder.curvature.blocks import checked_batch
+from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
 from secondorder.errors import InputError, NonFiniteError
@@ -93,7 +93,7 @@ class KFACDirections:
     ) -> None:
         kind = Fisher(fisher, likelihood_of(loss))
         frozen = FrozenNetwork(network, params)
-        batch = checked_batch(curvature_batch, frozen)
+        batch = checked_tensors(curvature_batch, frozen)
         self.relative = relative
         self.events: Counter[str] = Counter()
         """What went wrong in decompositions, and "<layer>: no curvature, damping is absolute", as in the optimiser's report."""

@@ -74,7 +74,7 @@ def true_ggn(model: nn.Module, loss: nn.Module, data: tuple[Tensor, Tensor]) -> 
     """J^T H_L J [P, P], J the Jacobian of all outputs and H_L the loss's Hessian at them, by torch.func."""
     w, unflatten = flat_parameters(model)
     outputs = lambda v: functional_call(model, unflatten(v), (data[0],))  # noqa: E731
-    J = jacrev(outputs)(w).flatten(0, 1)
+    J = jacrev(outputs)(w).flatten(0, -2)
     z = outputs(w).detach()
     H = hessian(lambda f: loss(f.view_as(z), data[1]))(z.flatten())
     return J.mT @ H @ J

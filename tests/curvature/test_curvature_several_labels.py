@@ -70,7 +70,7 @@ def test_the_hessian_is_that_of_torch(case: str) -> None:
 @LABELLED
 def test_drawn_labels_have_the_hessian_as_their_mean(case: str) -> None:
     made, z, truth = of(case)
-    noise = made.noise(20_000, seed=6)
+    noise = made.noise(20_000, torch.Generator().manual_seed(6))
     columns = made.sampled(z, noise)
     assert torch.equal(made.part(slice(2, 4)).sampled(z[2:], noise[2:]), columns[2:])
     for n in range(N):

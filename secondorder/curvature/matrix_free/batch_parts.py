@@ -14,6 +14,7 @@ from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nod
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
+from secondorder.curvature.matrix_free.samples import Samples, check_call, described
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, check_whole
 
@@ -36,7 +37,7 @@ class Probe:
 
 def probed(
     network: FrozenNetwork,
-    images: Tensor,
+    images: Samples,
     layers: Mapping[nn.Module, nn.Module | None] | None = None,
     available: int | None = None,
 ) -> Probe:
@@ -48,8 +49,12 @@ def probed(
             z, uses, saved_bytes = _evaluated(network, x, layers or {})
     except InputError:
         raise
+    except TypeError:
+        if not isinstance(x, Tensor):
+            check_call(network.module, x)
+        raise
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        raise InputError(f"the network fails for images {list(images.shape)}: {_first_line(error)}") from error
+        raise InputError(f"the network fails for images {described(images)}: {_first_line(error)}") from error
     if not z.is_floating_point():
         raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
     if z.numel() == 0:
@@ -66,7 +71,7 @@ def probed(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
-    sample_bytes = saved_bytes // len(x) + x[0].nbytes
+    sample_bytes = saved_bytes // len(x) + x[:1].nbytes
     few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
     coupling = network.couples_samples() or sample_coupling(network, images[few])
     shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
@@ -74,7 +79,7 @@ def probed(
 
 
 def _evaluated(
-    network: FrozenNetwork, x: Tensor, layers: Mapping[nn.Module, nn.Module | None]
+    network: FrozenNetwork, x: Samples, layers: Mapping[nn.Module, nn.Module | None]
 ) -> tuple[Tensor, list[LayerUse], int]:
     """Outputs, uses of the layers, and the bytes that the graph holds beside the parameters."""
     known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}

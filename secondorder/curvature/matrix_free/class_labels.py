@@ -12,6 +12,8 @@ from torch import Tensor
 
 from secondorder.errors import InputError
 
+NO_LABEL = "no label counts: all are ignored or have weight 0"
+
 
 @dataclass(frozen=True)
 class ClassLabels:
@@ -49,6 +51,13 @@ class ClassLabels:
         return (((1 - self.smoothing) * given + even) * self.counted / self.divisor)[:, None]
 
     @property
+    def weights(self) -> float:
+        """What a mean is divided by: the weights of the classes that count, or the number of distributions."""
+        if self.given.is_floating_point():
+            return float(len(self.given))
+        return float((self.counted * self.weight[self._classes[:, 0]]).sum())
+
+    @property
     def _classes(self) -> Tensor:
         return self.given.where(self.counted > 0, 0)[:, None]
 
@@ -57,8 +66,13 @@ class ClassLabels:
         return replace(self, given=self.given[rows], counted=self.counted[rows])
 
 
-def class_labels(options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> ClassLabels:
-    """The labels of a loss with these options for outputs `[N, K]`. Raises InputError for those that do not fit."""
+def class_labels(
+    options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype, divisor: float | None = None
+) -> ClassLabels:
+    """The labels of a loss with these options for outputs `[N, K]`. Raises InputError for those that do not fit.
+
+    divisor: of a mean over more than these samples; None: theirs.
+    """
     N, K = shape
     weight = options["weight"]
     weight = (
@@ -74,15 +88,15 @@ def class_labels(options: Mapping[str, Any], shape: torch.Size, labels: Tensor, 
         if labels.shape != shape or not torch.isfinite(labels).all():
             raise InputError(f"class probabilities of shape {list(labels.shape)}: must be finite and [{N}, {K}]")
         counted = torch.ones_like(weight[:1]).expand(N)
-        divisor = torch.tensor(float(N), dtype=dtype, device=labels.device)
     else:
         counted = _checked_classes(labels, N, K, options["ignore_index"]).to(dtype)
-        divisor = (counted * weight[labels.where(counted > 0, 0)]).sum()
+    made = ClassLabels(labels, weight, counted, options["label_smoothing"], torch.ones_like(weight[0]))
     if options["reduction"] == "sum":
-        divisor = torch.ones_like(divisor)
+        return made
+    divisor = made.weights if divisor is None else divisor
     if not divisor > 0:
-        raise InputError("no label counts: all are ignored or have weight 0")
-    return ClassLabels(labels, weight, counted, options["label_smoothing"], divisor)
+        raise InputError(NO_LABEL)
+    return replace(made, divisor=torch.full_like(weight[0], divisor))
 
 
 def _checked_classes(labels: Tensor, N: int, K: int, ignored: int) -> Tensor:

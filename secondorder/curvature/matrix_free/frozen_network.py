@@ -1,8 +1,9 @@
 """A network as a function of its parameters, frozen in the state it is in, and measured without leaving a trace."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from secondorder.accelerator import random_states, set_random_states, with_random_numbers
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
+from secondorder.curvature.matrix_free.samples import Samples, arguments_of, floating_tensors, tensors_of
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
@@ -25,6 +27,8 @@ WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "Opti
 class FrozenNetwork:
     """f(w) for images `[N, ...]`: the network in its present mode, buffers and random state, parameters w of our own.
 
+    Images may be any `Samples`. `output` makes one tensor `[N, ...]` of what the network returns for N of them, None: it is one.
+
     w are detached views of the chosen parameters (by default those that require gradients), so that neither hooks on
     parameters nor `.grad` nor `requires_grad` of the network take part; with `copied` they are copies, and so are the other
     parameters: what is written into the network's own later (`.data` does that unnoticed) has no part in f, and what the
@@ -35,7 +39,13 @@ class FrozenNetwork:
     construction.
     """
 
-    def __init__(self, network: nn.Module, params: Iterable[str] | None = None, copied: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        params: Iterable[str] | None = None,
+        copied: bool = False,
+        output: Callable[[Any, int], Tensor] | None = None,
+    ) -> None:
         if torch.is_inference_mode_enabled():
             raise InputError(
                 "curvature needs gradients, which torch.inference_mode() rules out; leave it, or use no_grad"
@@ -61,19 +71,20 @@ class FrozenNetwork:
         self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
         self.modes = [(part, part.training) for part in self.module.modules()]
         self.random = RandomState()
+        self._output = output
         self.differentiates_images = False
         """Whether the images require gradients, as a network does that differentiates its outputs with respect to them."""
         first = next(iter(self.weights.values()))
         self.device, self.dtype = first.device, first.dtype
         self._versions = [(name, p, p._version) for name, p in named.items()]
 
-    def outputs(self, images: Tensor, weights: Mapping[str, Tensor] | None = None, part: int = 0) -> Tensor:
+    def outputs(self, images: Samples, weights: Mapping[str, Tensor] | None = None, part: int = 0) -> Tensor:
         """f `[N, ...]`. `part` counts the parts of a batch that is evaluated in pieces: each has random numbers of its own."""
         return self.outputs_and_uses(images, weights, part, {})[0]
 
     def outputs_and_uses(
         self,
-        images: Tensor,
+        images: Samples,
         weights: Mapping[str, Tensor] | None,
         part: int,
         layers: Mapping[nn.Module, nn.Module | None],
@@ -87,12 +98,16 @@ class FrozenNetwork:
         with (
             _left_as_they_were(self.modes),
             self.random.replayed(part),
-            full_precision(images),
+            full_precision(tensors_of(images)[0]),
             plain_attention(),
             recorded_uses(layers) as uses,
         ):
             x = images.clone()  # networks may write into their input
-            outputs = functional_call(self.module, state, (x.requires_grad_() if self.differentiates_images else x,))
+            for tensor in floating_tensors(x) if self.differentiates_images else ():
+                tensor.requires_grad_()
+            outputs = functional_call(self.module, state, *arguments_of(x))
+            if self._output is not None:
+                outputs = self._output(outputs, len(images))
         if not self._tried:
             self._tried = True
             if written := self._found_written():
@@ -125,7 +140,7 @@ class FrozenNetwork:
             if parameter._version != version:
                 raise InputError(f"parameter {name} has changed since this curvature was made; make it anew")
 
-    def check_finite(self, outputs: Tensor, images: Tensor, part: int = 0) -> None:
+    def check_finite(self, outputs: Tensor, images: Samples, part: int = 0) -> None:
         """NonFiniteError that names the first module with a NaN or an infinity in its output, if f has one."""
         if torch.isfinite(outputs).all():
             return

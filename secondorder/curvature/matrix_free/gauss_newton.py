@@ -73,7 +73,7 @@ class GaussNewtonOperator(SymmetricOperator):
     @property
     def columns(self) -> int:
         """R, the columns of F."""
-        return self.matrix.count(next(iter(self.jacobian.parts())).z.shape[1])
+        return self.matrix.count(self.jacobian.width)
 
     def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
         """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
 from secondorder.curvature.matrix_free.second_derivatives import check_network
-from secondorder.curvature.matrix_free.separable_losses import LossCurvature
+from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.errors import failures_of
 
@@ -18,7 +18,7 @@ COLUMNS, SMALL_NETWORK = 16, 10_000
 class HessianOperator(SymmetricOperator):
     """d^2 L / dw^2 `[P, P]` for the named parameters, by differentiating the gradient, whose graph is kept."""
 
-    def __init__(self, jacobian: Jacobian, loss: LossCurvature, names: Sequence[str]) -> None:
+    def __init__(self, jacobian: Jacobian, loss: LossParts, names: Sequence[str]) -> None:
         network = jacobian.network
         super().__init__(sum(network.weights[name].numel() for name in names), network.dtype, network.device)
         self.jacobian = jacobian

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
+from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
-from secondorder.curvature.matrix_free.separable_losses import LossCurvature
+from secondorder.curvature.matrix_free.samples import Samples
+from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.trial import trial_samples
 from secondorder.errors import InputError, failures_of
 
@@ -32,7 +34,7 @@ class Linearisation:
     def __init__(
         self,
         network: FrozenNetwork,
-        images: Tensor,
+        images: Samples | BatchStream,
         rows: slice,
         part: int = 0,
         layers: Mapping[nn.Module, nn.Module | None] | None = None,
@@ -116,7 +118,7 @@ class Linearisation:
         return along(gradients, tangents, [u])[0]
 
     @plain_attention()
-    def hessian_products(self, loss: LossCurvature, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+    def hessian_products(self, loss: LossParts, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
 
         By differentiating the gradient, whose graph is kept, along all v at once, or one after the other where a network
@@ -185,7 +187,7 @@ class Jacobian:
     def __init__(
         self,
         network: FrozenNetwork,
-        images: Tensor,
+        images: Samples | BatchStream,
         chunk: int,
         coupled: bool = False,
         layers: Mapping[nn.Module, nn.Module | None] | None = None,
@@ -203,6 +205,11 @@ class Jacobian:
         """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._kept: Linearisation | None = None
 
+    @property
+    def width(self) -> int:
+        """K, the numbers in the outputs of a sample."""
+        return next(self.parts()).z.shape[1]
+
     def parts(self) -> Iterator[Linearisation]:
         """The linearised parts in the order of the samples. InputError when the network's parameters have changed."""
         self.network.check_unchanged()
@@ -217,6 +224,7 @@ class Jacobian:
 
     def trial(self, most: int | None = None) -> Linearisation:
         """Few images to try formulas on, at `most` so many; all where there are no more, or the network does not take few."""
+        assert not isinstance(self.images, BatchStream)
         chosen = trial_samples(self.images, self.chunk if most is None else most)
         if len(chosen) < len(self.images):
             with suppress(RuntimeError, ValueError, IndexError):

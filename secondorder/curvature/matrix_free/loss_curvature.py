@@ -4,6 +4,7 @@ Index letters: N samples, K outputs (classes) of a sample.
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,17 @@ from torch.nn import functional as F
 
 from secondorder.curvature.matrix_free.class_labels import class_labels
 from secondorder.curvature.matrix_free.linear_losses import check_curved
-from secondorder.curvature.matrix_free.separable_losses import CrossEntropy, LossCurvature, SquaredError
+from secondorder.curvature.matrix_free.samples import Samples, SampleTree, described
+from secondorder.curvature.matrix_free.separable_losses import (
+    CrossEntropy,
+    LossCurvature,
+    SquaredError,
+    Totals,
+)
 from secondorder.curvature.matrix_free.several_labels import BinaryCrossEntropy, CrossEntropyAtPositions
 from secondorder.errors import InputError, failures_of, short
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 KNOWN = "cross-entropy, binary cross-entropy with logits or squared error"
 """Losses with closed forms."""
 
@@ -43,7 +50,7 @@ class AnyLoss(LossCurvature):
     """A loss that is known by its values only; `shape` is that of the outputs, which the loss expects."""
 
     loss: Loss
-    labels: Tensor
+    labels: Samples
     shape: torch.Size
 
     @property
@@ -53,7 +60,8 @@ class AnyLoss(LossCurvature):
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
-        value = self.loss(z.view(self.shape), self.labels)
+        labels = self.labels.structure if isinstance(self.labels, SampleTree) else self.labels
+        value = self.loss(z.view(self.shape), labels)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise InputError(f"{loss_name(self.loss)} returns no scalar; use reduction='mean' or 'sum'")
         if z.requires_grad and not value.requires_grad:
@@ -78,8 +86,10 @@ class AnyLoss(LossCurvature):
     @property
     def _outputs_as_labels(self) -> Tensor | None:
         """The labels as outputs where they may be some."""
-        alike = self.labels.shape == self.shape and self.labels.is_floating_point()
-        return self.labels.reshape(len(self.labels), -1) if alike else None
+        y = self.labels
+        if isinstance(y, SampleTree) or y.shape != self.shape or not y.is_floating_point():
+            return None
+        return y.reshape(len(y), -1)
 
     def _derivative_along(self, z: Tensor, U: Tensor) -> Tensor:
         with torch.enable_grad(), failures_of(f"a second derivative of {loss_name(self.loss)}"):
@@ -97,8 +107,12 @@ class AnyLoss(LossCurvature):
         return replace(self, labels=labels, shape=torch.Size([len(labels), *self.shape[1:]]))
 
 
-def loss_curvature(loss: Loss, shape: torch.Size, labels: Tensor, dtype: torch.dtype) -> LossCurvature:
+def loss_curvature(
+    loss: Loss, shape: torch.Size, labels: Samples, dtype: torch.dtype, totals: Totals | None = None
+) -> LossCurvature:
     """The loss at these labels for outputs of this shape, in closed form for those of KNOWN.
+
+    totals: of the data set that the labels are a batch of; None: they are all there are.
 
     Raises InputError for labels that do not fit, and for losses that are no functions or not reduced to a scalar.
     """
@@ -109,14 +123,31 @@ def loss_curvature(loss: Loss, shape: torch.Size, labels: Tensor, dtype: torch.d
         return AnyLoss(loss, labels, shape)
     if options["reduction"] not in ("mean", "sum"):
         raise InputError(f"{loss_name(loss)} has reduction {options['reduction']!r}; use 'mean' or 'sum'")
+    if isinstance(labels, SampleTree):
+        raise InputError(f"labels {described(labels)}: {loss_name(loss)} needs one tensor")
     if options["kind"] == "squared error":
-        return _squared_error(options, shape, labels, dtype)
+        return _squared_error(options, shape, labels, dtype, totals)
     if options["kind"] == "binary cross-entropy":
-        return _binary_cross_entropy(options, shape, labels, dtype) or AnyLoss(loss, labels, shape)
+        return _binary_cross_entropy(options, shape, labels, dtype, totals) or AnyLoss(loss, labels, shape)
+    divisor = None if totals is None else totals.divisor
     if len(shape) > 2:
-        return _at_positions(options, shape, labels, dtype)
-    made = class_labels(options, shape, labels, dtype)
+        return _at_positions(options, shape, labels, dtype, divisor)
+    made = class_labels(options, shape, labels, dtype, divisor)
     return CrossEntropy(made.total, made)
+
+
+def known(loss: Loss) -> bool:
+    """Whether a loss is one of KNOWN."""
+    return callable(loss) and _options(loss) is not None
+
+
+def as_it_is(loss: Loss) -> Loss:
+    """A copy of a loss of KNOWN, whose weights and options may change later; any other function itself."""
+    if not isinstance(loss, nn.Module) or not known(loss):
+        return loss
+    made = copy(loss)
+    made._buffers = {name: None if b is None else b.detach().clone() for name, b in loss._buffers.items()}
+    return made
 
 
 def loss_name(loss: Loss) -> str:
@@ -155,7 +186,9 @@ def _changed(loss: nn.Module) -> bool:
     return "forward" in vars(loss) or any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
 
 
-def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype) -> SquaredError:
+def _squared_error(
+    options: Mapping[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype, totals: Totals | None
+) -> SquaredError:
     if y.shape != shape or not y.is_floating_point():
         raise InputError(
             f"targets of shape {list(y.shape)} ({y.dtype}) for outputs {list(shape)}; squared error needs equal shapes and "
@@ -164,11 +197,14 @@ def _squared_error(options: dict[str, Any], shape: torch.Size, y: Tensor, dtype:
     if not all(bool(torch.isfinite(end)) for end in y.aminmax()):  # nothing as large as the targets is made
         raise InputError("the targets contain NaN or infinity")
     y = y.to(dtype).reshape(len(y), -1)
-    return SquaredError(y, y.numel(), 1 / len(y)) if options["reduction"] == "mean" else SquaredError(y, 1)
+    if options["reduction"] == "sum":
+        return SquaredError(y, 1)
+    totals = totals or Totals(len(y), y.numel())
+    return SquaredError(y, totals.divisor, 1 / totals.samples)
 
 
 def _at_positions(
-    options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype
+    options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype, divisor: float | None
 ) -> CrossEntropyAtPositions:
     """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs."""
     N, C, *places = shape
@@ -180,12 +216,12 @@ def _at_positions(
             f"{[N, *places]} (torch.int64) or class probabilities {list(shape)}"
         )
     flat = labels.flatten(2).transpose(1, 2).flatten(0, 1) if labels.is_floating_point() else labels.flatten()
-    made = class_labels(options, torch.Size([N * positions, C]), flat, dtype)
+    made = class_labels(options, torch.Size([N * positions, C]), flat, dtype, divisor)
     return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions)
 
 
 def _binary_cross_entropy(
-    options: Mapping[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype
+    options: Mapping[str, Any], shape: torch.Size, y: Tensor, dtype: torch.dtype, totals: Totals | None
 ) -> BinaryCrossEntropy | None:
     """The binary cross-entropy of outputs `[N, ...]` with targets like them; None where it is not convex in them."""
     if y.shape != shape or not y.is_floating_point():
@@ -197,11 +233,15 @@ def _binary_cross_entropy(
     for name in ("weight", "pos_weight"):
         given = options[name]
         weight = torch.ones((), dtype=dtype, device=y.device) if given is None else given.detach().to(y.device, dtype)
+        if totals is not None and weight.ndim == len(shape) and len(weight) > 1:
+            raise InputError(
+                f"{name} of shape {list(weight.shape)} is that of single samples; give one batch of all data"
+            )
         try:
             weights.append(weight.broadcast_to(shape))
         except RuntimeError:
             raise InputError(f"{name} of shape {list(weight.shape)}: cannot be that of outputs {list(shape)}") from None
-    divisor = y.numel() if options["reduction"] == "mean" else 1
+    divisor = (totals.divisor if totals else y.numel()) if options["reduction"] == "mean" else 1
     w, positive = weights
     a, b = ((w * part / divisor).reshape(len(y), -1) for part in (positive * y.to(dtype), 1 - y.to(dtype)))
     if not all(bool(part.isfinite().all()) for part in (a, b)):

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.separable_losses import ALL, LossCurvature, SeparableLoss
+from secondorder.curvature.matrix_free.separable_losses import ALL, LossParts, SeparableLoss
+from secondorder.curvature.matrix_free.streamed import StreamedLoss, StreamedNoise
 from secondorder.errors import check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")
@@ -18,9 +20,9 @@ loss that is known by its values: its autograd graph), gradients."""
 class OutputMatrix:
     """M of a loss: its Hessian (`exact`), a Monte-Carlo estimate of it (`mc`), or the labels' own gradients (`empirical`)."""
 
-    loss: LossCurvature
+    loss: LossParts
     fisher: str = "exact"
-    noise: Tensor | None = None
+    noise: Tensor | StreamedNoise | None = None
 
     def product(self, z: Tensor, U: Tensor, rows: slice) -> Tensor:
         """M U for the samples `rows`, whose outputs z and U are `[n, K]`."""
@@ -60,15 +62,20 @@ class OutputMatrix:
     @property
     def factored(self) -> bool:
         """Whether columns F are known; otherwise there are products only."""
-        return isinstance(self.loss, SeparableLoss)
+        return self.loss.factored
 
 
-def output_matrix(loss: LossCurvature, fisher: str, samples: int, seed: int) -> OutputMatrix:
+def output_matrix(loss: LossParts, fisher: str, samples: int, seed: int) -> OutputMatrix:
     """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`.
 
     InputError unless samples is a whole number from 1, and seed one that torch's generators take.
     """
     check_whole("samples", samples)
     check_seed(seed)
-    noise = loss.noise(samples, seed) if fisher == "mc" and isinstance(loss, SeparableLoss) else None
+    source = torch.Generator().manual_seed(seed)
+    noise: Tensor | StreamedNoise | None = None
+    if fisher == "mc" and isinstance(loss, SeparableLoss):
+        noise = loss.noise(samples, source)
+    elif fisher == "mc" and isinstance(loss, StreamedLoss) and loss.factored:
+        noise = StreamedNoise(loss, samples, source)
     return OutputMatrix(loss, fisher, noise)

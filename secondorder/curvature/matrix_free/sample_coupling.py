@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
+from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.errors import failures_of
 
@@ -29,14 +30,15 @@ FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """Of networks that do not take such images."""
 
 
-def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
+def sample_coupling(network: FrozenNetwork, images: Samples) -> str | None:
     """Why images cannot be evaluated apart, or None."""
     if len(images) < 2:
         return None
     x = images.detach()
     try:
         with torch.enable_grad():
-            x = x.requires_grad_() if x.is_floating_point() else x
+            for tensor in floating_tensors(x):
+                tensor.requires_grad_()
             z = network.outputs(x)
     except FAILURES:
         return f"the network cannot be evaluated for {len(images)} images"
@@ -47,36 +49,52 @@ def sample_coupling(network: FrozenNetwork, images: Tensor) -> str | None:
 
 
 @plain_attention()
-def _gradients_are_mixed(z: Tensor, x: Tensor) -> bool:
-    if not (x.requires_grad and z.requires_grad and x.numel()):
+def _gradients_are_mixed(z: Tensor, x: Samples) -> bool:
+    numbers = [t for t in floating_tensors(x) if t.numel()]
+    if not (numbers and z.requires_grad):
         return False
     source = torch.Generator().manual_seed(0)
-    u, c = random_like(z, source), sample_scales(x, source, min(len(x), DIFFERENT))
-    scales = c.reshape(len(x), -1)[:, 0].view(-1, *[1] * (z.ndim - 1))
+    u, c = (
+        random_like(z, source),
+        sample_scales(z.detach()[(...,) + (0,) * (z.ndim - 1)], source, min(len(x), DIFFERENT)),
+    )
     with failures_of("a derivative of this network"):
-        alike, scaled = (torch.autograd.grad(z, x, s, retain_graph=True, allow_unused=True)[0] for s in (u, scales * u))
-    if alike is None or scaled is None:
-        return False
-    # What is no number at one image alone is none of its own.
-    alike, scaled = (torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in (alike, scaled / c))
-    return bool((_largest(scaled - alike) > ROUNDING * torch.finfo(z.dtype).eps * _largest(alike)).any())
+        alike, scaled = (
+            torch.autograd.grad(z, numbers, s, retain_graph=True, allow_unused=True) for s in (u, _by_sample(c, z) * u)
+        )
+    return any(
+        _differ(g, h / _by_sample(c, h), z.dtype)
+        for g, h in zip(alike, scaled, strict=True)
+        if g is not None and h is not None
+    )
 
 
-def _company_matters(network: FrozenNetwork, z: Tensor, x: Tensor) -> bool:
+def _by_sample(c: Tensor, x: Tensor) -> Tensor:
+    """One number for each sample `[n]`, for products with x `[n, ...]`."""
+    return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def _differ(alike: Tensor, scaled: Tensor, dtype: torch.dtype) -> bool:
+    """Whether any image's gradient has changed. What is no number at one image alone is none of its own."""
+    alike, scaled = (torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in (alike, scaled))
+    return bool((_largest(scaled - alike) > ROUNDING * torch.finfo(dtype).eps * _largest(alike)).any())
+
+
+def _company_matters(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
     """Whether outputs change with the other images, each of which is replaced by one of those that stay."""
     for stay in splits(len(x), complete=not x.is_floating_point()):
-        kept = torch.tensor(stay, device=x.device)
-        others = x.clone()
-        others[~kept] = x[kept][torch.arange(len(x) - sum(stay), device=x.device) % sum(stay)]
+        kept = torch.tensor(stay, device=tensors_of(x)[0].device)
+        places = torch.arange(len(x), device=kept.device)
+        places[~kept] = places[kept][places[: len(x) - sum(stay)] % sum(stay)]
         # Of equal shape, images take the same way through the same kernels, and as places are kept, through the same masks.
-        again = _evaluated(network, others)
+        again = _evaluated(network, x[places])
         eps = torch.finfo(z.dtype).eps
         if again is None or not _close(again[kept], z[kept], eps**0.5 * _largest(z[kept]) + 16 * eps * z.abs().max()):
             return True
     return False
 
 
-def _matters_alone(network: FrozenNetwork, z: Tensor, x: Tensor) -> str | None:
+def _matters_alone(network: FrozenNetwork, z: Tensor, x: Samples) -> str | None:
     """Of another shape, images take another way: rounding differs, also to 16 bits. Random masks would be others."""
     again = _evaluated(network, x[:1])
     if again is None:
@@ -97,7 +115,7 @@ def splits(count: int, complete: bool) -> Iterator[list[bool]]:
         yield [not one for one in stay]
 
 
-def _evaluated(network: FrozenNetwork, images: Tensor) -> Tensor | None:
+def _evaluated(network: FrozenNetwork, images: Samples) -> Tensor | None:
     try:
         with torch.enable_grad():  # for derivatives within the network
             return network.outputs(images).detach()

@@ -35,14 +35,26 @@ DRAWN_AT_A_TIME, NORMAL_AT_A_TIME = 2**21, 2**17
 """Numbers in float64 that labels are drawn with at a time: probabilities that are added up (of a language model's tokens they are
 as large as its logits), and normal numbers."""
 
+SMALLEST = 2.0**-54
+"""In place of a uniform number that is 0, which has no normal one."""
 ALL = slice(None)
 
 
-class LossCurvature(ABC):
-    """A loss at fixed labels as a function of the outputs z `[N, K]`."""
+class LossParts(ABC):
+    """A loss at fixed labels, known part by part."""
 
     separable = True
     """Whether the loss is a sum over samples with known summands, so that it can be computed part by part."""
+    factored = False
+    """Whether columns F are known."""
+
+    @abstractmethod
+    def part(self, rows: slice) -> "LossCurvature":
+        """The summands of some samples, with the normalisation of the whole batch."""
+
+
+class LossCurvature(LossParts):
+    """A loss at fixed labels as a function of the outputs z `[N, K]`."""
 
     @abstractmethod
     def value(self, z: Tensor) -> Tensor:
@@ -52,21 +64,32 @@ class LossCurvature(ABC):
     def product(self, z: Tensor, U: Tensor) -> Tensor:
         """M U for U `[N, K]`."""
 
-    @abstractmethod
-    def part(self, rows: slice) -> "LossCurvature":
-        """The summands of some samples, with the normalisation of the whole batch."""
+
+@dataclass(frozen=True)
+class Totals:
+    """Of a whole data set, one batch of which a loss is of: its samples, and what a mean over it is divided by."""
+
+    samples: int
+    divisor: float
 
 
 class SeparableLoss(LossCurvature):
     """A loss with closed forms: a sum over samples of the negative log-likelihood of a distribution."""
+
+    factored = True
+
+    @property
+    @abstractmethod
+    def mean_divisor(self) -> float:
+        """What a mean of the losses of these samples would be divided by: numbers, or weights of the labels that count."""
 
     @abstractmethod
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
         """F `[N, K, K]` with F_n F_n^T = M_n, or some of its columns `[N, K, R]`, which are as large as R batches of outputs."""
 
     @abstractmethod
-    def noise(self, samples: int, seed: int) -> Tensor:
-        """Random numbers for `sampled`, the same on every device and for every division of the batch."""
+    def noise(self, samples: int, source: torch.Generator) -> Tensor:
+        """Random numbers for `sampled`, the same on every device and for every division of the samples."""
 
     @abstractmethod
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
@@ -77,9 +100,9 @@ class SeparableLoss(LossCurvature):
         """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
 
 
-def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+def uniform(shape: Sequence[int], source: torch.Generator, device: torch.device) -> Tensor:
     """Uniform numbers, the same on every device."""
-    drawn = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(*shape, generator=source, dtype=torch.float64)
     return drawn.to(widest(device)).to(device)
 
 
@@ -112,9 +135,15 @@ class CrossEntropy(SeparableLoss):
         F.diagonal(-first, 1, 2).add_(1)
         return F.mul_((self.scale * p[:, columns]).sqrt()[..., None, :])
 
-    def noise(self, samples: int, seed: int) -> Tensor:
+    @property
+    def mean_divisor(self) -> float:
+        """The weights of the labels that count."""
+        assert self.labels is not None
+        return self.labels.weights
+
+    def noise(self, samples: int, source: torch.Generator) -> Tensor:
         """Uniform numbers `[N, S]`."""
-        return uniform((len(self.scale), samples), seed, self.scale.device)
+        return uniform((len(self.scale), samples), source, self.scale.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
@@ -141,8 +170,13 @@ class SquaredError(SeparableLoss):
     """c sum_nk (z_nk - y_nk)^2 with the targets y `[N, K]`, c = 1 / divisor, and the share s of a sample's own loss in it."""
 
     y: Tensor
-    divisor: int
+    divisor: float
     share: float = 1.0
+
+    @property
+    def mean_divisor(self) -> float:
+        """The targets."""
+        return self.y.numel()
 
     def value(self, z: Tensor) -> Tensor:
         """The loss."""
@@ -163,12 +197,12 @@ class SquaredError(SeparableLoss):
         eye.diagonal(-first).fill_((2 / self.divisor) ** 0.5)
         return eye.expand(len(z), -1, -1)
 
-    def noise(self, samples: int, seed: int) -> Tensor:
-        """Normal numbers `[N, K, S]`."""
-        generator = torch.Generator().manual_seed(seed)
+    def noise(self, samples: int, source: torch.Generator) -> Tensor:
+        """Normal numbers `[N, K, S]`, from uniform ones: what `torch.randn` gives depends on how many are drawn at once."""
         noise = self.y.new_empty(*self.y.shape, samples)
         for part in noise.split(max(1, NORMAL_AT_A_TIME // self.y.shape[1] // samples)):
-            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+            drawn = torch.rand(part.shape, generator=source, dtype=torch.float64)
+            part.copy_(torch.special.ndtri(drawn.clamp_min_(SMALLEST)))
         return noise
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:

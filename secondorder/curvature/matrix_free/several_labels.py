@@ -54,9 +54,14 @@ class CrossEntropyAtPositions(SeparableLoss):
         F[:, :, d, r] = own
         return F.flatten(1, 2)
 
-    def noise(self, samples: int, seed: int) -> Tensor:
+    @property
+    def mean_divisor(self) -> float:
+        """The weights of the labels that count."""
+        return self.rows.mean_divisor
+
+    def noise(self, samples: int, source: torch.Generator) -> Tensor:
         """Uniform numbers `[N, D, S]`."""
-        return self.rows.noise(samples, seed).unflatten(0, (-1, self.positions))
+        return self.rows.noise(samples, source).unflatten(0, (-1, self.positions))
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: that of a label drawn at each position."""
@@ -101,9 +106,14 @@ class BinaryCrossEntropy(SeparableLoss):
         root.diagonal(-first, 1, 2).copy_(self._curvature(z)[:, columns].sqrt())
         return root
 
-    def noise(self, samples: int, seed: int) -> Tensor:
+    @property
+    def mean_divisor(self) -> float:
+        """The targets."""
+        return self.a.numel()
+
+    def noise(self, samples: int, source: torch.Generator) -> Tensor:
         """Uniform numbers `[N, K, S]`."""
-        return uniform((*self.a.shape, samples), seed, self.a.device)
+        return uniform((*self.a.shape, samples), source, self.a.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
         """Column s: sqrt((a + b) / S) (p - y), y whether the uniform number is below p."""

@@ -4,21 +4,28 @@ import torch
 from torch import Tensor
 
 from secondorder.accelerator import widest
+from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
 
 ALL, FEW, SHARE = 8, 2, 32
 """Images: of so many formulas are tried on all, of more on one in 32, but two."""
 
 
-def trial_samples(images: Tensor, most: int, few: int = FEW) -> Tensor:
+def trial_samples(images: Samples, most: int, few: int = FEW) -> Tensor:
     """The places of a few images of a batch, in order: those with the largest norm, which no black one has.
 
     At most `most` of them, but two if there are; of more than ALL at least `few`.
     """
     N = len(images)
     count = min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
-    if not images.is_floating_point():
-        return torch.arange(count, device=images.device) * N // count
-    return images.reshape(N, images[0].numel()).square().sum(1).topk(count).indices.sort().values
+    numbers = floating_tensors(images)
+    if not numbers:
+        return torch.arange(count, device=tensors_of(images)[0].device) * N // count
+    return sum(squared_norms(t) for t in numbers).topk(count).indices.sort().values  # type: ignore[union-attr]
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Of each sample of `[N, ...]`, in the widest format of the device."""
+    return x.reshape(len(x), x[0].numel()).to(widest(x.device)).square().sum(1)
 
 
 def random_like(x: Tensor, source: torch.Generator) -> Tensor:
