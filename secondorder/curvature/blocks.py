@@ -33,7 +33,7 @@ from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, loss_curvature, loss_name
-from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
+from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget, check_memory
 from secondorder.curvature.matrix_free.network_outputs import NetworkOutputs, Output
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
@@ -41,7 +41,7 @@ from secondorder.curvature.matrix_free.samples import tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.streamed import CUT, StreamedJacobian, StreamedLoss
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
-from secondorder.errors import InputError, check_known
+from secondorder.errors import MOST, InputError, check_known, check_whole
 from secondorder.matrix_power.transforms import full_precision
 
 
@@ -212,6 +212,9 @@ def curvature_blocks(
         raise InputError(
             f"quantity {quantity!r} needs {KNOWN}, not {loss_name(loss)}; use quantity 'ggn' or 'hessian', which take any loss"
         )
+    check_whole("samples", samples, most=MOST)
+    if (row.fisher or fisher) == "mc":
+        check_memory(8 * samples * len(data), available, f"a random number for each of samples={samples}", "use fewer")
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
     fixed = row.fixed(frozen, probe, len(data)) + matrix.noise_bytes + copied_bytes(frozen, data)
     each = row.graphs * probe.sample_bytes + matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)

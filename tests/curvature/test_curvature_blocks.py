@@ -575,6 +575,11 @@ def broken(images: Tensor) -> Tensor:
         ({"loss": nn.HuberLoss(), "quantity": "kfac_expand"}, "'kfac_expand' needs"),
         ({"loss": nn.HuberLoss(), "chunk": 2}, "HuberLoss is not known to be a sum"),
         ({"samples": 0, "quantity": "mc_fisher"}, "samples must be .*, got 0"),
+        ({"samples": 10**400, "quantity": "mc_fisher"}, "samples must be .* from 1 to 2147483647, got 1000"),
+        (
+            {"samples": 10**8, "quantity": "mc_fisher", "memory": 10**8},
+            "samples=100000000 needs about .* GiB.*; use fewer",
+        ),
         ({"chunk": 0}, "chunk must be .*, got 0"),
         ({"chunk": 2.5}, r"chunk must be .*, got 2\.5"),
         ({"memory": -1}, "memory must be .*, got -1"),

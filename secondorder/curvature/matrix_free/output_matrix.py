@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secondorder.curvature.matrix_free.separable_losses import ALL, LossParts, SeparableLoss
 from secondorder.curvature.matrix_free.streamed import StreamedLoss, StreamedNoise
-from secondorder.errors import check_seed, check_whole
+from secondorder.errors import check_seed
 
 FISHERS = ("exact", "mc", "empirical")
 """Columns F from the root of the loss's Hessian, from labels that the model draws, or the gradient of the given labels."""
@@ -68,9 +68,8 @@ class OutputMatrix:
 def output_matrix(loss: LossParts, fisher: str, samples: int, seed: int) -> OutputMatrix:
     """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`.
 
-    InputError unless samples is a whole number from 1, and seed one that torch's generators take.
+    `samples` are checked already; InputError unless seed is one that torch's generators take.
     """
-    check_whole("samples", samples)
     check_seed(seed)
     source = torch.Generator().manual_seed(seed)
     noise: Tensor | StreamedNoise | None = None
