@@ -265,6 +265,12 @@ def test_a_claim_that_is_measured_nowhere_and_one_without_an_interval(tmp_path: 
     assert rows[0][4] == "It is planned."
     assert "[" not in rows[1][2]
     assert "1 seed, 2 left out" in page.text
+    other = dataclasses.replace(nowhere, dataset="digits_0_to_4")  # on which nothing was measured: no column of its own
+    _, markdown = written(tmp_path / "a" / "halves", landscape=lambda _: [Fold(judged=[other]), Fold(judged=[second])])
+    assert "digits 0 to 4" not in markdown.splitlines()[4]
+    assert len(first_table(markdown)[0]) == 5
+    _, markdown = written(tmp_path / "b" / "alone", landscape=lambda _: [Fold(judged=[other])])
+    assert "| digits 0 to 4 |" in markdown.splitlines()[4]
     commands = {first.claim.name: "python -m studies landscape"}
     page, markdown = written(
         tmp_path / "with",

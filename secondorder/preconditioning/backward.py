@@ -132,8 +132,8 @@ class BackwardOperator:
         A matrix counts by its symmetric part. Raises InputError for another shape and for a G that is not finite.
         """
         N, C = self.features_shape[:2]
-        if not isinstance(G, Tensor) or not G.is_floating_point():
-            kind = G.dtype if isinstance(G, Tensor) else type(G).__name__
+        if not isinstance(G, Tensor) or not G.is_floating_point() or G.is_meta:
+            kind = type(G).__name__ if not isinstance(G, Tensor) else "a meta tensor" if G.is_meta else G.dtype
             raise InputError(f"needs dL/dZ of real floating-point numbers, got {kind}; convert with .float()")
         if G.shape not in ((N, C, C), (N, C * (C + 1) // 2)):
             raise InputError(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError, NonFiniteError, check_flag
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.gathering import Gathering
 from secondorder.kfac.inverses import NO_CURVATURE, Factors, Inverse, invert
@@ -91,6 +91,7 @@ class KFACDirections:
         fisher: str = "exact",
         sharing: str = "expand",
     ) -> None:
+        check_flag("relative", relative)
         kind = Fisher(fisher, likelihood_of(loss))
         frozen = FrozenNetwork(network, params)
         batch = checked_tensors(curvature_batch, frozen)

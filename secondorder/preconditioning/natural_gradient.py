@@ -17,7 +17,7 @@ from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.loss_curvature import Loss
 from secondorder.curvature.operators import FactoredOperator, SymmetricOperator
 from secondorder.curvature.relative_damping import norm_over_trace
-from secondorder.errors import NonFiniteError
+from secondorder.errors import NonFiniteError, check_flag
 from secondorder.kfac.options import check_number
 from secondorder.preconditioning.directions import Batch, Direction, checked_gradient, loss_gradient, names_of
 
@@ -64,6 +64,7 @@ def natural_gradient_direction(
     NonFiniteError.
     """
     check_number("damping", damping, 0.0)
+    check_flag("relative", relative)
     if params is None and gradient is not None:
         params = names_of(gradient)
     chosen = batch if curvature_batch is None else curvature_batch

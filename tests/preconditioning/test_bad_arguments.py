@@ -46,6 +46,9 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "exact": (lambda: head_spectrum(MAPS, "gap", "no"), "exact must be True or False, got 'no'"),  # type: ignore[arg-type]
     "trace term": (lambda: head_spectrum(MAPS, "gcp", trace_term=None), "trace_term must be True or False, got None"),  # type: ignore[arg-type]
     "form": (lambda: gcp_backward(MAPS, GRAD, {}), r"unknown form \{\}; choose one of: exact"),  # type: ignore[arg-type]
+    "gradient without numbers": (lambda: gcp_backward(MAPS, GRAD.to("meta")), "numbers, got a meta tensor"),
+    "relative": (given(natural_gradient_direction, damping=0.1, relative=1), "relative must be True or False, got 1"),
+    "relative of K-FAC": (given(kfac_direction, damping=0.1, relative="x"), "relative must be True or False, got 'x'"),
     "solver's product": (lambda: conjugate_gradients(3, B), "product 3: must be a function"),  # type: ignore[arg-type]
     "solver's product gives a list": (
         lambda: conjugate_gradients(lambda v: v.tolist(), B),
