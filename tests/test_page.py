@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from secondorder.errors import InputError
+from studies.engine.command import write_pages
 from studies.judge.estimates import Mean
 from studies.page import Fold, Page, Picture, Provenance, Table, outcome_of, outcomes_table, read_outcomes, write_page
 
@@ -279,6 +280,12 @@ def test_a_claim_that_is_measured_nowhere_and_one_without_an_interval(tmp_path: 
     )
     assert first_table(markdown)[0][-1] == "Not measured; this would: `python -m studies landscape`"
     assert "It is planned." not in page.text
+
+
+@pytest.mark.parametrize(("preset", "flags"), [("quick", ""), ("cifar10", " --preset cifar10")])
+def test_the_command_of_a_claim_is_of_the_pages_preset(preset: str, flags: str, tmp_path: Path) -> None:
+    markdown, _ = write_pages(tmp_path, preset, {}, ())
+    assert f"this would: `python -m studies landscape{flags}`" in markdown.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ other folders

@@ -69,13 +69,16 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         mine = [case for case in judged if case.claim.name in names and case.dataset in set(records.dataset)]
         return studies[name].folds(Results(records, origins, mine))
 
+    flags = "" if preset == Common.preset else f" --preset {preset}"
     page = Page(
         title=TITLE,
         question=QUESTION,
         preset=preset,
         claims=primary,
         commands={
-            c.name: f"python -m studies {c.study}" for c in primary if c.study and not has_records(folder, c.study)
+            c.name: f"python -m studies {c.study}{flags}"
+            for c in primary
+            if c.study and not has_records(folder, c.study)
         },
     )
     makers = {name: lambda _, name=name: folds(name) for name in studies}
