@@ -1,6 +1,7 @@
 """The transfer study: other tasks and probes against the functions called by hand, claims with arithmetic by hand, its page."""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from secondorder.errors import InputError
 from secondorder.training import Run, snapshot, train
 from secondorder.transfer import (
     CocoDataset,
+    FeaturePyramid,
     dense_probe,
     detection_metrics,
     detections,
@@ -32,15 +34,18 @@ from secondorder.transfer import (
 from studies.__main__ import main
 from studies.convergence.study import STUDY as CONVERGENCE
 from studies.convergence.study import under
+from studies.engine import dry_run
+from studies.engine.plan import Trained
 from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import judge
 from studies.settings import Common
 from studies.transfer import claims, detectors, page, probes, targets
-from studies.transfer.study import STUDY, Settings, plan
+from studies.transfer.checks import check_linear, check_scenes
+from studies.transfer.study import STUDY, Settings, look_at_data, measurements, plan
 
 RUN = Run("digits_tiny", "gcp", "digits_0_to_4", 1, 32, 0.05, train_limit=96, seed=2, threads=1)
-COLOR = Run("cifar_resnet8", "gcp", "own", 1, 4, 0.05, threads=1)
+COLOR = Run("cifar_resnet8", "gcp", "own", 1, 4, 0.05, seed=1, threads=1)
 SMALL = detectors.Model(16, 16, 3, 40, 16, images=4, test_images=3)
 
 
@@ -158,6 +163,17 @@ def test_splits_that_are_missing_or_do_not_belong_together(tmp_path: Path) -> No
         targets.annotations_of("split", split, masks=False)
     with pytest.raises(InputError, match="--data-root"):
         targets.files_of("scenes", None)
+    with pytest.raises(
+        InputError, match=r"alon is neither a folder in .* nor a data set of images: digits, .*--data-root"
+    ):
+        targets.files_of("alon", alone)
+
+
+def test_a_folder_of_the_users_lies_in_the_data_root_of_the_variable(
+    scenes_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECONDORDER_DATA", str(scenes_root))
+    assert targets.files_of("scenes", None) == targets.files_of("scenes", scenes_root)
 
 
 # Probes and detectors, against the functions of the library
@@ -203,9 +219,10 @@ def test_a_dense_probe_by_hand(
         assert masks.sum().item() == 4 * sum(w * h for w, h in SIZES.values())
         seen = [targets.normalised(images, color) for images in (pixels, test_pixels)]
         maps = probes.Maps(at, seen[0])
-        found = dense_probe(maps(seen[0]), masks, maps(seen[1]), test_masks, seed=COLOR.seed)
+        train, other = (torch.cat([maps(one[None]) for one in images]) for images in seen)
+        found = dense_probe(train, masks, other, test_masks, seed=COLOR.seed)
     assert (row["quantity"], row["setting"]) == (probes.FOREGROUND, 4.0)
-    assert row["value"] == pytest.approx(found.intersection_over_union[1], abs=0.02)
+    assert row["value"] == pytest.approx(found.intersection_over_union[1], abs=1e-6)
     assert row["value"] > 0.3
 
 
@@ -215,6 +232,17 @@ def test_a_detector_by_hand(
 ) -> None:
     monkeypatch.setitem(targets.SCENES, "scenes", targets.Scenes(masks=True, crop=28))
     of = detectors.Detection("scenes", "", 2, frozen, False, not frozen, SMALL)
+    fitted: dict[str, Tensor] = {}
+
+    def half_found(model: torch.nn.Module, data: CocoDataset) -> Iterator[dict[str, Tensor]]:
+        """All objects of the first image, one of the second, none of others; the weights of the detector are kept."""
+        fitted.update(model.state_dict())
+        for n, (target, found) in enumerate(zip(data.truth(), detections(model, data), strict=True)):
+            assert {*found} == {"boxes", "labels", "masks", "scores"}
+            few = {key: target[key].as_subclass(Tensor)[: 2 - n] for key in ("boxes", "labels", "masks")}
+            yield few | {"masks": few["masks"][:, None].float(), "scores": torch.ones(len(few["boxes"]))}
+
+    monkeypatch.setattr(detectors, "detections", half_found)
     with snapshot(COLOR, color, trained / "step-2.pt") as at:
         torch.manual_seed(9)
         before = torch.get_rng_state()
@@ -224,13 +252,20 @@ def test_a_detector_by_hand(
         torch.rand(5)
         made = detectors.build(at, of, data)
         assert made.backbone.frozen is frozen
+        torch.manual_seed(COLOR.seed)
+        drawn = FeaturePyramid(at.model, SMALL.width).fpn.inner_blocks[0][0].weight
+        assert torch.equal(made.backbone.fpn.inner_blocks[0][0].weight, drawn)
         stem, own = made.backbone.stem.state_dict(), at.model.stem.state_dict()  # type: ignore[union-attr, operator]
         same = [torch.equal(value, own[name]) for name, value in stem.items()]
         assert all(same) is not frozen  # batch-norm statistics are renewed
         weights = [name for name, _ in made.backbone.stem.named_parameters()]
         assert all(torch.equal(stem[name], own[name]) for name in weights)
         fine_tune(made, data, epochs=2, learning_rate=SMALL.learning_rate, seed=COLOR.seed)
-        found = detection_metrics(test, detections(made, test))
+        wanted = made.state_dict()
+        assert [*fitted] == [*wanted]
+        assert all(torch.equal(fitted[name], value) for name, value in wanted.items())
+        found = detection_metrics(test, half_found(made, test))
+    assert 0 < found["boxes"].numbers["AP"] < 1
     arm = ", frozen" if frozen else ""
     by_name = {row["quantity"]: row["value"] for row in rows}
     for task, word in (("boxes", "box"), ("masks", "mask")):
@@ -352,6 +387,14 @@ def test_a_network_without_a_budget_has_no_score() -> None:
     assert claims.score(fake, "mask AP").empty
 
 
+def test_two_values_of_one_network_are_refused() -> None:
+    """As of annotations that changed between two commands: the table keeps what it has."""
+    fake = records({"gap": boxes(0.1, 0.2, 0.3, 0.4)}, {})
+    again = fake[(fake.layer == "b") & (fake.setting == 4)]
+    with pytest.raises(InputError, match=r"b has two values of box AP for one network, .*--fresh"):
+        claims.score(pd.concat([fake, again]), "box AP")
+
+
 def test_at_matched_accuracy_only_what_it_does_not_explain_is_left() -> None:
     """logit(AP) = 0.5 logit(accuracy) - 2 for every head, and one more for the covariance; random networks have no accuracy."""
     rows = []
@@ -415,6 +458,27 @@ def test_the_page_of_all_parts() -> None:
     assert of_ap50.epochs.tolist() == [4.0, 4.0]  # the largest budget alone
     assert len(table[table.quantity == "box AP"]) == 4
     assert "8 epochs" not in detection.method[0]
+    assert "random flips, random crops of 96 pixels (nuclei)." in detection.method[1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("ability", "words"), [(0.0, "of the same sign is left"), (0.5, "has zero in it"), (1.0, "explains it, and more")]
+)
+def test_what_is_said_of_classification(ability: float, words: str, sign: int) -> None:
+    """logit(AP) is 0.1 apart and rises by 0.2 logit(accuracy), which is `ability` apart: 0.1 - 0.2 ability is left."""
+    rows = []
+    for head, place in (("gap", 0), ("gcp", sign)):
+        for seed in range(8):
+            x = 0.1 * (seed % 4)
+            values = {"test_top1": x + ability * place, "box AP": -1 + 0.1 * place + 0.2 * x + 0.002 * (-1) ** seed}
+            labels = {"network": "n", "dataset": "d", "head": head, "trained_under": head, "seed": seed}
+            rows += [
+                labels | {"quantity": name, "index": 1, "setting": 2.0, "value": expit(y)} for name, y in values.items()
+            ]
+    fake = frame("transfer", rows, {}, "fake")
+    results = Results(fake, Origins("transfer", asdict(STUDY.presets["cifar10"])), judge(STUDY.claims, fake))
+    assert words in page.folds(results)[0].sentences[1]
 
 
 def test_the_page_without_detectors_says_so() -> None:
@@ -441,6 +505,8 @@ def test_the_page_without_detectors_says_so() -> None:
         ({"shots": ()}, "--shots"),
         ({"budgets": (2, 2)}, "--budgets 2 2"),
         ({"draws": 0}, "--draws 0"),
+        ({"dense_images": 1}, "--dense-images 1: at least 2"),
+        ({"detector": replace(SMALL, images=1)}, "--detector.images 1: at least 2"),
         ({"heads": ()}, "--heads"),
         ({"detector": replace(SMALL, adaptation="gcp")}, "adaptation"),
         ({"detector": replace(SMALL, images=0)}, "--detector.images 0"),
@@ -462,6 +528,130 @@ def test_what_a_network_cannot_do() -> None:
         InputError, match="--dataset digits_0_to_4: detectors and dense probes need a network for images of"
     ):
         first(detection=("nuclei",))
+
+
+def changed(root: Path, name: str, split: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The data root with a folder whose annotations are changed."""
+    file = write_scenes(root / name) / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return root
+
+
+def crowds(content: dict[str, Any]) -> None:
+    content["annotations"] = [one | {"iscrowd": 1} for one in content["annotations"]]
+
+
+def low_alone(content: dict[str, Any]) -> None:
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 1]
+
+
+def one_class(content: dict[str, Any]) -> None:
+    low_alone(content)
+    del content["categories"][1]
+
+
+def outside(content: dict[str, Any]) -> None:
+    content["annotations"][0]["bbox"] = [30, 30, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "shots", "words"),
+    [
+        ("train", crowds, 1, "class 'low' has 0 training samples .*, fewer than --shots 1"),
+        ("train", low_alone, 1, "class 'high' has 0 training samples"),
+        ("train", low_alone, 7, "class 'high' has 0"),
+        ("val", low_alone, 7, "class 'low' has 6 training samples .*, fewer than --shots 7"),
+        ("val", crowds, 1, r"instances_val\.json has no object but crowds to test on"),
+        ("val", outside, 1, r"annotation 0 has the bbox .* outside of image 0"),
+    ],
+)
+def test_a_folder_that_a_linear_probe_cannot_use(
+    split: str, change: Callable[[dict[str, Any]], None], shots: int, words: str, tmp_path: Path
+) -> None:
+    root = changed(tmp_path, "own", split, change)
+    with pytest.raises(InputError, match=words):
+        check_linear("own", root, shots)
+
+
+def test_classes_that_a_linear_probe_cannot_use(tmp_path: Path) -> None:
+    check_linear("digits_5_to_9", None, 100)
+    with pytest.raises(InputError, match="--linear digits_5_to_9: class '3' has 139 training samples"):
+        check_linear("digits_5_to_9", None, 140)
+    for split in ("train", "val"):
+        root = changed(tmp_path / split, "own", split, one_class)
+    file = tmp_path / "train" / "own" / "annotations" / "instances_train.json"
+    (tmp_path / "val" / "own" / "annotations" / "instances_train.json").write_text(file.read_text())
+    with pytest.raises(InputError, match="--linear own: its only class is low; a linear probe needs two"):
+        check_linear("own", root, 1)
+    with pytest.raises(InputError, match="data root"):
+        check_linear("cifar10", tmp_path / "nowhere", 1)
+
+
+def test_scenes_that_no_detector_can_use(scenes_root: Path, tmp_path: Path) -> None:
+    check_scenes("detection", "scenes", scenes_root, False, 1)
+    with pytest.raises(InputError, match="--detection digits: images with a class each; a folder in COCO format"):
+        check_scenes("detection", "digits", scenes_root, False, 1)
+    write_scenes(tmp_path / "few", images=1)
+    with pytest.raises(InputError, match=r"--dense few: instances_train\.json has 1 image; 2 to train on"):
+        check_scenes("dense", "few", tmp_path, True, 1)
+    for split, words in (("train", "none of the 6 training images"), ("val", "none of the 3 test images")):
+        root = changed(tmp_path / split, "own", split, crowds)
+        with pytest.raises(InputError, match=f"--detection own: {words} has an object that is no crowd"):
+            check_scenes("detection", "own", root, False, 3)
+
+
+def test_data_are_looked_at_before_a_network_is_trained(tmp_path: Path) -> None:
+    root = changed(tmp_path, "own", "train", low_alone)
+    for name, words in (
+        ("linear", "--linear own: class 'high'"),
+        ("dense", "--dense digits"),
+        ("detection", "--detection d"),
+    ):
+        given = {"linear": (), name: ("own" if name == "linear" else "digits",)}
+        with pytest.raises(InputError, match=words):
+            look_at_data(Settings(**given), root)  # type: ignore[arg-type]
+
+
+def test_what_may_grow_leaves_the_keys_of_the_rest() -> None:
+    """Else a table would keep two values of one thing."""
+    given = {"linear": ("a",), "dense": ("b",), "detection": ("c",)}
+    settings = Settings(**given)  # type: ignore[arg-type]
+
+    def described(of: Settings) -> list[Any]:
+        return [one.described for one in measurements(of, None, dict.fromkeys("abcd", ""), pictures=True)]
+
+    for name in STUDY.may_grow:
+        value = getattr(settings, name)
+        changes: dict[str, Any] = {name: value + 1 if isinstance(value, int) else (*value, "d")}
+        larger = replace(settings, **changes)
+        assert all(one in described(larger) for one in described(settings))
+    assert {"linear", "dense", "detection"} < {*STUDY.may_grow}
+
+
+def test_initial_weights_are_adapted_as_the_network_that_began_from_them() -> None:
+    paper = STUDY.presets["paper"]
+    for stride, heads in (("same", {"gap": True, "gcp": True}), ("published", {"gap": False, "gcp": True})):
+        settings = replace(paper, training=replace(paper.training, stride=stride))
+        tasks = next(plan(STUDY.context(Common(preset="paper", dry_run=True), settings)))
+        for task in tasks:
+            assert isinstance(task, Trained)
+            wanted = [m.settings.adapted for _, m in task.at if m.name == "detector"]
+            head = task.subject.run.pooling
+            assert wanted == [heads[head]] * (4 if head == "gap" else 2)
+
+
+def test_a_dry_run_counts_networks_once_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "cost_of", lambda task: (36.0, task.subject.run.pooling))
+    context = STUDY.context(Common(preset="cifar10", dry_run=True), STUDY.presets["cifar10"])
+    assert [*dry_run.dry_run(STUDY, context)] == [
+        "5 times gap",
+        "2 times gap_lifted",
+        "2 times covariance",
+        "5 times gcp",
+        "5 seeds of 4 networks: about 0.1 h of one job, 0.1 h with 2 side by side",
+    ]
 
 
 def test_the_networks_of_cifar10_are_those_of_the_convergence_study() -> None:

@@ -28,7 +28,8 @@ def dry_run(study: Study, context: Context) -> Iterator[str]:
     kinds: dict[str, list[Trained]] = {}
     for task in (task for task in next(study.plan(context)) if isinstance(task, Trained)):
         fields = {name: value for name, value in task.subject.run.to_dict().items() if name not in VARIED}
-        measured = [(step, m.described) for step, m in task.at if not m.of_training]
+        wanted = [(step, measurement) for step, measurement in task.at if not measurement.of_training]
+        measured = [(step, m.described if m.dry is None else (m.name, m.dry[1])) for step, m in wanted]
         kinds.setdefault(digest([fields, measured]), []).append(task)
     total = 0.0
     for tasks in kinds.values():

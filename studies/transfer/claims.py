@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
+from secondorder.errors import InputError
 from studies.judge import NOT_MEASURED, Claim, Difference, primary
 from studies.judge.matched import KEYS, at_matched
 from studies.transfer.detectors import FROZEN
@@ -24,10 +25,18 @@ PROBES = [*PROBE.values(), FOREGROUND]
 
 
 def score(records: pd.DataFrame, quantity: str, data: str = "") -> pd.DataFrame:
-    """The mean of a quantity over data sets (or of one) and settings, of the networks that have them all (NETWORK, value)."""
+    """The mean of a quantity over data sets (or of one) and settings, of the networks that have them all (NETWORK, value).
+
+    InputError for two values of a network on the same data set and setting.
+    """
     part = records[(records.quantity == quantity) & ((records.layer == data) | (data == ""))]
     if part.empty:
         return pd.DataFrame(columns=[*NETWORK, "value"])
+    if (twice := part.duplicated([*NETWORK, "layer", "setting"])).any():
+        raise InputError(
+            f"{part[twice].layer.iloc[0]} has two values of {quantity} for one network, of annotations that have changed "
+            "since; choose another --out, or replace the table with --fresh"
+        )
     table = part.pivot(index=NETWORK, columns=["layer", "setting"], values="value").dropna()
     return table.mean(axis=1).rename("value").reset_index()
 

@@ -20,6 +20,7 @@ from studies.training import trained_so
 from studies.transfer import claims
 from studies.transfer.claims import BOX, MASK, PROBES, RANDOM
 from studies.transfer.detectors import FROZEN, PICTURE
+from studies.transfer.targets import scenes_of
 
 ARMS = {BOX: "boxes", MASK: "masks", f"{BOX}{FROZEN}": "boxes, frozen", f"{MASK}{FROZEN}": "masks, frozen"}
 """Quantity of a detector -> words."""
@@ -88,11 +89,13 @@ def _words(results: Results) -> list[str]:
     for claim, control in zip(main, matched, strict=True):
         if claim.outcome in (SUPPORTED, CONTRADICTED) and control.estimate is not None:
             _, low, high = control.estimate.seen
-            apart = low > 0 if claim.outcome == SUPPORTED else high < 0
             words.append(
                 "Better classification alone does not explain it: a difference of the same sign is left at matched accuracy "
                 "of the pretraining."
-                if apart
+                if (low > 0 if claim.outcome == SUPPORTED else high < 0)
+                else "Better classification explains it, and more: at matched accuracy of the pretraining the difference has the "
+                "other sign."
+                if (high < 0 if claim.outcome == SUPPORTED else low > 0)
                 else "It cannot be told apart from an effect of classification accuracy: at matched accuracy of the pretraining "
                 "the interval of the difference has zero in it."
             )
@@ -244,10 +247,14 @@ def _method(results: Results) -> list[str]:
         adapted = (
             "" if model["adaptation"] == "none" else f" Adaptation of a last stage of stride 1: {model['adaptation']}."
         )
+        crops = [
+            f"{scenes_of(name).crop} pixels ({label(name)})" for name in settings["detection"] if scenes_of(name).crop
+        ]
+        windows = f", random crops of {', '.join(crops)}" if crops else ""
         words.append(
             f"Detectors: torchvision's Faster R-CNN, with masks Mask R-CNN, on a feature pyramid; {model['images']} training "
-            f"images that the seed draws, {model['test_images']} test images, SGD, batch {model['batch_size']}, learning rate "
-            f"{model['learning_rate']:g} with warm-up and cosine decay, flips and crops. The value of the claim is the mean over "
-            f"data sets and budgets, the same for every network.{adapted}"
+            f"images that the seed draws and {model['test_images']} test images (all where there are fewer), SGD, batch "
+            f"{model['batch_size']}, learning rate {model['learning_rate']:g} with warm-up and cosine decay, random "
+            f"flips{windows}. The value of the claim is the mean over data sets and budgets, the same for every network.{adapted}"
         )
     return words

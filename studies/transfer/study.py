@@ -25,6 +25,7 @@ from studies.engine.plan import Measurement, Trained
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
 from studies.training import PRESETS, Training, TrainingFlags
+from studies.transfer.checks import check_linear, check_scenes
 from studies.transfer.claims import CLAIMS
 from studies.transfer.detectors import Detection, Model, dry_steps, measure_detector, measure_dry
 from studies.transfer.page import folds
@@ -74,10 +75,11 @@ class Settings:
             for value in values:
                 check_count(name, value)
         check_count("control_seeds", self.control_seeds, least=0)
-        for name in ("draws", "dense_images"):
-            check_count(name, getattr(self, name))
+        check_count("draws", self.draws)
+        check_count("dense_images", self.dense_images, least=2)  # one has no batch-norm statistics
         check_known("adaptation", self.detector.adaptation, ADAPTATIONS)
-        for name in ("width", "hidden", "roi_size", "proposals", "sampled", "images", "test_images", "batch_size"):
+        check_count("detector.images", self.detector.images, least=2)
+        for name in ("width", "hidden", "roi_size", "proposals", "sampled", "test_images", "batch_size"):
             check_count(f"detector.{name}", getattr(self.detector, name))
         if not 0 < self.detector.learning_rate < float("inf"):
             raise InputError(f"--detector.learning-rate {self.detector.learning_rate:g}: must be a number above 0")
@@ -114,6 +116,8 @@ def plan(context: Context) -> Plan:
     root = common.data_root
     if common.dry_run:  # of which detectors alone can be stated without their data
         settings = replace(settings, linear=("digits",), dense=())
+    else:
+        look_at_data(settings, root)
     names = [*settings.linear, *settings.dense, *settings.detection]
     digests = {name: "" if common.dry_run else digest_of(name, root) for name in names}
     total = training.steps(common)
@@ -121,11 +125,22 @@ def plan(context: Context) -> Plan:
     for seed, head in product(context.seeds, settings.heads):
         if head in CLAIMED or seed < settings.control_seeds:
             shown = seed == 0 and head in CLAIMED
-            last = measurements(settings, root, digests, _adapted(training, head), shown)
-            first = measurements(settings, root, digests) if head == "gap" else ()
+            adapted = _adapted(training, head)
+            last = measurements(settings, root, digests, adapted, shown)
+            first = measurements(settings, root, digests, adapted) if head == "gap" else ()
             at = (*((0, measurement) for measurement in first), *((total, measurement) for measurement in last))
             tasks.append(Trained(training.subject(common, head, seed), at))
     yield tasks
+
+
+def look_at_data(settings: Settings, root: Path | None) -> None:
+    """InputError for data of other tasks that would stop a measurement, after hours of training perhaps."""
+    for name in settings.linear:
+        check_linear(name, root, max(settings.shots))
+    for name in settings.dense:
+        check_scenes("dense", name, root, True, settings.detector.test_images)
+    for name in settings.detection:
+        check_scenes("detection", name, root, scenes_of(name).masks, settings.detector.test_images)
 
 
 def _adapted(training: Training, head: str) -> bool:
@@ -159,5 +174,5 @@ STUDY = Study(
     plan=plan,
     claims=CLAIMS,
     folds=folds,
-    may_grow=("heads", "control_seeds", "linear", "shots", "dense", "detection", "budgets"),
+    may_grow=("heads", "control_seeds", "linear", "dense", "detection"),
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from secondorder.data import DATASETS, ImageDataset, Normalisation, epoch_order, load_dataset
+from secondorder.data.datasets import VARIABLE
 from secondorder.errors import InputError
 from secondorder.transfer import (
     PRESETS,
@@ -66,9 +68,14 @@ def scenes_of(name: str) -> Scenes:
 def files_of(name: str, root: Path | None) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
     """(annotations, images) for training and for testing: of the first split called train..., and val... or else test...
 
-    InputError when one is missing.
+    InputError when one is missing, or the folder, which lies in the data root.
     """
-    splits = find_splits(root, name) if name in PRESETS else find_splits(None if root is None else root / name)
+    place = os.environ.get(VARIABLE) if root is None else root
+    if name not in PRESETS and place and not (Path(place) / name).is_dir():
+        raise InputError(
+            f"{name} is neither a folder in {place} nor a data set of images: {', '.join(DATASETS)}; see --data-root"
+        )
+    splits = find_splits(place, name) if name in PRESETS else find_splits(place and Path(place) / name)
     found = []
     for beginnings in (("train",), ("val", "test")):
         names = [split for beginning in beginnings for split in splits if split.startswith(beginning)]
