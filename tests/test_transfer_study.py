@@ -338,6 +338,18 @@ def test_images_of_several_sizes_have_no_dense_probe(scenes_root: Path) -> None:
         targets.pixels_with_foreground(sizes, [0, 1])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_dry_run_needs_no_data(
+    frozen: bool, color: ImageDataset, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(targets.SCENES, "scenes", targets.Scenes(masks=True, size=(20, 40)))
+    of = detectors.Detection("scenes", "", 3, frozen, False, False, replace(SMALL, images=10, test_images=6))
+    assert detectors.dry_steps(of) == 32
+    with snapshot(COLOR, color, trained / "step-2.pt") as at:
+        (row,) = detectors.measure_dry(at, of)
+    assert 0 < row["value"] < 100
+
+
 # Claims
 
 

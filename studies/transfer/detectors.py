@@ -5,7 +5,7 @@ import io
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,11 @@ def dry_steps(of: Detection) -> float:
 
 
 def measure_dry(at: Snapshot, of: Detection) -> Iterator[Row]:
-    """One step of training on fake images of the right size."""
+    """One step of training, of all weights, on fake images of the right size."""
     with tempfile.TemporaryDirectory() as folder:
         data = fake_scenes(Path(folder), of.data, FAKE_IMAGES)
-        (loss,) = fine_tune(build(at, of, data), data, epochs=1, batch_size=FAKE_IMAGES)
+        made = build(at, replace(of, frozen=False), data)
+        (loss,) = fine_tune(made, data, epochs=1, batch_size=FAKE_IMAGES)
     yield {"layer": of.data, "quantity": "loss", "value": loss}
 
 
