@@ -235,8 +235,9 @@ def _published(results: Results) -> Fold:
         f"line, correlate at {np.corrcoef(variation, straight)[0, 1]:.4f}; the median of their ratio is "
         f"{np.exp(np.median(variation - straight)):.3g}."
     )
-    labels = {"x_label": f"{longest:g} |g|²", "y_label": "max L − min L"}
-    figure = Scatter("straight", "variation", line="identity", log="xy", **labels).draw(table)
+    x_label = f"{longest:g} |g|²"
+    kind = Scatter("straight", "variation", line="identity", log="xy", x_label=x_label, y_label="max L − min L")
+    figure = kind.draw(table)
     return Fold(
         title="The published measures of smoothness",
         sentences=[words],

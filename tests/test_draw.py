@@ -364,6 +364,16 @@ def test_strips_put_every_picture_beside_its_name() -> None:
     assert boxes[1].y1 == pytest.approx(boxes[0].y0)
 
 
+def test_panels_of_a_cloud_share_a_range_or_have_their_own() -> None:
+    table = pd.DataFrame({"x": [1.0, 2.0] * 2, "y": [1.0, 2.0, 100.0, 200.0], "panel": ["a"] * 2 + ["b"] * 2})
+    table = table.assign(head="gap", seed=0)
+    for own in (False, True):
+        figure = Scatter("x", "y", panels="panel", own_y=own).draw(table)
+        first, second = (axes.get_ylim() for axes in figure.axes[:2])
+        assert bool(first == second) is not own
+        assert bool(first[1] < 10) is own
+
+
 def test_a_scatter_has_its_line_and_equal_ranges() -> None:
     axes = Scatter("predicted", "variation", line="identity", log="xy").draw(LINES).axes[0]
     assert axes.get_xlim() == axes.get_ylim()

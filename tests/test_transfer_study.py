@@ -455,13 +455,15 @@ def test_the_page_of_all_parts() -> None:
     detection, probe = folds
     assert detection.judged[0].outcome == "supported"
     assert detection.sentences[0] == (
-        "Box AP of fine-tuned detectors, mean over data sets and budgets: 17.5 (GAP), 21.5 (GCP), 23.5 (random)."
+        "Box AP of fine-tuned detectors in percent, mean over data sets and budgets: 17.5 (GAP), 21.5 (GCP), 23.5 (random)."
     )
-    assert detection.sentences[1].startswith("Better classification alone does not explain it")
+    assert detection.sentences[1].startswith("What pretraining adds to initial weights, as a fraction: GAP −0.0600 [")
+    assert ", GCP −0.02000 [" in detection.sentences[1]
+    assert detection.sentences[2].startswith("Better classification alone does not explain it")
     fake = all_parts(0.9)
     first, _ = page.folds(Results(fake, origins, judge(STUDY.claims, fake)))
     assert first.judged[0].outcome == "supported"
-    assert first.sentences[1].startswith("It cannot be told apart from an effect of classification accuracy")
+    assert first.sentences[2].startswith("It cannot be told apart from an effect of classification accuracy")
     assert [picture.name for picture in detection.pictures] == ["transfer_budgets", "transfer_pictures"]
     assert [picture.name for picture in probe.pictures] == ["transfer_probes", "transfer_accuracy"]
     table = detection.tables[0].data

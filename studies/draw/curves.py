@@ -116,18 +116,21 @@ class Curves(Panels):
 class Scatter(Panels):
     """A point for each row of the table (a seed at a step).
 
-    `line` names the line that the points are compared with: "identity" for y = x, with equal ranges.
+    `line` names the line that the points are compared with: "identity" for y = x, with equal ranges. With `own_y` every panel has
+    a range of its own, for quantities of different size.
     """
 
     line: Literal["identity", ""] = ""
+    own_y: bool = False
 
     @themed
     def draw(self, table: pd.DataFrame) -> Figure:
         """The figure of a table with the columns `x`, `y`, `hue`, `panels` and seed; InputError if it lacks one."""
         data, words = self._read(table, [self.x, self.y])
-        figure, grid = panel_grid(data, self.panels, 2.7 if self.panels else 3.4, sharex=True, sharey=True)
-        x, y = [data[self.x]], [data[self.y]]
+        figure, grid = panel_grid(data, self.panels, 2.7 if self.panels else 3.4, sharex=True, sharey=not self.own_y)
+        x = [data[self.x]]
         for axes, part in grid:
+            y = [(part if self.own_y else data)[self.y]]
             sns.scatterplot(
                 part, x=self.x, y=self.y, hue=self.hue, hue_order=words, palette=colors(words), legend=False, ax=axes,
                 s=14, alpha=0.6, linewidth=0,

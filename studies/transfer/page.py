@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from studies.draw import Curves, Forest, Scatter, forest_row, gallery, seed_rows
+from studies.draw.numbers import estimate_words
 from studies.draw.palette import LABELS, label
 from studies.engine.study import Results
 from studies.judge import CONTRADICTED, SUPPORTED, Judged
@@ -84,7 +85,17 @@ def _words(results: Results) -> list[str]:
     means = 100 * claims.score(results.records, BOX).groupby("trained_under").value.mean()
     heads = [head for head in ("gap", "gcp", "") if head in means]
     told = ", ".join(f"{means[head]:.1f} ({short_label(head or RANDOM)})" for head in heads)
-    words = [f"Box AP of fine-tuned detectors, mean over data sets and budgets: {told}."]
+    words = [f"Box AP of fine-tuned detectors in percent, mean over data sets and budgets: {told}."]
+    untrained = [
+        case for case in results.of(*(f"{BOX}: {head} - {RANDOM}" for head in ("gap", "gcp"))) if case.estimate
+    ]
+    if untrained:
+        gains = ", ".join(
+            f"{short_label(str(case.claim.name.split()[-3]))} {estimate_words(*case.estimate.seen)}"
+            for case in untrained
+            if case.estimate is not None
+        )
+        words.append(f"What pretraining adds to initial weights, as a fraction: {gains}.")
     main, matched = (results.of(name) for name in ("transfers", claims.CONTROLS[0].name))
     for claim, control in zip(main, matched, strict=True):
         if claim.outcome in (SUPPORTED, CONTRADICTED) and control.estimate is not None:
