@@ -226,9 +226,8 @@ def _accuracy(results: Results) -> list[Picture]:
     told = [f"{part.quantity.iloc[0]} {spearmanr(part.accuracy, part.value).statistic:.2f}" for part in parts]
     table = pd.concat(parts)
     shown = by_pretraining(table.assign(value=100 * table.value.astype(float), accuracy=100 * table.accuracy))
-    draw = Scatter(
-        "accuracy", "value", panels="quantity", x_label="test top-1 of the pretraining, %", y_label="score, %"
-    )
+    labels = ("top-1 of the pretraining, %", "score, %")
+    draw = Scatter("accuracy", "value", panels="quantity", x_label=labels[0], y_label=labels[1], own_y=True)
     words = (
         f"Rank correlation of a score with the accuracy of the pretraining, heads and seeds mixed: {', '.join(told)}."
     )
