@@ -204,7 +204,7 @@ STUDY = Study(
             kfac_seeds=1,
         ),
     },
-    seeds={"smoke": 2, "quick": 5, "cifar10": 5, "paper": 2},
+    seeds={"smoke": 2, "quick": 4, "cifar10": 5, "paper": 2},
     plan=plan,
     claims=CLAIMS,
     folds=folds,

@@ -154,7 +154,7 @@ STUDY = Study(
     title="do features trained under GCP serve detection, segmentation and other tasks better",
     presets={
         "smoke": Settings(("gap", "gcp"), replace(PRESETS["smoke"], dataset="digits_0_to_4"), shots=(2, 5), draws=2),
-        "quick": Settings(("gap", "gap_lifted", "gcp"), control_seeds=3),
+        "quick": Settings(("gap", "gap_lifted", "gcp"), control_seeds=2),
         "cifar10": Settings(
             training=CONVERGENCE.presets["cifar10"].training,
             linear=("digits", "bccd"),
@@ -170,7 +170,7 @@ STUDY = Study(
             detector=Model(256, 1024, 7, 1000, 256, "gcp_m", 118_287, 5000, 16),
         ),
     },
-    seeds={"smoke": 2, "quick": 5, "cifar10": 5, "paper": 1},
+    seeds={"smoke": 2, "quick": 4, "cifar10": 5, "paper": 1},
     plan=plan,
     claims=CLAIMS,
     folds=folds,

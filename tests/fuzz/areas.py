@@ -45,7 +45,7 @@ AREAS: dict[str, Area] = {
     "preconditioning": Area(preconditioning, 10, 120),
     "landscape": Area(landscape, 4, 80),
     "statistics": Area(statistics, 10, 150),
-    "transfer": Area(transfer, 8, 100),
+    "transfer": Area(transfer, 8, 60),
     "command_line": Area(command_line, 4, 50),
     "kept_files": Area(kept_files, 4, 40),
 }
