@@ -18,6 +18,7 @@ from secondorder.errors import InputError
 from studies.engine.command import write_pages
 from studies.judge.estimates import Mean
 from studies.page import Fold, Page, Picture, Provenance, Table, outcome_of, outcomes_table, read_outcomes, write_page
+from studies.study import STUDIES
 
 ORIGIN = Provenance("landscape", "Measured with torch 2; commit abc; cpu, 1 thread(s); 312 s; seeds 0, 1.")
 PAGE = Page("What is GCP?", "Nine claims.", "digits", CLAIMS, {"transfers": "python -m studies transfer"})
@@ -284,8 +285,10 @@ def test_a_claim_that_is_measured_nowhere_and_one_without_an_interval(tmp_path: 
 
 @pytest.mark.parametrize(("preset", "flags"), [("quick", ""), ("cifar10", " --preset cifar10")])
 def test_the_command_of_a_claim_is_of_the_pages_preset(preset: str, flags: str, tmp_path: Path) -> None:
-    markdown, _ = write_pages(tmp_path, preset, {}, ())
-    assert f"this would: `python -m studies landscape{flags}`" in markdown.read_text()
+    (tmp_path / "transfer.csv").write_text("no table of records\n")
+    markdown, _ = write_pages(tmp_path, preset, STUDIES, ())
+    for study in ("landscape", "transfer"):  # of which nothing is there, and what is there cannot be read
+        assert f"this would: `python -m studies {study}{flags}`" in markdown.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ other folders

@@ -214,8 +214,8 @@ def test_a_dense_probe_by_hand(
         (row,) = probes.measure_dense(at, probes.Dense("scenes", "", 4, 3), scenes_root)
         data, test = targets.scenes("scenes", scenes_root, 4, 3, COLOR.seed)
         data.transform = None
-        pixels, masks = targets.pixels_with_foreground(data, range(4))
-        test_pixels, test_masks = targets.pixels_with_foreground(test, range(3))
+        pixels, masks = targets.pixels_with_foreground(data)
+        test_pixels, test_masks = targets.pixels_with_foreground(test)
         assert masks.sum().item() == 4 * sum(w * h for w, h in SIZES.values())
         seen = [targets.normalised(images, color) for images in (pixels, test_pixels)]
         maps = probes.Maps(at, seen[0])
@@ -335,7 +335,7 @@ def test_images_of_several_sizes_have_no_dense_probe(scenes_root: Path) -> None:
 
     sizes = Sizes(read_coco(*targets.files_of("scenes", scenes_root)[0], masks=True), masks=True)
     with pytest.raises(InputError, match="needs images of one size"):
-        targets.pixels_with_foreground(sizes, [0, 1])
+        targets.pixels_with_foreground(sizes)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -33,7 +33,7 @@ from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, loss_curvature, loss_name
-from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget, check_memory
+from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
 from secondorder.curvature.matrix_free.network_outputs import NetworkOutputs, Output
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
 from secondorder.curvature.matrix_free.per_sample import layers_with_rules
@@ -41,7 +41,7 @@ from secondorder.curvature.matrix_free.samples import tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.streamed import CUT, StreamedJacobian, StreamedLoss
 from secondorder.curvature.operators import BlockDiagonalOperator, DiagonalOperator, SymmetricOperator
-from secondorder.errors import MOST, InputError, check_known, check_whole
+from secondorder.errors import InputError, check_known
 from secondorder.matrix_power.transforms import full_precision
 
 
@@ -203,30 +203,22 @@ def curvature_blocks(
     frozen = FrozenNetwork(network, params, copied=True, output=outputs)
     layers = recorded_layers(frozen) if row.kronecker else layers_with_rules(frozen.module, frozen.parameters)
     data = checked_data(batch, frozen)
-    few = data.few if isinstance(data, BatchStream) else data
     available = budget(memory, frozen.device)
-    probe = probed(frozen, few.inputs, layers, available)
+    probe = probed(frozen, data.few.inputs, layers, available)
     loss = outputs.loss_of_one(loss)
     curvature, why = loss_parts(data, loss, probe, frozen)
     if not row.any_loss and not curvature.factored:
         raise InputError(
             f"quantity {quantity!r} needs {KNOWN}, not {loss_name(loss)}; use quantity 'ggn' or 'hessian', which take any loss"
         )
-    check_whole("samples", samples, most=MOST)
-    if (row.fisher or fisher) == "mc":
-        check_memory(8 * samples * len(data), available, f"a random number for each of samples={samples}", "use fewer")
-    matrix = output_matrix(curvature, row.fisher or fisher, samples, seed)
+    matrix = output_matrix(curvature, row.fisher or fisher, samples, seed, len(data), available)
     fixed = row.fixed(frozen, probe, len(data)) + matrix.noise_bytes + copied_bytes(frozen, data)
     each = row.graphs * probe.sample_bytes + matrix.output_bytes(probe.outputs.numel(), probe.dtype.itemsize)
-    largest = data.largest if isinstance(data, BatchStream) else len(data)
-    size = part_size(largest, chunk, each, fixed, available, why, reserve=available // 4)
+    size = part_size(data.largest, chunk, each, fixed, available, why, reserve=available // 4)
     block_bytes = min(BLOCK_BYTES, int(available - fixed - size * each) // BLOCK_COPIES)
-    if isinstance(data, BatchStream):
-        jacobian: Jacobian = StreamedJacobian(frozen, data, size, layers, block_bytes, probe.outputs.numel())
-    else:
-        jacobian = Jacobian(frozen, data.inputs, size, probe.coupling is not None, layers, block_bytes)
-    with full_precision(tensors_of(few.inputs)[0]):
-        check_any_loss(curvature, jacobian, few)
+    jacobian = jacobian_of(frozen, data, probe, size, layers, block_bytes)
+    with full_precision(tensors_of(data.few.inputs)[0]):
+        check_any_loss(curvature, jacobian, data.few)
         return row.build(Problem(jacobian, curvature, matrix, memory))
 
 
@@ -236,6 +228,20 @@ def checked_data(batch: Any, network: FrozenNetwork) -> Batch | BatchStream:
         return checked_batch(batch, network)
     stream = BatchStream(batch, network)
     return stream if stream.count > 1 else stream.copied()
+
+
+def jacobian_of(
+    network: FrozenNetwork,
+    data: Batch | BatchStream,
+    probe: Probe,
+    chunk: int,
+    layers: Mapping[nn.Module, nn.Module | None],
+    block_bytes: int,
+) -> Jacobian:
+    """J of one batch, or of a data set batch by batch."""
+    if isinstance(data, BatchStream):
+        return StreamedJacobian(network, data, chunk, layers, block_bytes, probe.outputs.numel())
+    return Jacobian(network, data.inputs, chunk, probe.coupling is not None, layers, block_bytes)
 
 
 def loss_parts(

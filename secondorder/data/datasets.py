@@ -23,38 +23,34 @@ _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "fro
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+_DIGITS = Row(
+    label="Digits (8x8)",
+    read=read_digits,
+    in_channels=1,
+    image_size=8,
+    mean=(0.3054,),
+    std=(0.3761,),
+    maximum=16,
+    augmentation=None,  # a shift by one of eight pixels cuts strokes off, and a mirrored digit is none
+    expected=(1437, 360),
+)
+
 DATASETS: dict[str, Row] = {
-    "digits": Row(
-        label="Digits (8x8)",
-        read=read_digits,
-        in_channels=1,
-        image_size=8,
-        mean=(0.3054,),
-        std=(0.3761,),
-        maximum=16,
-        augmentation=None,  # a shift by one of eight pixels cuts strokes off, and a mirrored digit is none
-        expected=(1437, 360),
-    ),
-    "digits_0_to_4": Row(
+    "digits": _DIGITS,
+    "digits_0_to_4": replace(
+        _DIGITS,
         label="Digits 0 to 4 (8x8)",
         read=partial(read_digits, digits=range(5)),
-        in_channels=1,
-        image_size=8,
         mean=(0.3052,),
         std=(0.3784,),
-        maximum=16,
-        augmentation=None,
         expected=(721, 180),
     ),
-    "digits_5_to_9": Row(
+    "digits_5_to_9": replace(
+        _DIGITS,
         label="Digits 5 to 9 (8x8)",
         read=partial(read_digits, digits=range(5, 10)),
-        in_channels=1,
-        image_size=8,
         mean=(0.3055,),
         std=(0.3738,),
-        maximum=16,
-        augmentation=None,
         expected=(716, 180),
     ),
     "cifar10": Row(

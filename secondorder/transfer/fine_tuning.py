@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secondorder.data.sampling import epoch_order
 from secondorder.errors import InputError, NonFiniteError, check_number, check_seed, check_whole, short
-from secondorder.transfer.dataset import CocoDataset
+from secondorder.transfer.dataset import CocoDataset, collate
 from secondorder.transfer.evaluated import Prediction
 from secondorder.untouched import same_randomness
 
@@ -71,8 +71,7 @@ def fine_tune(
             data.set_epoch(seed, epoch)
             summed = 0.0
             for number, rows in enumerate(epoch_order(len(data), seed, epoch).split(batch_size), start=1):
-                images, targets = zip(*(on_unit(data[row], device) for row in rows.tolist()), strict=True)
-                loss: Tensor = sum(model([*images], [*targets]).values())
+                loss = _loss(model, [on_unit(data[row], device) for row in rows.tolist()])
                 if not loss.isfinite():
                     raise NonFiniteError(
                         f"the loss of the detector is {loss.item()} in step {number} of epoch {epoch + 1}; use a learning rate "
@@ -86,6 +85,13 @@ def fine_tune(
                 summed += loss.item() * len(rows)
             losses.append(summed / len(data))
     return losses
+
+
+def _loss(model: nn.Module, samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+    """The sum of a detector's losses on some samples."""
+    images, targets = collate(samples)
+    total: Tensor = sum(model(images, targets).values())
+    return total
 
 
 def detections(model: nn.Module, data: CocoDataset) -> Iterator[Prediction]:

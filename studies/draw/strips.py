@@ -47,18 +47,17 @@ def gallery(pictures: Mapping[str, NDArray[np.uint8]], columns: int = 2) -> Figu
     width = WIDTH / columns
     names = [*pictures]
     rows = [names[start : start + columns] for start in range(0, len(names), columns)]
-    heights = [room + max(0.97 * width * pictures[n].shape[0] / pictures[n].shape[1] for n in row) for row in rows]
+    tall = {name: 0.97 * width * picture.shape[0] / picture.shape[1] for name, picture in pictures.items()}
+    heights = [room + max(tall[name] for name in row) for row in rows]
     total = sum(heights)
     figure = Figure(figsize=(WIDTH, total))
     top = total
     for row, height in zip(rows, heights, strict=True):
         for column, name in enumerate(row):
-            picture = pictures[name]
-            tall = 0.97 * width * picture.shape[0] / picture.shape[1]
             figure.text(column / columns, (top - room / 2) / total, name, va="center", size=SMALL, color=INK)
-            place = (column / columns, (top - room - tall) / total, 0.97 / columns, tall / total)
+            place = (column / columns, (top - room - tall[name]) / total, 0.97 / columns, tall[name] / total)
             axes = figure.add_axes(place)
-            axes.imshow(picture, interpolation="antialiased", aspect="auto")
+            axes.imshow(pictures[name], interpolation="antialiased", aspect="auto")
             axes.set_axis_off()
         top -= height
     return figure

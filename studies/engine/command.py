@@ -75,11 +75,7 @@ def write_pages(folder: Path, preset: str, studies: Mapping[str, Study], must: S
         question=QUESTION,
         preset=preset,
         claims=primary,
-        commands={
-            c.name: f"python -m studies {c.study}{flags}"
-            for c in primary
-            if c.study and not has_records(folder, c.study)
-        },
+        commands={c.name: f"python -m studies {c.study}{flags}" for c in primary if c.study and c.study not in read},
     )
     makers = {name: lambda _, name=name: folds(name) for name in studies}
     return write_page(folder, page, makers, must=must)

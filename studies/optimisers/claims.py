@@ -13,6 +13,7 @@ import pandas as pd
 
 from studies.engine.plan import SMOOTHED
 from studies.judge import Claim, Interaction, Ratio, primary
+from studies.judge.claims import Values
 from studies.optimisers.autoencoder import NETWORK as DEEP
 from studies.optimisers.settings import TUNING_SEED
 
@@ -84,7 +85,6 @@ def updates(records: pd.DataFrame) -> pd.DataFrame:
     return _reached(runs[runs.seed.isin(ends.index)], lambda run: [float(ends[run.seed.iloc[0]])])
 
 
-Values = Callable[[pd.DataFrame], pd.DataFrame]
 SGD, KFAC = {"optimizer": "sgd"}, {"optimizer": "kfac"}
 GAP, GCP = {"head": "gap"}, {"head": "gcp"}
 

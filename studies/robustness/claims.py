@@ -4,7 +4,7 @@ Relative errors are in units of the mean GAP network: R_sc, its error on corrupt
 seeds. A corruption by which that network loses nothing has no relative error and is left out, for every head.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 
 import numpy as np
@@ -13,13 +13,13 @@ from scipy.special import logit
 
 from secondorder.robustness import CORRUPTIONS, SEQUENCES, relative_mean_corruption_error
 from studies.judge import Claim, contrast, primary
+from studies.judge.claims import Values
 from studies.judge.matched import KEYS, at_matched
 from studies.robustness.measures import CLEAN, CORRUPTED, FLIPS, TOP5
 
 GROUPS = tuple(dict.fromkeys(row.group for row in CORRUPTIONS.values()))
 EXTRA = [name for table in (CORRUPTIONS, SEQUENCES) for name, row in table.items() if row.extra]
 """Corruptions and sequences outside of the benchmark, which enter no mean."""
-Values = Callable[[pd.DataFrame], pd.DataFrame]
 
 
 def of_quantity(records: pd.DataFrame, quantity: str) -> pd.DataFrame:

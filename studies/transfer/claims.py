@@ -3,7 +3,6 @@
 The pretraining is told by `trained_under`: a head, or "" for the initial weights.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,6 +11,7 @@ from scipy.special import expit, logit
 
 from secondorder.errors import InputError
 from studies.judge import NOT_MEASURED, Claim, Difference, primary
+from studies.judge.claims import Values
 from studies.judge.matched import KEYS, at_matched
 from studies.transfer.detectors import FROZEN
 from studies.transfer.probes import FOREGROUND, PROBE
@@ -20,7 +20,6 @@ NETWORK = ["network", "dataset", "trained_under", "seed"]
 RANDOM = "random"
 """What initial weights are called beside heads."""
 MARGIN = 0.005
-Values = Callable[[pd.DataFrame], pd.DataFrame]
 PROBES = [*PROBE.values(), FOREGROUND]
 
 
@@ -47,10 +46,10 @@ def pretraining_accuracy(records: pd.DataFrame) -> pd.DataFrame:
     return epochs.groupby(NETWORK, sort=False).value.last().reset_index()
 
 
-def with_accuracy(records: pd.DataFrame, quantity: str, data: str = "") -> pd.DataFrame:
+def with_accuracy(records: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """`score` beside the `accuracy` of the pretraining; random networks have none and are left out."""
     accuracy = pretraining_accuracy(records).rename(columns={"value": "accuracy"})
-    return score(records, quantity, data).merge(accuracy, on=NETWORK)
+    return score(records, quantity).merge(accuracy, on=NETWORK)
 
 
 def at_matched_accuracy(records: pd.DataFrame, quantity: str) -> pd.DataFrame:

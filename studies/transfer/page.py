@@ -86,31 +86,38 @@ def _words(results: Results) -> list[str]:
     heads = [head for head in ("gap", "gcp", "") if head in means]
     told = ", ".join(f"{means[head]:.1f} ({short_label(head or RANDOM)})" for head in heads)
     words = [f"Box AP of fine-tuned detectors in percent, mean over data sets and budgets: {told}."]
-    untrained = [
-        case for case in results.of(*(f"{BOX}: {head} - {RANDOM}" for head in ("gap", "gcp"))) if case.estimate
+    gains = [
+        f"{short_label(head)} {estimate_words(*case.estimate.seen)}"
+        for head in ("gap", "gcp")
+        for case in results.of(f"{BOX}: {head} - {RANDOM}")
+        if case.estimate is not None
     ]
-    if untrained:
-        gains = ", ".join(
-            f"{short_label(str(case.claim.name.split()[-3]))} {estimate_words(*case.estimate.seen)}"
-            for case in untrained
-            if case.estimate is not None
-        )
-        words.append(f"What pretraining adds to initial weights, as a fraction: {gains}.")
+    if gains:
+        words.append(f"What pretraining adds to initial weights, as a fraction: {', '.join(gains)}.")
     main, matched = (results.of(name) for name in ("transfers", claims.CONTROLS[0].name))
     for claim, control in zip(main, matched, strict=True):
         if claim.outcome in (SUPPORTED, CONTRADICTED) and control.estimate is not None:
             _, low, high = control.estimate.seen
-            words.append(
-                "Better classification alone does not explain it: a difference of the same sign is left at matched accuracy "
-                "of the pretraining."
-                if (low > 0 if claim.outcome == SUPPORTED else high < 0)
-                else "Better classification explains it, and more: at matched accuracy of the pretraining the difference has the "
-                "other sign."
-                if (high < 0 if claim.outcome == SUPPORTED else low > 0)
-                else "It cannot be told apart from an effect of classification accuracy: at matched accuracy of the pretraining "
-                "the interval of the difference has zero in it."
-            )
+            words.append(_explained(low, high) if claim.outcome == SUPPORTED else _explained(-high, -low))
     return words
+
+
+def _explained(low: float, high: float) -> str:
+    """Whether better classification explains an effect, by what of it, counted in its direction, is left at matched accuracy."""
+    if low > 0:
+        return (
+            "Better classification alone does not explain it: a difference of the same sign is left at matched accuracy of the "
+            "pretraining."
+        )
+    if high < 0:
+        return (
+            "Better classification explains it, and more: at matched accuracy of the pretraining the difference has the other "
+            "sign."
+        )
+    return (
+        "It cannot be told apart from an effect of classification accuracy: at matched accuracy of the pretraining the interval "
+        "of the difference has zero in it."
+    )
 
 
 def _curves(measured: pd.DataFrame, judged: Sequence[Judged]) -> list[Picture]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secondorder.data import epoch_order
 from secondorder.training import Snapshot
 from secondorder.transfer import (
     POOLED,
@@ -21,7 +20,7 @@ from secondorder.transfer import (
 )
 from studies.backbones import BATCH, evenly_spaced
 from studies.engine.records import Row
-from studies.transfer.targets import annotations_of, labelled, normalised, pixels_with_foreground, shown
+from studies.transfer.targets import labelled, normalised, pixels_with_foreground, scenes
 
 PROBE = dict(zip(POOLED, ("probe accuracy", "probe accuracy, with covariance"), strict=True))
 """Quantities of a linear probe by the kind of pooled features; `layer` is the data set, setting the shots of a class."""
@@ -54,9 +53,10 @@ class Dense:
 def measure_linear(at: Snapshot, of: Linear, root: Path | None) -> Iterator[Row]:
     """Mean test accuracy over draws of the shots, by kind of features and number of shots; the error is that of the mean."""
     task = labelled(of.data, root, at.data)
-    maps = recalibrated(at, task.images)
+    maps = Maps(at, task.images)
+    pooled = [_pooled(maps, images) for images in (task.images, task.test_images)]
     for kind, quantity in PROBE.items():
-        train, test = (_pooled(maps, images, kind) for images in (task.images, task.test_images))
+        train, test = (features[kind] for features in pooled)
         for shots in of.shots:
             found = []
             for draw in range(of.draws):
@@ -68,22 +68,17 @@ def measure_linear(at: Snapshot, of: Linear, root: Path | None) -> Iterator[Row]
 
 def measure_dense(at: Snapshot, of: Dense, root: Path | None) -> Iterator[Row]:
     """The intersection over union of pixels that belong to objects, learned from a few images that the seed draws."""
-    train, test = annotations_of(of.data, root, masks=True)
-    data, test_data = (shown(of.data, part, masks=True) for part in (train, test))
-    drawn = epoch_order(len(data), at.run.seed, 0)[: of.images].tolist()
-    parts = [
-        pixels_with_foreground(data, drawn),
-        pixels_with_foreground(test_data, evenly_spaced(len(test_data), of.test_images).tolist()),
-    ]
+    data = scenes(of.data, root, of.images, of.test_images, at.run.seed, augmented=False)
+    parts = [pixels_with_foreground(part) for part in data]
     pictures = [normalised(images, at.data) for images, _ in parts]
-    maps = recalibrated(at, pictures[0])
+    maps = Maps(at, pictures[0])
     seen = [torch.cat([maps(one[None]) for one in images]) for images in pictures]
     score = dense_probe(seen[0], parts[0][1], seen[1], parts[1][1], seed=at.run.seed)
     yield _row(of.data, FOREGROUND, of.images, score.intersection_over_union[1], math.nan)
 
 
 class Maps:
-    """The last stage's maps of a frozen network, on the CPU."""
+    """The last stage's maps of a network, on the CPU, with batch-norm statistics of images [n, C, H, W]; it is left as it is."""
 
     def __init__(self, at: Snapshot, images: Tensor) -> None:
         self.pyramid = FeaturePyramid(at.model, width=1, frozen=True)
@@ -97,13 +92,10 @@ class Maps:
             return self.pyramid.maps(images.to(self.device))[self.pyramid.names[-1]].contiguous().cpu()
 
 
-def recalibrated(at: Snapshot, images: Tensor) -> Maps:
-    """The network's maps, with batch-norm statistics of images [n, C, H, W]; the network itself is left as it is."""
-    return Maps(at, images)
-
-
-def _pooled(maps: Maps, images: Tensor, kind: str) -> Tensor:
-    return torch.cat([pooled_features(maps(batch), kind) for batch in images.split(BATCH)])
+def _pooled(maps: Maps, images: Tensor) -> dict[str, Tensor]:
+    """The features of images by their kind."""
+    parts = [{kind: pooled_features(seen, kind) for kind in POOLED} for seen in map(maps, images.split(BATCH))]
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in POOLED}
 
 
 def _row(data: str, quantity: str, setting: float, value: float, error: float) -> Row:

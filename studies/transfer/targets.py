@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +111,15 @@ def shown(
     return CocoDataset(annotations, masks=masks, size=of.size, contrast=of.contrast, transform=transform)
 
 
-def scenes(name: str, root: Path | None, images: int, test_images: int, seed: int) -> tuple[CocoDataset, CocoDataset]:
-    """As many training images as asked for (all if there are fewer), drawn by the seed and augmented, and test images."""
+def scenes(
+    name: str, root: Path | None, images: int, test_images: int, seed: int, augmented: bool = True
+) -> tuple[CocoDataset, CocoDataset]:
+    """As many training images as asked for (all if there are fewer), drawn by the seed, and test images, evenly spaced."""
     of = scenes_of(name)
     train, test = annotations_of(name, root, of.masks)
     drawn = epoch_order(len(train.images), seed, 0)[:images].tolist()
     chosen = evenly_spaced(len(test.images), test_images).tolist()
-    window = training_transform(of.crop, FLIPS)
+    window = training_transform(of.crop, FLIPS) if augmented else None
     return shown(name, train.subset(drawn), of.masks, window), shown(name, test.subset(chosen), of.masks)
 
 
@@ -191,13 +192,12 @@ def windows(annotations: CocoAnnotations, window: int, size: int) -> tuple[Tenso
         own = [place for place in places if place[1].label == label]
         chosen += [own[k] for k in evenly_spaced(len(own), OF_A_CLASS).tolist()] if own else []
     chosen.sort(key=lambda place: place[0])
-    pictures, labels, shown, image = [], [], -1, torch.empty(0)
+    pictures, labels, current, padded = [], [], -1, torch.empty(0)
     for n, one in chosen:
-        if n != shown:
-            shown, image = n, data[n][0].as_subclass(Tensor)
+        if n != current:
+            current, padded = n, F.pad(data[n][0].as_subclass(Tensor), (window,) * 4)
         x, y, w, h = one.box
         left, top = round(x + w / 2 - window / 2), round(y + h / 2 - window / 2)
-        padded = F.pad(image, (window,) * 4)
         square = padded[:, top + window : top + 2 * window, left + window : left + 2 * window]
         small = F.interpolate(square[None].float(), (size, size), mode="bilinear", antialias=True)
         pictures.append(small.round().to(torch.uint8))
@@ -205,12 +205,12 @@ def windows(annotations: CocoAnnotations, window: int, size: int) -> tuple[Tenso
     return torch.cat(pictures), torch.tensor(labels)
 
 
-def pixels_with_foreground(data: CocoDataset, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pixels_with_foreground(data: CocoDataset) -> tuple[Tensor, Tensor]:
     """Images uint8 ``[n, 3, H, W]`` and 1 where a pixel belongs to an object, else 0, ``[n, H, W]``.
 
     InputError for images of several sizes.
     """
-    samples = [data[row] for row in rows]
+    samples = [data[n] for n in range(len(data))]
     images = [image.as_subclass(Tensor) for image, _ in samples]
     if len({image.shape for image in images}) > 1:
         raise InputError("a dense probe needs images of one size; leave --dense without this data set")

@@ -38,6 +38,16 @@ class Batch:
         return Batch(self.inputs[rows], self.labels[rows])
 
     @property
+    def few(self) -> "Batch":
+        """What formulas may be tried on, as of a `BatchStream`: all samples."""
+        return self
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest batch, which is the only one."""
+        return len(self)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return self.inputs.nbytes + self.labels.nbytes

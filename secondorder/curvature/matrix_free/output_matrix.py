@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secondorder.curvature.matrix_free.memory import check_memory
 from secondorder.curvature.matrix_free.separable_losses import ALL, LossParts, SeparableLoss
 from secondorder.curvature.matrix_free.streamed import StreamedLoss, StreamedNoise
-from secondorder.errors import check_seed
+from secondorder.errors import MOST, check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")
 """Columns F from the root of the loss's Hessian, from labels that the model draws, or the gradient of the given labels."""
@@ -65,11 +66,15 @@ class OutputMatrix:
         return self.loss.factored
 
 
-def output_matrix(loss: LossParts, fisher: str, samples: int, seed: int) -> OutputMatrix:
+def output_matrix(loss: LossParts, fisher: str, samples: int, seed: int, count: int, available: int) -> OutputMatrix:
     """M for a kind of FISHERS, with `samples` Monte-Carlo columns for `mc`.
 
-    `samples` are checked already; InputError unless seed is one that torch's generators take.
+    InputError unless `samples` is a whole number from 1 whose random numbers, one at least for each of `count` samples of the
+    data, fit into the bytes that are available, and seed one that torch's generators take.
     """
+    check_whole("samples", samples, most=MOST)
+    if fisher == "mc":
+        check_memory(8 * samples * count, available, f"a random number for each of samples={samples}", "use fewer")
     check_seed(seed)
     source = torch.Generator().manual_seed(seed)
     noise: Tensor | StreamedNoise | None = None
