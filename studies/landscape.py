@@ -271,7 +271,7 @@ STUDY = Study(
             lines=Lines(3),
         ),
         "quick": Settings(),
-        "cifar10": Settings(training=PRESETS["cifar10"], measure_every=390, lines=Lines(eta_points=8)),
+        "cifar10": Settings(training=PRESETS["cifar10"], measure_every=312, lines=Lines(eta_points=8)),
         "paper": Settings(("gap", "gcp"), PRESETS["paper"], measure_every=5000, lines=Lines(eta_points=50)),
     },
     seeds={"smoke": 2, "quick": 10, "cifar10": 3, "paper": 3},

@@ -121,7 +121,15 @@ def trained_so(origins: Origins, networks: str = "") -> str:
 PRESETS = {
     "smoke": Training("digits_tiny", epochs=1, train_limit=192),
     "quick": Training(),
-    "cifar10": Training("cifar_resnet8", "cifar10", stride="published", epochs=6, batch_size=128, channels_last=True),
+    "cifar10": Training(
+        "cifar_resnet8",
+        "cifar10",
+        train_limit=20_000,
+        stride="published",
+        epochs=16,
+        batch_size=128,
+        channels_last=True,
+    ),
     "paper": Training("resnet18", "imagefolder", epochs=100, batch_size=256, channels_last=True, amp="float16"),
 }
 """Trainings that studies share, by the name of a preset."""

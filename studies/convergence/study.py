@@ -193,7 +193,7 @@ STUDY = Study(
         "smoke": Settings(training=replace(PRESETS["smoke"], epochs=3), control_seeds=1, adju_seeds=1, kfac_seeds=1),
         "quick": Settings(kfac_seeds=1),
         "cifar10": Settings(
-            training=replace(PRESETS["cifar10"], epochs=16, train_limit=20_000),
+            training=PRESETS["cifar10"],
             networks=("cifar_resnet20", "shufflenet_v2_x0_5_small_images", "mobilenet_v2_small_images"),
             network_limit=5_000,
         ),

@@ -11,7 +11,6 @@ from itertools import product
 from secondorder.errors import check_known
 from secondorder.robustness import CORRUPTIONS, SEQUENCES
 from studies.checks import check_count, check_names
-from studies.convergence.study import STUDY as CONVERGENCE
 from studies.engine.plan import Measurement, Trained, every
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
@@ -92,9 +91,7 @@ STUDY = Study(
             rho=(0.1, 0.5),
         ),
         "quick": Settings(images=120, sequence_images=20),
-        "cifar10": Settings(
-            training=CONVERGENCE.presets["cifar10"].training, images=2000, sequence_images=200, measure_every=624
-        ),
+        "cifar10": Settings(training=PRESETS["cifar10"], images=2000, sequence_images=200, measure_every=624),
         "paper": Settings(
             ("gap", "gcp"), PRESETS["paper"], images=50_000, sequence_images=10_000, measure_every=50_000
         ),

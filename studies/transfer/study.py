@@ -20,7 +20,6 @@ from secondorder.errors import InputError, check_known
 from secondorder.networks import NETWORKS
 from secondorder.transfer import ADAPTATIONS
 from studies.checks import check_count, check_names
-from studies.convergence.study import STUDY as CONVERGENCE
 from studies.engine.plan import Measurement, Trained
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
@@ -156,7 +155,7 @@ STUDY = Study(
         "smoke": Settings(("gap", "gcp"), replace(PRESETS["smoke"], dataset="digits_0_to_4"), shots=(2, 5), draws=2),
         "quick": Settings(("gap", "gap_lifted", "gcp"), control_seeds=2),
         "cifar10": Settings(
-            training=CONVERGENCE.presets["cifar10"].training,
+            training=PRESETS["cifar10"],
             linear=("digits", "bccd"),
             dense=("nuclei",),
             detection=("nuclei", "bccd"),
