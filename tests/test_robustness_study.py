@@ -14,15 +14,12 @@ from secondorder.errors import InputError
 from secondorder.robustness import CORRUPTIONS, SEQUENCES, corrupt
 from secondorder.training import Run, snapshot, train
 from studies.backbones import evenly_spaced
-from studies.convergence.study import STUDY as CONVERGENCE
-from studies.convergence.study import under
 from studies.engine.records import Origins, frame
 from studies.engine.study import Results
 from studies.judge import judge
 from studies.landscape import DESCENT, FIRST_ORDER
 from studies.robustness import claims, measures, page
 from studies.robustness.study import BENCHMARK, PERTURBATIONS, STUDY, Settings
-from studies.settings import Common
 
 RUN = Run("digits_tiny", "gcp", "digits", 1, 32, 0.05, train_limit=96, threads=1)
 
@@ -218,14 +215,6 @@ def test_the_page_of_all_parts() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Settings(**settings)
-
-
-@pytest.mark.parametrize("preset", ["quick", "cifar10"])
-def test_its_networks_are_those_of_the_convergence_study(preset: str) -> None:
-    """The store trains them once."""
-    own, first = (study.presets[preset].training for study in (STUDY, CONVERGENCE))
-    common = Common(preset=preset)  # type: ignore[arg-type]
-    assert own.run(common, "gcp", 0) == first.run(common, "gcp", 0, **under(first, "norm"))
 
 
 def test_the_benchmark_has_15_corruptions_and_10_perturbations() -> None:

@@ -32,8 +32,6 @@ from secondorder.transfer import (
     read_coco,
 )
 from studies.__main__ import main
-from studies.convergence.study import STUDY as CONVERGENCE
-from studies.convergence.study import under
 from studies.engine import dry_run
 from studies.engine.plan import Trained
 from studies.engine.records import Origins, frame, read_records
@@ -666,12 +664,6 @@ def test_a_dry_run_counts_networks_once_whatever_is_drawn(monkeypatch: pytest.Mo
         "5 times gcp",
         "5 seeds of 4 networks: about 0.1 h of one job, 0.1 h with 2 side by side",
     ]
-
-
-def test_the_networks_of_cifar10_are_those_of_the_convergence_study() -> None:
-    own, first = (study.presets["cifar10"].training for study in (STUDY, CONVERGENCE))
-    common = Common(preset="cifar10")
-    assert own.run(common, "gcp", 0) == first.run(common, "gcp", 0, **under(first, "norm"))
 
 
 def test_initial_weights_are_measured_once_and_the_key_knows_no_place(scenes_root: Path) -> None:

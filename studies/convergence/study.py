@@ -191,7 +191,7 @@ STUDY = Study(
     title="does GCP converge under a rapid decay of the learning rate, as accurate as GAP under a slow one",
     presets={
         "smoke": Settings(training=replace(PRESETS["smoke"], epochs=3), control_seeds=1, adju_seeds=1, kfac_seeds=1),
-        "quick": Settings(kfac_seeds=1),
+        "quick": Settings(adju_seeds=1, kfac_seeds=1),
         "cifar10": Settings(
             training=PRESETS["cifar10"],
             networks=("cifar_resnet20", "shufflenet_v2_x0_5_small_images", "mobilenet_v2_small_images"),

@@ -52,8 +52,8 @@ def judge(claims: Sequence[Claim], records: pd.DataFrame) -> list[Judged]:
     check_records(records)
     judged: list[Judged] = []
     for dataset in records.dataset.unique() if len(records) else [""]:
-        table = records[records.dataset == dataset]
-        estimates = [(claim, _estimate(claim, table)) for claim in claims]
+        studies = dict([*records[records.dataset == dataset].groupby("study", sort=False)])
+        estimates = [(claim, _estimate(claim, studies.get(claim.study))) for claim in claims]
         p_values = {c.name: _p_value(c, e) for c, e in estimates if e is not None and c.primary and not c.proved}
         adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
         judged += [_judged(claim, str(dataset), found, adjusted) for claim, found in estimates]
@@ -81,10 +81,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return np.where(np.isnan(p_values), np.nan, adjusted).tolist()
 
 
-def _estimate(claim: Claim, records: pd.DataFrame) -> Estimate | None:
-    """The estimate of the claim from the records of one data set; None where it was not measured."""
-    measured = records[records.study == claim.study]
-    if measured.empty or claim.values is None:
+def _estimate(claim: Claim, measured: pd.DataFrame | None) -> Estimate | None:
+    """The estimate of the claim from its study's records of one data set; None where it was not measured."""
+    if measured is None or claim.values is None:
         return None
     try:
         return estimate(claim.compare, claim.values(measured))

@@ -69,7 +69,7 @@ def usable_tables(study: Path) -> Iterator[None]:
 
 
 def _write_parts(folder: Path, page: Page, folds: Sequence[Fold], taken: Collection[str]) -> set[str]:
-    """Write the pictures and tables of a study; return the names of their files. Fails where a fold cannot be rendered."""
+    """Write the pictures and tables of a study; return the names of their files. Fails where one cannot be shown."""
     files = [f"{picture.name}.png" for fold in folds for picture in fold.pictures]
     files += [f"{table.name}.csv" for fold in folds for table in fold.tables]
     for file in files:
@@ -81,9 +81,10 @@ def _write_parts(folder: Path, page: Page, folds: Sequence[Fold], taken: Collect
         for table in fold.tables:
             write_file(folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n"))
         outcomes = [outcome_of(item) for item in fold.judged]
-        overview(claim_rows(page, fold.judged, outcomes))
         for kind in ("html", "md"):
             render("fold", kind, **_values(folder, page, fold, outcomes))
+    judged = [item for fold in folds for item in fold.judged]
+    overview(claim_rows(page, judged, [*map(outcome_of, judged)]))
     return set(files)
 
 

@@ -70,10 +70,9 @@ def files_of(name: str, root: Path | None) -> tuple[tuple[Path, Path], tuple[Pat
     InputError when one is missing, or the folder, which lies in the data root.
     """
     place = os.environ.get(VARIABLE) if root is None else root
-    if name not in PRESETS and place and not (Path(place) / name).is_dir():
-        raise InputError(
-            f"{name} is neither a folder in {place} nor a data set of images: {', '.join(DATASETS)}; see --data-root"
-        )
+    if name not in PRESETS and not (place and (Path(place) / name).is_dir()):
+        where = f"a folder in {place}" if place else "a folder in a --data-root"
+        raise InputError(f"{name} is neither {where} nor a data set of images: {', '.join(DATASETS)}; see --data-root")
     splits = find_splits(place, name) if name in PRESETS else find_splits(place and Path(place) / name)
     found = []
     for beginnings in (("train",), ("val", "test")):
