@@ -48,7 +48,7 @@ def random_states(devices: list[torch.device]) -> list[Tensor]:
 
 
 def set_random_states(devices: list[torch.device], states: list[Tensor]) -> None:
-    """The inverse of `random_states`."""
+    """Give each device's generator a state of `random_states`, in the same order."""
     for device, state in zip(devices, states, strict=True):
         torch.get_device_module(device).set_rng_state(state, device)
 

@@ -55,7 +55,7 @@ class ShiftedActivations(nn.Module):
         self.shifts = nn.ParameterList([nn.Parameter(torch.zeros_like(like)) for _ in images])
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """The network's outputs `[n, ...]` for the images of these numbers."""
+        """The network's outputs `[n, ...]` for the images of these sample numbers `[n]`, their shifts added to the activation."""
         images, shifts = self.images[numbers], torch.stack([self.shifts[n] for n in numbers.tolist()])
         if self.at is None:
             outputs: Tensor = self.network(images + shifts)

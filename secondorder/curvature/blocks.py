@@ -46,7 +46,10 @@ from secondorder.matrix_power.transforms import full_precision
 
 
 class CurvatureBlocks(Mapping[str, SymmetricOperator]):
-    """The block of each parameter by its name, in the network's order; parameters are flattened row by row."""
+    """Parameter name -> its curvature block `[P, P]`, a `SymmetricOperator`, in the network's order.
+
+    P is the number of entries of the parameter, which is flattened row by row. Raises KeyError for a name without a block.
+    """
 
     def __init__(self, blocks: Mapping[str, SymmetricOperator], whole: SymmetricOperator) -> None:
         self._blocks = dict(blocks)
@@ -92,7 +95,7 @@ class Quantity:
 
 
 def gauss_newton(problem: Problem) -> CurvatureBlocks:
-    """J^T M J."""
+    """The blocks J^T M J of each parameter and of all together, M `[N K, N K]` at the outputs, known by products."""
 
     def operator(names: Iterable[str]) -> GaussNewtonOperator:
         return GaussNewtonOperator(problem.jacobian, problem.matrix, list(names), problem.memory)
@@ -102,14 +105,14 @@ def gauss_newton(problem: Problem) -> CurvatureBlocks:
 
 
 def hessian(problem: Problem) -> CurvatureBlocks:
-    """d^2 L / dw^2."""
+    """The blocks of the Hessian d^2 L / dw^2 of each parameter and of all together, known by their products."""
     names = list(problem.jacobian.network.weights)
     operators = {name: HessianOperator(problem.jacobian, problem.loss, [name]) for name in names}
     return CurvatureBlocks(operators, HessianOperator(problem.jacobian, problem.loss, names))
 
 
 def gauss_newton_diagonal(problem: Problem) -> CurvatureBlocks:
-    """The diagonal of J^T M J."""
+    """The diagonal of J^T M J, M the matrix at the outputs, as a diagonal block of each parameter; `whole` is diagonal too."""
     network = problem.jacobian.network
     whole = GaussNewtonOperator(problem.jacobian, problem.matrix, list(network.weights), problem.memory).diagonal()
     parts = whole.split([w.numel() for w in network.weights.values()])
@@ -118,19 +121,19 @@ def gauss_newton_diagonal(problem: Problem) -> CurvatureBlocks:
 
 
 def kronecker(problem: Problem, sharing: str) -> CurvatureBlocks:
-    """B kron A."""
+    """The K-FAC blocks B kron A of each parameter, with `sharing` "expand" (positions as samples) or "reduce" (their mean)."""
     blocks = kronecker_blocks(problem.jacobian, problem.matrix, kronecker_layers(problem.jacobian.network), sharing)
     return CurvatureBlocks(blocks, BlockDiagonalOperator(list(blocks.values())))
 
 
 def ekfac(problem: Problem) -> CurvatureBlocks:
-    """A diagonal in the eigenbasis of B kron A."""
+    """The EKFAC block of each parameter: the best diagonal in the eigenbasis of its "expand" factors B kron A."""
     blocks = ekfac_blocks(problem.jacobian, problem.matrix, kronecker_layers(problem.jacobian.network))
     return CurvatureBlocks(blocks, BlockDiagonalOperator(list(blocks.values())))
 
 
 def vectors(network: FrozenNetwork, probe: Probe, samples: int, count: int) -> int:
-    """Bytes of some vectors `[P]`."""
+    """Bytes of `count` vectors `[P]` over all chosen parameters of the network; probe and samples do not matter."""
     return count * sum(w.nbytes for w in network.weights.values())
 
 
@@ -180,21 +183,27 @@ def curvature_blocks(
     evaluated a part of the batch at a time if `SumOverSamples` declares them to be sums. A loss is a function of the outputs:
     one that depends on parameters itself is refused, `DampedOperator(block, c)` adds what weight decay c |w|^2 / 2 does.
 
-    batch: also a mapping or a tuple of tensors `[N, ...]` in place of images, with which the network is called by name or by
-        position; or a data set, which is read anew for every product: a DataLoader, or a list of batches, that gives the same
-        batches in the same order each time. The loss is that of all its samples at once: a mean is divided by their number,
-        or by the weights of the labels that count, and a loss that is known to be a sum over samples is summed.
-    output: what the loss reads where the network returns several tensors: a key or attribute, an index, or a function of what it
-        returns. None: all, also several `[N, ...]` in a structure, for a loss of that structure.
-    params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
-        weights and biases of linear layers, convolutions and attention (`kronecker_parameters`).
-    samples, seed: Monte-Carlo columns and their random numbers, the same on every device.
-    fisher: a key of FISHERS, for Kronecker-factored quantities.
-    chunk: samples that are evaluated at once; None: all if they fit into the memory, else as many as fit. A batch that is
-        evaluated at once keeps its graph for further products.
-    memory: bytes that may be used; None: most of what is available.
+    Args:
+        network: any module.
+        loss: a function of outputs and labels to one number, such as F.cross_entropy.
+        batch: images and labels; also a mapping or a tuple of tensors `[N, ...]` in place of images, with which the network is
+            called by name or by position; or a data set, which is read anew for every product: a DataLoader, or a list of
+            batches, that gives the same batches in the same order each time. The loss is that of all its samples at once: a mean
+            is divided by their number, or by the weights of the labels that count, and a loss that is known to be a sum over
+            samples is summed.
+        quantity: a key of QUANTITIES.
+        params: names of parameters; None: all that require gradients, which for Kronecker-factored quantities must all be
+            weights and biases of linear layers, convolutions and attention (`kronecker_parameters`).
+        output: what the loss reads where the network returns several tensors: a key or attribute, an index, or a function of what
+            it returns. None: all, also several `[N, ...]` in a structure, for a loss of that structure.
+        samples, seed: Monte-Carlo columns and their random numbers, the same on every device.
+        fisher: a key of FISHERS, for Kronecker-factored quantities.
+        chunk: samples that are evaluated at once; None: all if they fit into the memory, else as many as fit. A batch that is
+            evaluated at once keeps its graph for further products.
+        memory: bytes that may be used; None: most of what is available.
 
-    Raises InputError for input that does not fit, and before anything is computed when the memory does not suffice.
+    Raises:
+        InputError: for input that does not fit, and before anything is computed when the memory does not suffice.
     """
     check_known("quantity", quantity, QUANTITIES)
     check_known("fisher", fisher, FISHERS)
@@ -223,7 +232,10 @@ def curvature_blocks(
 
 
 def checked_data(batch: Any, network: FrozenNetwork) -> Batch | BatchStream:
-    """One batch, copied, or a data set of several."""
+    """The batch as one checked copy, or as a stream where it is a data set of several batches.
+
+    Raises InputError for other data.
+    """
     if is_batch(batch):
         return checked_batch(batch, network)
     stream = BatchStream(batch, network)
@@ -238,7 +250,7 @@ def jacobian_of(
     layers: Mapping[nn.Module, nn.Module | None],
     block_bytes: int,
 ) -> Jacobian:
-    """J of one batch, or of a data set batch by batch."""
+    """The Jacobian J of the outputs of one batch, or of a data set read batch by batch, `chunk` samples at a time."""
     if isinstance(data, BatchStream):
         return StreamedJacobian(network, data, chunk, layers, block_bytes, probe.outputs.numel())
     return Jacobian(network, data.inputs, chunk, probe.coupling is not None, layers, block_bytes)
@@ -247,7 +259,10 @@ def jacobian_of(
 def loss_parts(
     data: Batch | BatchStream, loss: Loss, probe: Probe, network: FrozenNetwork
 ) -> tuple[LossParts, str | None]:
-    """The loss, and why the batch cannot be divided, or None. InputError for a data set where there is a reason."""
+    """The loss as a sum over samples, and why the batch cannot be divided, or None.
+
+    InputError for a data set where there is a reason.
+    """
     if not isinstance(data, BatchStream):
         made = loss_curvature(loss, torch.Size([len(data), *probe.outputs]), data.labels, probe.dtype)
         return made, coupling(probe, network, loss, made.separable)
@@ -257,7 +272,7 @@ def loss_parts(
 
 
 def check_any_loss(loss: LossParts, jacobian: Jacobian, few: Batch) -> None:
-    """InputError for a loss that is known by its values only and cannot be used (`check_loss`), tried on few samples."""
+    """Raises InputError for a loss known by its values only that `check_loss` refuses on few samples; other losses pass."""
     if isinstance(loss, StreamedLoss):
         made, z = loss.of_few, Linearisation(jacobian.network, few.inputs, slice(None)).z
     elif isinstance(loss, AnyLoss):
@@ -270,7 +285,7 @@ def check_any_loss(loss: LossParts, jacobian: Jacobian, few: Batch) -> None:
 
 
 def coupling(probe: Probe, network: FrozenNetwork, loss: Loss, separable: bool) -> str | None:
-    """Why the batch cannot be divided, or None."""
+    """Why a batch cannot be divided into parts (batch statistics, random numbers, a loss that is no sum), in words, or None."""
     if probe.coupling is None and network.random.drawn:
         return "the network draws random numbers (dropout), which are those of a whole batch; eval() draws none"
     if probe.coupling is None and not separable:

@@ -47,13 +47,20 @@ def conjugate_gradients(
     iterations: int = 200,
     start: Tensor | None = None,
 ) -> CGSolution:
-    """x with |b - (A + damping I) x| <= tolerance |b|, for symmetric positive semi-definite A: `product(v)` is A v.
+    """x with |b - (A + damping I) x| <= tolerance |b|, for symmetric positive semi-definite A.
 
-    b has any shape; `product` is called with vectors of size about 1, whatever the size of b. Each claim of convergence is
-    checked with one more product; where the recursion was wrong (rounding) it starts again from there, as long as that helps.
+    Each claim of convergence is checked with one more product; where the recursion was wrong (rounding) it starts again from
+    there, as long as that helps. Ends without convergence, and says so in `status`, when the steps are used up, rounding allows
+    no more, or a direction p has p^T (A + damping I) p <= 0 up to rounding: A is not positive semi-definite, or b is not in its
+    range.
 
-    Ends without convergence, and says so in `status`, when the steps are used up, rounding allows no more, or a direction p
-    has p^T (A + damping I) p <= 0 up to rounding: A is not positive semi-definite, or b is not in its range.
+    Args:
+        product: gives A v for v of the shape of b; called with vectors of size about 1, whatever the size of b.
+        b: floating-point tensor of any shape.
+        damping: a number of at least 0.
+        tolerance: of the residual, as a part of |b|, in (0, 1).
+        iterations: most steps, at least 1.
+        start: first x, of the shape of b; None: zero.
 
     Raises:
         NonFiniteError: for NaN or infinity in b, start or a product.

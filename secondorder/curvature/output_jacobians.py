@@ -38,9 +38,15 @@ class OutputJacobians:
     jacobians: Mapping[str, Tensor]
 
     def gauss_newton(self, name: str, loss: Loss | None = None, labels: Tensor | None = None) -> FactoredOperator:
-        """J^T H J of a parameter for a loss that has one in closed form; without a loss J^T J, that of |z - y|^2 / 2.
+        """J^T H J `[P, P]` of a parameter, in float64, as rows F^T J `[N R, P]` with H = F F^T the loss's Hessian at the outputs.
 
-        Raises InputError for another name or loss, and for labels that do not fit.
+        Args:
+            name: of a parameter with a Jacobian.
+            loss: one whose H has a closed form (cross-entropy, squared error); None: J^T J, as of sum |z - y|^2 / 2.
+            labels: of the N images, given exactly when there is a loss.
+
+        Raises:
+            InputError: for another name or loss, and for labels that do not fit.
         """
         check_known("parameter with a Jacobian", name, self.jacobians)
         J = self.jacobians[name]
@@ -54,14 +60,17 @@ class OutputJacobians:
         return FactoredOperator(J.flatten(0, 1))
 
     def rank(self, name: str, *, softmax: bool = True) -> int:
-        """r, the largest rank that the block of a parameter can have."""
+        """r = min(P, N K), with `softmax` min(P, N (K - 1)): the largest rank that the block of a parameter can have.
+
+        Raises InputError for the name of a parameter without a Jacobian.
+        """
         check_known("parameter with a Jacobian", name, self.jacobians)
         N, K, P = self.jacobians[name].shape
         return min(P, N * (K - softmax))
 
 
 def output_jacobians(network: nn.Module, images: Tensor, params: Iterable[str]) -> OutputJacobians:
-    """The Jacobians of the named parameters at images `[N, ...]`, all held at once.
+    """dz / dw `[N, K, P]` of the named parameters at images `[N, ...]`, and the outputs z `[N, K]`, in float64, all held at once.
 
     The network is evaluated in its present mode and number format, and left as it is, bit for bit. In training mode the
     statistics of batch norm are those of the images and are differentiated. Raises InputError as `curvature_blocks` does.
@@ -84,7 +93,7 @@ def output_jacobians(network: nn.Module, images: Tensor, params: Iterable[str]) 
 
 
 def half_rank_condition(eigenvalues: Tensor, rank: int) -> float:
-    """lambda_1 / lambda_k at k = rank / 2, rounded up, of the eigenvalues of a positive semi-definite matrix, in any order.
+    """lambda_1 / lambda_k at k = rank / 2, rounded up, of eigenvalues `[P]`, in any order, of a positive semi-definite matrix.
 
     Infinite where lambda_k is that of rounding, and nan for the zero matrix. Raises InputError for a rank that is no whole number
     from 1 to the number of eigenvalues.

@@ -20,25 +20,25 @@ def weighted_mean_eigenvalue(entries: Tensor, trace: Tensor) -> Tensor:
 
 
 def scale_of_spectrum(values: Tensor) -> Tensor:
-    """The same `[1]` of one matrix by all its eigenvalues, or all entries of a diagonal one, in a tensor of any shape."""
+    """|S|_F^2 / tr S `[1]` of one matrix S by all its eigenvalues, or all entries of a diagonal one, in a tensor of any shape."""
     return weighted_mean_eigenvalue(values.reshape(1, 1, -1), values.sum()[None])
 
 
 def norm_over_trace(squared_norm: float, trace: float) -> float:
-    """The same of one matrix S by the numbers |S|_F^2 and tr S, or by estimates of both."""
+    """|S|_F^2 / tr S of one matrix S by the numbers |S|_F^2 and tr S, or by estimates of both; 0 where tr S is not positive."""
     return squared_norm / trace if trace > 0 else 0.0
 
 
 def min_scale(dtype: torch.dtype) -> float:
-    """The square root of the smallest normal number; dividing by it does not overflow."""
+    """The square root of the smallest normal number of a floating-point type; dividing by it does not overflow."""
     return torch.finfo(dtype).tiny ** 0.5
 
 
 def safe_scale(scale: Tensor) -> Tensor:
-    """The scales as `[G, 1, 1]`, 1 for those that are too small."""
+    """Scales `[G]` as `[G, 1, 1]`, with 1 in place of those too small to divide by (`min_scale`)."""
     return torch.where(scale > min_scale(scale.dtype), scale, 1.0)[:, None, None]
 
 
 def tikhonov(scale: Tensor, damping: float, relative: bool) -> Tensor | float:
-    """lambda: damping times the safe scales `[G, 1, 1]`, or the damping itself."""
+    """lambda: damping times the safe scales `[G, 1, 1]` where damping is relative to them, otherwise the damping itself."""
     return scale * damping if relative else damping

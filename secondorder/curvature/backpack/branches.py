@@ -35,7 +35,7 @@ class Concatenate(nn.Module):
     """Feature maps one after the other along the channels: `[N, C_1, ...], [N, C_2, ...] -> [N, C_1 + C_2, ...]`."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The joined feature map."""
+        """The feature maps joined along the channels: `[N, C_1 + C_2 + ..., ...]`."""
         return torch.cat(inputs, 1)
 
 
@@ -56,7 +56,7 @@ class ChannelSlice(nn.Module):
         return x[:, self.start : self.stop].clone()
 
     def extra_repr(self) -> str:
-        """The range."""
+        """The range of the channels, as text: start, stop."""
         return f"{self.start}, {self.stop}"
 
 
@@ -74,11 +74,11 @@ class ChannelShuffle(nn.Module):
         return torch.arange(channels, device=device).view(self.groups, -1).T.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The permuted feature map."""
+        """The feature map `[N, C, ...]` with its channels permuted. Raises InputError unless the groups divide C."""
         return x[:, self.permutation(x.shape[1], x.device)]
 
     def extra_repr(self) -> str:
-        """The number of groups."""
+        """The number of groups, G."""
         return f"{self.groups}"
 
 
@@ -94,7 +94,7 @@ class Branches(nn.Module):
         self.merge = merge
 
     def forward(self, x: Tensor) -> Tensor:
-        """The merged results."""
+        """merge(branch_1(x), branch_2(x), ...) of an input x that every branch gets."""
         return self.merge(*(branch(x) for branch in self.branches))
 
 
@@ -133,7 +133,7 @@ class MergeRow(ModuleExtension):
         return self.transposed(module, index, quantity)
 
     def transposed(self, module: nn.Module, index: int, S: Tensor) -> Tensor:
-        """J_index^T S `[V, N, C_index, ...]`."""
+        """J_index^T S `[V, N, C_index, ...]`, the share of the input number `index` in a square root S `[V, N, C, ...]`."""
         raise NotImplementedError
 
 
@@ -141,7 +141,7 @@ class SumRow(MergeRow):
     """Every input's Jacobian is the identity."""
 
     def transposed(self, module: nn.Module, index: int, S: Tensor) -> Tensor:
-        """S itself."""
+        """S itself for every input, since each Jacobian of a sum is the identity."""
         return S
 
 
@@ -156,7 +156,7 @@ class ConcatenateRow(MergeRow):
 
 
 def inputs(module: nn.Module) -> list[Tensor]:
-    """The inputs `input0`, `input1`, ... that BackPACK's forward hook has kept."""
+    """The inputs `input0`, `input1`, ... of a module that BackPACK's forward hook has kept, in order."""
     found: list[Tensor] = []
     while hasattr(module, f"input{len(found)}"):
         found.append(getattr(module, f"input{len(found)}"))

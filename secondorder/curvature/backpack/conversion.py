@@ -36,7 +36,7 @@ class Twin(nn.Module):
         self.paths = paths
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the network gives for x."""
+        """What the network that this is the twin of gives for x."""
         return self.body(x)
 
     def leaves(self) -> Iterator[tuple[str, nn.Module]]:

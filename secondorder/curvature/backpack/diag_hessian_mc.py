@@ -23,7 +23,11 @@ class DiagHessianMC(DiagHessian):
 
 
 class BatchDiagHessianMC(BatchDiagHessian):
-    """The same for each sample: saved as `diag_h_batch_mc`, `[N, ...]`."""
+    """An unbiased estimate of the diagonal of each sample's Hessian from `draws` random columns for each nonlinear module.
+
+    Saved as `diag_h_batch_mc`, `[N, ...]` with the parameter's shape. The Gauss-Newton part is exact. Needs `register`; the
+    columns are drawn from torch's random state. Raises InputError for a number of draws below 1.
+    """
 
     def __init__(self, draws: int = 1) -> None:
         super().__init__()

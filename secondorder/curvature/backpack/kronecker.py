@@ -90,7 +90,7 @@ class AveragedConvolutionFactors(HBPConv2d):
     """
 
     def weight(self, extension: BackpropExtension, module: Any, g_inp: tuple, g_out: tuple, H: Tensor) -> list[Tensor]:
-        """[B, A]."""
+        """[B, A], the expand factors of the weight: B `[O, O]` from H `[O T, O T]` (with groups `[G, O, O]`), and A."""
         channels, positions = module.out_channels, module.output.shape[2:].numel()
         B = H.reshape(channels, positions, channels, positions).diagonal(dim1=1, dim2=3).sum(-1)
         if module.groups > 1:

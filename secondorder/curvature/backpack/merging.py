@@ -34,7 +34,7 @@ Merge = Callable[[Sequence[Part]], Any]
 
 
 def added(parts: Sequence[Part], power: float = 1) -> Tensor:
-    """sum_c w_c^power q_c."""
+    """sum_c w_c^power q_c over the chunks c: a quantity that adds, each chunk's value q_c times a power of its weight."""
     return torch.stack([part.weight**power * part.value for part in parts]).sum(0)
 
 

@@ -48,20 +48,24 @@ def backpack_quantity(
 ) -> dict[str, Any]:
     """What `extension` saves for each parameter, under the parameter's name in `network`.
 
-    network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
-        (in the same memory) and copies of the buffers, so that values, ``.grad``, hooks, modes and attributes of the network
-        stay as they are. Each chunk starts from the present buffers.
-    loss: nn.CrossEntropyLoss or nn.MSELoss, mean or sum.
-    batch: images `[N, ...]` and labels `[N]` or targets `[N, K]`.
-    extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
-        mat `[V, *parameter]` -> `[V, *parameter]`; networks with branches, where BackPACK's lose the cross terms, get
-        exact matrix-free ones.
-    chunk: so many samples at a time; the result is that of the whole batch. None: as many as memory allows.
-    memory: bytes that may be used, by an estimate. None: most of what is free.
-    seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was.
-
     Parameters without `requires_grad`, and those for which the quantity has no value (batch normalisation with Kronecker
-    factors), are left out. Raises InputError for everything that would be wrong; see `refusals`.
+    factors), are left out.
+
+    Args:
+        network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
+            (in the same memory) and copies of the buffers, so that values, ``.grad``, hooks, modes and attributes of the network
+            stay as they are. Each chunk starts from the present buffers.
+        loss: nn.CrossEntropyLoss or nn.MSELoss, mean or sum.
+        batch: images `[N, ...]` and labels `[N]` or targets `[N, K]`.
+        extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
+            mat `[V, *parameter]` -> `[V, *parameter]`; networks with branches, where BackPACK's lose the cross terms, get
+            exact matrix-free ones.
+        chunk: so many samples at a time; the result is that of the whole batch. None: as many as memory allows.
+        memory: bytes that may be used, by an estimate. None: most of what is free.
+        seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was.
+
+    Raises:
+        InputError: for everything that would be wrong; see `refusals`.
     """
     check_loss(loss)
     if seed is not None:

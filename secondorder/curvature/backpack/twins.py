@@ -40,7 +40,7 @@ def residual(*main: nn.Module, shortcut: nn.Module | None = None) -> nn.Module:
 
 
 def children(container: nn.Module, part: Part) -> nn.Module:
-    """Its children one after the other (`named_children` would leave out the second use of a module)."""
+    """The twins of a container's children one after the other (`named_children` would leave out the second use of a module)."""
     return nn.Sequential(*(part(name) for name in container._modules))
 
 
@@ -50,7 +50,7 @@ def chain(*names: str) -> Rule:
 
 
 def identity(module: nn.Module, part: Part) -> nn.Module:
-    """Nothing at all."""
+    """An empty `nn.Sequential`, the twin of a module that hands its input on."""
     return nn.Sequential()
 
 
@@ -60,7 +60,7 @@ def shortcut(block: Any, part: Part) -> nn.Module | None:
 
 
 def branches(module: Branches, part: Part) -> nn.Module:
-    """Branches that a network has as such."""
+    """The twin of a `Branches` that is part of a network: branches and merge, each as its twin."""
     return Branches([part(f"branches.{index}") for index in range(len(module.branches))], part("merge"))
 
 
@@ -99,7 +99,7 @@ def shuffle_block(block: shufflenetv2.InvertedResidual, part: Part) -> nn.Module
 
 
 def pooling_head(head: PoolingHead, part: Part) -> nn.Module:
-    """Its reduction and layers, after what makes maps of another layout."""
+    """The twin of a pooling head: its reduction and layers, after what makes maps of another layout."""
     first = [] if head.layout == "NCHW" else [AsMaps(head.layout)]
     return nn.Sequential(*first, part("reduction"), part("layers"))
 

@@ -46,7 +46,7 @@ def kronecker_parameters(network: nn.Module) -> list[str]:
     """The names of the parameters with Kronecker structure: weights and biases of linear layers and convolutions.
 
     And those of the projections of `nn.MultiheadAttention`, where query, key and value are projected by one weight: of that the
-    block has three parts. Raises InputError for what is no module.
+    block has three parts. Raises InputError for what is no `nn.Module`.
     """
     if not isinstance(network, nn.Module):
         raise InputError(f"network {type(network).__name__}: must be a torch.nn.Module")
@@ -122,7 +122,7 @@ class KroneckerFactors:
     B: Tensor | None = None
 
     def add_inputs(self, uses: Sequence[LayerUse]) -> None:
-        """The inputs of one part of the batch."""
+        """Add the inputs of all uses of the layers in one part of the batch to the sums of A."""
         kind, inputs = self.kind, [use.input for use in uses]
         positions = sum(kind.positions(x) for x in inputs) if self.sharing == "expand" else 1
         self.counted += sum(len(x) * kind.positions(x) for x in inputs) if self.sharing == "expand" else len(inputs[0])
@@ -133,7 +133,7 @@ class KroneckerFactors:
             self.A = A if self.A is None else self.A.add_(A)
 
     def add_gradients(self, s: Sequence[Tensor]) -> None:
-        """The gradients `[n, r, *out]` of some columns at the outputs of all uses."""
+        """Add gradients `[n, r, *out]` of some columns at the outputs of all uses of the layers to the sum of B."""
         B = joint_gradient_sum(self.kind, s, self.sharing, self.block_bytes)
         self.B = B if self.B is None else self.B.add_(B)
 
@@ -144,7 +144,7 @@ class KroneckerFactors:
 
     @property
     def input(self) -> list[SymmetricOperator]:
-        """A of each group."""
+        """The input factor A of each group, `[D, D]` or kept as its rows, as G operators."""
         if self.rows is not None:
             return [FactoredOperator(rows) for rows in torch.cat(self.rows, -2) / math.sqrt(self.counted)]
         assert self.A is not None
@@ -152,7 +152,7 @@ class KroneckerFactors:
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
-        """B of each group."""
+        """The gradient factor B `[O, O]` of each group, as G operators."""
         assert self.B is not None
         return [DenseOperator(symmetric(b)) for b in self.B]
 
@@ -224,10 +224,10 @@ def uses_of(uses: Sequence[LayerUse], layers: Mapping[str, tuple[Layers, str]]) 
 
 
 def flat(uses: Mapping[Layers, list[LayerUse]]) -> list[LayerUse]:
-    """All uses, in the order of the groups."""
+    """The uses of all groups of layers in one list, in the order of the groups."""
     return [use for found in uses.values() for use in found]
 
 
 def joined(groups: Sequence[SymmetricOperator]) -> SymmetricOperator:
-    """Block diagonal over the groups of a convolution."""
+    """The operators of all groups as one, block diagonal over them; that of a single group as it is."""
     return groups[0] if len(groups) == 1 else BlockDiagonalOperator(groups)

@@ -71,7 +71,7 @@ class EigenbasisMoments:
             self.scales += projected.square().sum((0, 1))
 
     def block(self) -> SymmetricOperator:
-        """The block of the parameter."""
+        """The EKFAC block of the parameter, one `EigenbasisOperator` a group, block diagonal over several."""
         return joined([EigenbasisOperator(*parts) for parts in zip(self.Q_B, self.Q_A, self.scales, strict=True)])
 
 

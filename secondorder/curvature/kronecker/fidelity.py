@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The four numbers above with standard errors (0 when exact), the block's rows, and how they were computed.
+    """How well an approximation A fits an exact block B, in the Frobenius inner product, with standard errors (0 when exact).
 
-    method is "dense" (exact), "structured" (exact; errors below 1e-8 are rounding) or "stochastic".
+    size: rows P of the block.
+    method: "dense" (exact), "structured" (exact; errors below 1e-8 are rounding) or "stochastic".
+    cosine: <A, B> / (|A| |B|). relative_error: |A - B| / |B|.
+    best_scale: s = <A, B> / <A, A>. scaled_error: |s A - B| / |B|.
     """
 
     size: int
@@ -41,7 +44,7 @@ class Fidelity:
     scaled_error: Estimate
 
     def row(self) -> dict[str, float | int | str]:
-        """One row of a table: each value, and its error in a column of its own."""
+        """One row of a table, column -> value: size, method, each number of the fidelity, and its error as `<name>_error`."""
         row: dict[str, float | int | str] = {"size": self.size, "method": self.method}
         for name, estimate in vars(self).items():
             if isinstance(estimate, Estimate):
@@ -58,12 +61,21 @@ def fidelity(
     seed: int = 0,
     memory: int | None = None,
 ) -> Fidelity:
-    """The fidelity of one approximate block to the exact one.
+    """The fidelity of one approximate block `[P, P]` to the exact one: cosine, relative error, best scale and error at it.
 
-    "auto" is exact where both are stored (rows, Kronecker factors, bases, diagonals, matrices) or have at most 2048 rows,
-    and else "stochastic", from probes shared by both; blocks of at most 4 `probes` rows are always exact. A zero block
-    has cosine 0 with everything; errors against a zero exact block are infinite, or 0 when both are zero.
-    Raises InputError for blocks of different size, number format or device, and for bad arguments; NonFiniteError.
+    A zero block has cosine 0 with everything; errors against a zero exact block are infinite, or 0 when both are zero.
+
+    Args:
+        approximate, exact: the two blocks, of one size, number format and device.
+        method: "auto" is exact where both are stored (rows, Kronecker factors, bases, diagonals, matrices) or have at most 2048
+            rows, and else "stochastic", from probes shared by both; "exact" raises InputError rather than use probes.
+        probes: random vectors of "stochastic"; blocks of at most 4 `probes` rows are always exact.
+        seed: of the probes.
+        memory: bytes of their vectors; None: what is available, and 2 GiB at least.
+
+    Raises:
+        InputError: for blocks of different size, number format or device, bad arguments, and too little memory.
+        NonFiniteError: for NaN or infinity in a block.
     """
     found = frobenius_products(approximate, exact, method, probes, seed, memory)
     products = (found.first, found.mixed, found.second)
@@ -88,9 +100,9 @@ def fidelity_table(
     seed: int = 0,
     memory: int | None = None,
 ) -> pd.DataFrame:
-    """A row for each parameter of `approximate_blocks`, in its order, with the columns of `Fidelity.row`.
+    """A pandas table with a row of `fidelity`, whose arguments it has, for each parameter of `approximate_blocks`, in its order.
 
-    Raises InputError for a parameter without an exact block.
+    Raises InputError when there is no block, and for a parameter without an exact block.
     """
     with needed_by("fidelity_table"):
         import pandas as pd

@@ -19,15 +19,15 @@ class Linear(LayerKind):
     sample = 1
 
     def positions(self, x: Tensor) -> int:
-        """T, one where there is no dimension between."""
+        """T, the product of the dimensions of an input `[N, *, D]` between the first and the last; 1 where there are none."""
         return math.prod(x.shape[1:-1])
 
     def input_vectors(self, x: Tensor) -> Tensor:
-        """The inputs."""
+        """a `[N, 1, T, D]`: the inputs themselves, by position."""
         return x.reshape(len(x), 1, -1, x.shape[-1])
 
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
-        """The gradients."""
+        """g `[*, 1, T, O]`: the gradients at the output, by position."""
         return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
 
 
@@ -36,20 +36,20 @@ class TransposedLinear(Linear):
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """O, the second dimension of the weight `[D, O]`."""
         return self.weight_shape[1]
 
     @property
     def inputs(self) -> int:
-        """D."""
+        """D, the first dimension of the weight `[D, O]`."""
         return self.weight_shape[0]
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W^T `[1, O, D]`."""
+        """W^T `[1, O, D]` of a tensor shaped like the weight `[D, O]`; a view."""
         return weight.mT[None]
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The weight `[D, O]`."""
+        """The tensor `[D, O]` shaped like the weight of a matrix `[1, O, D]`; a view."""
         return matrix[0].mT
 
 
@@ -62,23 +62,23 @@ class Convolution(LayerKind):
 
     @property
     def groups(self) -> int:
-        """G."""
+        """G, the groups of the convolution."""
         return self.module.groups
 
     def positions(self, x: Tensor) -> int:
-        """T, those of the output."""
+        """T, the number of positions of the output for an input `[N, C, *size]`."""
         return map_positions(self.module, x)
 
     def input_vectors(self, x: Tensor) -> Tensor:
-        """The patches."""
+        """a `[N, G, T, D]`: the patches of the input that the kernel meets at each position of the output."""
         return patches(self.module, x).mT
 
     def mean_vectors(self, x: Tensor) -> Tensor:
-        """The mean patches, without unfolding."""
+        """mean_t a `[N, G, D]`, the mean patches, without unfolding the input."""
         return mean_patches(self.module, x)
 
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
-        """The gradients by position."""
+        """g `[*, G, T, O]`: the gradients `[*, G O, *size]` at the output by position."""
         return s.flatten(leading + 1).unflatten(leading, (self.groups, -1)).mT
 
 
@@ -87,12 +87,12 @@ class TransposedConvolution(Convolution):
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """O, the output channels of a group: the second dimension of the weight `[C, O, *kernel]`."""
         return self.weight_shape[1]
 
     @property
     def inputs(self) -> int:
-        """D."""
+        """D = (C / G) |kernel|, the input channels of a group times the entries of the kernel."""
         return self.weight_shape.numel() // (self.groups * self.outputs)
 
     def check_call(self, x: Tensor, output: Tensor) -> None:
@@ -104,12 +104,12 @@ class TransposedConvolution(Convolution):
             )
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """W `[G, O, D]`."""
+        """W `[G, O, D]` of a tensor shaped like the weight `[C, O, *kernel]`, its kernels turned round."""
         kernels = weight.flip(self._axes).unflatten(0, (self.groups, -1))  # [G, C / G, O, *kernel]
         return kernels.transpose(1, 2).flatten(2)
 
     def weight(self, matrix: Tensor) -> Tensor:
-        """The weight."""
+        """The tensor `[C, O, *kernel]` shaped like the weight of a matrix `[G, O, D]`, its kernels turned back."""
         kernels = matrix.unflatten(2, (-1, *self.weight_shape[2:])).transpose(1, 2)
         return kernels.flatten(0, 1).flip(self._axes)
 
@@ -125,15 +125,18 @@ class Embedding(TransposedLinear):
     diagonal_input = True
 
     def numbers(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Tokens stay whole numbers."""
+        """The tokens as they are: they stay whole numbers, whatever the format of the factors."""
         return x
 
     def positions(self, x: Tensor) -> int:
-        """T, padding included: there the input is zero."""
+        """T, the number of tokens of a sample, padding included: there the input is zero."""
         return math.prod(x.shape[1:])
 
     def input_vectors(self, x: Tensor) -> Tensor:
-        """Refused: they are as many numbers as tokens times V."""
+        """Refused with InputError: the unit vectors would be as many numbers as tokens times V.
+
+        `counts` has their sum of squares.
+        """
         raise InputError("the input vectors of an embedding are not built; its input factor is the tokens' counts")
 
     def counts(self, x: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ class Embedding(TransposedLinear):
         return self.matrix(total.index_add_(0, places % self.inputs, sums.square_()))
 
     def input_norm(self, x: Tensor) -> Tensor:
-        """That of unit vectors."""
+        """sqrt(N T), the Euclidean norm of N T unit vectors, a scalar tensor; padding tokens count too."""
         return torch.full((), math.sqrt(x.numel()), device=x.device)  # no wait
 
     def _seen(self, x: Tensor) -> Tensor:
@@ -179,31 +182,31 @@ class InProjection(LayerKind):
 
     @property
     def groups(self) -> int:
-        """G = 3."""
+        """G = 3: query, key and value."""
         return 3
 
     def batched(self, x: Tensor, leading: int = 0) -> Tensor:
-        """They always have a batch."""
+        """The input or output as it is, since its record always has a batch."""
         return x
 
     def positions(self, x: Tensor) -> int:
-        """T."""
+        """T, the second dimension of an input `[N, T, 3, E + 1]`."""
         return x.shape[1]
 
     def input_vectors(self, x: Tensor) -> Tensor:
-        """The inputs of each group."""
+        """a `[N, 3, T, E]`: the inputs of query, key and value, zeros where a call does not project a group."""
         return self.joint_vectors(x, bias=False)
 
     def joint_vectors(self, x: Tensor, bias: bool) -> Tensor:
-        """The inputs of each group, with the one of a bias."""
+        """a `[N, 3, T, D]`: the inputs of query, key and value, D = E or, with `bias`, E + 1 with the one of a bias."""
         return x[..., : self.inputs + bias].transpose(1, 2)
 
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
-        """The gradients of each group."""
+        """g `[*, 3, T, E]`: the gradients `[*, T, 3 E]` at the projections of query, key and value."""
         return s.unflatten(-1, (3, -1)).transpose(-2, -3)
 
     def weights_of_positions(self, xs: Sequence[Tensor]) -> Tensor:
-        """The positions of all calls as a multiple of those of each group `[3, 1, 1]`."""
+        """`[3, 1, 1]`: the positions of all calls as a multiple of the positions of each group's own calls."""
         own = sum((x[0, :, :, -1].sum(0) for x in xs), start=xs[0].new_zeros(3))
         return (sum(map(self.positions, xs)) / own.clamp(min=1.0))[:, None, None]
 
@@ -229,7 +232,7 @@ LAYER_KINDS: dict[type[nn.Module], type[LayerKind]] = {
 
 
 def layer_kind(module: nn.Module, attribute: str = "weight") -> LayerKind:
-    """What a module does with the weight of this name; InputError for a module of no kind in LAYER_KINDS."""
+    """What a module does with the weight of this name, by the table LAYER_KINDS; InputError for a module of no kind in it."""
     if attribute == "weight" and isinstance(module, nn.MultiheadAttention):
         attribute = "in_proj_weight"
     if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):

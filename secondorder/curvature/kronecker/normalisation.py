@@ -19,17 +19,17 @@ class Normalisation(LayerKind):
 
     @property
     def groups(self) -> int:
-        """G, the channels."""
+        """G, the number of channels, or of numbers of a LayerNorm's shape, each a group of its own."""
         return self.weight_shape.numel()
 
     @property
     def outputs(self) -> int:
-        """O = 1."""
+        """O = 1: each channel is one output."""
         return 1
 
     @property
     def inputs(self) -> int:
-        """D = 1."""
+        """D = 1: the normalised value is each channel's only input."""
         return 1
 
     @property
@@ -42,19 +42,19 @@ class Normalisation(LayerKind):
         return x.unsqueeze(leading) if self._last and x.ndim == self._last + leading else x
 
     def positions(self, x: Tensor) -> int:
-        """T."""
+        """T, the number of positions of a sample at which a channel is normalised and scaled."""
         return math.prod(x.shape[1 : x.ndim - self._last] if self._last else x.shape[2:])
 
     def samples_at_a_time(self, x: Tensor) -> int:
-        """All of them: the mean and variance may be those of the batch."""
+        """All N samples of the input: the mean and variance may be those of the batch."""
         return max(1, len(x))
 
     def input_vectors(self, x: Tensor) -> Tensor:
-        """The input, normalised as the layer does it."""
+        """a `[N, G, T, 1]`: the input, normalised as the layer does it."""
         return self.output_vectors(_normalised(self.module, x))
 
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
-        """Gradients of the channels, each a group."""
+        """g `[*, G, T, 1]`: the gradients at the output, each channel a group."""
         if self._last:
             return s.flatten(-self._last).reshape(*s.shape[:leading], -1, self.groups).mT[..., None]
         return s.reshape(*s.shape[: leading + 1], -1)[..., None]

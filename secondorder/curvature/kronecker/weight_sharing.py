@@ -32,7 +32,7 @@ UNFOLDED_BYTES = 64 * 2**20
 
 
 class LayerKind(ABC):
-    """A layer as a multiplication of vectors by its weight."""
+    """A layer as a multiplication of vectors by its weight: z = W a + b at each position of a sample, in each of G groups."""
 
     sample: int
     """Dimensions of a sample of the input: an input with no more is a call without a batch."""
@@ -47,17 +47,17 @@ class LayerKind(ABC):
 
     @property
     def groups(self) -> int:
-        """G."""
+        """G, the number of groups with inputs, outputs and a weight matrix of their own."""
         return 1
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """O, the number of outputs of a group."""
         return self.weight_shape[0] // self.groups
 
     @property
     def inputs(self) -> int:
-        """D, without the one of a bias."""
+        """D, the number of inputs of a group, without the one of a bias."""
         return self.weight_shape[1:].numel()
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -77,22 +77,22 @@ class LayerKind(ABC):
         return x.to(dtype)
 
     def check_call(self, x: Tensor, output: Tensor) -> None:  # noqa: B027  most kinds have nothing to check
-        """InputError for a call whose output is not what the layer's own settings say."""
+        """Raises InputError for a call, with input x, whose output is not what the layer's own settings say."""
 
     @abstractmethod
     def positions(self, x: Tensor) -> int:
-        """T of an input."""
+        """T, the number of positions of a sample at which an input `[N, *]` meets the weight."""
 
     @abstractmethod
     def input_vectors(self, x: Tensor) -> Tensor:
-        """a `[N, G, T, D]`."""
+        """a `[N, G, T, D]`, the vectors that the weight multiplies, of an input `[N, *]`, without the one of a bias."""
 
     def mean_vectors(self, x: Tensor) -> Tensor:
-        """mean_t a `[N, G, D]`."""
+        """mean_t a `[N, G, D]`, the mean over the positions of the vectors that the weight multiplies."""
         return self.input_vectors(x).mean(2)
 
     def joint_vectors(self, x: Tensor, bias: bool) -> Tensor:
-        """a `[N, G, T, D]`, D with the one of a bias."""
+        """a `[N, G, T, D]`, the vectors that the weight multiplies; with `bias` D has one more entry, the one of the bias."""
         return with_ones(self.input_vectors(x), bias)
 
     @abstractmethod
@@ -114,7 +114,7 @@ class LayerKind(ABC):
         return max(1, UNFOLDED_BYTES // max(1, numbers * x.element_size()))
 
     def input_norm(self, x: Tensor) -> Tensor:
-        """The Euclidean norm of an input."""
+        """The Euclidean norm of an input `[N, *]`, a scalar tensor."""
         return x.norm()
 
 

@@ -70,17 +70,17 @@ class BatchStream:
 
     @property
     def largest(self) -> int:
-        """Samples of the largest batch."""
+        """The number of samples of the largest batch."""
         return max(end - start for start, end in zip(self._starts, self._starts[1:], strict=False))
 
     @property
     def count(self) -> int:
-        """The number of batches."""
+        """The number of batches that one pass over the data gives."""
         return len(self._checksums)
 
     @property
     def largest_bytes(self) -> int:
-        """Bytes of the largest batch."""
+        """Bytes of the inputs and labels of the largest batch."""
         return self.few.nbytes * self.largest // len(self.few)
 
     def copied(self) -> Batch:
@@ -109,7 +109,7 @@ class BatchStream:
             )
 
     def number(self, rows: slice) -> int:
-        """That of the batch to which some samples belong."""
+        """The number, from 0, of the batch to which the samples `rows` of the data set belong."""
         return bisect_right(self._starts, rows.start) - 1
 
     def part(self, rows: slice) -> Batch:
@@ -174,7 +174,7 @@ def check_readable(data: Any) -> None:
 
 
 def checksum(batch: Batch) -> int:
-    """A checksum of a batch's numbers and constants."""
+    """A CRC-32 of the numbers, types, shapes and constants of a batch's inputs and labels: equal for equal batches."""
     value = 0
     for samples in (batch.inputs, batch.labels):
         for tensor in tensors_of(samples):

@@ -26,7 +26,7 @@ PAIR = "a batch is a pair (inputs, labels): tensors [N, ...], or mappings or tup
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples and their labels."""
+    """Some samples and their labels, both tensors `[N, ...]` or structures of such; counted and indexed by sample."""
 
     inputs: Samples
     labels: Samples
@@ -49,12 +49,12 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors of inputs and labels."""
         return self.inputs.nbytes + self.labels.nbytes
 
     @property
     def requires_grad(self) -> bool:
-        """Whether inputs do."""
+        """Whether any tensor of the inputs requires gradients."""
         return self.inputs.requires_grad
 
     @property
@@ -66,7 +66,10 @@ class Batch:
         ]
 
     def on(self, device: torch.device, *, copy: bool = False) -> "Batch":
-        """On a device, without graphs."""
+        """The batch on a device, its tensors detached from their graphs.
+
+        `copy`: in memory of its own also where it is there already.
+        """
         return Batch(self.inputs.detach().to(device, copy=copy), self.labels.detach().to(device, copy=copy))
 
     def check(self, network: FrozenNetwork) -> None:
@@ -129,7 +132,7 @@ def checked_tensors(batch: tuple[Tensor, Tensor], network: FrozenNetwork) -> tup
 
 
 def joined_batches(parts: Iterable[Batch]) -> Batch:
-    """Samples of several batches as one."""
+    """Samples and labels of several batches as one batch, in order."""
     parts = list(parts)
     return Batch(joined(part.inputs for part in parts), joined(part.labels for part in parts))
 

@@ -30,7 +30,7 @@ class ClassLabels:
 
     @property
     def distribution(self) -> Tensor:
-        """q `[N, K]`."""
+        """q `[N, K]`: each label's smoothed distribution times class weights, over the mean's divisor; 0 where ignored."""
         K = len(self.weight)
         if self.given.is_floating_point():
             q = (1 - self.smoothing) * self.given.to(self.weight) + self.smoothing / K
@@ -41,7 +41,7 @@ class ClassLabels:
 
     @property
     def total(self) -> Tensor:
-        """c = sum_k q_k `[N, 1]`."""
+        """c = sum_k q_k `[N, 1]`, the sum of each label's weighted, smoothed and divided distribution."""
         even = self.smoothing * self.weight.mean()
         given = (
             self.given.to(self.weight) @ self.weight
@@ -62,7 +62,7 @@ class ClassLabels:
         return self.given.where(self.counted > 0, 0)[:, None]
 
     def part(self, rows: slice) -> "ClassLabels":
-        """Those of some samples."""
+        """The labels of some samples, with the divisor of the whole batch."""
         return replace(self, given=self.given[rows], counted=self.counted[rows])
 
 

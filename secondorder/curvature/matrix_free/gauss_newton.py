@@ -67,16 +67,19 @@ class GaussNewtonOperator(SymmetricOperator):
         return rows.flatten(0, 1)
 
     def factored(self) -> FactoredOperator:
-        """The same matrix held as its factor."""
+        """The same matrix held as its exact factor rows `[N R, P]`. Raises InputError as `rows` does."""
         return FactoredOperator(self.rows())
 
     @property
     def columns(self) -> int:
-        """R, the columns of F."""
+        """R, the number of columns of F for each sample: M = F F^T."""
         return self.matrix.count(self.jacobian.width)
 
     def gram(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix."""
+        """rows rows^T `[N R, N R]`, parameter by parameter: it has the non-zero eigenvalues of the matrix.
+
+        Raises InputError when it takes more than `limit` bytes, and where no factor is known in closed form.
+        """
         self._check_factored()
         check_bytes(len(self.jacobian.images) * self.columns, self.dtype, limit)
         blocks = [GaussNewtonOperator(self.jacobian, self.matrix, [name], self.memory) for name in self.names]
@@ -98,7 +101,7 @@ class GaussNewtonOperator(SymmetricOperator):
         return mirror_(matrix)
 
     def diagonal(self) -> Tensor:
-        """The diagonal `[P]`: squared norms of the factor's columns."""
+        """The diagonal `[P]`: squared norms of the factor's columns where a factor is known, else from the dense matrix."""
         if not self.matrix.factored:
             return super().diagonal()
         diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
@@ -108,14 +111,17 @@ class GaussNewtonOperator(SymmetricOperator):
         return diagonal
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """All P eigenvalues in ascending order, through the smaller of the matrix and the Gram matrix of its factor."""
+        """All P eigenvalues in ascending order, through the smaller of the matrix and the Gram matrix of its factor.
+
+        Raises InputError when that one takes more than `limit` bytes.
+        """
         if not self._gram_is_smaller():
             return super().eigenvalues(limit)
         values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
         return F.pad(values, (self.size - len(values), 0))
 
     def frobenius_norm(self) -> Tensor:
-        """The norm of the smaller of the matrix and the Gram matrix of its factor."""
+        """|J^T M J|_F, that of the smaller of the matrix and the Gram matrix of its factor; a scalar tensor."""
         return norm_at_any_scale(self.gram() if self._gram_is_smaller() else self.dense())
 
     def _gram_is_smaller(self) -> bool:

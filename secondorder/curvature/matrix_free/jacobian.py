@@ -54,7 +54,7 @@ class Linearisation:
 
     @cached_property
     def nodes(self) -> dict[Node, None]:
-        """The nodes of the graph."""
+        """The nodes of the autograd graph of this part's outputs, in a dict without values."""
         return graph_nodes([self.graph])
 
     def used_elsewhere(self, layers: Mapping[str, Iterable[nn.Module]]) -> list[str]:
@@ -237,12 +237,12 @@ class Jacobian:
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors as one vector."""
+    """Tensors as one vector `[P]`, each flattened row by row."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def shaped(vector: Tensor, network: FrozenNetwork, names: Sequence[str]) -> dict[str, Tensor]:
-    """A vector as one tensor for each named parameter."""
+    """A vector `[P]` as one tensor for each named parameter, of its shape and type."""
     weights = [network.weights[name] for name in names]
     parts = vector.split([w.numel() for w in weights])
     return {name: part.view_as(w).to(w.dtype) for name, part, w in zip(names, parts, weights, strict=True)}

@@ -59,7 +59,10 @@ class AnyLoss(LossCurvature):
         return isinstance(self.loss, SumOverSamples)
 
     def value(self, z: Tensor) -> Tensor:
-        """The loss."""
+        """The loss L(z) of outputs z `[N, K]`, a differentiable scalar.
+
+        Raises InputError when the function returns no scalar, or one that does not depend on z.
+        """
         labels = self.labels.structure if isinstance(self.labels, SampleTree) else self.labels
         value = self.loss(z.view(self.shape), labels)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -71,14 +74,17 @@ class AnyLoss(LossCurvature):
         return value.reshape(())
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """M U by differentiating the gradient along U. Raises InputError for a loss that has no M (`linear_losses`)."""
+        """M U `[N, K]` for U `[N, K]`, by differentiating the gradient dL/dz along U.
+
+        Raises InputError for a loss that has no M (`linear_losses`).
+        """
         MU = self._derivative_along(z, U)
         if not bool(MU.any()) and bool(U.any()):
             check_curved(loss_name(self.loss), self.gradient, self._derivative_along, z, self._outputs_as_labels)
         return MU
 
     def gradient(self, z: Tensor) -> Tensor:
-        """dL/dz."""
+        """dL/dz `[N, K]` at outputs z `[N, K]`, by autograd."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return torch.autograd.grad(self.value(z), z)[0]
@@ -100,7 +106,7 @@ class AnyLoss(LossCurvature):
             return torch.autograd.grad(gradient, z, U, materialize_grads=True)[0]
 
     def part(self, rows: slice) -> "AnyLoss":
-        """The whole loss, unless it is declared to be a sum over samples: other parts are not known."""
+        """The loss of some samples where it is declared to be a sum over them; otherwise the whole loss."""
         if not self.separable:
             return self
         labels = self.labels[rows]
@@ -151,7 +157,7 @@ def as_it_is(loss: Loss) -> Loss:
 
 
 def loss_name(loss: Loss) -> str:
-    """How messages call a loss."""
+    """How messages call a loss: the class of a module, the name of a function."""
     return type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", type(loss).__name__)
 
 

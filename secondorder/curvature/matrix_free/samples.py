@@ -48,11 +48,11 @@ class SampleTree:
 
     @property
     def structure(self) -> Any:
-        """The mapping, tuple or list with its tensors."""
+        """The mapping, tuple or list with its tensors, as it was given (a mapping as a dict)."""
         return pytree.tree_unflatten(self.leaves, self.spec)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "SampleTree":
-        """The same structure of other tensors."""
+        """The same structure with `function` of each tensor in its place; constants stay."""
         made = object.__new__(SampleTree)
         made.spec, made.names = self.spec, self.names
         made.leaves = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
@@ -65,33 +65,33 @@ class SampleTree:
         return self.mapped(lambda t: t[rows])
 
     def detach(self) -> "SampleTree":
-        """The tensors without their graphs."""
+        """The same structure with its tensors detached from their graphs, in the same memory."""
         return self.mapped(Tensor.detach)
 
     def clone(self) -> "SampleTree":
-        """Copies of the tensors."""
+        """The same structure with copies of its tensors."""
         return self.mapped(Tensor.clone)
 
     def to(self, device: torch.device, *, copy: bool = False) -> "SampleTree":
-        """The tensors on a device."""
+        """The same structure with its tensors on a device; `copy`: copies also of those that are there already."""
         return self.mapped(lambda t: t.to(device, copy=copy))
 
     def double(self) -> "SampleTree":
-        """Floating-point numbers in 64 bits."""
+        """The same structure with its floating-point tensors in float64; tensors of integers stay."""
         return self.mapped(lambda t: t.double() if t.is_floating_point() else t)
 
     def is_floating_point(self) -> bool:
-        """Whether all tensors are."""
+        """Whether all tensors of the structure are of floating-point numbers."""
         return all(t.is_floating_point() for t in tensors_of(self))
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any tensor does."""
+        """Whether any tensor of the structure requires gradients."""
         return any(t.requires_grad for t in tensors_of(self))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors of the structure."""
         return sum(t.nbytes for t in tensors_of(self))
 
 
@@ -99,17 +99,17 @@ Samples = Tensor | SampleTree
 
 
 def tensors_of(samples: Samples) -> list[Tensor]:
-    """The tensors `[N, ...]`, one or several."""
+    """The tensors `[N, ...]` of samples, one or several, in the order of the structure."""
     return [samples] if isinstance(samples, Tensor) else [leaf for leaf in samples.leaves if isinstance(leaf, Tensor)]
 
 
 def floating_tensors(samples: Samples) -> list[Tensor]:
-    """Those of floating-point numbers, which have gradients."""
+    """The tensors of samples that are of floating-point numbers, which have gradients."""
     return [t for t in tensors_of(samples) if t.is_floating_point()]
 
 
 def arguments_of(samples: Samples) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a network is called with them: by position, and by name."""
+    """The positional and the named arguments with which a network is called with these samples."""
     if isinstance(samples, Tensor):
         return (samples,), {}
     structure = samples.structure
@@ -133,7 +133,7 @@ def check_call(network: nn.Module, samples: Samples) -> None:
 
 
 def joined(parts: Iterable[Samples]) -> Samples:
-    """Samples of the same structure as one."""
+    """Samples `[n, ...]` of several parts, all of one structure, as one `[N, ...]` in their order."""
     first, *rest = parts
     if isinstance(first, Tensor):
         return torch.cat([first, *rest])  # type: ignore[list-item]

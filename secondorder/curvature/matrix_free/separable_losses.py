@@ -50,7 +50,7 @@ class LossParts(ABC):
 
     @abstractmethod
     def part(self, rows: slice) -> "LossCurvature":
-        """The summands of some samples, with the normalisation of the whole batch."""
+        """The loss of some samples of the batch, with the normalisation of the whole batch."""
 
 
 class LossCurvature(LossParts):
@@ -58,11 +58,11 @@ class LossCurvature(LossParts):
 
     @abstractmethod
     def value(self, z: Tensor) -> Tensor:
-        """The reduced loss, a differentiable scalar."""
+        """The reduced loss of outputs z `[N, K]`, a differentiable scalar."""
 
     @abstractmethod
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """M U for U `[N, K]`."""
+        """M U `[N, K]` for U `[N, K]`, with M the Hessian of the reduced loss at outputs z `[N, K]`."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,23 @@ class SeparableLoss(LossCurvature):
 
     @abstractmethod
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """F `[N, K, K]` with F_n F_n^T = M_n, or some of its columns `[N, K, R]`, which are as large as R batches of outputs."""
+        """F `[N, K, K]` with F_n F_n^T = M_n at outputs z `[N, K]`, or the R columns `[N, K, R]` of a slice."""
 
     @abstractmethod
     def noise(self, samples: int, source: torch.Generator) -> Tensor:
-        """Random numbers for `sampled`, the same on every device and for every division of the samples."""
+        """Random numbers for S = `samples` columns of `sampled`, the same on every device and for any parts of the batch."""
 
     @abstractmethod
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """F `[N, K, S]` with E F_n F_n^T = M_n."""
+        """F `[N, K, S]` with E F_n F_n^T = M_n at outputs z `[N, K]`, from the random numbers of `noise`."""
 
     @abstractmethod
     def gradients(self, z: Tensor) -> Tensor:
-        """F `[N, K, 1]`, the gradient of each sample's own loss times the root of its share s_n in the loss."""
+        """F `[N, K, 1]`, the gradient of each sample's own loss at z `[N, K]` times the root of its share s_n in the loss."""
 
 
 def uniform(shape: Sequence[int], source: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform numbers, the same on every device."""
+    """Uniform numbers on [0, 1) of this shape, drawn in float64 on the CPU: the same on every device."""
     drawn = torch.rand(*shape, generator=source, dtype=torch.float64)
     return drawn.to(widest(device)).to(device)
 
@@ -114,21 +114,21 @@ class CrossEntropy(SeparableLoss):
     labels: ClassLabels | None = None
 
     def value(self, z: Tensor) -> Tensor:
-        """The loss."""
+        """-sum_nk q_nk log p_nk of logits z `[N, K]`, with p = softmax(z); a differentiable scalar."""
         return -(self._distribution * z.log_softmax(-1)).sum()
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """c (p * u - p (p . u))."""
+        """M u = c (p * u - p (p . u)) for each row u of U `[N, K]`, with p = softmax(z) and c = sum_k q_k."""
         p = z.softmax(-1)
         pU = p * U
         return pU.sub_(p.mul_(pU.sum(-1, keepdim=True))).mul_(self.scale)
 
     def part(self, rows: slice) -> "CrossEntropy":
-        """The summands of some samples."""
+        """The cross-entropy of some samples, with the normalisation of the whole batch."""
         return replace(self, scale=self.scale[rows], labels=None if self.labels is None else self.labels.part(rows))
 
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """Column k: sqrt(c p_k) (e_k - p)."""
+        """F `[N, K, R]`, its column k being sqrt(c p_k) (e_k - p) with p = softmax(z): all K columns, or those of a slice."""
         p = z.softmax(-1)
         first, last, _ = columns.indices(z.shape[-1])
         F = p.neg()[..., None].repeat(1, 1, last - first)
@@ -137,16 +137,16 @@ class CrossEntropy(SeparableLoss):
 
     @property
     def mean_divisor(self) -> float:
-        """The weights of the labels that count."""
+        """What a mean is divided by: the summed weights of the labels that count."""
         assert self.labels is not None
         return self.labels.weights
 
     def noise(self, samples: int, source: torch.Generator) -> Tensor:
-        """Uniform numbers `[N, S]`."""
+        """Uniform numbers `[N, S]`, S = `samples`, by which `sampled` draws a class for each sample and column."""
         return uniform((len(self.scale), samples), source, self.scale.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: sqrt(c / S) (p - e_y), y the class in which the uniform number falls."""
+        """F `[N, K, S]`, its column s being sqrt(c / S) (p - e_y), with y the class in which the uniform number falls."""
         p, few = z.softmax(-1), max(1, DRAWN_AT_A_TIME // z.shape[-1])
         sums = (rows.to(noise.dtype).cumsum(-1) for rows in p.split(few))
         y = torch.cat([torch.searchsorted(*both, right=True) for both in zip(sums, noise.split(few), strict=True)])
@@ -155,7 +155,7 @@ class CrossEntropy(SeparableLoss):
         return columns.mul_((self.scale / noise.shape[-1]).sqrt()[..., None])
 
     def gradients(self, z: Tensor) -> Tensor:
-        """sqrt(c) (p - q / c); none for a label that does not count."""
+        """F `[N, K, 1]` = sqrt(c) (p - q / c), the given label's gradient; zero for a label that does not count."""
         c = self.scale
         return (z.softmax(-1).mul_(c).sub_(self._distribution) / torch.where(c > 0, c, 1).sqrt())[..., None]
 
@@ -175,23 +175,23 @@ class SquaredError(SeparableLoss):
 
     @property
     def mean_divisor(self) -> float:
-        """The targets."""
+        """What a mean is divided by: N K, the number of targets."""
         return self.y.numel()
 
     def value(self, z: Tensor) -> Tensor:
-        """The loss."""
+        """c sum_nk (z_nk - y_nk)^2 of outputs z `[N, K]`, c = 1 / divisor; a differentiable scalar."""
         return (z - self.y).square().sum() / self.divisor
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """2 c u."""
+        """M U = 2 c U for U `[N, K]`, whatever the outputs z."""
         return U * (2 / self.divisor)
 
     def part(self, rows: slice) -> "SquaredError":
-        """The summands of some samples."""
+        """The squared error of some samples, with the divisor of the whole batch."""
         return replace(self, y=self.y[rows])
 
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """sqrt(2 c) I."""
+        """F = sqrt(2 c) I for each sample, `[N, K, K]`, or those of its columns that a slice names."""
         first, last, _ = columns.indices(z.shape[-1])
         eye = z.new_zeros(z.shape[-1], last - first)
         eye.diagonal(-first).fill_((2 / self.divisor) ** 0.5)
@@ -206,9 +206,9 @@ class SquaredError(SeparableLoss):
         return noise
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: sqrt(2 c / S) g."""
+        """F `[N, K, S]`, its column s being sqrt(2 c / S) g with the normal numbers g of `noise`."""
         return noise * (2 / self.divisor / noise.shape[-1]) ** 0.5
 
     def gradients(self, z: Tensor) -> Tensor:
-        """2 c (z - y) / sqrt(s)."""
+        """F `[N, K, 1]` = 2 c (z - y) / sqrt(s), s the share of a sample's own loss in the loss."""
         return ((z - self.y) * (2 / self.divisor / self.share**0.5))[..., None]

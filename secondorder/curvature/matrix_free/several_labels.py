@@ -30,20 +30,20 @@ class CrossEntropyAtPositions(SeparableLoss):
     positions: int
 
     def value(self, z: Tensor) -> Tensor:
-        """The loss."""
+        """The sum of the cross-entropies at all N D positions of outputs z `[N, C D]`, a differentiable scalar."""
         return self.rows.value(self._rows_of(z))
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """That of each position."""
+        """M U `[N, C D]`: at each position c (p * u - p (p . u)), the product of its own cross-entropy over C classes."""
         return self._outputs_of(self.rows.product(self._rows_of(z), self._rows_of(U)))
 
     def part(self, rows: slice) -> "CrossEntropyAtPositions":
-        """The summands of some samples."""
+        """The cross-entropy of some samples at all their positions, with the normalisation of the whole batch."""
         first, last, _ = rows.indices(len(self.rows.scale) // self.positions)
         return replace(self, rows=self.rows.part(slice(first * self.positions, last * self.positions)))
 
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """Column (k, d): sqrt(c_d p_kd) (e_k - p_d) at position d."""
+        """F `[N, C D, R]`, its column (k, d) being sqrt(c_d p_kd) (e_k - p_d) at position d and zero elsewhere."""
         p = z.unflatten(1, (-1, self.positions)).softmax(1)  # [N, C, D]
         place = torch.arange(*columns.indices(z.shape[1]), device=z.device)
         k, d, r = place // self.positions, place % self.positions, torch.arange(len(place), device=z.device)
@@ -56,19 +56,19 @@ class CrossEntropyAtPositions(SeparableLoss):
 
     @property
     def mean_divisor(self) -> float:
-        """The weights of the labels that count."""
+        """What a mean is divided by: the summed weights of the labels that count, at all positions."""
         return self.rows.mean_divisor
 
     def noise(self, samples: int, source: torch.Generator) -> Tensor:
-        """Uniform numbers `[N, D, S]`."""
+        """Uniform numbers `[N, D, S]`, S = `samples`, by which `sampled` draws a class at each position."""
         return self.rows.noise(samples, source).unflatten(0, (-1, self.positions))
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: that of a label drawn at each position."""
+        """F `[N, C D, S]`, its column s being sqrt(c / S) (p - e_y) at each position, with a label y drawn there from p."""
         return self._outputs_of(self.rows.sampled(self._rows_of(z), noise.flatten(0, 1)))
 
     def gradients(self, z: Tensor) -> Tensor:
-        """That of the given label at each position."""
+        """F `[N, C D, 1]`: at each position sqrt(c) (p - q / c), the gradient of its given label."""
         return self._outputs_of(self.rows.gradients(self._rows_of(z)))
 
     def _rows_of(self, z: Tensor) -> Tensor:
@@ -88,19 +88,19 @@ class BinaryCrossEntropy(SeparableLoss):
     b: Tensor
 
     def value(self, z: Tensor) -> Tensor:
-        """The loss."""
+        """sum_nk a_nk s(-z_nk) + b_nk s(z_nk) of logits z `[N, K]`, s(z) = log(1 + e^z); a differentiable scalar."""
         return (self.a * F.softplus(-z) + self.b * F.softplus(z)).sum()
 
     def product(self, z: Tensor, U: Tensor) -> Tensor:
-        """h u."""
+        """M U = h * U for U `[N, K]`, with h = (a + b) p (1 - p) and p the sigmoid of the logits z."""
         return self._curvature(z) * U
 
     def part(self, rows: slice) -> "BinaryCrossEntropy":
-        """The summands of some samples."""
+        """The binary cross-entropy of some samples, with the normalisation of the whole batch."""
         return BinaryCrossEntropy(self.a[rows], self.b[rows])
 
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
-        """Column k: sqrt(h_k) e_k."""
+        """F `[N, K, R]`, its column k being sqrt(h_k) e_k, h = (a + b) p (1 - p): all K columns, or those of a slice."""
         first, last, _ = columns.indices(z.shape[1])
         root = z.new_zeros(*z.shape, last - first)
         root.diagonal(-first, 1, 2).copy_(self._curvature(z)[:, columns].sqrt())
@@ -108,20 +108,20 @@ class BinaryCrossEntropy(SeparableLoss):
 
     @property
     def mean_divisor(self) -> float:
-        """The targets."""
+        """What a mean is divided by: N K, the number of targets."""
         return self.a.numel()
 
     def noise(self, samples: int, source: torch.Generator) -> Tensor:
-        """Uniform numbers `[N, K, S]`."""
+        """Uniform numbers `[N, K, S]`, S = `samples`, by which `sampled` draws a label for each output."""
         return uniform((*self.a.shape, samples), source, self.a.device)
 
     def sampled(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Column s: sqrt((a + b) / S) (p - y), y whether the uniform number is below p."""
+        """F `[N, K, S]`, its column s being sqrt((a + b) / S) (p - y), with y = 1 where the uniform number is below p, else 0."""
         p = z.sigmoid()[..., None]
         return (p - (noise < p).to(z)) * ((self.a + self.b)[..., None] / noise.shape[-1]).sqrt()
 
     def gradients(self, z: Tensor) -> Tensor:
-        """((a + b) p - a) / sqrt(a + b); none for a label that does not count."""
+        """F `[N, K, 1]` = ((a + b) p - a) / sqrt(a + b), the given label's gradient; zero for a label that does not count."""
         c = self.a + self.b
         return ((c * z.sigmoid() - self.a) / torch.where(c > 0, c, 1).sqrt())[..., None]
 

@@ -10,7 +10,10 @@ from secondorder.errors import InputError
 
 
 class BlockDiagonalOperator(SymmetricOperator):
-    """diag(B_1, ..., B_L) of symmetric operators, in order. Raises InputError when there is none or types differ."""
+    """diag(B_1, ..., B_L) of symmetric operators B_l `[P_l, P_l]`, in order: `[P, P]` with P = sum_l P_l.
+
+    Raises InputError unless blocks is a list of symmetric operators, at least one, of one number format and device.
+    """
 
     def __init__(self, blocks: Sequence[SymmetricOperator]) -> None:
         if not isinstance(blocks, Sequence) or not all(isinstance(block, SymmetricOperator) for block in blocks):
@@ -26,22 +29,25 @@ class BlockDiagonalOperator(SymmetricOperator):
         return torch.cat([block @ part for block, part in zip(self.blocks, parts, strict=True)])
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The block-diagonal matrix itself `[P, P]`, zeros included. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
         return torch.block_diag(*[block.dense(limit) for block in self.blocks])
 
     def diagonal(self) -> Tensor:
-        """The blocks' diagonals `[P]`."""
+        """The diagonals of all blocks, one after the other: `[P]`."""
         return torch.cat([block.diagonal() for block in self.blocks])
 
     def trace(self) -> Tensor:
-        """The sum of the blocks' traces."""
+        """sum_l tr B_l over the blocks, a scalar tensor."""
         return torch.stack([block.trace() for block in self.blocks]).sum()
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The blocks' eigenvalues, merged in ascending order."""
+        """The P eigenvalues of all blocks, merged in ascending order.
+
+        Raises InputError when a block needs more than `limit` bytes.
+        """
         return torch.cat([block.eigenvalues(limit) for block in self.blocks]).sort().values
 
     def frobenius_norm(self) -> Tensor:
-        """The root of the sum of the blocks' squared norms."""
+        """sqrt(sum_l |B_l|_F^2) over the blocks, a scalar tensor."""
         return norm_at_any_scale(torch.stack([block.frobenius_norm() for block in self.blocks]))

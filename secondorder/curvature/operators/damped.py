@@ -35,18 +35,21 @@ class DampedOperator(SymmetricOperator):
         return self.operator.dense(limit) + self.damping * torch.eye(self.size, dtype=self.dtype, device=self.device)
 
     def diagonal(self) -> Tensor:
-        """A's diagonal `[P]` and lambda."""
+        """The diagonal `[P]` of A + lambda I: that of A with lambda added."""
         return self.operator.diagonal() + self.damping
 
     def trace(self) -> Tensor:
-        """tr A + lambda P."""
+        """tr(A + lambda I) = tr A + lambda P, a scalar tensor."""
         return self.operator.trace() + self.damping * self.size
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """A's eigenvalues and lambda, in ascending order."""
+        """The P eigenvalues of A + lambda I, ascending: those of A with lambda added.
+
+        Raises InputError as A's `eigenvalues` does.
+        """
         return self.operator.eigenvalues(limit) + self.damping
 
     def frobenius_norm(self) -> Tensor:
-        """The root of |A|^2 + 2 lambda tr A + lambda^2 P."""
+        """|A + lambda I|_F = sqrt(|A|_F^2 + 2 lambda tr A + lambda^2 P), a scalar tensor."""
         A, trace = self.operator.frobenius_norm(), self.operator.trace()
         return (A.square() + 2 * self.damping * trace + self.damping**2 * self.size).clamp_min(0).sqrt()

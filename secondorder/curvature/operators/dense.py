@@ -7,7 +7,10 @@ from secondorder.errors import InputError
 
 
 class DenseOperator(SymmetricOperator):
-    """A matrix `[P, P]` as an operator. Raises InputError when it is not square; symmetry is the caller's promise."""
+    """A stored matrix `[P, P]` as an operator; its symmetry is the caller's promise and not checked.
+
+    Raises InputError unless it is a square matrix of real floating-point numbers of at least 32 bits.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         check_tensor("a dense operator", matrix)
@@ -20,13 +23,13 @@ class DenseOperator(SymmetricOperator):
         return self.matrix @ V
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix; it is there already, whatever the limit."""
+        """The stored matrix `[P, P]` itself, no copy; `limit` is not used, since nothing is allocated."""
         return self.matrix
 
     def diagonal(self) -> Tensor:
-        """The diagonal `[P]`."""
+        """The diagonal `[P]` of the stored matrix, a copy."""
         return self.matrix.diagonal().clone()
 
     def frobenius_norm(self) -> Tensor:
-        """The norm of all entries."""
+        """|A|_F, the root of the sum of the stored matrix's squared entries, a scalar tensor."""
         return norm_at_any_scale(self.matrix)

@@ -7,7 +7,10 @@ from secondorder.errors import InputError
 
 
 class DiagonalOperator(SymmetricOperator):
-    """diag(d) for d `[P]`. Raises InputError unless d is a vector."""
+    """diag(d) `[P, P]` of entries d `[P]`.
+
+    Raises InputError unless d is a vector of real floating-point numbers of at least 32 bits.
+    """
 
     def __init__(self, entries: Tensor) -> None:
         check_tensor("a diagonal operator", entries)
@@ -20,18 +23,18 @@ class DiagonalOperator(SymmetricOperator):
         return self.entries[:, None] * V
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix diag(d) `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
         return self.entries.diag()
 
     def diagonal(self) -> Tensor:
-        """The entries."""
+        """The entries d `[P]`, a copy."""
         return self.entries.clone()
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The entries in ascending order."""
+        """The entries d `[P]` in ascending order; `limit` is not used, since no dense matrix is built."""
         return self.entries.sort().values
 
     def frobenius_norm(self) -> Tensor:
-        """The norm of the entries."""
+        """|diag(d)|_F = |d|_2, a scalar tensor."""
         return norm_at_any_scale(self.entries)

@@ -23,21 +23,21 @@ class DifferenceOperator(SymmetricOperator):
         return self.first @ V - self.second @ V
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix A - B `[P, P]`. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
         return self.first.dense(limit) - self.second.dense(limit)
 
     def diagonal(self) -> Tensor:
-        """The difference of the diagonals `[P]`."""
+        """The diagonal `[P]` of A - B: that of A less that of B."""
         return self.first.diagonal() - self.second.diagonal()
 
     def trace(self) -> Tensor:
-        """The difference of the traces."""
+        """tr(A - B) = tr A - tr B, a scalar tensor."""
         return self.first.trace() - self.second.trace()
 
 
 def check_same_space(first: SymmetricOperator, second: SymmetricOperator) -> None:
-    """InputError unless two operators act on the same vectors: one size, number format and device."""
+    """Raises InputError unless two operators act on the same vectors: one size, number format and device."""
     for name in ("size", "dtype", "device"):
         a, b = getattr(first, name), getattr(second, name)
         if a != b and not (name == "device" and torch.device(a).type == torch.device(b).type == "cpu"):

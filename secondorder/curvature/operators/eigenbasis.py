@@ -32,17 +32,17 @@ class EigenbasisOperator(SymmetricOperator):
         return (Q_B @ (scales * (Q_B.mT @ V @ Q_A)) @ Q_A.mT).flatten(1).mT
 
     def diagonal(self) -> Tensor:
-        """sum_kl Q_B[i, k]^2 scales[k, l] Q_A[j, l]^2, `[P]`."""
+        """The diagonal `[P]`, P = o D: entry (i, j) is sum_kl Q_B[i, k]^2 scales[k, l] Q_A[j, l]^2."""
         return (self.gradient_basis.square() @ self.scales @ self.input_basis.square().mT).flatten()
 
     def trace(self) -> Tensor:
-        """The sum of the scales."""
+        """The trace, sum_kl scales[k, l], a scalar tensor."""
         return self.scales.sum()
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The scales, and zeros where the bases are not complete, in ascending order."""
+        """All P = o D eigenvalues, ascending: the scales, and zeros where the bases are not complete; `limit` is not used."""
         return torch.cat([self.scales.flatten(), self.scales.new_zeros(self.size - self.scales.numel())]).sort().values
 
     def frobenius_norm(self) -> Tensor:
-        """The norm of the scales."""
+        """The Frobenius norm, that of the scales since the bases are orthonormal; a scalar tensor."""
         return norm_at_any_scale(self.scales)

@@ -18,7 +18,13 @@ from secondorder.errors import InputError, NonFiniteError, check_number, check_w
 
 
 class InverseOperator(SymmetricOperator):
-    """(A + lambda I)^-1 by conjugate gradients: a product solves (A + lambda I) x = v for each vector v.
+    """(A + lambda I)^-1 `[P, P]` by conjugate gradients: a product solves (A + lambda I) x = v for each vector v `[P]`.
+
+    Args:
+        operator: A, symmetric positive semi-definite.
+        damping: lambda, at least 0.
+        tolerance: a product raises InputError unless |v - (A + lambda I) x| <= tolerance |v|.
+        iterations: most steps of conjugate gradients for a vector.
 
     Attributes:
         residual: the largest |v - (A + lambda I) x| / |v| of the latest product, computed anew from x; nan before the first.
@@ -50,9 +56,13 @@ class InverseOperator(SymmetricOperator):
 
 
 class WoodburyOperator(SymmetricOperator):
-    """(R^T R + lambda I)^-1 = (I - R^T (R R^T + lambda I)^-1 R) / lambda of rows R `[R, P]`, fewer than P.
+    """(R^T R + lambda I)^-1 = (I - R^T (R R^T + lambda I)^-1 R) / lambda, `[P, P]`, of a factor R with fewer rows than columns.
 
-    The inner inverse is Q diag(inverses) Q^T, Q = `vectors` `[R, R]`.
+    Args:
+        rows: R `[R, P]`.
+        vectors: Q `[R, R]` of the inner inverse Q diag(inverses) Q^T = (R R^T + lambda I)^-1; `of` computes both.
+        inverses: its eigenvalues `[R]`.
+        damping: lambda > 0.
     """
 
     def __init__(self, rows: Tensor, vectors: Tensor, inverses: Tensor, damping: float) -> None:
@@ -61,7 +71,7 @@ class WoodburyOperator(SymmetricOperator):
 
     @classmethod
     def of(cls, factor: FactoredOperator, damping: float) -> "WoodburyOperator":
-        """That of a factor and lambda."""
+        """(R^T R + lambda I)^-1 of a factored operator R^T R and lambda = `damping` > 0, by decomposing R R^T `[R, R]`."""
         values, vectors = torch.linalg.eigh(factor.rows @ factor.rows.mT)
         return cls(factor.rows, vectors, 1 / (values.clamp_min(0) + damping), damping)
 

@@ -27,27 +27,30 @@ class KroneckerOperator(SymmetricOperator):
         return BVA.view(D, o, K).movedim(0, 1).reshape(o * D, K)
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
+        """The matrix B kron A `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
         return torch.kron(symmetric(self.gradient.dense(limit)), symmetric(self.input.dense(limit)))
 
     def diagonal(self) -> Tensor:
-        """B_ii A_jj `[P]`."""
+        """The diagonal `[P]`, P = o D, of B kron A: B_ii A_jj in the order of (i, j)."""
         return torch.outer(self.gradient.diagonal(), self.input.diagonal()).flatten()
 
     def trace(self) -> Tensor:
-        """tr(B) tr(A)."""
+        """tr(B kron A) = tr(B) tr(A), a scalar tensor."""
         return self.gradient.trace() * self.input.trace()
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
-        """The products of the factors' eigenvalues in ascending order."""
+        """The P = o D products of an eigenvalue of B and one of A, ascending.
+
+        Raises InputError when the dense matrix of a factor takes more than `limit` bytes.
+        """
         return torch.outer(self.gradient.eigenvalues(limit), self.input.eigenvalues(limit)).flatten().sort().values
 
     def frobenius_norm(self) -> Tensor:
-        """|B| |A|."""
+        """|B kron A|_F = |B|_F |A|_F, a scalar tensor."""
         return self.gradient.frobenius_norm() * self.input.frobenius_norm()
 
 
 def as_operator(factor: SymmetricOperator | Tensor) -> SymmetricOperator:
-    """A matrix as an operator; operators as they are."""
+    """A square matrix as a `DenseOperator` (InputError for another tensor); an operator as it is."""
     return DenseOperator(factor) if isinstance(factor, Tensor) else factor

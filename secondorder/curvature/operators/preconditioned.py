@@ -40,7 +40,7 @@ class PreconditionedOperator(SymmetricOperator):
 
 
 def preconditioned(operator: SymmetricOperator, root: SymmetricOperator) -> SymmetricOperator:
-    """P^(1/2) F P^(1/2) of F and the root P^(1/2), in the form in which F is stored.
+    """P^(1/2) F P^(1/2) of F and the root P^(1/2), both `[P, P]`, in the form in which F is stored.
 
     rows^T rows becomes (rows P^(1/2))^T (rows P^(1/2)), with as cheap an exact spectrum as before; a dense matrix stays dense;
     everything else is known by its products. Raises InputError when the two differ in size, number format or device.
@@ -56,12 +56,20 @@ def preconditioned(operator: SymmetricOperator, root: SymmetricOperator) -> Symm
 
 
 def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool = True) -> EigenbasisOperator:
-    """P^(1/2) for P = (B kron A + lambda I)^-1, from the K-FAC block B kron A of a weight.
+    """P^(1/2) for P = (B kron A + lambda I)^-1, from the K-FAC block B kron A of a weight `[o, D]`.
 
-    relative: lambda = damping |F|_F^2 / tr F of F = B kron A, as in `secondorder.kfac.options.Damping`, where a scale too small
-    to divide by counts as 1; otherwise lambda = damping. The factors are decomposed in full: an input wider than its number of
-    activations has directions with a_j = 0, in which P is 1 / lambda. Negative eigenvalues are rounding and count as zero.
-    Raises InputError for a block that is not a KroneckerOperator, or a damping that is not positive; NonFiniteError.
+    The factors are decomposed in full: an input wider than its number of activations has directions with a_j = 0, in which P is
+    1 / lambda. Negative eigenvalues are rounding and count as zero.
+
+    Args:
+        block: B kron A, a `KroneckerOperator`.
+        damping: a positive number.
+        relative: lambda = damping |F|_F^2 / tr F of F = B kron A, as in `secondorder.kfac.options.Damping`, where a scale too
+            small to divide by counts as 1; otherwise lambda = damping.
+
+    Raises:
+        InputError: for another block, or a damping that is not positive and finite.
+        NonFiniteError: for NaN or infinity in a factor.
     """
     if not isinstance(block, KroneckerOperator):
         raise InputError(f"{type(block).__name__} is no B kron A; give the K-FAC block of a weight without groups")

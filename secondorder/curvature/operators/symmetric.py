@@ -35,7 +35,7 @@ class SymmetricOperator(ABC):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, P)."""
+        """(P, P), as a matrix has it."""
         return self.size, self.size
 
     def __matmul__(self, V: Tensor) -> Tensor:
@@ -53,15 +53,18 @@ class SymmetricOperator(ABC):
         return (matrix + matrix.mT) / 2
 
     def check_dense(self, limit: int) -> None:
-        """InputError when the dense matrix takes more than `limit` bytes."""
+        """Raises InputError when the dense matrix `[P, P]` takes more than `limit` bytes."""
         check_bytes(self.size, self.dtype, limit)
 
     def diagonal(self) -> Tensor:
-        """The diagonal `[P]`."""
+        """The diagonal `[P]`.
+
+        From the dense matrix where there is no cheaper way: InputError when that takes more than DENSE_LIMIT bytes.
+        """
         return self.dense().diagonal().clone()
 
     def trace(self) -> Tensor:
-        """The sum of the diagonal, a scalar."""
+        """The trace, the sum of the diagonal, a scalar tensor. Raises InputError as `diagonal` does."""
         return self.diagonal().sum()
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
@@ -69,7 +72,10 @@ class SymmetricOperator(ABC):
         return torch.linalg.eigvalsh(self.dense(limit))
 
     def frobenius_norm(self) -> Tensor:
-        """The root of the sum of all squared entries, a scalar."""
+        """|A|_F, the root of the sum of all squared entries, a scalar tensor.
+
+        From the dense matrix where there is no cheaper way: InputError when that takes more than DENSE_LIMIT bytes.
+        """
         return norm_at_any_scale(self.dense())
 
     def linear_operator(self) -> LinearOperator:
@@ -91,7 +97,10 @@ class SymmetricOperator(ABC):
 
 
 def decomposed(operator: SymmetricOperator, what: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in ascending order and eigenvectors. NonFiniteError, which calls the matrix `what`, where it is not finite."""
+    """Eigenvalues `[P]`, ascending, and eigenvectors `[P, P]` as columns, of the dense matrix of an operator.
+
+    Raises NonFiniteError, which calls the matrix `what`, for NaN or infinity in it.
+    """
     matrix = operator.dense()
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"{what} {list(matrix.shape)} contains NaN or infinity")
@@ -100,12 +109,12 @@ def decomposed(operator: SymmetricOperator, what: str) -> tuple[Tensor, Tensor]:
 
 
 def mirror_(matrix: Tensor) -> Tensor:
-    """The matrix, its lower triangle overwritten by the upper: a product of matrices may round the two differently."""
+    """The matrix `[P, P]`, its lower triangle overwritten in place by the upper: products may round the two differently."""
     return matrix.triu_().add_(matrix.triu(1).mT)
 
 
 def norm_at_any_scale(x: Tensor) -> Tensor:
-    """The root of the sum of squared entries, also where squares vanish or overflow; a scalar."""
+    """sqrt(sum x_i^2) of a tensor of any shape, also where the squares vanish or overflow; a scalar tensor."""
     norm = torch.linalg.vector_norm(x)
     limits = torch.finfo(x.dtype)
     if x.numel() == 0 or (limits.tiny / limits.eps) ** 0.5 < float(norm) < math.inf:
@@ -115,7 +124,7 @@ def norm_at_any_scale(x: Tensor) -> Tensor:
 
 
 def check_tensor(what: str, x: Tensor, whole: bool = False) -> None:
-    """InputError unless x is a tensor of real numbers, floating-point ones or, if told so, `whole` ones too."""
+    """Raises InputError unless x is a tensor of real numbers, floating-point or, with `whole`, integer too."""
     if not isinstance(x, Tensor):
         raise InputError(f"{what} needs a tensor, got {type(x).__name__}")
     if x.is_complex() or not (whole or x.is_floating_point()):
@@ -125,7 +134,7 @@ def check_tensor(what: str, x: Tensor, whole: bool = False) -> None:
 
 
 def check_bytes(size: int, dtype: torch.dtype, limit: int) -> None:
-    """InputError when a dense matrix of `size` x `size` takes more than `limit` bytes."""
+    """Raises InputError when a dense matrix of `size` x `size` numbers of this type takes more than `limit` bytes."""
     check_number("limit", limit, 0, math.inf, "(]", hint="; in bytes")
     needed = size**2 * dtype.itemsize
     if needed > limit:

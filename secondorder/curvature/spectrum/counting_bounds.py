@@ -32,7 +32,7 @@ TRIED, REFINED = 64, 4
 
 
 class Interval(NamedTuple):
-    """Lower and upper bounds."""
+    """Lower and upper bounds of shares or numbers of eigenvalues, two float64 tensors of one shape."""
 
     low: Tensor
     high: Tensor
@@ -51,22 +51,22 @@ class CountingBounds:
     slack: float
 
     def shares(self, x: Tensor) -> Interval:
-        """The mass of each probe up to x `[X]`: `[K, X]`."""
+        """Bounds `[K, X]`, from 0 to 1, of the mass of each probe in eigenvalues up to each point x `[X]`."""
         ends = torch.cat([x - self.slack, x + self.slack])
         (low, high), (below, above) = (f(ends).chunk(2, 1) for f in (self.quadrature.up_to, self.quadrature.unseen))
         return Interval((low - below).clamp_min(0), (high + above).clamp_max(1))
 
     def unseen(self, x: float) -> Tensor:
-        """The mass of each probe `[K]` of which Lanczos cannot tell whether its magnitude is above x."""
+        """The mass `[K]`, at most 1, of each probe of which Lanczos cannot tell whether its magnitude is above x >= 0."""
         points = torch.tensor([x + self.slack, -x - self.slack], dtype=torch.float64)
         return self.quadrature.unseen(points).sum(1).clamp_max(1)
 
     def up_to(self, x: Tensor) -> Interval:
-        """The number `[X]` of eigenvalues <= x."""
+        """Bounds `[X]` of the number of eigenvalues <= x at each point of x `[X]`, wider by a standard error of the probes."""
         return self._numbers(self.shares(x), x[:, None] - self.apart)
 
     def beyond(self, x: Tensor) -> Interval:
-        """The number `[X]` of magnitudes > x >= 0."""
+        """Bounds `[X]` of the number of magnitudes > x >= 0 at each point of x `[X]`, wider by a standard error of the probes."""
         above, below = self._both_sides(x)
         shares = Interval((1 - above.high + below.low).clamp_min(0), (1 - above.low + below.high).clamp_max(1))
         return self._numbers(shares, self.apart.abs() - x[:, None], True)
@@ -88,7 +88,10 @@ class CountingBounds:
         return low
 
     def reach(self, extreme: float, upwards: bool) -> float:
-        """How far beyond the extreme Ritz value another eigenvalue may be, infinite where nothing rules it out."""
+        """How far above (`upwards`) or below an extreme Ritz value another eigenvalue may be.
+
+        Infinite where nothing rules it out.
+        """
         distances = float(self.quadrature.nodes.abs().max()) * torch.logspace(-16, 1, TRIED, dtype=torch.float64)
         shares = self.shares(extreme + distances if upwards else extreme - distances)
         empty = (1 - shares.low if upwards else shares.high).mean(0) < self._least_mass

@@ -51,12 +51,12 @@ class SpectralDensity:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the nodes are the eigenvalues."""
+        """Whether the nodes are the eigenvalues themselves, so that errors are 0."""
         return self.bounds is None
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, the number of rows of the operator and of its eigenvalues."""
         return round(float(self.weights[0].sum()))
 
     def integral(self, function: Callable[[Tensor], Tensor]) -> Estimate:
@@ -69,9 +69,9 @@ class SpectralDensity:
         return exact(values) if self.is_exact else mean(values)
 
     def statistic(self, function: Callable[[Tensor, Tensor], float], smooth: bool = True) -> Estimate:
-        """A function of (eigenvalues, their numbers), averaged over probes, with the error of the probes (see `integral`).
+        """A function of (eigenvalues `[M]`, their numbers `[M]`) to a number, averaged over probes, with their standard error.
 
-        smooth: False for quantiles, which leaving out a single probe may not move.
+        smooth: False for quantiles, which leaving out a single probe may not move. What functions are right for, `integral` says.
         """
 
         def of_probes(index: Tensor) -> float:
@@ -82,7 +82,11 @@ class SpectralDensity:
         return (jackknife if smooth else half_sampling)(of_probes, len(self.nodes))
 
     def statistic_of_range(self, function: Callable[[Tensor, Tensor], float]) -> Estimate:
-        """The same for a quantile of the magnitudes above `zero`, which changes with what may lie on the other side."""
+        """A quantile of the magnitudes above `zero`, averaged over probes.
+
+        A function of (eigenvalues `[M]`, their numbers `[M]`). Its error includes how it changes with the mass of which Lanczos
+        cannot tell on which side of `zero` it lies.
+        """
         value, error = self.statistic(function, smooth=False)
         if self.bounds is None or math.isnan(value):
             return Estimate(value, error)
@@ -96,12 +100,12 @@ class SpectralDensity:
 
     @property
     def trace(self) -> Estimate:
-        """The sum of the eigenvalues."""
+        """The sum of the eigenvalues, tr A, with its standard error over the probes."""
         return self.moment(1)
 
     @property
     def frobenius_norm(self) -> Estimate:
-        """The root of the sum of squared eigenvalues."""
+        """|A|_F, the root of the sum of squared eigenvalues, with its standard error over the probes."""
         return self.statistic(lambda values, weights: float(norm(values * weights.clamp_min(0).sqrt(), 0)))
 
     @property
@@ -116,7 +120,10 @@ class SpectralDensity:
         return between(share, min(low, high), max(low, high), len(self.nodes))
 
     def cumulative(self, point: float) -> Estimate:
-        """The share of eigenvalues up to a point; its error is small at gaps, and the weight of a node where they are dense."""
+        """The share of eigenvalues <= `point`, on [0, 1].
+
+        Its error is small at gaps, and the weight of a node where eigenvalues are dense.
+        """
         at = torch.tensor([point], dtype=torch.float64)
         value, error = self._cumulative(at)
         return Estimate(float(value), float(error))
@@ -134,10 +141,16 @@ class SpectralDensity:
     def curve(
         self, scale: str = "symlog", *, points: int = 400, width: float | None = None, linear: float | None = None
     ) -> DensityCurve:
-        """Broadened density and cumulative distribution at `points` points of a "linear" or "symlog" axis.
+        """Broadened density and cumulative distribution of the eigenvalues along an axis.
 
-        `width` is the standard deviation of the Gaussians in units of the axis (default a hundredth of its range), `linear`
-        the eigenvalue up to which a symlog axis is about linear (default: `zero`, or 1e-8 of the largest magnitude).
+        Args:
+            scale: "linear" or "symlog".
+            points: of the axis, at least 2.
+            width: standard deviation of the Gaussians in units of the axis; None: a hundredth of its range.
+            linear: eigenvalue up to which a symlog axis is about linear; None: `zero`, or 1e-8 of the largest magnitude.
+
+        Raises:
+            InputError: for an unknown scale, too few points, and a width or `linear` that is not positive.
         """
         check_name("scale", scale, SCALES)
         check_count("points", points, least=2)
@@ -152,7 +165,7 @@ class SpectralDensity:
 
 
 def exact_density(eigenvalues: Tensor, zero: float) -> SpectralDensity:
-    """The distribution of known eigenvalues `[P]`; magnitudes up to `zero` (absolute) count as zero."""
+    """The distribution of known eigenvalues `[P]`, in any order; magnitudes up to `zero` (absolute) count as zero."""
     values = eigenvalues.double().cpu()[None]
     return SpectralDensity(values, torch.ones_like(values), zero)
 
@@ -169,15 +182,24 @@ def spectral_density(
 ) -> SpectralDensity:
     """The distribution of the eigenvalues by `steps` steps of Lanczos from each of `probes` random vectors.
 
-    The first `deflate` eigenvalues of largest magnitude are computed by themselves (those that converge) and the probes
-    see the rest: a network's few large eigenvalues would otherwise carry most of the standard error. Magnitudes up to
-    `zero` times the largest count as zero (default 1e-8, for float32 operators 1.2e-5): Lanczos finds a null space when
-    a gap separates it from the other eigenvalues, not when they decay through `zero`; the errors say so. Sums of f(A) over
-    probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the error of the probes.
-    `memory` bounds the bytes of Lanczos vectors (None: what is available, and 2 GiB at least); probes that do not fit side by
-    side run one after the other.
+    Sums of f(A) over probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the
+    error of the probes. Lanczos finds a null space when a gap separates it from the other eigenvalues, not when they decay
+    through `zero`; the errors say so.
 
-    Raises InputError for bad arguments and too little memory; NonFiniteError.
+    Args:
+        operator: A `[P, P]`.
+        probes: K, random vectors.
+        steps: of Lanczos for each, at most P.
+        deflate: eigenvalues of largest magnitude that are computed by themselves (those that converge), so that the probes see
+            the rest: a network's few large ones would otherwise carry most of the standard error. Less than P.
+        zero: magnitudes up to `zero` times the largest count as zero, in [0, 1); None: 1e-8, for float32 operators 1.2e-5.
+        seed: of the probes.
+        memory: bytes of Lanczos vectors; None: what is available, and 2 GiB at least. Probes that do not fit side by side run one
+            after the other.
+
+    Raises:
+        InputError: for bad arguments and too little memory.
+        NonFiniteError: for a product that is not finite.
     """
     check_operator(operator)
     check_count("probes", probes)

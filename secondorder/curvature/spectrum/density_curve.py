@@ -40,7 +40,13 @@ class DensityCurve:
 def density_curve(
     nodes: Tensor, shares: Tensor, zero: float, scale: str, points: int, width: float | None, linear: float
 ) -> DensityCurve:
-    """The curve of nodes `[K, M]` with shares `[K, M]` that sum to 1 for each probe; |node| <= zero counts as zero."""
+    """The curve of nodes `[K, M]` with shares `[K, M]` that sum to 1 for each probe; |node| <= zero counts as zero.
+
+    Args:
+        scale, points: of the axis, as of `SpectralDensity.curve`.
+        width: standard deviation of the Gaussians in units of the axis; None: a hundredth of its range.
+        linear: eigenvalue up to which a symlog axis is about linear.
+    """
     position, eigenvalue = axis(scale, linear)
     places = position(nodes)
     beside = torch.where(nodes.abs() > zero, shares, 0)
@@ -57,13 +63,13 @@ def density_curve(
 
 
 def cumulative(nodes: Tensor, shares: Tensor, zero: float, points: Tensor) -> Tensor:
-    """The share of each probe `[K, X]` in eigenvalues up to each point."""
+    """The share of each probe `[K, X]` in eigenvalues up to each of the points `[X]`, for nodes and shares `[K, M]`."""
     nodes = torch.where(nodes.abs() > zero, nodes, 0)
     return torch.stack([torch.where(nodes <= x, shares, 0).sum(1) for x in points], 1)
 
 
 def axis(scale: str, linear: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The map from eigenvalues to places on the axis, and back."""
+    """The maps from eigenvalues to places on a "linear" or "symlog" axis, and back, both elementwise."""
     if scale == "linear":
         return (lambda x: x), (lambda s: s)
     return (lambda x: (x / (2 * linear)).asinh() / math.log(10)), (lambda s: 2 * linear * (s * math.log(10)).sinh())

@@ -18,9 +18,19 @@ def relative_difference(
 ) -> Estimate:
     """|A - B|_F / |B|_F with its standard error; B is the reference, e.g. the Hessian, A its Gauss-Newton matrix.
 
-    "auto" is exact for stored operators and up to 2048 rows, else "stochastic": numerator and denominator from the same
-    probes, so that their errors cancel in part. For a zero B the ratio is infinite, or 0 if A is zero too.
-    Raises InputError for operators of different size, number format or device, and for bad arguments; NonFiniteError.
+    For a zero B the ratio is infinite, or 0 if A is zero too.
+
+    Args:
+        A, B: operators of one size, number format and device.
+        method: "auto" is exact for stored operators and up to 2048 rows, else "stochastic": numerator and denominator from the
+            same probes, so that their errors cancel in part; "exact" raises InputError rather than use probes.
+        probes: random vectors of "stochastic".
+        seed: of the probes.
+        memory: bytes of their vectors; None: what is available, and 2 GiB at least.
+
+    Raises:
+        InputError: for operators of different size, number format or device, bad arguments, and too little memory.
+        NonFiniteError: for a matrix or product that is not finite.
     """
     found = frobenius_products(A, B, method, probes, seed, memory)
     return found.statistic(root_ratio, found.difference(1.0), found.second)

@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 def exact(value: float | Tensor) -> Estimate:
-    """A number that is right up to rounding."""
+    """A number that is right up to rounding, as an estimate with the error 0."""
     return Estimate(float(value), 0.0)
 
 
@@ -35,7 +35,7 @@ def mean(samples: Tensor) -> Estimate:
 
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the first dimension of samples `[K, ...]`."""
+    """Mean and standard error `[...]` over the first dimension of samples `[K, ...]`; the error is infinite for K = 1."""
     K = len(samples)
     unit = power_of_two(samples.abs().amax(0))
     x = samples / unit
@@ -46,7 +46,10 @@ def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """The power next above; 1 for zero and what is not finite. In such units no square is lost, and no digit changes."""
+    """The power of two next above each number; 1 for zero and what is not finite.
+
+    In such units no square is lost, and no digit changes.
+    """
     exponent = torch.frexp(largest).exponent
     usable = (largest > 0) & largest.isfinite()
     return torch.where(usable, torch.ldexp(torch.ones_like(largest), exponent.clamp(-1000, 1000)), 1)
@@ -67,10 +70,11 @@ def jackknife(statistic: Callable[[Tensor], float], probes: int) -> Estimate:
 
 
 def half_sampling(statistic: Callable[[Tensor], float], probes: int) -> Estimate:
-    """The same for quantiles, which leaving out one probe may not move at all, from leaving out half of the probes.
+    """A function of K probes and its standard error from leaving out half of them.
 
-    The delete-d jackknife (J. Shao, C. Wu, Annals of Statistics 17, 1989), here over 100 random half-samples h:
-    error^2 = (kept / left out) mean_h (f_h - f)^2.
+    For quantiles, which leaving out one probe may not move at all. `statistic` gets the indices of the probes it may use. The
+    delete-d jackknife (J. Shao, C. Wu, Annals of Statistics 17, 1989), here over 100 random half-samples h: error^2 = (kept /
+    left out) mean_h (f_h - f)^2.
     """
     every = torch.arange(probes)
     value = statistic(every)

@@ -50,7 +50,7 @@ class FrobeniusProducts:
     ratio: float = 1.0
 
     def difference(self, scale: float) -> Tensor:
-        """|scale A - B|^2."""
+        """|scale A - B|_F^2 by each probe, float64 `[K]` on the CPU; in units of b^2 where A and B are in units."""
         scale = scale * self.ratio
         return self.difference_in_units(scale) if math.isfinite(scale) else torch.full_like(self.first, math.inf)
 
@@ -72,7 +72,15 @@ def frobenius_products(
 ) -> FrobeniusProducts:
     """The inner products by the cheapest exact way, or, with "auto", by probes when there is none.
 
-    Raises InputError for operators that do not fit, bad arguments, and "exact" where neither way is open.
+    Args:
+        A, B: operators of one size, number format and device.
+        method: "auto", "exact" or "stochastic".
+        probes, seed: random vectors of "stochastic" and their random numbers.
+        memory: bytes of their vectors; None: what is available, and 2 GiB at least.
+
+    Raises:
+        InputError: for operators that do not fit, bad arguments, and "exact" where neither way is open.
+        NonFiniteError: for a matrix or product that is not finite.
     """
     if isinstance(A, SymmetricOperator) and isinstance(B, SymmetricOperator):
         check_same_space(A, B)

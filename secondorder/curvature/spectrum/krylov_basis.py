@@ -48,16 +48,16 @@ class KrylovBasis:
 
     @property
     def complete(self) -> bool:
-        """Whether the basis spans the whole space."""
+        """Whether the multiplied vectors span the whole space of P dimensions."""
         return self.done == self.size
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another block."""
+        """Whether there is no room for another block of vectors within the capacity."""
         return min(2 * self.count - self.done, self.size) > self.capacity
 
     def expand(self) -> None:
-        """Multiply the newest vectors and append what is new in the products."""
+        """Multiply the newest vectors by A and append the directions that are new in the products."""
         newest = range(self.done, self.count)
         AQ = product(self.operator, self.Q[self.done : self.count].mT)
         self.products += len(newest)

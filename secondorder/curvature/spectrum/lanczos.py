@@ -64,16 +64,25 @@ def top_eigenvalues(
     seed: int = 0,
     memory: int | None = None,
 ) -> TopEigenvalues:
-    """The k largest or smallest eigenvalues, or those of largest magnitude, counted with multiplicity.
+    """The k largest or smallest eigenvalues, or those of largest magnitude, counted with multiplicity, and their eigenvectors.
 
-    `tolerance` bounds residuals relative to the largest magnitude (default 1e-8, for float32 operators 1.2e-5); an
-    eigenvalue that is not reached within `max_iterations` products of `block` vectors is returned with its larger residual
-    and converged = False. Since a Krylov space holds at most `block` copies of a repeated eigenvalue, the search goes on
-    from random vectors after convergence, until they find nothing new. One vector at a time needs the fewest products; a
-    larger block pays where products of several vectors cost little more than one. `memory` bounds the bytes of the basis
-    (None: what is available, and 2 GiB at least).
+    Since a Krylov space holds at most `block` copies of a repeated eigenvalue, the search goes on from random vectors after
+    convergence, until they find nothing new.
 
-    Raises InputError for a k larger than the operator, an unknown `which`, or too little memory; NonFiniteError.
+    Args:
+        operator: A `[P, P]`.
+        k: eigenvalues, at most P.
+        which: "largest", "smallest" or "magnitude".
+        tolerance: bound of the residuals, relative to the largest magnitude; None: 1e-8, for float32 operators 1.2e-5.
+        max_iterations: products of `block` vectors after which an eigenvalue that is not reached is returned with its larger
+            residual and converged = False.
+        block: vectors multiplied at a time; one needs the fewest products, more pay where several cost little more than one.
+        seed: of the random vectors.
+        memory: bytes of the basis; None: what is available, and 2 GiB at least.
+
+    Raises:
+        InputError: for a k larger than the operator, an unknown `which`, other bad arguments, and too little memory.
+        NonFiniteError: for a product that is not finite.
     """
     check_operator(operator)
     check_count("k", k)

@@ -22,12 +22,12 @@ AT_THRESHOLD: dict[str, Callable[[Tensor, Tensor, float, float], float]] = {
 
 
 def largest_magnitude(largest: Estimate, smallest: Estimate) -> Estimate:
-    """|A|_2 from both ends of the spectrum."""
+    """|A|_2 from the largest and the smallest eigenvalue: the one of larger magnitude, with its error."""
     return max(Estimate(abs(value), error) for value, error in (largest, smallest))
 
 
 def exact_numbers(density: SpectralDensity, doubt: float) -> dict[str, Estimate]:
-    """Those that depend on the threshold, of known eigenvalues: rounding may have moved them by `doubt` across it."""
+    """Rank and condition numbers, by name, of known eigenvalues: rounding may have moved them by `doubt` across the threshold."""
     values, numbers = density.nodes[0], density.weights[0]
     top = float(values.abs().max())
     found = {}
@@ -39,7 +39,7 @@ def exact_numbers(density: SpectralDensity, doubt: float) -> dict[str, Estimate]
 
 
 def quadrature_numbers(density: SpectralDensity, largest: Estimate, smallest: Estimate) -> dict[str, Estimate]:
-    """Those that depend on the threshold, of a quadrature."""
+    """Rank and condition numbers, by name, of a quadrature and both ends of the spectrum; errors cover what is left open."""
     top = largest_magnitude(largest, smallest)
 
     found = {

@@ -40,7 +40,7 @@ def finite(what: str, operator: SymmetricOperator, values: Tensor) -> Tensor:
 
 
 def columns(operator: SymmetricOperator) -> Iterator[tuple[slice, Tensor]]:
-    """The operator's columns in float64, `[P, <= 64]` at a time, with the place they stand at."""
+    """The operator's columns in float64, `[P, <= 64]` at a time, each with the slice of the columns that it is."""
     for start in range(0, operator.size, COLUMNS):
         place = slice(start, min(start + COLUMNS, operator.size))
         if isinstance(operator, DenseOperator):
@@ -75,7 +75,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 
 def norm(vectors: Tensor, dim: int) -> Tensor:
-    """Euclidean lengths of vectors, also of such whose squares would vanish or overflow."""
+    """Euclidean lengths of vectors along `dim`, also of such whose squares would vanish or overflow."""
     largest = vectors.abs().amax(dim, keepdim=True)
     scale = torch.where(largest > 0, largest, 1)
     return (vectors / scale).norm(dim=dim) * scale.squeeze(dim)
@@ -106,7 +106,7 @@ def refuse_memory(rows: int, operator: SymmetricOperator, memory: int | None, wa
 
 
 def check_operator(operator: SymmetricOperator) -> None:
-    """Raises InputError unless it is a symmetric operator with at least one row."""
+    """Raises InputError unless it is a symmetric operator with at least one row, on a device that holds numbers."""
     if not isinstance(operator, SymmetricOperator):
         raise InputError(f"needs a SymmetricOperator, got {type(operator).__name__}; wrap a matrix in DenseOperator")
     if operator.size < 1:
@@ -131,5 +131,5 @@ def check_threshold(name: str, value: float) -> None:
 
 
 def check_name(kind: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises InputError for a name that is not allowed."""
+    """Raises InputError for a value that is not among the allowed names; `kind` is what the message calls it."""
     check_known(kind, value, allowed)

@@ -34,7 +34,7 @@ class Quadrature:
     off_diagonal: Tensor
 
     def up_to(self, x: Tensor) -> Tensor:
-        """The weight of the nodes <= x `[X]`: `[K, X]`."""
+        """The weight `[K, X]` of each probe's nodes <= x at each point of x `[X]`, 0 to 1."""
         sums = torch.nn.functional.pad(self.weights.cumsum(1), (1, 0))  # the nodes are in ascending order
         return sums.gather(1, torch.searchsorted(self.nodes, x.expand(len(sums), -1).contiguous(), right=True))
 
@@ -56,14 +56,14 @@ class Quadrature:
 
 
 def joined(parts: Sequence[Quadrature]) -> Quadrature:
-    """All probes of several runs."""
+    """One quadrature of all probes of several runs, one run after the other."""
     return Quadrature(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Quadrature)))
 
 
 def lanczos_quadrature(
     operator: SymmetricOperator, probes: int, steps: int, without: Tensor, source: torch.Generator
 ) -> Quadrature:
-    """The quadrature of random unit vectors orthogonal to `without` `[L, P]`.
+    """The quadrature `[K, M]` of K = `probes` random unit vectors orthogonal to `without` `[L, P]`, by M = `steps` steps.
 
     The K probes run side by side, their products in one call. Each new vector is orthogonalised twice against its probe's
     own and against `without`. A probe whose Krylov space is exhausted goes on with zero vectors, of weight zero.

@@ -30,7 +30,7 @@ class Images(NamedTuple):
     remainder: Tensor
 
     def minus(self, other: "Images", scale: float) -> "Images":
-        """The images under scale A - B."""
+        """The images under scale A - B of the same sketch and probes, for those of A (self) and B (other)."""
         return Images(scale * self.sketch - other.sketch, scale * self.remainder - other.remainder)
 
 
@@ -56,13 +56,13 @@ class Sketch:
         self.images = [Images(product(operator, self.Q), product(operator, self.u)) for operator in operators]
 
     def trace(self, A: Images) -> Tensor:
-        """K independent estimates of tr A, on the CPU."""
+        """K independent estimates of tr A, float64 `[K]` on the CPU, from A's images."""
         return ((self.Q * A.sketch).sum() + (self.u * A.remainder).sum(0)).cpu()
 
     def inner(self, A: Images, B: Images) -> Tensor:
-        """K independent estimates of <A, B>_F, on the CPU."""
+        """K independent estimates of <A, B>_F, float64 `[K]` on the CPU, from the images of both."""
         return ((A.sketch * B.sketch).sum() + (A.remainder * B.remainder).sum(0)).cpu()
 
     def diagonal(self, A: Images) -> Tensor:
-        """K independent estimates of the diagonal, `[K, P]` on the CPU."""
+        """K independent estimates of the diagonal of A, float64 `[K, P]` on the CPU, from its images."""
         return ((self.Q * A.sketch).sum(1) + (self.u * A.remainder).mT).cpu()

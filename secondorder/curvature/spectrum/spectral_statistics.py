@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def effective_rank(values: Tensor, numbers: Tensor) -> float:
-    """exp of the entropy of |lambda| / sum |lambda| (O. Roy, M. Vetterli, EUSIPCO 2007): P for equal magnitudes."""
+    """exp of the entropy of |lambda| / sum |lambda| (O. Roy, M. Vetterli, EUSIPCO 2007): P for equal magnitudes, 0 for none.
+
+    values, numbers: eigenvalues `[M]` and how many each stands for `[M]`.
+    """
     magnitudes = values.abs()
     total = (numbers * magnitudes).sum()
     if total == 0:
@@ -20,7 +23,7 @@ def effective_rank(values: Tensor, numbers: Tensor) -> float:
 
 
 def participation(values: Tensor, numbers: Tensor) -> float:
-    """(tr A)^2 / |A|_F^2."""
+    """(tr A)^2 / |A|_F^2 of eigenvalues `[M]` and their numbers `[M]`: at most the rank of A, 0 for the zero matrix."""
     scale = values.abs().max()
     if scale == 0:
         return 0.0
@@ -29,23 +32,23 @@ def participation(values: Tensor, numbers: Tensor) -> float:
 
 
 def stable_rank(values: Tensor, numbers: Tensor, largest: float) -> float:
-    """|A|_F^2 / |A|_2^2 for a known |A|_2."""
+    """|A|_F^2 / |A|_2^2 of eigenvalues `[M]` and their numbers `[M]`, for a known |A|_2 = `largest`; 0 for the zero matrix."""
     return float((numbers * (values / largest).square()).sum()) if largest > 0 else 0.0
 
 
 def negative_share(values: Tensor, numbers: Tensor) -> float:
-    """The sum of |lambda| over negative eigenvalues as a share of the sum over all."""
+    """sum of |lambda| over negative eigenvalues / sum over all, on [0, 1], of eigenvalues `[M]` and their numbers `[M]`."""
     total = float((numbers * values.abs()).sum())
     return float((numbers * values.clamp_max(0).abs()).sum()) / total if total > 0 else 0.0
 
 
 def number_above(values: Tensor, numbers: Tensor, threshold: float) -> float:
-    """How many eigenvalues have a magnitude above the threshold: the numerical rank."""
+    """How many eigenvalues have a magnitude above the threshold (absolute): the numerical rank, from values and numbers `[M]`."""
     return float(numbers[values.abs() > threshold].sum())
 
 
 def smallest_above(values: Tensor, numbers: Tensor, threshold: float) -> float:
-    """The smallest magnitude above the threshold: where the numbers, summed from below, reach half an eigenvalue.
+    """The smallest magnitude above the threshold (absolute): where the numbers, summed from below, reach half an eigenvalue.
 
     Lanczos nodes between two eigenvalues stand for much less than one and are passed over. NaN for an empty range.
     """
@@ -53,13 +56,13 @@ def smallest_above(values: Tensor, numbers: Tensor, threshold: float) -> float:
 
 
 def median_above(values: Tensor, numbers: Tensor, threshold: float) -> float:
-    """The median of the magnitudes above the threshold. NaN for an empty range."""
+    """The median of the magnitudes above the threshold (absolute), of eigenvalues and numbers `[M]`. NaN for an empty range."""
     magnitudes, numbers = _range(values, numbers, threshold)
     return _where_sum_reaches(magnitudes, numbers, float(numbers.sum()) / 2)
 
 
 def trace_quantile_condition(values: Tensor, numbers: Tensor) -> float:
-    """The magnitudes at which the sum of magnitudes, from the largest down, reaches 10 % and 90 %, as a ratio."""
+    """The magnitudes at which their sum, from the largest down, reaches 10 % and 90 %, as a ratio; NaN for the zero matrix."""
     magnitudes, index = values.abs().sort(descending=True)
     parts = magnitudes * numbers[index]
     total = float(parts.sum())

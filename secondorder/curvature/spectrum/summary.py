@@ -95,16 +95,23 @@ def spectral_summary(
     seed: int = 0,
     memory: int | None = None,
 ) -> SpectralSummary:
-    """The numbers of one operator's spectrum.
+    """The numbers of one operator's spectrum, each with its error.
 
-    "auto" is exact where no matrix with more than 2048 rows has to be decomposed (that of a factored operator is its
-    smaller Gram matrix), else "lanczos" with `probes`, `steps` and `deflate` of `spectral_density`. `threshold` is
-    relative to the largest magnitude; default P eps of the operator's number format when exact, and at least what Lanczos
-    can resolve, 1e-8 (float32: 1.2e-5), else. By Lanczos the lower end of the range is where the averaged weights reach half an
-    eigenvalue. Errors reach as far as the truth is open, up to the condition number 1 / threshold where eigenvalues decay through
-    the threshold; those of the sums (trace, frobenius_norm, stable_rank, participation) are standard errors.
+    By Lanczos the lower end of the range is where the averaged weights reach half an eigenvalue. Errors reach as far as the truth
+    is open, up to the condition number 1 / threshold where eigenvalues decay through the threshold; those of the sums (trace,
+    frobenius_norm, stable_rank, participation) are standard errors.
 
-    Raises InputError for bad arguments and too little memory; NonFiniteError.
+    Args:
+        operator: A `[P, P]`.
+        method: "auto" is "exact" where no matrix with more than 2048 rows has to be decomposed (that of a factored operator is
+            its smaller Gram matrix), else "lanczos".
+        threshold: magnitudes up to this share of the largest are outside the range of A, in [0, 1); None: P eps of the operator's
+            number format when exact, and at least what Lanczos can resolve, 1e-8 (float32: 1.2e-5), else.
+        probes, steps, deflate, seed, memory: of "lanczos", as of `spectral_density`.
+
+    Raises:
+        InputError: for bad arguments and too little memory.
+        NonFiniteError: for a matrix or product that is not finite.
     """
     check_operator(operator)
     check_name("method", method, METHODS)
@@ -203,7 +210,10 @@ def summary_table(
     seed: int = 0,
     memory: int | None = None,
 ) -> pd.DataFrame:
-    """A row of `spectral_summary` for each block, in order, with its arguments. InputError when there is no block."""
+    """A pandas table with a row of `spectral_summary`, whose arguments and errors it has, for each block, in order.
+
+    Raises InputError when there is no block.
+    """
     with needed_by("summary_table"):
         import pandas as pd
     if not blocks:

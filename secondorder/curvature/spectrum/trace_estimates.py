@@ -57,12 +57,21 @@ def trace_estimate(
     seed: int = 0,
     memory: int | None = None,
 ) -> Estimate:
-    """tr A and its standard error, by a method of the table above.
+    """tr A and its standard error, by an exact or a random method.
 
-    "auto" is exact for stored operators, Gauss-Newton matrices with a known factor, and where P products are no more than
-    those of hutch++; else hutch++. Hutchinson's probes are "rademacher" signs or "gaussian", those of hutch++ Gaussian
-    directions. `memory` bounds the bytes of hutch++'s vectors (None: what is available, and 2 GiB at least).
-    Raises InputError for bad arguments and too little memory; NonFiniteError.
+    Args:
+        operator: A `[P, P]`.
+        method: "exact"; "hutchinson", the mean of omega^T A omega; "hutch++", exact on a sketch of A, chance on the rest. "auto"
+            is exact for stored operators, Gauss-Newton matrices with a known factor, and where P products are no more than those
+            of hutch++; else hutch++.
+        probes: random vectors; hutch++ multiplies three times as many.
+        distribution: of Hutchinson's probes: "rademacher" (signs) or "gaussian"; those of hutch++ are Gaussian directions.
+        seed: of the probes.
+        memory: bytes of hutch++'s vectors; None: what is available, and 2 GiB at least.
+
+    Raises:
+        InputError: for bad arguments and too little memory.
+        NonFiniteError: for a product that is not finite.
     """
     _check(operator, method, probes, distribution)
     method = _resolved(operator, method, probes, has_diagonal(operator))
@@ -84,7 +93,7 @@ def frobenius_norm_estimate(
     seed: int = 0,
     memory: int | None = None,
 ) -> Estimate:
-    """|A|_F = sqrt(tr A^2) and its standard error by the delta method; arguments and errors of `trace_estimate`."""
+    """|A|_F = sqrt(tr A^2) and its standard error by the delta method; arguments and errors as of `trace_estimate`."""
     _check(operator, method, probes, distribution)
     if method in ("auto", "exact"):
         operator = in_memory(operator)
@@ -121,7 +130,7 @@ def diagonal_estimate(
     seed: int = 0,
     memory: int | None = None,
 ) -> DiagonalEstimate:
-    """The diagonal of A and standard errors, mean of omega * A omega; arguments and errors of `trace_estimate`."""
+    """The diagonal `[P]`, mean of omega * A omega, and standard errors `[P]`; arguments and errors as of `trace_estimate`."""
     _check(operator, method, probes, distribution)
     method = _resolved(operator, method, probes, has_diagonal(operator))
     if method == "exact":

@@ -35,7 +35,7 @@ def unit_of(operator: SymmetricOperator) -> float:
 
 
 def scaled(operator: SymmetricOperator, factor: float) -> SymmetricOperator:
-    """factor times the operator, a power of two, as an operator of the same structure in double precision."""
+    """c A for a power of two c = `factor`, as an operator of the same structure in double precision."""
     match operator:
         case DenseOperator():
             return DenseOperator(operator.matrix.double() * factor)
@@ -56,7 +56,7 @@ def scaled(operator: SymmetricOperator, factor: float) -> SymmetricOperator:
 
 
 class ScaledOperator(SymmetricOperator):
-    """c A in double precision."""
+    """c A `[P, P]` in double precision, for an operator A and a number c = `factor`."""
 
     def __init__(self, operator: SymmetricOperator, factor: float) -> None:
         super().__init__(operator.size, torch.float64, operator.device)

@@ -16,16 +16,16 @@ class BatchNormDerivatives(Derivatives):
     """
 
     def hessian_is_zero(self, module: nn.Module) -> bool:
-        """In evaluation mode, the only one supported."""
+        """True: in evaluation mode, the only one supported, batch normalisation is linear."""
         return True
 
     def jacobian(self, module: Any, V: Tensor) -> Tensor:
-        """Each channel scaled."""
+        """J V `[V, N, C, H, W]`: each channel of V scaled by w / sqrt(v + eps). Raises InputError in training mode."""
         scale = _inverse_deviation(module)
         return (scale if module.weight is None else scale * module.weight.detach()[:, None, None]) * V
 
     def transposed(self, module: Any, G: Tensor, samples: list[int] | None = None) -> Tensor:
-        """The same: J is diagonal."""
+        """J^T G `[V, N, C, H, W]`, which is J G since J is diagonal. Raises InputError in training mode."""
         return self.jacobian(module, G)
 
     def parameter_jacobian(self, module: Any, name: str, V: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class BatchNormDerivatives(Derivatives):
         return V[:, None, :, None, None] * _slope(module, name)
 
     def parameter_transposed(self, module: Any, name: str, G: Tensor) -> Tensor:
-        """The transpose for each sample: `[V, N, C, H, W] -> [V, N, C]`."""
+        """(dy/dw)^T G or (dy/db)^T G for each sample: `[V, N, C, H, W] -> [V, N, C]`."""
         return (G * _slope(module, name)).sum((-2, -1))
 
 

@@ -17,17 +17,17 @@ class CovarianceDerivatives(Derivatives):
     """
 
     def jacobian(self, module: nn.Module, V: Tensor) -> Tensor:
-        """V Y^T + Y V^T."""
+        """J V = V Y^T + Y V^T `[V, N, C, C]` of columns V `[V, N, *in]`, Y the centred features divided by M."""
         product = _columns(module, V) @ _scaled(positions(inputs(module), _layout(module))).mT
         return product + product.mT
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
-        """(G + G^T) Y."""
+        """J^T G = (G + G^T) Y `[V, N, *in]` of matrices G `[V, N, C, C]`, Y the centred features divided by M."""
         x = inputs(module, samples)
         return _as_inputs(module, (G + G.mT) @ _scaled(positions(x, _layout(module))), x)
 
     def residual(self, module: nn.Module, g: Tensor, V: Tensor) -> Tensor:
-        """(g + g^T) V P / M: centring commutes with the product from the left."""
+        """R V = (g + g^T) V P / M `[V, N, *in]` for g = dL/dS `[N, C, C]`: centring P commutes with the product from the left."""
         return _as_inputs(module, (g + g.mT) @ _scaled(_columns(module, V)), V[0])
 
     def signed_factors(self, module: nn.Module, g: Tensor) -> SignedFactors:

@@ -17,19 +17,19 @@ class Elementwise(Derivatives):
         self.piecewise_linear = piecewise_linear
 
     def hessian_is_zero(self, module: nn.Module) -> bool:
-        """For piecewise linear activations."""
+        """Whether the activation is piecewise linear, f'' = 0."""
         return self.piecewise_linear
 
     def jacobian(self, module: nn.Module, V: Tensor) -> Tensor:
-        """f'(x) V."""
+        """J V = f'(x) * V, entry by entry: `[V, N, *in] -> [V, N, *in]`."""
         return _slope(module, inputs(module)) * V
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
-        """f'(x) G."""
+        """J^T G = f'(x) * G, entry by entry: `[V, N, *in] -> [V, N, *in]`; of `samples` only, when given."""
         return _slope(module, inputs(module, samples)) * G
 
     def residual(self, module: nn.Module, g: Tensor, V: Tensor) -> Tensor:
-        """g f''(x) V."""
+        """R V = g * f''(x) * V, entry by entry, for g `[N, *in]`: `[V, N, *in] -> [V, N, *in]`."""
         x = inputs(module)
         return vjp(lambda x: _slope(module, x), x)[1](g)[0] * V
 

@@ -44,29 +44,29 @@ class MatrixFunctionDerivatives(Derivatives):
         return lambda S: f.of_matrix(symmetric(S))
 
     def hessian_is_zero(self, module: nn.Module) -> bool:
-        """For the first power."""
+        """Whether the function is the first power, the only linear one."""
         return isinstance(module, MatrixPower) and module.exponent == 1
 
     def jacobian(self, module: nn.Module, V: Tensor) -> Tensor:
-        """U (g_ij V~_ij) U^T / t + tr(V) U diag(b) U^T / t."""
+        """J V = (U (g_ij V~_ij) U^T + tr(V) U diag(b) U^T) / t `[V, N, C, C]` of matrices V of this shape, V~ = U^T sym(V) U."""
         factor, U, first, b = _spectrum(module, inputs(module))
         inner = first * (U.mT @ symmetric(V) @ U)
         inner = inner + torch.diag_embed(V.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * b)
         return factor * (factor * (U @ inner @ U.mT))
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
-        """The pull-back of the fused head, with one eigen-decomposition for all columns."""
+        """J^T G `[V, N, C, C]`, the pull-back of the fused head, with one eigen-decomposition for all columns G."""
         return _strategy(module).gradient(G, _spectrum(module, inputs(module, samples)))
 
     def basis(self, x: Tensor) -> Tensor:
-        """e_i e_i^T and (e_i e_j^T + e_j e_i^T) / sqrt 2 for i < j."""
+        """Orthonormal symmetric matrices `[C (C + 1) / 2, C, C]`: e_i e_i^T and (e_i e_j^T + e_j e_i^T) / sqrt 2, i < j."""
         row, column = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
         E = torch.zeros(len(row), *x.shape[1:], dtype=x.dtype, device=x.device)
         E[torch.arange(len(row), device=x.device), row, column] = 1.0
         return _unit(E)
 
     def draw(self, x: Tensor, draws: int) -> Tensor:
-        """Random signs times the basis of symmetric matrices."""
+        """`draws` random symmetric matrices for each sample, `[draws, N, C, C]`: random signs times the basis of `basis`."""
         return _unit(random_signs(draws, x).triu())
 
 

@@ -24,14 +24,14 @@ class RandomLiftDerivatives(Derivatives):
         return torch.cat([V, scale * (product + product.mT).flatten(-2).index_select(-1, pairs)], -1)
 
     def transposed(self, module: nn.Module, G: Tensor, samples: list[int] | None = None) -> Tensor:
-        """G' + s Q^T H(G'') u."""
+        """J^T G = G' + s Q^T H(G'') u `[V, N, C]` of columns G `[V, N, C (C + 1) / 2]`: G' of z, G'' of the products."""
         z = inputs(module, samples)
         Q, scale, _ = _constants(module, z)
         Hu = (_symmetric(module, G) @ (z @ Q.mT)[..., None])[..., 0]
         return G[..., : z.shape[1]] + scale * Hu @ Q
 
     def residual(self, module: nn.Module, g: Tensor, V: Tensor) -> Tensor:
-        """s Q^T H(g'') Q V."""
+        """R V = s Q^T H(g'') Q V `[V, N, C]`, g'' the part of the gradient that belongs to the products u_i u_j."""
         Q, scale, _ = _constants(module, V)
         HV = (_symmetric(module, g) @ (V @ Q.mT)[..., None])[..., 0]
         return scale * HV @ Q
