@@ -32,11 +32,17 @@ from secondorder.matrix_power.upper_triangle import upper_triangle
 def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate: bool = True) -> Tensor:
     """S^(1/2) of symmetric PSD matrices `[..., C, C]`: exact, or its approximation by K = `num_iter` Newton-Schulz steps.
 
-    `"newton_schulz"` and `"auto"`: the polynomial of K steps with trace normalisation, exactly iSQRT-COV (Li et al., CVPR 2018),
-    through eigenvalues, since products blow up for the negative ones of a rounded matrix; `covariance_sqrt` uses products, too.
-    `"eigh"`: the exact root; `num_iter` is not used. So only `"eigh"` changes the result (for K = 5 by about 20 % on typical
-    features). `validate=False` skips the checks that read values and so wait for the device.
-    Raises InputError for other shapes, types, options, and for matrices that are not finite, symmetric and PSD.
+    Args:
+        S: matrices of 16, 32 or 64 bits; the result is of their type (float32 under autocast).
+        method: "newton_schulz" and "auto": the polynomial of K steps with trace normalisation, exactly iSQRT-COV (Li et al., CVPR
+            2018), through eigenvalues, since products blow up for the negative ones of a rounded matrix; `covariance_sqrt` uses
+            products, too. "eigh": the exact root. So only "eigh" changes the result (for K = 5 by about 20 % on typical
+            features).
+        num_iter: K, at least 1; "eigh" does not use it.
+        validate: False skips the checks that read values and so wait for the device.
+
+    Raises:
+        InputError: for other shapes, types, options, and for matrices that are not finite, symmetric and PSD.
     """
     checks.check_matrices(S)
     checks.check_method(method)
@@ -50,7 +56,15 @@ def matrix_sqrt(S: Tensor, method: str = "auto", num_iter: int = 5, *, validate:
 def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor:
     """S^p of symmetric PSD matrices `[..., C, C]` for any real p; null directions give zero, for negative p too.
 
-    The exponents 1 and 2 are computed without eigenvalues. Raises InputError as `matrix_sqrt` does.
+    The exponents 1 and 2 are computed without eigenvalues.
+
+    Args:
+        S: matrices of 16, 32 or 64 bits; the result is of their type (float32 under autocast).
+        exponent: p, a number of at most `checks.MOST_EXPONENT` in size.
+        validate: False skips the checks that read values and so wait for the device.
+
+    Raises:
+        InputError: for other shapes, types, exponents, and for matrices that are not finite, symmetric and PSD.
     """
     checks.check_matrices(S)
     checks.check_exponent(exponent)
@@ -67,7 +81,15 @@ def matrix_power(S: Tensor, exponent: float, *, validate: bool = True) -> Tensor
 def matrix_log(S: Tensor, eps: float = 0.0, *, validate: bool = True) -> Tensor:
     """log(S) of symmetric PSD matrices `[..., C, C]` on their range; with eps > 0, log(S + eps I) - log(eps) I.
 
-    The second form is smooth where S is singular. Raises InputError as `matrix_sqrt` does.
+    The second form is smooth where S is singular.
+
+    Args:
+        S: matrices of 16, 32 or 64 bits; the result is of their type (float32 under autocast).
+        eps: a finite number of at least 0, in the units of S.
+        validate: False skips the checks that read values and so wait for the device.
+
+    Raises:
+        InputError: for other shapes, types, eps, and for matrices that are not finite, symmetric and PSD.
     """
     checks.check_matrices(S)
     checks.check_eps(eps)
@@ -87,11 +109,18 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, triangle: bool = False) -> Tensor:
-    """`matrix_sqrt(covariance(x))` for features `[..., C, M]` in one step, much faster; only shapes are checked.
+    """`matrix_sqrt(covariance(x))` `[..., C, C]` for features `[..., C, M]` in one step, much faster; only shapes are checked.
 
-    `"newton_schulz"`: by matrix products, up to 10 steps in float32 (24 in float64), for which they are stable; through
-    eigenvalues beyond. `"auto"`: the same polynomial by products or through eigenvalues, whichever is faster for the shape.
-    `triangle` gives the row-major upper triangle `[..., C (C + 1) / 2]` instead of the matrix `[..., C, C]`.
+    Args:
+        x: features of C channels at M positions.
+        method: "newton_schulz": by matrix products, up to 10 steps in float32 (24 in float64), for which they are stable; through
+            eigenvalues beyond. "auto": the same polynomial by products or through eigenvalues, whichever is faster for the shape.
+            "eigh": the exact root.
+        num_iter: K steps of Newton-Schulz, at least 1.
+        triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead of the matrix.
+
+    Raises:
+        InputError: for other shapes, types and options.
     """
     checks.check_features(x)
     checks.check_method(method)
@@ -103,7 +132,10 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
 
 
 def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
-    """`matrix_power(covariance(x), exponent)` in one step, like `covariance_sqrt`."""
+    """`matrix_power(covariance(x), exponent)` `[..., C, C]` for features `[..., C, M]` in one step; only shapes are checked.
+
+    triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and exponents.
+    """
     checks.check_features(x)
     checks.check_exponent(exponent)
     check_flag("triangle", triangle)
@@ -114,7 +146,10 @@ def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> T
 
 
 def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Tensor:
-    """`matrix_log(covariance(x), eps)` in one step, like `covariance_sqrt`."""
+    """`matrix_log(covariance(x), eps)` `[..., C, C]` for features `[..., C, M]` in one step; only shapes are checked.
+
+    triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and eps.
+    """
     checks.check_features(x)
     checks.check_eps(eps)
     check_flag("triangle", triangle)

@@ -28,35 +28,35 @@ class Kernel(Protocol):
 
     @property
     def function(self) -> MatrixFunction:
-        """The function f."""
+        """f, the function of a matrix that this kernel computes."""
 
     def root(self, A: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z from A, and what `root_gradient` needs."""
+        """Z = f(S) `[..., C, C]` from A = S / t and the trace t `[..., 1, 1]`, and what `root_gradient` needs."""
 
     def root_gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """D from G = dL/dZ."""
+        """D = t dL/dS `[..., C, C]` from the symmetric G = dL/dZ `[..., C, C]` and what `root` has saved."""
 
     def gram(self, Xn: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z from Xn, and what `gram_gradient` needs."""
+        """Z = f(S) `[..., C, C]` from normalised features Xn `[..., C, M]` and the trace t, and what `gram_gradient` needs."""
 
     def gram_gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """D Xn from G = dL/dZ."""
+        """D Xn `[..., C, M]`, D = t dL/dS, from the symmetric G = dL/dZ `[..., C, C]` and what `gram` has saved."""
 
 
 @dataclass(frozen=True)
 class Eigen:
-    """Through eigenvalues: one eigen-decomposition, no iteration."""
+    """The kernel through eigenvalues: one eigen-decomposition, no iteration, for any `function`."""
 
     function: MatrixFunction
 
     def root(self, A: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z = U diag(g) U^T."""
+        """Z = U diag(g) U^T `[..., C, C]` by the eigenvectors U of A, and U, g_ij and b_i for `root_gradient`."""
         a, U = eigenvalues(A)
         spectrum = self.function.spectrum(a, t[..., 0], a.shape[-1])
         return (U * spectrum.value[..., None, :]) @ U.mT, (U, spectrum.first, spectrum.trace)
 
     def root_gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """D = U (g_ij G~_ij + s I) U^T."""
+        """D = U (g_ij G~_ij + s I) U^T `[..., C, C]` with G~ = U^T G U and s = sum_i b_i G~_ii."""
         U, first, b = saved
         inner = U.mT @ (G @ U)
         diagonal = inner.diagonal(dim1=-2, dim2=-1)
@@ -66,7 +66,7 @@ class Eigen:
         return U @ inner @ U.mT
 
     def gram(self, Xn: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z = P diag(h) P^T with K = W diag(a) W^T, P = Xn W."""
+        """Z = P diag(h) P^T `[..., C, C]` with K = Xn^T Xn = W diag(a) W^T and P = Xn W, and what `gram_gradient` needs."""
         a, W = eigenvalues(Xn.mT @ Xn)
         value, first, b, a = self.function.spectrum(a, t[..., 0], max(Xn.shape[-2:]))
         h = value / a
@@ -88,18 +88,18 @@ class Eigen:
 
 @dataclass(frozen=True)
 class Products:
-    """K steps of Newton-Schulz by matrix products."""
+    """The kernel of K Newton-Schulz steps by matrix products, for the root only."""
 
     function: NewtonSchulz
 
     def root(self, A: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z = sqrt(t) y_K(A)."""
+        """Z = sqrt(t) y_K(A) `[..., C, C]` by K Newton-Schulz steps in matrix products, and the iterates for `root_gradient`."""
         root = t.sqrt()
         y, chain = iterate(A, self.function.num_iter, inverse=False)
         return y * root, (y, root, *chain)
 
     def root_gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """D = dA + (<G, Z> / 2 - <dA, A>) I with dA = dL/dA."""
+        """D = dA + (<G, Z> / 2 - <dA, A>) I `[..., C, C]` with dA = dL/dA pulled back through the iterates."""
         y, root, *chain = saved
         A = chain[0]
         G = G * root
@@ -109,7 +109,7 @@ class Products:
         return dA
 
     def gram(self, Xn: Tensor, t: Tensor) -> tuple[Tensor, Saved]:
-        """Z = sqrt(t) Xn z_K(K) Xn^T."""
+        """Z = sqrt(t) Xn z_K(K) Xn^T `[..., C, C]` by Newton-Schulz steps on K = Xn^T Xn, and what `gram_gradient` needs."""
         root = t.sqrt()
         z, chain = iterate(Xn.mT @ Xn, self.function.num_iter, inverse=True)
         z = z * root

@@ -32,11 +32,18 @@ CONVERGED_STEPS = {torch.float32: 30, torch.float64: 56}
 
 
 def newton_schulz_sqrt(S: Tensor, num_iter: int = 5) -> Tensor:
-    """The iteration as printed, `[..., C, C]`: three matrix products a step in plain autograd; the zero matrix gives zero.
+    """sqrt(tr S) Y_K `[..., C, C]`: K Newton-Schulz steps as printed, three matrix products each in plain autograd.
 
-    The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast and stable form: this one
-    blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published. Values are not checked. Raises InputError
-    for other shapes, types and numbers of steps.
+    The zero matrix gives zero. The reference of the tests and the baseline of the performance study; `matrix_sqrt` is the fast
+    and stable form: this one blows up for many steps (STABLE_STEPS) and for negative eigenvalues, as published. Values are not
+    checked.
+
+    Args:
+        S: symmetric PSD matrices `[..., C, C]`.
+        num_iter: K, at least 1.
+
+    Raises:
+        InputError: for other shapes, types and numbers of steps.
     """
     checks.check_matrices(S)
     checks.check_iterations(num_iter)
@@ -148,20 +155,20 @@ class NewtonSchulzPolynomial:
     factored = False
 
     def singular_at(self, level: Tensor) -> bool:
-        """Used for so many steps only that the slope at 0, 1.5^K, is that of a singularity."""
+        """True: it is used for so many steps only that the slope at 0, 1.5^K, is that of a singularity."""
         return True
 
     def value(self, a: Tensor) -> Tensor:
-        """The polynomial."""
+        """q_K(a), the polynomial of K Newton-Schulz steps, of eigenvalues 0 <= a <= 1, elementwise."""
         return _iterates(a, self.num_iter)[1]
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
-        """See `polynomial`."""
+        """q_K[a, b], the first divided difference of the polynomial, elementwise and without cancellation."""
         (_, y_a), (m_b, y_b) = _iterates(a, self.num_iter), _iterates(b, self.num_iter)
         return (m_b + a * _slope(a, b, self.num_iter)) / (y_a + y_b)
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """In the order a > b, c, so that nothing is divided by a small y."""
+        """q_K[a, b, c], the second divided difference, in the order a > b, c, so that nothing is divided by a small y."""
         a, b, c = torch.stack(torch.broadcast_tensors(a, b, c)).sort(0, descending=True).values
         m = torch.stack((a, b, c))
         y = m

@@ -31,13 +31,13 @@ class ScalarFunction(Protocol):
         """Whether f[a, b, c] = -f[a, b] f[b, c] f[a, c], which makes the second derivative three matrix products."""
 
     def value(self, a: Tensor) -> Tensor:
-        """f(a)."""
+        """f(a), elementwise, for a > 0."""
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
-        """f[a, b]."""
+        """f[a, b] = (f(a) - f(b)) / (a - b), f'(a) where a = b: the first divided difference, elementwise."""
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """f[a, b, c]."""
+        """f[a, b, c] = (f[a, b] - f[b, c]) / (a - c), f''(a) / 2 where a = b = c: the second divided difference."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class SquareRoot:
     factored = True
 
     def singular_at(self, level: Tensor) -> bool:
-        """At zero."""
+        """True: the slope of the root is infinite at zero, so null directions are left out."""
         return True
 
     def value(self, a: Tensor) -> Tensor:
-        """The square root."""
+        """sqrt(a), elementwise, for a >= 0."""
         return a.sqrt()
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
-        """The inverse of sqrt a + sqrt b: no difference of eigenvalues, no cancellation."""
+        """f[a, b] = 1 / (sqrt a + sqrt b): no difference of eigenvalues, no cancellation."""
         return 1 / (a.sqrt() + b.sqrt())
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """The product -f[a, b] f[b, c] f[a, c]."""
+        """f[a, b, c] = -f[a, b] f[b, c] f[a, c], elementwise."""
         return -self.first(a, b) * self.first(b, c) * self.first(a, c)
 
 
@@ -72,20 +72,20 @@ class Power:
     factored = False
 
     def singular_at(self, level: Tensor) -> bool:
-        """At zero, or taken so: null directions are zero for every exponent."""
+        """True for every exponent: null directions are zero."""
         return True
 
     @property
     def degree(self) -> float:
-        """The exponent."""
+        """p, the exponent: f(c a) = c^p f(a)."""
         return self.exponent
 
     def value(self, a: Tensor) -> Tensor:
-        """The power."""
+        """a^p, elementwise, for a > 0."""
         return a**self.exponent
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
-        """No cancellation, however near the arguments are."""
+        """f[a, b] = b^(p-1) expm1(p x) / expm1(x) with b >= a and x = log(a / b): no cancellation for near arguments."""
         high, x = _log_ratio(a, b)
         equal = x == 0
         x = torch.where(equal, -1, x)
@@ -93,7 +93,7 @@ class Power:
         return high ** (self.exponent - 1) * torch.where(equal, self.exponent, ratio)
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """Accurate to about eps^(3/4)."""
+        """f[a, b, c], the second divided difference of a^p, accurate to about eps^(3/4) of the number format."""
         p = self.exponent
         return _second_difference(
             self,
@@ -119,15 +119,15 @@ class Logarithm:
     factored = False
 
     def in_units(self, c: Tensor, power: int) -> "Logarithm":
-        """The same function in units c^power."""
+        """This function of eigenvalues in units c^power, with c `[..., 1, 1]`."""
         return replace(self, unit=c, power=power)
 
     def singular_at(self, level: Tensor) -> Tensor | bool:
-        """At zero for eps = 0; for an eps below the rounding level null directions would be log(noise / eps)."""
+        """True for eps = 0; else whether eps is below the rounding level, where null directions would be log(noise / eps)."""
         return True if self.eps == 0 else level > self._shift()
 
     def value(self, a: Tensor) -> Tensor:
-        """The logarithm."""
+        """log(a) for eps = 0, else log(1 + a / eps), elementwise; in units u the value at u a, for eps > 0 times 1 + eps / u."""
         if self.unit is None:
             return torch.log1p(a / self.eps) if self.eps else a.log()
         log_unit = self.power * self.unit.log()
@@ -140,7 +140,7 @@ class Logarithm:
         return torch.where(beyond, far, torch.log1p(torch.where(beyond, 0, ratio))) * (1 + e)
 
     def first(self, a: Tensor, b: Tensor) -> Tensor:
-        """The form x / (a expm1(x)) at x = log(b / a)."""
+        """f[a, b] = x / (h expm1(x)) at x = log(l / h) of the larger and the smaller of a + eps and b + eps, h and l."""
         e = self._shift()
         high, x = _log_ratio(a + e, b + e)
         equal = x == 0
@@ -148,7 +148,7 @@ class Logarithm:
         return torch.where(equal, 1, x / torch.expm1(x)) * self._scale(e) / high
 
     def second(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """Accurate to about eps^(3/4) of the number format."""
+        """f[a, b, c], the second divided difference of the logarithm, accurate to about eps^(3/4) of the number format."""
         e = self._shift()
         scale = self._scale(e)  # the second difference is homogeneous of degree -2
         shifted = ((a + e) / scale, (b + e) / scale, (c + e) / scale)

@@ -51,7 +51,7 @@ class InUnits(NamedTuple):
 
 
 class MatrixFunction(ABC):
-    """What the strategies need of f."""
+    """A function f of symmetric PSD matrices, by its spectrum and its plain definition: what the strategies need of it."""
 
     @property
     @abstractmethod
@@ -60,26 +60,29 @@ class MatrixFunction(ABC):
 
     @abstractmethod
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
-        """The spectrum of f(S) for a matrix S of `size` rows, of which a holds at least the nonzero eigenvalues."""
+        """The spectrum of f(S) from eigenvalues a `[..., n]` of S / t, ascending, and t `[..., 1]`.
+
+        S has `size` rows, of whose eigenvalues a holds at least those that are not zero.
+        """
 
     @abstractmethod
     def in_units(self, c: Tensor, d: int) -> InUnits:
-        """The same function of a matrix in units c^d."""
+        """f' with f(S) = v f'(S / c^d), and the factors of v, for units c `[..., 1, 1]` and d = 1 (matrices) or 2 (features)."""
 
     @abstractmethod
     def of_unit_matrix(self, S: Tensor) -> Tensor:
-        """The plain definition of f(S) for entries of about 1, right to second order."""
+        """f(S) `[..., C, C]` by the plain definition, for entries of S of about 1, right to second order."""
 
     @abstractmethod
     def of_unit_covariance(self, x: Tensor) -> Tensor:
-        """The plain definition of f of the covariance of features x `[..., C, M]` of about 1."""
+        """f of the covariance, `[..., C, C]`, of features x `[..., C, M]` of about 1, by the plain definition."""
 
     def of_matrix(self, S: Tensor) -> Tensor:
-        """The plain definition of f(S) at any scale, right to second order."""
+        """f(S) `[..., C, C]` by the plain definition at any scale, right to second order."""
         return _at_any_scale(lambda f, S: f.of_unit_matrix(S), self, S, 1)
 
     def of_covariance(self, x: Tensor) -> Tensor:
-        """The plain definition of f of the covariance of features x `[..., C, M]` at any scale."""
+        """f of the covariance, `[..., C, C]`, of features x `[..., C, M]` at any scale, by the plain definition."""
         return _at_any_scale(lambda f, x: f.of_unit_covariance(x), self, x, 2)
 
 
@@ -102,15 +105,15 @@ class NewtonSchulz(MatrixFunction):
 
     @property
     def degree(self) -> float:
-        """That of the root."""
+        """1/2, that of the square root: f(c S) = sqrt(c) f(S)."""
         return 0.5
 
     def stable(self, dtype: torch.dtype) -> bool:
-        """Whether products are right and null directions need not be left out."""
+        """Whether K steps in this number format are so few that products are right and null directions need not be left out."""
         return self.num_iter <= STABLE_STEPS[dtype]
 
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
-        """With b = sqrt(t) (q / 2 - a q'), from the trace in the pre- and post-normalisation."""
+        """g, g_ij and b of the polynomial, with b = sqrt(t) (q / 2 - a q'), from the trace in the pre- and post-normalisation."""
         a = a.clamp_min(0)
         trace = a.sum(-1, keepdim=True)  # of A: 1 up to rounding when t is the trace of S
         root = (t * trace).sqrt()
@@ -130,18 +133,18 @@ class NewtonSchulz(MatrixFunction):
         return Spectrum(root * q, slope.mul_(weight[..., None]), b, safe * trace)
 
     def in_units(self, c: Tensor, d: int) -> InUnits:
-        """Homogeneous of degree 1/2."""
+        """The same polynomial with v = c^(d/2): it is homogeneous of degree 1/2."""
         return InUnits(self, power(c, d / 2), power(c, d / 2 - 1))
 
     def of_unit_matrix(self, S: Tensor) -> Tensor:
-        """The iteration in plain autograd, or the polynomial through eigenvalues."""
+        """f(S) `[..., C, C]` by the iteration in plain autograd, or, for more steps than are stable, through eigenvalues."""
         if self.stable(S.dtype):
             S = S if exporting() else S + _negative_part(S.detach())  # a recorded program needs no eigenvalues for it
             return newton_schulz_sqrt(S, self.num_iter)
         return self._through_eigenvalues(S + _negative_part(S.detach()))
 
     def of_unit_covariance(self, x: Tensor) -> Tensor:
-        """The same, by products in the smaller of the two spaces."""
+        """f of the covariance `[..., C, C]` of x `[..., C, M]`: by products in the smaller space, or through eigenvalues."""
         if self.stable(x.dtype):
             return newton_schulz_covariance(x, self.num_iter)
         return self._through_eigenvalues(covariance_matrix(x))
@@ -165,11 +168,11 @@ class Spectral(MatrixFunction):
 
     @property
     def degree(self) -> float | None:
-        """That of f."""
+        """The degree p of the scalar function, f(c a) = c^p f(a), or None."""
         return self.function.degree
 
     def spectrum(self, a: Tensor, t: Tensor, size: int) -> Spectrum:
-        """Zero in null directions that f leaves out."""
+        """g and g_ij of f, b = 0; zero in the null directions that f leaves out."""
         null = left_out(a * t, size, self.function)
         value, first = divided_differences(a * t, null, self.function)
         # f(a) / a and what follows from it are zero in null directions
@@ -177,7 +180,7 @@ class Spectral(MatrixFunction):
         return Spectrum(value, first.mul_(t[..., None]), torch.zeros_like(a), divisor)
 
     def in_units(self, c: Tensor, d: int) -> InUnits:
-        """By the degree of f; the logarithm keeps its unit (`Logarithm`), and v = 1 / (1 + eps / u)."""
+        """f' and the factors of v by the degree of f; the logarithm keeps its unit (`Logarithm`), and v = 1 / (1 + eps / u)."""
         f = self.function
         if not isinstance(f, Logarithm):
             assert f.degree is not None
@@ -189,11 +192,11 @@ class Spectral(MatrixFunction):
         return InUnits(scaled, (c * inverse,), (inverse,))
 
     def of_unit_matrix(self, S: Tensor) -> Tensor:
-        """The closed form of `spectral`."""
+        """f(S) `[..., C, C]` by the closed form through eigenvalues (`matrix_power.spectral`)."""
         return spectral_or_recorded(S, self.function)
 
     def of_unit_covariance(self, x: Tensor) -> Tensor:
-        """The closed form on the covariance matrix."""
+        """f of the covariance matrix `[..., C, C]` of x `[..., C, M]` by the closed form through eigenvalues."""
         return spectral_or_recorded(covariance_matrix(x), self.function)
 
 

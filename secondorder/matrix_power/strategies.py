@@ -31,17 +31,17 @@ class OnMatrix:
     kernel: Eigen
 
     def reference(self, S: Tensor) -> Tensor:
-        """The plain definition, of the symmetric part like `gradient`: then the derivatives of all modes agree."""
+        """f of the symmetric part of S `[..., C, C]` by the plain definition, so that the derivatives of all modes agree."""
         return self.kernel.function.of_matrix(symmetric(S))
 
     def pull_back(self, S: Tensor, G: Tensor) -> Tensor:
-        """The gradient by the plain definition."""
+        """dL/dS `[..., C, C]` from G = dL/dZ by differentiating the plain definition; it can be differentiated again."""
         c = unit(S.detach())
         scaled = self.kernel.function.in_units(c, 1)
         return _gradient(lambda S: scaled.function.of_unit_matrix(symmetric(S)), S / c, G, scaled.gradient)
 
     def forward(self, S: Tensor) -> tuple[Tensor, Saved]:
-        """Value, and what `gradient` needs: first one factor or half of it."""
+        """Z = f(S) `[..., C, C]`, and what `gradient` needs: first one factor or half of it."""
         c = unit(S)
         scaled = self.kernel.function.in_units(c, 1)
         Z, saved = replace(self.kernel, function=scaled.function).root(symmetric(S / c), torch.ones_like(c))
@@ -49,7 +49,7 @@ class OnMatrix:
         return _multiply(Z, scaled.value), (factor, *saved)
 
     def gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """dL/dS, symmetric."""
+        """dL/dS `[..., C, C]`, symmetric, from G = dL/dZ and what `forward` has saved."""
         factor, *rest = saved
         return self.kernel.root_gradient(symmetric(G) * factor, tuple(rest)).mul_(factor)
 
@@ -63,12 +63,12 @@ class OnFeatures:
     triangle: bool
 
     def reference(self, x: Tensor) -> Tensor:
-        """The plain definition."""
+        """f of the covariance of x `[..., C, M]` by the plain definition, `[..., C, C]` or its upper triangle."""
         Z = self.kernel.function.of_covariance(x)
         return upper_triangle(Z) if self.triangle else Z
 
     def pull_back(self, x: Tensor, G: Tensor) -> Tensor:
-        """The gradient by the plain definition."""
+        """dL/dX `[..., C, M]` from G = dL/dZ by differentiating the plain definition; it can be differentiated again."""
         c = unit(x.detach())
         scaled = self.kernel.function.in_units(c, 2)
 
@@ -79,7 +79,7 @@ class OnFeatures:
         return _gradient(plain, x / c, G, scaled.gradient)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
-        """Value, and what `gradient` needs."""
+        """Z = f(S) `[..., C, C]`, or its upper triangle, by the kernel, and what `gradient` needs."""
         c = unit(x)
         scaled = self.kernel.function.in_units(c, 2)
         kernel = replace(self.kernel, function=scaled.function)  # type: ignore[type-var]
@@ -97,7 +97,7 @@ class OnFeatures:
         return _multiply(Z, scaled.value, self.triangle), (first * inverse, *(second or (torch.ones_like(c),)), *saved)
 
     def gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """dL/dX."""
+        """dL/dX `[..., C, M]` by the kernel, from G = dL/dZ (of the upper triangle its gradient) and what `forward` has saved."""
         first, second, *rest = saved
         G = twice_symmetric(G) if self.triangle else G + G.mT
         if self.gram:
@@ -113,22 +113,22 @@ class Covariance:
     """X `[..., C, M]` -> S = Xc Xc^T / M `[..., C, C]`, infinite or zero where that is beyond the range of numbers."""
 
     def reference(self, x: Tensor) -> Tensor:
-        """The plain definition."""
+        """S = Xc Xc^T / M `[..., C, C]` of x `[..., C, M]` by the plain definition."""
         return covariance_matrix(x)
 
     def pull_back(self, x: Tensor, G: Tensor) -> Tensor:
-        """(G + G^T) Xc / M."""
+        """dL/dX = (G + G^T) Xc / M `[..., C, M]` from G = dL/dS `[..., C, C]`; it can be differentiated again."""
         return (G + G.mT) @ (centred(x) / x.shape[-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
-        """Value, and what `gradient` needs."""
+        """S = Xc Xc^T / M `[..., C, C]`, and what `gradient` needs: Xc / (c M) and the unit c."""
         c = unit(x)
         x = centred_in_units(x, c)
         scaled = x / x.shape[-1]
         return (x @ scaled.mT).mul_(c).mul_(c), (scaled, c)
 
     def gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """dL/dX."""
+        """dL/dX = (G + G^T) Xc / M `[..., C, M]` from G = dL/dS `[..., C, C]` and what `forward` has saved."""
         scaled, c = saved
         return ((G + G.mT) @ scaled).mul_(c)
 
@@ -138,21 +138,21 @@ class Square:
     """S `[..., C, C]` -> S S, infinite or zero where that is beyond the range of numbers."""
 
     def reference(self, S: Tensor) -> Tensor:
-        """The plain definition."""
+        """S S `[..., C, C]` by the plain definition."""
         return S @ S
 
     def pull_back(self, S: Tensor, G: Tensor) -> Tensor:
-        """G S^T + S^T G."""
+        """dL/dS = G S^T + S^T G `[..., C, C]` from G = dL/d(S S); it can be differentiated again."""
         return G @ S.mT + S.mT @ G
 
     def forward(self, S: Tensor) -> tuple[Tensor, Saved]:
-        """Value, and what `gradient` needs."""
+        """S S `[..., C, C]`, and what `gradient` needs: S / c and the unit c."""
         c = unit(S)
         S = S / c
         return (S @ S).mul_(c).mul_(c), (S, c)
 
     def gradient(self, G: Tensor, saved: Saved) -> Tensor:
-        """dL/dS."""
+        """dL/dS = G S^T + S^T G `[..., C, C]` from G = dL/d(S S) and what `forward` has saved."""
         S, c = saved
         return self.pull_back(S, G).mul_(c)
 

@@ -25,7 +25,7 @@ class Strategy(Protocol):
     """A fast way of computing a function F of one tensor."""
 
     def reference(self, x: Tensor) -> Tensor:
-        """F in plain differentiable operations, for tests and for programs that are recorded (`exporting`)."""
+        """F(x) in plain differentiable operations, for tests and for programs that are recorded (`exporting`)."""
 
     def pull_back(self, x: Tensor, G: Tensor) -> Tensor:
         """The pull-back dL/dx of G = dL/dF in plain differentiable operations."""
@@ -34,7 +34,7 @@ class Strategy(Protocol):
         """F(x), and tensors for `gradient`; any number of leading batch dimensions."""
 
     def gradient(self, G: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        """The pull-back dL/dx of G = dL/dF."""
+        """The pull-back dL/dx of G = dL/dF by the fast way, from the tensors that `forward` has saved."""
 
 
 def evaluate(strategy: Strategy, x: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ class AdaptiveChannelDropout(nn.Module):
     features does not matter; the rate stays on the device and is computed in float32 under autocast; a sample without
     variance counts as cos = 0 instead of NaN, and a rate of 1 gives zeros. Of several processes each has its own rate.
     With weights of the positions `[N, M]` or `[N, H, W]` (bool: a mask), mu and S are the weighted ones.
+
+    Args:
+        channels: C of the features.
+        kernel_size: of the convolution along the channels, odd.
+
+    Raises:
+        InputError: for sizes that are no whole numbers or too large, and an even `kernel_size`.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
@@ -46,19 +53,23 @@ class AdaptiveChannelDropout(nn.Module):
         self.importance = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def extra_repr(self) -> str:
-        """The number of channels, which sets the gain of the rate."""
+        """The number of channels, which sets the gain of the rate, as text."""
         return f"channels={self.channels}"
 
     @torch.no_grad()
     def rate(self, y: Tensor, omega: Tensor, p: Tensor | None = None) -> Tensor:
-        """Dropout rate of a batch, a scalar in [0, 1], from reweighted features `[N, C, M]` and importances `[N, C]`.
+        """Dropout rate of a batch, a scalar in [0, 1], from reweighted features y `[N, C, M]` and importances omega `[N, C]`.
 
         p: the part `[N, 1, M]` of each position, None for equal ones.
         """
         return dropout_rate(y, omega, p, 10 / math.log2(max(self.channels, 2)))
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The features with dropped channels while training, x itself in evaluation; always of the type of x."""
+        """The features `[N, C, H, W]` with dropped channels while training, x itself in evaluation; always of the type of x.
+
+        weights: of the positions, `[N, M]` or `[N, H, W]`; bool: a mask; None: equal ones. Raises InputError for other shapes and
+        types.
+        """
         if not self.training:
             return x
         return with_dropped_channels(x, weights, self.importance.weight, 10 / math.log2(max(self.channels, 2)))
@@ -74,7 +85,7 @@ def dropout_rate(y: Tensor, omega: Tensor, p: Tensor | None, gain: float) -> Ten
 
 
 def with_dropped_channels(x: Tensor, weights: Tensor | None, kernel: Tensor, gain: float) -> Tensor:
-    """The features after a step of adaptive channel dropout with the kernel `[1, 1, k]` of the importances."""
+    """The features `[N, C, H, W]` after a step of adaptive channel dropout with the kernel `[1, 1, k]` of the importances."""
     check_features(x, "NCHW", "adaptive channel dropout")
     with full_precision(x):
         features = widened(x).flatten(2)

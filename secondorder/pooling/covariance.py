@@ -18,7 +18,7 @@ class Covariance(nn.Module):
 
     The divisor is M, as in MPN-COV (not M - 1). With weights w `[N, M]` or `[N, H, W]` (bool: a mask), over sum w instead:
     S = sum_m w_m (x_m - mu) (x_m - mu)^T / sum_m w_m, mu the weighted mean. `layout` is a key of `layout.LAYOUTS`, e.g. "NLC"
-    for tokens `[N, L, C]`. Computed in float32 under autocast.
+    for tokens `[N, L, C]`; InputError for another. Computed in float32 under autocast.
     """
 
     def __init__(self, layout: str = "NCHW") -> None:
@@ -26,11 +26,15 @@ class Covariance(nn.Module):
         self.layout = check_layout(layout)
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """One covariance matrix for each sample. Raises InputError for other shapes and types, and a single position."""
+        """One covariance matrix for each sample, `[N, C, C]`, of features x `[N, C, H, W]` (or of the layout).
+
+        weights: of the positions, `[N, M]` or the layout without C; bool: a mask; None: equal ones.
+        Raises InputError for other shapes and types, and a single position.
+        """
         return covariance_of(x, weights, self.layout)
 
     def extra_repr(self) -> str:
-        """The divisor, which implementations differ in, and another layout than that of maps."""
+        """The divisor, which implementations differ in, and another layout than that of maps, as text."""
         return "divisor=H*W" if self.layout == "NCHW" else f"divisor=M, layout={self.layout}"
 
 

@@ -38,10 +38,14 @@ class PoolingHead(nn.Module):
     into one faster step. `chain` is the same head, with the same parameters, as leaf modules one after the other, for tools that
     work module by module (BackPACK).
 
-    in_channels: channels of the features.
-    reduction, layers: modules of maps `[N, C, H, W]`; whatever the layout, they see maps (`layout.as_maps`).
-    out_features: size of the pooled vector.
-    layout: key of `layout.LAYOUTS`, the layout of the features; "NCHW" unless told, "NLC" for tokens `[N, L, C]`.
+    Args:
+        in_channels: channels of the features.
+        reduction, layers: modules of maps `[N, C, H, W]`; whatever the layout, they see maps (`layout.as_maps`).
+        out_features: size of the pooled vector.
+        layout: key of `layout.LAYOUTS`, the layout of the features; "NCHW" unless told, "NLC" for tokens `[N, L, C]`.
+
+    Raises:
+        InputError: for an unknown layout.
     """
 
     def __init__(
@@ -60,13 +64,19 @@ class PoolingHead(nn.Module):
         self.layers = layers
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The pooled features; an empty batch gives an empty result. Raises InputError for another shape or type.
+        """The pooled features `[N, out_features]`; an empty batch gives an empty result.
 
-        weights: of the positions, `[N, H, W]` (the layout without C) or `[N, M]`; bool: a mask, False leaves a position out (a
-            tensor of numbers: at least 0). Weighted are the means and covariances of the pooling, not the batch statistics of the
-            reduction. A negative weight or a sample without a positive one is refused on the CPU; elsewhere that would wait for
-            the device, and a sample without weight gives what zero features do. A single position that counts has
-            covariance zero.
+        Args:
+            x: features `[N, in_channels, H, W]`, or of the head's layout.
+            weights: of the positions, `[N, H, W]` (the layout without C) or `[N, M]`; bool: a mask, False leaves a position out
+                (a
+                tensor of numbers: at least 0). Weighted are the means and covariances of the pooling, not the batch statistics of
+                    the
+                reduction. Elsewhere than on the CPU, where looking at values would wait for the device, a sample without weight
+                gives what zero features do. A single position that counts has covariance zero.
+
+        Raises:
+            InputError: for another shape or type, and on the CPU for a negative weight or a sample without a positive one.
         """
         maps = head_input(x, self.layout, self.in_channels, self._batch_statistics(), self._single_position())
         if weights is not None:
@@ -86,7 +96,7 @@ class PoolingHead(nn.Module):
         return nn.Sequential(*first, *self.reduction, *self.layers)
 
     def extra_repr(self) -> str:
-        """Sizes, and another layout than that of maps."""
+        """Sizes, and another layout than that of maps, as text."""
         layout = "" if self.layout == "NCHW" else f", layout={self.layout}"
         return f"in_channels={self.in_channels}, out_features={self.out_features}{layout}"
 
@@ -189,12 +199,18 @@ def head_input(x: Tensor, layout: str, in_channels: int, batch_statistics: bool,
 
 
 def flat_weights(weights: Tensor | None, x: Tensor, layout: str) -> Tensor | None:
-    """`position_weights`, None for None (the default of a traced head)."""
+    """Weights `[N, M]` of the positions of features x as `position_weights` makes them.
+
+    None for None (the default of a traced head).
+    """
     return None if weights is None else position_weights(weights, x, layout)
 
 
 def mean_of_positions(maps: Tensor, weights: Tensor | None) -> Tensor:
-    """`weighted_mean` with a check of the weights against maps that modules before the pooling may have made smaller."""
+    """Maps `[N, C, H, W]` whose plain mean over positions is the weighted one; without weights the maps themselves.
+
+    The weights are checked against maps that modules before the pooling may have made smaller.
+    """
     return maps if weights is None else weighted_mean(maps, position_weights(weights, maps, "NCHW"))
 
 

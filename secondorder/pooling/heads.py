@@ -20,32 +20,32 @@ from secondorder.untouched import undrawn_if_refused
 
 
 def global_average(channels: int) -> list[nn.Module]:
-    """GAP: the mean of each channel."""
+    """GAP: the mean of each channel over all positions, C numbers."""
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
 
 
 def plain_covariance(channels: int) -> list[nn.Module]:
-    """Second-order pooling without normalisation."""
+    """Second-order pooling without normalisation: the upper triangle of the covariance S, C (C + 1) / 2 numbers."""
     return [Covariance(), UpperTriangle()]
 
 
 def newton_schulz_root(channels: int, num_iter: int = 5, method: str = "auto") -> list[nn.Module]:
-    """GCP as published (iSQRT-COV, Li et al. 2018): 5 Newton-Schulz steps."""
+    """GCP as published (iSQRT-COV, Li et al. 2018): S^(1/2) by `num_iter` Newton-Schulz steps, its upper triangle."""
     return [Covariance(), MatrixSquareRoot(method, num_iter), UpperTriangle()]
 
 
 def exact_root(channels: int) -> list[nn.Module]:
-    """GCP with the exact square root."""
+    """GCP with the exact square root S^(1/2) of the covariance, its upper triangle."""
     return [Covariance(), MatrixSquareRoot("eigh"), UpperTriangle()]
 
 
 def power(channels: int, exponent: float = 0.5) -> list[nn.Module]:
-    """GCP with a matrix power (MPN-COV, Li et al. 2017)."""
+    """GCP with a matrix power S^p, p = `exponent` (MPN-COV, Li et al. 2017), its upper triangle."""
     return [Covariance(), MatrixPower(exponent), UpperTriangle()]
 
 
 def logarithm(channels: int, eps: float = 1e-3) -> list[nn.Module]:
-    """GCP with the log-Euclidean map."""
+    """GCP with the log-Euclidean map: the upper triangle of log(S + eps I) - log(eps) I (log S on its range for eps = 0)."""
     return [Covariance(), MatrixLogarithm(eps), UpperTriangle()]
 
 
@@ -86,11 +86,17 @@ def pooling_head(
 ) -> PoolingHead:
     """The head called `name`, a key of POOLINGS, after a 1x1 reduction to `reduced_channels` unless that is None.
 
-    layout: key of `layout.LAYOUTS`, e.g. "NLC" for tokens `[N, L, C]`, "NCL" for sequences, "NCTHW" for video.
-    activation: the end of the reduction, convolution + batch normalisation + `activation` (ReLU6 for MobileNetV2).
-    options: those of the pooling, e.g. `num_iter` for "gcp".
+    Args:
+        name: key of POOLINGS.
+        in_channels: channels of the features.
+        reduced_channels: channels that are pooled, after the reduction: convolution + batch normalisation + `activation`; None:
+            no reduction.
+        layout: key of `layout.LAYOUTS`, e.g. "NLC" for tokens `[N, L, C]`, "NCL" for sequences, "NCTHW" for video.
+        activation: makes the end of the reduction (ReLU6 for MobileNetV2).
+        options: those of the pooling, e.g. `num_iter` for "gcp".
 
-    Raises InputError for an unknown name, option, layout or size; torch's random numbers are then as before.
+    Raises:
+        InputError: for an unknown name, option, layout or size; torch's random numbers are then as before.
     """
     check_pooling_name(name)
     check_options("pooling_head", name, options, inspect.signature(pooling_head).parameters)

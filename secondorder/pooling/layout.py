@@ -14,7 +14,7 @@ from secondorder.matrix_power.transforms import known_shape
 
 
 class Layout(NamedTuple):
-    """The axes of a layout."""
+    """The axes of features, such as "NLC", and what kind of features have them."""
 
     axes: str
     """Letters of the axes in order, N first."""
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     @property
     def shape(self) -> str:
-        """The axes for messages: `[N, L, C]`."""
+        """The axes for messages, as text: `[N, L, C]`."""
         return f"[{', '.join(self.axes)}]"
 
 
@@ -90,16 +90,19 @@ class AsMaps(nn.Module):
         self.layout = check_layout(layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The maps. Raises InputError for another number of axes."""
+        """The features as maps `[N, C, H, W]`. Raises InputError for another number of axes than the layout's."""
         return checked_maps(x, self.layout)
 
     def extra_repr(self) -> str:
-        """The layout."""
+        """The name of the layout, as text."""
         return f"layout={self.layout}"
 
 
 def checked_maps(x: Tensor, layout: str) -> Tensor:
-    """`as_maps` after `check_features`."""
+    """Features of a layout as maps `[N, C, H, W]`.
+
+    Raises InputError for features that have not this layout, or no channel or position.
+    """
     check_features(x, layout, "pooling head")
     return as_maps(x, layout)
 

@@ -28,7 +28,7 @@ class MatrixFunction(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, S: Tensor) -> Tensor:
-        """The function of S."""
+        """f(S) `[..., C, C]` of symmetric PSD matrices S `[..., C, C]`. Raises InputError for other shapes and types."""
 
     @abstractmethod
     def of_features(self, x: Tensor) -> Tensor:
@@ -36,9 +36,10 @@ class MatrixFunction(nn.Module, ABC):
 
 
 class MatrixSquareRoot(MatrixFunction):
-    """S^(1/2): K = `num_iter` Newton-Schulz steps (iSQRT-COV, Li et al. 2018), or exact with method "eigh".
+    """S^(1/2) `[..., C, C]`: K = `num_iter` Newton-Schulz steps (iSQRT-COV, Li et al. 2018), or exact with method "eigh".
 
-    Raises InputError for an unknown method or a number of steps below 1.
+    method: "auto", "newton_schulz" (the same polynomial) or "eigh". Raises InputError for an unknown method or a number of steps
+    below 1.
     """
 
     def __init__(self, method: str = "auto", num_iter: int = 5) -> None:
@@ -49,20 +50,26 @@ class MatrixSquareRoot(MatrixFunction):
         self.num_iter = num_iter
 
     def forward(self, S: Tensor) -> Tensor:
-        """The root of S."""
+        """S^(1/2) `[..., C, C]` of symmetric PSD matrices S, by the layer's method.
+
+        Raises InputError for other shapes and types.
+        """
         return root_of(S, self.method, self.num_iter)
 
     def of_features(self, x: Tensor) -> Tensor:
-        """Upper triangle of the root of the covariance of x."""
+        """Upper triangle `[N, C (C + 1) / 2]` of the root of the covariance of features x `[N, C, M]`."""
         return covariance_sqrt(x, self.method, self.num_iter, triangle=True)
 
     def extra_repr(self) -> str:
-        """The options that change the result."""
+        """The options that change the result, as text."""
         return "exact" if self.method == "eigh" else f"method={self.method}, num_iter={self.num_iter}"
 
 
 class MatrixPower(MatrixFunction):
-    """S^p on the range of S (MPN-COV, Li et al. 2017, uses p = 1/2). Raises InputError for a non-finite exponent."""
+    """S^p `[..., C, C]` on the range of S (MPN-COV, Li et al. 2017, uses p = 1/2).
+
+    Raises InputError for an exponent that is no number, or above `checks.MOST_EXPONENT` in size.
+    """
 
     def __init__(self, exponent: float = 0.5) -> None:
         super().__init__()
@@ -70,15 +77,15 @@ class MatrixPower(MatrixFunction):
         self.exponent = exponent
 
     def forward(self, S: Tensor) -> Tensor:
-        """The power of S."""
+        """S^p `[..., C, C]` of symmetric PSD matrices S. Raises InputError for other shapes and types."""
         return power_of(S, self.exponent)
 
     def of_features(self, x: Tensor) -> Tensor:
-        """Upper triangle of the power of the covariance of x."""
+        """Upper triangle `[N, C (C + 1) / 2]` of the power of the covariance of features x `[N, C, M]`."""
         return covariance_power(x, self.exponent, triangle=True)
 
     def extra_repr(self) -> str:
-        """The exponent."""
+        """The exponent of the power, as text."""
         return f"exponent={self.exponent}"
 
 
@@ -97,15 +104,15 @@ class MatrixLogarithm(MatrixFunction):
         self.eps = eps
 
     def forward(self, S: Tensor) -> Tensor:
-        """The logarithm of S."""
+        """log(S + eps I) - log(eps) I `[..., C, C]` of symmetric PSD matrices S. Raises InputError for other shapes and types."""
         return logarithm_of(S, self.eps)
 
     def of_features(self, x: Tensor) -> Tensor:
-        """Upper triangle of the logarithm of the covariance of x."""
+        """Upper triangle `[N, C (C + 1) / 2]` of the logarithm of the covariance of features x `[N, C, M]`."""
         return covariance_log(x, self.eps, triangle=True)
 
     def extra_repr(self) -> str:
-        """The shift of the eigenvalues."""
+        """eps, the shift of the eigenvalues, as text."""
         return f"eps={self.eps}"
 
 
@@ -113,17 +120,17 @@ class MatrixLogarithm(MatrixFunction):
 
 
 def root_of(S: Tensor, method: str, num_iter: int) -> Tensor:
-    """The square root of S."""
+    """S^(1/2) `[..., C, C]` by a method of `matrix_sqrt`, values not checked; an empty batch as it is."""
     return S.clone() if nothing(S) else matrix_sqrt(S, method, num_iter, validate=False)
 
 
 def power_of(S: Tensor, exponent: float) -> Tensor:
-    """The power of S."""
+    """S^p `[..., C, C]`, values not checked; an empty batch as it is."""
     return S.clone() if nothing(S) else matrix_power(S, exponent, validate=False)
 
 
 def logarithm_of(S: Tensor, eps: float) -> Tensor:
-    """The logarithm of S."""
+    """log(S + eps I) - log(eps) I `[..., C, C]`, values not checked; an empty batch as it is."""
     return S.clone() if nothing(S) else matrix_log(S, eps, validate=False)
 
 

@@ -31,6 +31,10 @@ class RandomLift(nn.Module):
     Q is drawn from a generator of its own: it depends on C and `seed` alone, whatever the state and default type of torch, and is
     rounded to float32. It is a buffer of the state_dict, because a decomposition differs in the last bits between machines.
     Computed in float32 under autocast. Raises InputError for sizes and seeds that are no whole numbers, or too large.
+
+    Args:
+        channels: C of the vectors, at most MOST_CHANNELS.
+        seed: of the rotation.
     """
 
     rotation: Tensor
@@ -53,7 +57,7 @@ class RandomLift(nn.Module):
         return lifted(z, self.rotation, self.pairs, self.scale)
 
     def extra_repr(self) -> str:
-        """The sizes and the seed."""
+        """The sizes and the seed, as text."""
         return f"channels={self.channels}, out_features={self.out_features}, seed={self.seed}"
 
 

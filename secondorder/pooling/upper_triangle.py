@@ -14,16 +14,19 @@ class UpperTriangle(nn.Module):
     """
 
     def forward(self, S: Tensor) -> Tensor:
-        """The entries S_ij with i <= j. Raises InputError when S is not square."""
+        """The entries S_ij with i <= j, row by row: `[..., C, C] -> [..., C (C + 1) / 2]`.
+
+        Raises InputError when S is not square.
+        """
         return triangle_of(S)
 
     def extra_repr(self) -> str:
-        """The frozen order."""
+        """The frozen order of the entries, as text."""
         return "order=row-major"
 
 
 def triangle_of(S: Tensor) -> Tensor:
-    """The upper triangle: one node of a graph that torch.fx traces."""
+    """The upper triangle `[..., C (C + 1) / 2]` of S `[..., C, C]`: one node of a graph that torch.fx traces."""
     return upper_triangle(S)
 
 
