@@ -26,7 +26,7 @@ def cross_entropy(z: Tensor) -> LossCurvature:
 
 
 def mean_square(z: Tensor) -> LossCurvature:
-    """Curvature of F.mse_loss at outputs `[N, K]`."""
+    """Curvature of F.mse_loss at outputs `[N, K]`, a mean over all N K numbers; targets are no part of it."""
     return SquaredError(torch.zeros_like(z), z.numel())
 
 
@@ -80,12 +80,12 @@ class BatchCurvature:
         self._present = frozen, args[0].detach(), logits.detach()
 
     def forget(self) -> None:
-        """The step is over, or begins anew."""
+        """Drop the outputs that `take` has noted: the step is over, or begins anew."""
         self._present = None
 
     @property
     def taken(self) -> bool:
-        """Whether `take` was called in this step."""
+        """Whether `take` has noted outputs in this step."""
         return self._present is not None
 
     def operator(self, names: Sequence[str]) -> GaussNewtonOperator:

@@ -38,7 +38,10 @@ SCALE_DECAY = 0.95
 
 @dataclass(frozen=True)
 class Report:
-    """What the steps took."""
+    """Steps so far, conjugate-gradient iterations, how they ended, the scale of G and seconds by phase.
+
+    `print` shows one line.
+    """
 
     steps: int
     iterations: float
@@ -137,12 +140,16 @@ class GaussNewton(torch.optim.Optimizer):
         self._complete = True
 
     def update_curvature(self, logits: Tensor) -> None:
-        """Note the outputs of the forward pass that this step is about; once a step, before `step()`."""
+        """Note the outputs `[N, K]` of the forward pass that this step is about; once a step, before `step()`.
+
+        InputError for a second call in a step, without a forward pass of the model, and for outputs that are not a float `[N, K]`
+        of it.
+        """
         with self.stopwatch("curvature"):
             self.curvature.take(logits)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what a skipped step has left."""
+        """Clear the gradients, and the outputs that a skipped step has left."""
         self.curvature.forget()
         super().zero_grad(set_to_none)
 

@@ -18,9 +18,10 @@ MOST_ON_HOST = 2**22
 
 
 class Agreement(NamedTuple):
-    """Of one layer: whether E is finite, |E - A|, max(|E|, |A|), sum |a| |g|, <E, A>, |A|^2; squares of the weight's gradient.
+    """How well one layer's gradient of the weight, E, agrees with A = sum_nt g a^T, in numbers.
 
-    made, now: of the gradient that backward passes made, and as it is; 0 without one.
+    finite: whether E is. error: |E - A|. norm: max(|E|, |A|). size: sum |a| |g|. overlap: <E, A>. square: |A|^2.
+    made, now: squares of the weight's gradient that backward passes made, and as it is; 0 without one.
     """
 
     finite: float
@@ -34,7 +35,7 @@ class Agreement(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """<E, A> / |A|^2."""
+        """<E, A> / |A|^2, the multiple of A that is nearest to E; nan where A is zero."""
         return self.overlap / self.square if self.square else math.nan
 
 
@@ -43,7 +44,7 @@ def agreements(
     actual: Mapping[KroneckerLayer, Tensor],
     sizes: Mapping[KroneckerLayer, Tensor],
 ) -> dict[KroneckerLayer, Agreement]:
-    """Of each layer in `expected`, E `[G, O, D]`; a layer without A `[G, O, D]` or size has zeros there."""
+    """The agreement of each layer's `expected` E `[G, O, D]` with its `actual` A `[G, O, D]`; zeros without an A or size."""
     if not expected:
         return {}
     rows = []

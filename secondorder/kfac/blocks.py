@@ -39,7 +39,7 @@ class Blocks:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights, that of the first layer."""
         return next(iter(self.layers.values())).weight.device
 
     def adopt(self, fresh: Collection[str]) -> None:
@@ -73,7 +73,10 @@ class Blocks:
         self._share_bases()
 
     def inverted(self, names: Sequence[str], events: Counter[str]) -> dict[str, Inverse]:
-        """Inverses of the layers."""
+        """New inverses of the named layers from their present factors and dampings, by name.
+
+        What goes wrong is counted in `events`.
+        """
         own = {name: OwnDiagonal.of(S) for name in names if (S := self.squares(name)) is not None}
         chosen = [name for name in names if name not in own]
         factors, dampings = [self.factors(name) for name in chosen], [self.dampings[name] for name in chosen]
@@ -107,7 +110,7 @@ class Blocks:
         return directions
 
     def eigenbases(self) -> dict[str, Rotated]:
-        """The present inverses that are diagonal in an eigenbasis."""
+        """The present inverses that are diagonal in an eigenbasis, by layer name."""
         return {name: inverse for name, inverse in self.inverses.items() if isinstance(inverse, Rotated)}
 
     def quadratic_form(self, directions: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -162,7 +165,7 @@ class Blocks:
         return costs, sum(statistics.work for statistics in self.statistics.values())
 
     def state_dict(self) -> dict[str, object]:
-        """Inverses and dampings."""
+        """Dampings and inverses of all layers by name, plain values and tensors; `restored` and `continue_with` read them."""
         return {
             "dampings": dict(self.dampings),
             "inverses": {name: inverse.tensors() for name, inverse in self.inverses.items()},
@@ -191,7 +194,7 @@ class Blocks:
         return found
 
     def continue_with(self, inverses: dict[str, Inverse], dampings: Mapping[str, float]) -> None:
-        """Use these from now on."""
+        """Use these inverses and dampings of the layers, by name, in place of the present ones."""
         self.inverses, self.dampings = inverses, dict(dampings)
         self._share_bases()
 
@@ -202,7 +205,10 @@ class Blocks:
                 self.statistics[name].bases = (inverse.Q_A, inverse.Q_B)
 
     def matrix(self, layer: KroneckerLayer, directions: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
-        """[G, O, D], or None for a layer that was not used; a bias without gradient counts as zero."""
+        """Weight and bias of a layer's directions as one matrix `[G, O, D]`, or None for a layer without one.
+
+        A bias that has no direction counts as zero.
+        """
         if layer.weight not in directions:
             return None
         bias = None

@@ -25,7 +25,7 @@ class DiagonalStatistics(LayerStatistics):
         return self._averaged("S")
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Count the samples of one forward."""
+        """Count the samples of one forward pass; the inputs themselves enter with the gradients."""
         xs = [self._batched(x) for x in inputs]
         self._count(len(xs[0]), len(xs[0]), 0)
 

@@ -21,12 +21,12 @@ class Processes:
 
     @property
     def world(self) -> int:
-        """Number of processes."""
+        """The number of processes that share the model, 1 without torch.distributed."""
         return dist.get_world_size() if self.together and dist.is_available() and dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """The number of this process, from 0 to `world` - 1."""
         return dist.get_rank() if self.world > 1 else 0
 
     def sum_in_one_bucket(self, tensors: Sequence[Tensor]) -> None:

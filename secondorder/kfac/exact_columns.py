@@ -23,7 +23,10 @@ def parts_of_columns(z: Tensor) -> list[range]:
 
 
 def exact_columns(z: Tensor, likelihood: str, reduction: str, columns: range) -> Tensor:
-    """These columns `[V, *z.shape]` at the outputs z `[N, K, *]`."""
+    """The named columns `[V, *z.shape]` of a root of each sample's Hessian at the outputs z `[N, K, *]`.
+
+    likelihood: "cross_entropy", "mse" or "bce". reduction: "mean" or "sum", over a sample's own positions or outputs.
+    """
     v = torch.arange(columns.start, columns.stop, device=z.device)
     if likelihood == "cross_entropy":
         return _of_softmax(z, reduction, v)

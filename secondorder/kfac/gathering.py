@@ -266,7 +266,10 @@ class Gathering:
         return found
 
     def continue_with(self, statistics: Mapping[str, LayerStatistics], samples: float, checked: bool) -> None:
-        """Use these from now on."""
+        """Use these statistics of the layers, by name, and counters in place of the present ones.
+
+        samples: that the factors have seen. checked: whether the check of the first factor step is over.
+        """
         for name, own in self.statistics.items():
             own.continue_with(statistics[name])
         self.samples, self._checked = samples, checked

@@ -123,7 +123,7 @@ def group_to_add(
 
 
 def remove_from(groups: Sequence[Group], parameters: Iterable[nn.Parameter]) -> None:
-    """Take parameters out of their groups."""
+    """Take parameters out of the groups that they are in, in place."""
     left = set(parameters)
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in left]

@@ -56,22 +56,22 @@ class KroneckerLayer:
 
     @cached_property
     def kind(self) -> LayerKind:
-        """What the module does with its weight."""
+        """What the module does with its weight, as a multiplication of vectors by it."""
         return _kind(self.module, self.attribute, self.declared)
 
     @cached_property
     def groups(self) -> int:
-        """G."""
+        """G, the number of groups with inputs, outputs and a weight matrix of their own."""
         return self.kind.groups
 
     @cached_property
     def inputs(self) -> int:
-        """D, with the one for the bias."""
+        """D, the number of inputs of a group, with the one for the bias."""
         return self.kind.inputs + (self.bias is not None)
 
     @cached_property
     def outputs(self) -> int:
-        """O."""
+        """O, the number of outputs of a group."""
         return self.kind.outputs
 
     @property
@@ -91,16 +91,16 @@ class KroneckerLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the factors: the weight's, at least float32."""
+        """The number format of the factors: the weight's, at least float32."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`[G, O, D]` of tensors shaped like weight and bias; a view where there is no bias."""
+        """Weight and bias as one matrix `[G, O, D]`, of tensors in their shapes; a view where there is no bias."""
         W = self.kind.matrix(weight)
         return W if bias is None else torch.cat([W, bias.reshape(self.groups, self.outputs, 1)], -1)
 
     def parts(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The part `[G, O, D]` of weight and bias, in their shapes."""
+        """Weight and bias (None without one), in their shapes, of a matrix `[G, O, D]`."""
         if self.bias is None:
             return self.kind.weight(matrix), None
         return self.kind.weight(matrix[..., :-1]), matrix[..., -1].reshape(self.bias.shape)

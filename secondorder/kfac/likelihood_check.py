@@ -274,7 +274,7 @@ HARD_WEIGHTS: dict[str, Callable[[Tensor, Tensor], float | None]] = {
 
 
 def is_close(a: float, b: float) -> bool:
-    """Whether two factors are equal within BOUND."""
+    """Whether two factors a and b are equal within BOUND, relative to b."""
     return abs(a / b - 1) <= BOUND
 
 

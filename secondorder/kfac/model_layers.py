@@ -44,7 +44,7 @@ class ModelLayers:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters by name."""
+        """All parameters of the model by name, in its order."""
         return {t.name: t.parameter for t in self.treatments}
 
     @property

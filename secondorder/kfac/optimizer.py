@@ -133,13 +133,13 @@ class KFAC(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def update_curvature(self, logits: Tensor | Sequence[Tensor]) -> None:
-        """Statistics for the factors from the graph of the outputs, all in one call; before `loss.backward()`."""
+        """As `KFACPreconditioner.update_curvature`, from outputs `[N, K, ...]`, all in one call, before `backward()`."""
         if self.factor_step:
             self._follow_model()
         self.preconditioner.update_curvature(logits)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what a skipped step has left."""
+        """Clear the gradients, and the statistics that a skipped step has left."""
         self.preconditioner.discard()
         super().zero_grad(set_to_none)
 
@@ -189,8 +189,8 @@ class KFAC(torch.optim.Optimizer):
 
         The update is delta = -alpha P grad + mu delta_before with (alpha, mu) minimising grad . delta + delta^T C delta / 2,
         C = exact GGN + damping (+ weight decay), from two products with the Jacobian (Martens & Grosse, ICML 2015, section 7).
-        For full batches, or large ones, whatever the step rule: lr and momentum of the groups are not used, weight decay is part
-        of the loss. Forward pass, update_curvature, backward pass and Levenberg-Marquardt adaptation are done here.
+        For large batches, whatever the step rule: lr and momentum of the groups are not used, weight decay is part of the loss
+        loss_function(model(inputs), targets). It does all passes and the damping's adaptation. InputError for bad arguments.
         """
         check_batch(loss_function, inputs, targets)
         self.check_groups()

@@ -31,6 +31,9 @@ class LevenbergMarquardt:
     """Damping by the ratio of the actual to the predicted change of the loss, every so many steps.
 
     ratio < 1/4: damping / factor^every; ratio > 3/4: damping * factor^every (Martens & Grosse, ICML 2015, section 6.5).
+
+    every: steps from one adaptation to the next. factor: in (0, 1). least, most: bounds of the damping. InputError for other
+    values.
     """
 
     every: int = 5
@@ -130,7 +133,10 @@ class Fisher:
             raise InputError(f"grad_scaler {self.grad_scaler!r}: must be a torch.amp.GradScaler")
 
     def outputs(self, count: int) -> list[tuple["Fisher", float]]:
-        """That of each of `count` outputs by itself, and its weight; InputError when likelihoods or weights are for others."""
+        """The settings of each of `count` outputs by itself, and its weight.
+
+        InputError when likelihoods or weights are for others.
+        """
         for name, values in (("likelihood", self.likelihood), ("weights", self.weights)):
             if isinstance(values, tuple) and len(values) != count:
                 raise InputError(
@@ -266,7 +272,7 @@ def check_group(group: Mapping[str, Any], decoupled: bool) -> None:
 
 
 def check_closure(closure: object) -> None:
-    """InputError unless the argument of `step` is a function, or None."""
+    """Raises InputError unless the argument of `step` is a function, or None."""
     if closure is not None and not callable(closure):
         raise InputError(
             f"step({closure!r}): the only argument is a function that computes the loss and its gradients and returns the loss"
@@ -279,5 +285,5 @@ def check_damping(value: object) -> None:
 
 
 def check_sharing(sharing: object) -> None:
-    """InputError for an unknown weight sharing."""
+    """Raises InputError unless this is a weight sharing of SHARINGS: "expand" or "reduce"."""
     check_known("sharing", sharing, SHARINGS)

@@ -94,7 +94,7 @@ class KFACPreconditioner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights, that of the first layer."""
         return self.blocks.device
 
     @property
@@ -193,7 +193,7 @@ class KFACPreconditioner:
 
     @torch.no_grad()
     def solve(self, gradients: Directions) -> Directions:
-        """P times the gradients that `gradients` gave."""
+        """P times the gradients, by parameter, that `gradients` gave; what goes wrong is counted in `report()`."""
         with self.stopwatch("preconditioning"), full_precision(next(iter(gradients.values()))):
             return self.blocks.solve(gradients, self.events)
 
@@ -288,7 +288,7 @@ class KFACPreconditioner:
 
 
 def dense(gradient: Tensor | None) -> Tensor:
-    """The gradient of an embedding may be sparse."""
+    """The gradient of a parameter as a dense tensor; that of an embedding may be sparse."""
     assert gradient is not None
     return gradient.to_dense() if gradient.is_sparse else gradient
 

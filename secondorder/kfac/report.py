@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter."""
+    """What K-FAC does to one parameter and why, the sizes of its layer's factors, and their memory in bytes."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -57,11 +57,14 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Memory of factors and inverses."""
+        """Bytes of the factors and inverses of all layers."""
         return sum(row.factor_bytes + row.inverse_bytes for row in self.parameters)
 
     def table(self) -> pd.DataFrame:
-        """One row for each parameter."""
+        """A pandas table with a row for each parameter and the fields of `ParameterRow` as columns.
+
+        MissingLibraryError without pandas.
+        """
         with needed_by("the table of a report"):
             import pandas as pd
         return pd.DataFrame([asdict(row) for row in self.parameters])
@@ -107,7 +110,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time what is inside."""
+        """Time what is inside as this phase."""
         if self.device.type != "cpu" and not self.synchronise:
             yield
             return

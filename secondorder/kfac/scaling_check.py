@@ -69,7 +69,7 @@ class ScalingCheck:
             self._handles.append(logits.register_hook(Hook(self, ScalingCheck._add_loss, watched)))
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Remove the hooks: backward passes are not watched any longer."""
         remove(self._handles)
         self._biases = set()
         if self._capture is not None:

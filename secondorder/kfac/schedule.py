@@ -99,7 +99,7 @@ class Intervals:
         return spread(costs, self.inverse_interval) if stagger else dict.fromkeys(costs, 0)
 
     def state_dict(self) -> dict[str, object]:
-        """Counters."""
+        """The counters, plain values: step, last_factors, last_inverse, work, and begun where a layer came later."""
         counters: dict[str, object] = {
             "step": self.step,
             "last_factors": self.last_factors,
@@ -124,7 +124,7 @@ class Intervals:
             check_count(f"kfac.intervals.begun.{name}", step, state["step"] + 1)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Counters of `state_dict`; `pace` is to follow."""
+        """Continue from the counters of `state_dict`; `pace` is to follow, since gaps are no part of them."""
         self.step, self.last_factors = state["step"], state["last_factors"]  # type: ignore[assignment]
         self.work, self.gaps = state["work"], {}  # type: ignore[assignment]
         self.last_inverse = dict(state["last_inverse"])  # type: ignore[call-overload]

@@ -21,7 +21,7 @@ ENTRIES = (
 
 
 class Preconditioner(Protocol):
-    """What has a state: `secondorder.kfac.KFACPreconditioner`."""
+    """What a preconditioner has that its state is made of, as `secondorder.kfac.KFACPreconditioner` does."""
 
     sharing: str
     events: Counter[str]
@@ -35,7 +35,7 @@ class Preconditioner(Protocol):
 
 
 def state_of(preconditioner: Preconditioner) -> dict[str, Any]:
-    """Everything the next step depends on."""
+    """Everything that the next step of a preconditioner depends on: tensors, numbers and words, by the keys ENTRIES."""
     treatments = preconditioner.treatments
     return {
         "version": VERSION,
@@ -50,7 +50,7 @@ def state_of(preconditioner: Preconditioner) -> dict[str, Any]:
 
 
 def treats_otherwise(state: object, treatments: Sequence[Treatment]) -> bool:
-    """Whether a state is of parameters that are treated otherwise than these."""
+    """Whether a state names other treatments of parameters than these."""
     return isinstance(state, Mapping) and state.get("treatments") != {t.name: t.how for t in treatments}
 
 

@@ -29,7 +29,7 @@ def refused(entry: str, reason: str) -> InputError:
 
 
 def check_entries(entry: str, value: object, required: Collection[str], optional: Collection[str] = ()) -> None:
-    """A dictionary with these keys and no others."""
+    """Raises InputError, naming `entry`, unless the value is a dictionary with all required and no unknown keys."""
     if not isinstance(value, Mapping):
         raise refused(entry, f"is of type {type(value).__name__}, not a dictionary")
     if missing := [key for key in required if key not in value]:
@@ -39,27 +39,27 @@ def check_entries(entry: str, value: object, required: Collection[str], optional
 
 
 def check_list(entry: str, value: object, kind: type) -> None:
-    """A list of values of one type."""
+    """Raises InputError, naming `entry`, unless the value is a list of values of one type."""
     if not isinstance(value, list) or any(type(item) is not kind for item in value):
         raise refused(entry, f"is {value!r:.40}, not a list of {kind.__name__}")
 
 
 def check_count(entry: str, value: object, most: float = math.inf) -> None:
-    """A whole number from 0 to `most`."""
+    """Raises InputError, naming `entry`, unless the value is a whole number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         limit = "" if math.isinf(most) else f" from 0 to {most:.0f}"
         raise refused(entry, f"is {value!r:.40}, not a whole number{limit}")
 
 
 def check_float(entry: str, value: object, least: float = 0.0, most: float = math.inf) -> None:
-    """A finite number from `least` to `most`."""
+    """Raises InputError, naming `entry`, unless the value is a finite number from `least` to `most`."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
     if not fits or math.isinf(value):  # type: ignore[arg-type]
         raise refused(entry, f"is {value!r:.40}, not a finite number from {least:g} to {most:g}")
 
 
 def check_tensor(entry: str, value: object, shape: Sequence[int | None], dtype: torch.dtype) -> None:
-    """A finite tensor of this shape, in which None is any length, and of this number format."""
+    """Raises InputError, naming `entry`, unless the value is a finite tensor of this shape (None: any length) and type."""
     if not isinstance(value, Tensor):
         raise refused(entry, f"is of type {type(value).__name__}, not a tensor")
     fits = value.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))

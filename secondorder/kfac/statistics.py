@@ -31,7 +31,7 @@ from secondorder.kfac.state_check import check_entries, check_float, check_tenso
 
 
 class Counts(NamedTuple):
-    """Of what is staged: vectors in the sum of A, samples, and floating-point operations of the passes."""
+    """Numbers of what is staged: vectors in the sum of A, samples, and floating-point operations of the passes."""
 
     rows: float = 0.0
     samples: float = 0.0
@@ -79,13 +79,13 @@ class LayerStatistics:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors held."""
+        """Bytes of all tensors held: averages, rows, squares and what is staged."""
         tensors = [*self._sums.values(), *self._staged.values(), *self._staged_rows, self.rows, self.squares]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def used(self) -> bool:
-        """Whether anything is staged."""
+        """Whether anything is staged in this step."""
         return self._counts is not None or "counts" in self._staged
 
     @property
@@ -95,13 +95,13 @@ class LayerStatistics:
 
     @property
     def counts(self) -> Counts:
-        """Of this step, and of all processes once the staged tensors are summed."""
+        """Vectors, samples and operations of this step, of all processes once the staged tensors are summed."""
         if "counts" in self._staged:
             self._counts = Counts(*self._staged.pop("counts").tolist())
         return Counts() if self._counts is None else self._counts
 
     def add_inputs(self, inputs: Sequence[Tensor]) -> None:
-        """Add the inputs of all uses in one forward."""
+        """Add the inputs `[N, *]` of all uses of the layer in one forward pass to what is staged."""
         layer, kind, bias = self.layer, self.layer.kind, self.layer.bias is not None
         xs = [self._batched(x) for x in inputs]
         N = len(xs[0])
@@ -187,7 +187,7 @@ class LayerStatistics:
         return self.discard()
 
     def discard(self) -> None:
-        """Forget what is staged."""
+        """Forget the sums, rows and counts that are staged in this step."""
         self._staged, self._staged_rows, self._counts = {}, [], None
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,8 +41,9 @@ LENGTHS = ("free", "signal", "fixed")
 class StepRule:
     """Direction and length of the step of a layer: see `secondorder.kfac.step_rule`.
 
+    direction: "natural", "eigenbasis" or "preconditioned". length: "free", "signal" or "fixed".
     rms: root mean square of an update of fixed length, or of agreeing gradients, in units of lr.
-    decay: of the running mean of squares.
+    decay: of the running mean of squares, in [0, 1). InputError for other values.
     """
 
     direction: str
@@ -58,7 +59,7 @@ class StepRule:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the step is K-FAC's own, that of a quadratic model."""
+        """Whether the step is K-FAC's own, that of a quadratic model: natural and of free length."""
         return self.direction == "natural" and self.length == "free"
 
     @property

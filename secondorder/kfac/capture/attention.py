@@ -38,7 +38,7 @@ class AttentionWatch:
             self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     def remove(self) -> None:
-        """Tell no more."""
+        """Remove the hooks: calls of attention modules are not told of any longer."""
         remove(self._handles)
 
     def _enter(self, module: nn.Module, args: Any) -> None:

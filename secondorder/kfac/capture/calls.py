@@ -37,7 +37,7 @@ class LayerCall(Input):
     over: bool = False
 
     def check(self) -> None:
-        """InputError if the input has changed since."""
+        """Raises InputError if the input has been changed in place since the layer used it."""
         if not self.intact:
             raise InputError(
                 f"the input of layer {self.layer.name} was changed in place after the layer had used it; use inplace=False there"

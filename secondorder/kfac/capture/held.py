@@ -18,12 +18,12 @@ class HeldGradients:
 
     @property
     def forwards(self) -> set[Forward]:
-        """The forwards of all layers."""
+        """The forward passes, of all layers together, whose gradients are in the weights at present."""
         return {forward for forwards in self._forwards.values() for forward in forwards}
 
     @property
     def rows(self) -> int | None:
-        """Of the outputs of the forwards; None: an output is not a tensor with rows."""
+        """Rows of the outputs of these forward passes together; None where an output is not a tensor with rows."""
         rows = [forward.rows for forward in self.forwards]
         return None if None in rows else sum(row for row in rows if row is not None)
 
@@ -32,12 +32,12 @@ class HeldGradients:
         self._forwards.setdefault(layer, []).extend(forwards)
 
     def accumulated(self, layer: KroneckerLayer) -> None:
-        """They have been added to `weight.grad`."""
+        """Note that the gradients which have come to the layer's weight have been added to `weight.grad`."""
         if layer.weight.grad is not None and layer in self._forwards:
             self._versions[layer] = layer.weight.grad._version
 
     def clear(self) -> None:
-        """The gradients of all weights have been cleared."""
+        """Note that the gradients of all weights have been cleared."""
         self._forwards, self._versions = {}, {}
 
     def all_cleared(self) -> bool:

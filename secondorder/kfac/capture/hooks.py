@@ -36,7 +36,7 @@ def handles_of(owner: Any) -> list[Any]:
 
 
 def remove(handles: list[Any]) -> None:
-    """Remove the hooks, and empty the list."""
+    """Remove the hooks of these handles, and empty the list."""
     for handle in handles:
         handle.remove()
     handles.clear()

@@ -109,7 +109,7 @@ def nodes_below(root: Node) -> list[Node]:
 
 
 def last_of(root: Node, nodes: Collection[Node]) -> set[Node]:
-    """Those of `nodes` at or below `root` that a backward pass from `root` can leave for no other of them: it ends there."""
+    """The `nodes` at or below `root` that a backward pass from `root` can leave for no other of them: it ends there."""
     wanted = set(nodes)
     leads_on: dict[Node, bool] = {}
     """Whether one of `nodes` is at a node or below it; the keys also keep the visited nodes alive, and so their identity."""

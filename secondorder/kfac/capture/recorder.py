@@ -73,7 +73,7 @@ class Capture:
 
     @property
     def rows(self) -> int | None:
-        """Of the outputs of the forwards whose gradients have come to weights; None: an output is not a tensor with rows."""
+        """Rows of the outputs of the forward passes whose gradients have come to weights; None where an output has no rows."""
         return self._held.rows
 
     @property
@@ -82,7 +82,7 @@ class Capture:
         return not all(forward.counted for forward in self._held.forwards)
 
     def start(self) -> None:
-        """Record from now on."""
+        """Set the hooks that record the calls of all layers and the forward passes of the model, from now on."""
         self.stop()
         self.active = True
         self._handles.append(Uncompiled())
@@ -140,7 +140,10 @@ class Capture:
     def pull(
         self, logits: Sequence[Tensor], outputs: Sequence[Output], passes: Iterable[Sequence[tuple[Tensor, Tensor]]]
     ) -> None:
-        """Statistics of these calls below `logits`; each backward pass starts at some of these, with a gradient for each."""
+        """Statistics of the calls `outputs` below `logits`, by backward passes.
+
+        Each of the `passes` starts at some of the logits, with a gradient for each, given as (logits, gradient) pairs.
+        """
         pull(self.statistics, logits, outputs, passes)
         calls = [call for call, _ in outputs]
         for call in calls:

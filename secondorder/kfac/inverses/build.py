@@ -43,9 +43,10 @@ def invert(
 ) -> dict[str, Inverse]:
     """The inverse of each layer by its name, of one of KINDS (for all, or each its own), each with its own damping.
 
-    A layer whose factors are not finite or cannot be decomposed keeps the inverse it had in `previous`, and without one
-    its gradient is divided by lambda. What went wrong is counted in `report` under the names of EVENTS, and
-    "<name>: NO_CURVATURE". Raises InputError for an unknown kind and a damping that is not positive.
+    With `relative` a damping is in units of the scale of the block. A layer whose factors are not finite or cannot be decomposed
+    keeps the inverse it had in `previous`, and without one its gradient is divided by lambda. What went wrong is counted in
+    `report` under the names of EVENTS, and "<name>: NO_CURVATURE". Raises InputError for an unknown kind and a damping that is
+    not positive.
     """
     kinds = [kind] * len(factors) if isinstance(kind, str) else kind
     for word in {kind} if isinstance(kind, str) else {*kind}:

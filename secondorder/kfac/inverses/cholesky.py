@@ -33,16 +33,16 @@ class Cholesky(Inverse):
     added: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W; the damping was fixed when P was made."""
+        """P W = (B + rho_B I)^-1 W (A + rho_A I)^-1 `[G, O, D]` for the gradient W; the damping was fixed when P was made."""
         return times_right(times(self.B_inverse, gradient.to(self.B_inverse.dtype)), self.A_inverse).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor:
-        """lambda when P was made."""
+        """lambda = rho_A rho_B `[G, 1, 1]`, the damping of the time when P was made; the arguments are not used."""
         return self.added
 
 
 def cholesky(layer: Factors, damping: float, relative: bool) -> Recipe:
-    """The inverses of two damped factors A and B."""
+    """The recipe of the inverses of two factors A and B, each damped by itself."""
     rho_A, rho_B = shifts_of(layer, damping, relative)
 
     def make(B: tuple[Tensor], A: tuple[Tensor]) -> Cholesky:
@@ -52,7 +52,7 @@ def cholesky(layer: Factors, damping: float, relative: bool) -> Recipe:
 
 
 def shifts_of(layer: Factors, damping: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """rho_A and rho_B, each `[G, 1, 1]`."""
+    """rho_A = pi sqrt(lambda) and rho_B = sqrt(lambda) / pi, each `[G, 1, 1]`, of a layer's factors and damping."""
     mean_A, mean_B = layer.means()
     root = torch.as_tensor(tikhonov(safe_scale(layer.scale), damping, relative), dtype=mean_A.dtype).sqrt()
     least = min_scale(mean_A.dtype)

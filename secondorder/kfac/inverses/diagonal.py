@@ -33,12 +33,12 @@ def rotated(Q: Tensor, W: Tensor, R: Tensor) -> Tensor:
 
 
 def product(M: Tensor, N: Tensor) -> Tensor:
-    """M N of two matrices of the same kind."""
+    """M N of two matrices `[G, n, n]`, or of two diagonals `[G, n]`."""
     return M * N if is_diagonal(M) else M @ N
 
 
 def transposed(M: Tensor) -> Tensor:
-    """M^T."""
+    """M^T of matrices `[G, n, n]`; diagonals `[G, n]` as they are."""
     return M if is_diagonal(M) else M.mT
 
 

@@ -27,23 +27,23 @@ class Rotated(Inverse):
 
     @abstractmethod
     def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
-        """The eigenvalues plus lambda, `[G, O, D]`."""
+        """The eigenvalues plus lambda = `added`, `[G, O, D]`, a new tensor."""
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W."""
+        """P W = Q_B [(Q_B^T W Q_A) / (eigenvalues + lambda)] Q_A^T `[G, O, D]` for the gradient W, in its dtype."""
         M = self.rotated(gradient).div_(self.damped_eigenvalues(self.tikhonov(damping, relative)))
         return self.rotated_back(M).to(gradient.dtype)
 
     def rotated(self, W: Tensor) -> Tensor:
-        """Q_B^T W Q_A, `W` in the eigenbasis."""
+        """Q_B^T W Q_A `[G, O, D]`, W in the eigenbasis, a new tensor."""
         return rotated(transposed(self.Q_B), W.to(self.Q_B.dtype), self.Q_A)
 
     def rotated_back(self, M: Tensor) -> Tensor:
-        """Q_B M Q_A^T, the inverse of `rotated`."""
+        """Q_B M Q_A^T `[G, O, D]`, the inverse of `rotated`."""
         return rotated(self.Q_B, M, transposed(self.Q_A))
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
-        """lambda."""
+        """lambda: the damping times the eigenvalues' scale `[G, 1, 1]` where it is relative, otherwise the damping itself."""
         return tikhonov(self.scale, damping, relative)
 
 
@@ -60,24 +60,27 @@ class Eigenbasis(Rotated):
     scale: Tensor
 
     def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
-        """beta alpha^T + lambda."""
+        """beta alpha^T + lambda `[G, O, D]`, a new tensor, for lambda = `added`."""
         return self.eigenvalues().add_(added)
 
     def eigenvalues(self) -> Tensor:
-        """beta alpha^T `[G, O, D]`."""
+        """beta alpha^T `[G, O, D]`, the products of the factors' eigenvalues."""
         return self.beta[:, :, None] * self.alpha[:, None, :]
 
 
 def eigenbasis(layer: Factors) -> Recipe:
-    """The eigenbases of two factors A and B."""
+    """The recipe of an inverse in the eigenbases of a layer's two factors A and B."""
     return Recipe([Problem(layer.B), Problem(layer.given)], partial(joined, layer))
 
 
 def joined(layer: Factors, B: Eigen, A: Eigen) -> Eigenbasis:
-    """Both decompositions as one inverse."""
+    """The inverse that the eigenvalues and -vectors of B and A make, with the scale of the layer's block."""
     return Eigenbasis(*B, *A, safe_scale(layer.scale))
 
 
 def eigenbases(factors: Sequence[Factors], report: Counter[str]) -> list[Inverse | None]:
-    """The eigenbases of factors A and B, None for a layer of which one cannot be decomposed."""
+    """The inverses in the eigenbases of factors A and B, None for a layer of which one cannot be decomposed.
+
+    What goes wrong is counted in `report`.
+    """
     return made(map(eigenbasis, factors), report)

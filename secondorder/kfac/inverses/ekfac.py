@@ -37,18 +37,18 @@ class CorrectedEigenbasis(Rotated):
     weight: float
 
     def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
-        """S + lambda."""
+        """S + lambda `[G, O, D]`, a new tensor, for lambda = `added`."""
         return self.S + added
 
     def update(self, S: Tensor, ema_decay: float) -> None:
-        """Take the second moments of one step into the average; the first ones replace beta alpha^T."""
+        """Take a step's second moments S `[G, O, D]` into the average of decay `ema_decay`; the first replace beta alpha^T."""
         weight = ema_decay * self.weight + (1 - ema_decay)
         self.S = torch.lerp(self.S, S.to(self.S.dtype), (1 - ema_decay) / weight)
         self.scale = safe_scale(weighted_mean_eigenvalue(self.S, self.S.sum((1, 2))))
         self.weight = weight
 
     def carried(self, other: "CorrectedEigenbasis") -> None:
-        """Take over S of other bases."""
+        """Take over S and its weight from an inverse in other bases, carried over to these."""
         left, right = product(transposed(self.Q_B), other.Q_B), product(transposed(other.Q_A), self.Q_A)
         self.S = times_right(times(left.square_(), other.S), right.square_())
         self.scale = safe_scale(weighted_mean_eigenvalue(self.S, self.S.sum((1, 2))))
@@ -56,7 +56,7 @@ class CorrectedEigenbasis(Rotated):
 
 
 def corrected_eigenbasis(layer: Factors, previous: Inverse | None) -> Recipe:
-    """New bases of two factors A and B, with S of the previous ones."""
+    """The recipe of new bases of two factors A and B, with S of the previous inverse carried over where there is one."""
 
     def make(B: Eigen, A: Eigen) -> CorrectedEigenbasis:
         basis = joined(layer, B, A)

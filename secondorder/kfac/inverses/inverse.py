@@ -45,14 +45,14 @@ class Factors:
 
     @cached_property
     def scale(self) -> Tensor:
-        """|F|_F^2 / tr F of the block `[G]`, 0 where it is zero."""
+        """|F|_F^2 / tr F of the block F = B kron A, `[G]`, 0 where it is zero."""
         if self.A is not None:
             return weighted_eigenvalue(self.A) * weighted_eigenvalue(self.B)
         return weighted_eigenvalue(self.given @ self.given.mT) * weighted_eigenvalue(self.B)
 
     @property
     def given(self) -> Tensor:
-        """A, or the rows."""
+        """The input factor as it is kept: A `[G, D, D]` (or its diagonal `[G, D]`), or its rows `[G, R, D]`."""
         found = self.rows if self.A is None else self.A
         assert found is not None
         return found
@@ -75,14 +75,17 @@ class Inverse(ABC):
 
     @abstractmethod
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W `[G, O, D]` for the gradient W, in its dtype."""
+        """P W `[G, O, D]` for the gradient W `[G, O, D]`, in its dtype.
+
+        damping, relative: as in `secondorder.kfac.Damping`; not used by an inverse that was damped when it was made.
+        """
 
     @abstractmethod
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
-        """The lambda that `solve` adds, one number or `[G, 1, 1]`."""
+        """The lambda that `solve` adds, one number or `[G, 1, 1]`, for this damping, relative to the block's scale or not."""
 
     def tensors(self) -> State:
-        """The complete state, with the kind."""
+        """The complete state, fields by name with the kind; `from_tensors` reads it."""
         return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
@@ -92,7 +95,7 @@ class Inverse(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of all tensors of the inverse."""
         return sum(value.nbytes for value in self.tensors().values() if isinstance(value, Tensor))
 
 
@@ -105,11 +108,11 @@ class Identity(Inverse):
     scale: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """W / lambda."""
+        """P W = W / lambda `[G, O, D]` for the gradient W, in its dtype."""
         return (gradient / self.tikhonov(damping, relative)).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
-        """lambda."""
+        """lambda: the damping times the scale `[G, 1, 1]` where it is relative, otherwise the damping itself."""
         return tikhonov(self.scale, damping, relative)
 
 

@@ -24,19 +24,19 @@ class OwnDiagonal(Rotated):
 
     @classmethod
     def of(cls, S: Tensor) -> "OwnDiagonal":
-        """That of these mean squares."""
+        """The inverse of mean squares S `[G, O, D]` of the gradients of single samples, with their scale."""
         return cls(S, own_scale(S))
 
     def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
-        """S + lambda."""
+        """S + lambda `[G, O, D]`, a new tensor, for lambda = `added`."""
         return self.S + added
 
     def rotated(self, W: Tensor) -> Tensor:
-        """W itself, a copy."""
+        """W `[G, O, D]` itself, a copy: the eigenvectors are the unit vectors."""
         return W.to(self.S.dtype, copy=True)
 
     def rotated_back(self, M: Tensor) -> Tensor:
-        """M itself."""
+        """M `[G, O, D]` itself, no copy: the eigenvectors are the unit vectors."""
         return M
 
 

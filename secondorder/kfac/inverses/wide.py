@@ -39,14 +39,17 @@ class WideEigenbasis(Inverse):
     scale: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W."""
+        """P W `[G, O, D]` for the gradient W: Q_B [(C / (beta alpha^T + lambda)) U + (M - C U) / lambda].
+
+        M = Q_B^T W, and C = M U^T its part in the range of the rows.
+        """
         M = times(transposed(self.Q_B), gradient.to(self.U.dtype))
         added = self.tikhonov(damping, relative)
         eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
         return times(self.Q_B, in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
-        """lambda."""
+        """lambda: the damping times the scale `[G, 1, 1]` of the block where it is relative, otherwise the damping itself."""
         return tikhonov(self.scale, damping, relative)
 
 
@@ -66,17 +69,17 @@ class WideCholesky(Inverse):
     added: Tensor
 
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W."""
+        """P W = (B + rho_B I)^-1 W (U^T diag(alpha) U + rho_A I)^-1 `[G, O, D]` for the gradient W; its damping is fixed."""
         M = times(self.B_inverse, gradient.to(self.U.dtype))
         return in_range(M, self.U, self.alpha[:, None, :] + self.rho, self.rho).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor:
-        """lambda when P was made."""
+        """lambda `[G, 1, 1]`, the damping of the time when P was made; the arguments are not used."""
         return self.added
 
 
 def in_range(M: Tensor, U: Tensor, eigenvalues: Tensor, outside: Tensor | float) -> Tensor:
-    """M / eigenvalues `[G, O, R]` in the range of U^T, M / outside in the rest."""
+    """M `[G, O, D]` divided by eigenvalues `[G, O, R]` in the range of U^T, U `[G, R, D]`, and by `outside` in the rest."""
     C = M @ U.mT
     rest = torch.baddbmm(M, C, U, alpha=-1)
     left = rest @ U.mT
@@ -84,7 +87,7 @@ def in_range(M: Tensor, U: Tensor, eigenvalues: Tensor, outside: Tensor | float)
 
 
 def wide_eigenbasis(layer: Factors) -> Recipe:
-    """The inverse of a layer with rows."""
+    """The recipe of the inverse of a layer whose input factor is kept as rows, damped in its eigenbasis."""
 
     def make(B: Eigen, gram: Eigen) -> WideEigenbasis:
         return WideEigenbasis(*B, *input_range(layer.given, *gram), safe_scale(layer.scale))
@@ -93,7 +96,7 @@ def wide_eigenbasis(layer: Factors) -> Recipe:
 
 
 def wide_cholesky(layer: Factors, damping: float, relative: bool) -> Recipe:
-    """The inverse of a layer with rows by factored damping."""
+    """The recipe of the inverse of a layer whose input factor is kept as rows, each factor damped by itself."""
     rho_A, rho_B = shifts_of(layer, damping, relative)
 
     def make(B: tuple[Tensor], gram: Eigen) -> WideCholesky:
