@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 class NonFiniteError(InputError):
-    """Numbers that must be finite are not."""
+    """Bad input: numbers that must be finite are NaN or infinite."""
 
 
 def one_line(message: str) -> str:

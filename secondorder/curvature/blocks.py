@@ -48,7 +48,7 @@ from secondorder.matrix_power.transforms import full_precision
 class CurvatureBlocks(Mapping[str, SymmetricOperator]):
     """Parameter name -> its curvature block `[P, P]`, a `SymmetricOperator`, in the network's order.
 
-    P is the number of entries of the parameter, which is flattened row by row. Raises KeyError for a name without a block.
+    Of `blocks` by name, P entries of a parameter flattened row by row, and `whole`, all at once. KeyError for a name without one.
     """
 
     def __init__(self, blocks: Mapping[str, SymmetricOperator], whole: SymmetricOperator) -> None:
@@ -70,7 +70,7 @@ class CurvatureBlocks(Mapping[str, SymmetricOperator]):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a quantity is made from."""
+    """What a quantity is made from: Jacobian, loss, the matrix M at the outputs, and bytes that may be used."""
 
     jacobian: Jacobian
     loss: LossParts

@@ -73,7 +73,15 @@ def output_jacobians(network: nn.Module, images: Tensor, params: Iterable[str]) 
     """dz / dw `[N, K, P]` of the named parameters at images `[N, ...]`, and the outputs z `[N, K]`, in float64, all held at once.
 
     The network is evaluated in its present mode and number format, and left as it is, bit for bit. In training mode the
-    statistics of batch norm are those of the images and are differentiated. Raises InputError as `curvature_blocks` does.
+    statistics of batch norm are those of the images and are differentiated.
+
+    Args:
+        network: any network.
+        images: `[N, ...]`.
+        params: names of parameters.
+
+    Raises:
+        InputError: as `curvature_blocks`.
     """
     frozen = FrozenNetwork(network, params)
     check_float64(frozen.device, "output_jacobians")

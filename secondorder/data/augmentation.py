@@ -66,5 +66,5 @@ class ResizedCrop:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def mirrored(self, u: NDArray[np.float64]) -> bool:
-        """Whether the image is flipped left-right."""
+        """Whether the image is flipped left-right, half of the time, by the last of its uniform numbers u ``[23]``."""
         return bool(u[-1] < 0.5)

@@ -59,6 +59,10 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
 
     `set_epoch` chooses the augmentation (none in a test split); `batch` is the fast way to many samples and gives
     exactly those that indexing gives. A `DataLoader` takes it without being told.
+
+    Args:
+        labels: ``[N]`` int64.
+        draws: uniform numbers that the augmentation of a sample takes.
     """
 
     augmentation: Any = None
@@ -110,7 +114,15 @@ class ImageSplit(Dataset[tuple[Tensor, int]], ABC):
 
 
 class ImageArray(ImageSplit):
-    """Images held in memory as ``[N, C, H, W]`` uint8; augmented at their own size, then resized to ``image_size``."""
+    """Images held in memory; augmented at their own size, then resized.
+
+    Args:
+        images: ``[N, C, H, W]`` uint8.
+        labels: ``[N]`` int64.
+        normalisation: of the pixels.
+        augmentation: None: none.
+        image_size: side in pixels that images are resized to; None: their own width.
+    """
 
     def __init__(
         self,
@@ -137,7 +149,15 @@ class ImageArray(ImageSplit):
 
 
 class ImageFiles(ImageSplit):
-    """Image files decoded when asked for; a random resized crop in training, a central crop in testing."""
+    """Image files decoded when asked for; a random resized crop in training, a central crop in testing.
+
+    Args:
+        files: N paths.
+        labels: ``[N]`` int64.
+        normalisation: of the pixels.
+        augmentation: the crop in training; None: the central one.
+        image_size: side in pixels.
+    """
 
     def __init__(
         self,

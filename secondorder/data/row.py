@@ -49,7 +49,7 @@ class Row:
     allow_empty: bool = False  # whether a class folder may hold no image
 
     def normalisation(self) -> Normalisation:
-        """Normalisation of this data set's pixels."""
+        """Normalisation of this data set's pixels by its mean, standard deviation and value of white."""
         return Normalisation(self.mean, self.std, self.maximum)
 
     def found(self, root: Path) -> bool:

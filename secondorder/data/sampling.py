@@ -81,7 +81,10 @@ def uniforms(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """Order ``[N]`` (int64) in which epoch ``epoch`` visits n samples, a pure function of (n, seed, epoch)."""
+    """Order ``[N]`` (int64) in which epoch ``epoch`` visits n samples, a pure function of (n, seed, epoch).
+
+    Raises `InputError` for n < 0, and for a seed or epoch outside [0, 2^63).
+    """
     if n < 0:
         raise InputError(f"n is {n}; a permutation has at least 0 entries")
     keys = uniforms("order", seed, epoch, np.arange(n), 1)[:, 0]
@@ -89,7 +92,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def stratified_subset(labels: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Sorted indices ``[size]`` of a class-balanced random subset of ``labels`` ``[N]``, part of every larger one.
+    """Sorted indices ``[size]`` of a class-balanced subset of ``labels`` ``[N]``, part of every larger one of this ``seed``.
 
     Each class gives its share of the samples, to within one. Raises `InputError` unless 1 <= size <= N.
     """

@@ -28,14 +28,14 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
 
 
 def check_arguments(model: object, loss: object, images: Tensor, labels: Tensor) -> None:
-    """InputError unless they are a module, a function and a batch."""
+    """Raises InputError unless they are a module whose parameters have numbers, a function and a batch."""
     check_model(model)
     check_loss(loss)
     check_batch(images, labels)
 
 
 def check_model(model: object) -> None:
-    """InputError unless it is a module whose parameters have numbers."""
+    """Raises InputError unless the model is a module whose parameters have numbers."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model {type(model).__name__}: must be a torch.nn.Module")
     for name, p in model.named_parameters():
@@ -44,7 +44,7 @@ def check_model(model: object) -> None:
 
 
 def check_loss(loss: object) -> None:
-    """InputError unless it is a function."""
+    """Raises InputError unless the loss is a function (and no class)."""
     if not callable(loss) or isinstance(loss, type):
         raise InputError(f"loss {loss!r}: must be a function of outputs and labels, for example F.cross_entropy")
 
@@ -81,7 +81,7 @@ def loss_value(model: nn.Module, outputs: Callable[[Tensor], Any], loss: Loss, x
 
 
 def loss_at(model: nn.Module, outputs: Callable[[Tensor], Any], loss: Loss, x: Tensor, labels: Tensor) -> Tensor:
-    """The same, with a gradient. InputError where it has none."""
+    """loss(outputs(x), labels), a scalar with a gradient. InputError where either fails, and for a loss that has none."""
     value = loss_value(model, outputs, loss, x, labels)
     if not value.requires_grad:
         raise _no_number()

@@ -43,12 +43,16 @@ class StemAndRest(Protocol):
         """Images [N, C, H, W] to the activation at which feature space is entered."""
 
     def rest(self, activation: Tensor) -> Tensor:
-        """That activation to the network's output."""
+        """The activation that `stem` gives to the network's output."""
 
 
 @dataclass(frozen=True)
 class LandscapeLine:
-    """The loss and its gradient at K points ``A + eta d`` of a line, all tensors float64 [K] on the CPU."""
+    """The loss and its gradient g at K points ``A + eta d`` of a line, all tensors float64 [K] on the CPU.
+
+    etas, loss L; gradient_distance || g(A + eta d) - g(A) ||; cosine of the two gradients, nan where one is zero; loss_at_origin
+    L(A); gradient_norm || g(A) ||; direction_norm || d ||.
+    """
 
     etas: Tensor
     loss: Tensor
@@ -104,13 +108,22 @@ def feature_landscape(
 ) -> LandscapeLine:
     """The line ``X + eta g`` (ascent) or ``X - eta g`` (descent), X = ``model.stem(images)``, g = dL/dX.
 
-    predicted: whether `etas` are shares of the loss that g predicts as its change, eta |g|^2 = share L at the origin. At equal
-        shares networks are compared whatever the length of their g; the line's own etas are then eta = share L / |g|^2.
+    The model is measured in its present mode, in training mode therefore with the statistics of the batch, with the same random
+    draws (dropout) at every eta, and is left as it was: parameters, buffers, gradients, mode and random state (tested bit for
+    bit).
 
-    `model` is any module with ``stem`` and ``rest`` (see StemAndRest). It is measured in its present mode, in training
-    mode therefore with the statistics of the batch, with the same random draws (dropout) at every eta, and is left as
-    it was: parameters, buffers, gradients, mode and random state (tested bit for bit). Raises InputError for bad arguments, and
-    where the model or the loss fails.
+    Args:
+        model: any module with ``stem`` and ``rest`` (see StemAndRest).
+        loss: a function of outputs and labels to one number.
+        images: `[N, ...]`.
+        labels: `[N, ...]`.
+        etas: `[K]` finite numbers other than zero, see `equally_spaced`.
+        direction: "ascent" or "descent".
+        predicted: whether `etas` are shares of the loss that g predicts as its change, eta |g|^2 = share L at the origin. At
+            equal shares networks are compared whatever the length of their g; the line's own etas are then eta = share L / |g|^2.
+
+    Raises:
+        InputError: for bad arguments, and where the model or the loss fails.
     """
     check_known("direction", direction, DIRECTIONS)
     check_arguments(model, loss, images, labels)
@@ -143,12 +156,20 @@ def feature_landscape(
 def weight_landscape(
     model: nn.Module, loss: Loss, images: Tensor, labels: Tensor, etas: Tensor, step: Direction | None = None
 ) -> LandscapeLine:
-    """The line ``w + eta step`` through the parameters w that require gradients, in their order in the model.
+    """The line ``w + eta step`` through the parameters w that require gradients; the model is left as it was.
 
-    `step` is one tensor for each such parameter, or a dict of tensors by parameter names (others stay), by default the steepest
-    descent -dL/dw; `optimiser_step` gives the step that an optimiser is about to take, so that eta = 1 is where training goes
-    next, `filter_normalised_direction` and `parameter_directions` give others. Leaves the model as it was. Raises InputError for
-    bad arguments, and where the model or the loss fails.
+    Args:
+        model: any network.
+        loss: a function of outputs and labels to one number.
+        images: `[N, ...]`.
+        labels: `[N, ...]`.
+        etas: `[K]` finite numbers other than zero, see `equally_spaced`.
+        step: one tensor for each such parameter, in their order, or a dict of tensors by parameter names (others stay); None: the
+            steepest descent -dL/dw. `optimiser_step` gives the step that an optimiser is about to take, so that eta = 1 is where
+            training goes next, `filter_normalised_direction` and `parameter_directions` give others.
+
+    Raises:
+        InputError: for bad arguments, and where the model or the loss fails.
     """
     check_arguments(model, loss, images, labels)
     check_etas("etas", etas)

@@ -11,10 +11,20 @@ from secondorder.untouched import untouched
 def optimiser_step(
     model: nn.Module, optimiser: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
 ) -> list[Tensor]:
-    """The change of the parameters that `optimiser` would make on this batch, momentum and weight decay included.
+    """The change of the parameters that an optimiser would make on this batch, momentum and weight decay included.
 
-    One tensor for each parameter that requires gradients. Neither the model nor the optimiser's state is changed. Raises
-    InputError for bad arguments, and where the model or the loss fails.
+    One tensor for each parameter that requires gradients, in the model's order. Neither the model nor the optimiser's state is
+    changed.
+
+    Args:
+        model: any network.
+        optimiser: of the model's parameters, with its present state and learning rate.
+        loss: a function of outputs and labels to one number.
+        images: `[N, ...]`.
+        labels: `[N, ...]`.
+
+    Raises:
+        InputError: for bad arguments, and where the model or the loss fails.
     """
     check_arguments(model, loss, images, labels)
     if not isinstance(optimiser, torch.optim.Optimizer):

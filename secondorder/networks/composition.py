@@ -52,7 +52,10 @@ class Network(nn.Module):
         self._size_that_fits: tuple[object, ...] | None = None  # of the last batch that was trained on
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[N, num_classes]` of the input `[N, in_channels, H, W]`, or of its `layout`."""
+        """Logits `[N, num_classes]` of the input `[N, in_channels, H, W]`, or of its `layout`.
+
+        Raises InputError for other input.
+        """
         x = checked_images(x, self.layout, self.in_channels, self.training)
         if not self.training or isinstance(x, torch.fx.Proxy) or inside_transform() or torch.jit.is_tracing():
             return self._logits(x)
@@ -138,7 +141,10 @@ class Network(nn.Module):
 
 
 def checked_images(x: Tensor, layout: str, in_channels: int | None, training: bool) -> Tensor:
-    """x. Raises InputError for input of another layout, number of channels or type, and in training for an empty batch."""
+    """The input x itself.
+
+    Raises InputError for another layout, number of channels or type, and in training for an empty batch.
+    """
     if not isinstance(x, Tensor):
         raise InputError(f"images must be a tensor, got {short(x)} of type {type(x).__name__}")
     shape, channel = list(known_shape(x)), layout.index("C")
@@ -201,20 +207,28 @@ def network(
     dropout: float | None = None,
     **pooling_options: object,
 ) -> Network:
-    """The network of this backbone (a key of NETWORKS) with this pooling (a key of POOLINGS, or a head of one's own).
-
-    pooling: a name; or a head, any module from maps `[N, C, H, W]` to vectors `[N, F]`, used as it is (not copied); or a function
-        or class that makes it from the number C of channels. A head of one's own brings its own reduction and options.
-    reduced_channels: width of the 1x1 reduction before the pooling; None: 256 for a covariance of more than 256
-        channels, else no reduction; 0: no reduction. `"gap"` reduces only when told to.
-    last_stride: stride 1 or 2 of a ResNet's last stage; None: as published, 2 with `"gap"` and 1 with any other pooling
-        (CIFAR ResNets: 2 with all). The published comparison changes stride and pooling at once; give both the same.
-    dropout: probability in [0, 1) before the linear classifier; None: as published (0.2 for MobileNetV2, else 0).
-    pooling_options: options of the pooling head, e.g. `num_iter` of `"gcp"`.
+    """The network of this backbone with this pooling: images `[N, in_channels, H, W]` to logits `[N, num_classes]`.
 
     Stem and features are built first: the same torch seed gives them the same weights whatever the pooling, the
-    stride and the number of classes, so that GAP and GCP can be compared from the same start. Raises InputError for what cannot
-    be built; torch's random numbers are then as before.
+    stride and the number of classes, so that GAP and GCP can be compared from the same start.
+
+    Args:
+        backbone: key of NETWORKS.
+        pooling: key of POOLINGS; or a head, any module from maps `[N, C, H, W]` to vectors `[N, F]`, used as it is (not copied);
+            or a function or class that makes it from the number C of channels. A head of one's own brings its own reduction and
+            options.
+        num_classes: outputs of the linear classifier.
+        in_channels: channels of the images.
+        reduced_channels: width of the 1x1 reduction before the pooling; None: 256 for a covariance of more than 256
+            channels, else no reduction; 0: no reduction. `"gap"` reduces only when told to.
+        last_stride: stride 1 or 2 of a ResNet's last stage; None: as published, 2 with `"gap"` and 1 with any other pooling
+            (CIFAR ResNets: 2 with all). The published comparison changes stride and pooling at once; give both the same.
+        dropout: probability in [0, 1) before the linear classifier; None: as published (0.2 for MobileNetV2, else 0).
+        pooling_options: options of the pooling head, e.g. `num_iter` of `"gcp"`.
+
+    Raises:
+        InputError: for what cannot be built; torch's random numbers are then as before.
+        MissingLibraryError: for a backbone of torchvision's without torchvision.
     """
     check_known("backbone", backbone, NETWORKS)
     row = NETWORKS[backbone]

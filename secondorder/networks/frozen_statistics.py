@@ -13,8 +13,15 @@ def frozen_at(model: nn.Module, images: Tensor, dtype: torch.dtype | None = None
     """A copy of the model in eval mode whose batch-norm statistics are those of `images` [N, C, H, W].
 
     On these images it computes what the model computes in training mode, but each sample on its own: a Jacobian of one
-    sample exists, and so does the Gauss-Newton matrix of a mean over samples. Dropout is off. `dtype` is that of the copy, by
-    default the model's. Raises InputError for what is no module.
+    sample exists, and so does the Gauss-Newton matrix of a mean over samples. Dropout is off.
+
+    Args:
+        model: any network; it is left as it is.
+        images: on the model's device.
+        dtype: number format of the copy, in which the statistics are taken, too; None: the model's.
+
+    Raises:
+        InputError: for what is no module.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model {type(model).__name__}: must be a torch.nn.Module")

@@ -55,14 +55,18 @@ def replace_pooling(
     layers of the classifier (VGG, MobileNetV3) included. Hooks of the parts that stay are kept; a model with hooks that would not
     run any more (its own, those of what is dropped, those of parameters) is refused.
 
-    pooling: as in `network`; a head of one's own is moved to the model's device, dtype and mode.
-    num_classes: None: as many as the old classifier has.
-    reduced_channels: as in `network`.
-    last_stride: 1 or 2 for a ResNet's last stage; None: as it is in the model.
-    dropout: None: as just before the old classifier's last linear layer.
-    image_size: of the images of the check; None: 64, or what a patch embedding is made for.
+    Args:
+        model: a trained network.
+        pooling: as in `network`; a head of one's own is moved to the model's device, dtype and mode.
+        num_classes: None: as many as the old classifier has.
+        reduced_channels: as in `network`.
+        last_stride: 1 or 2 for a ResNet's last stage; None: as it is in the model.
+        dropout: None: as just before the old classifier's last linear layer.
+        image_size: of the images of the check; None: 64, or what a patch embedding is made for.
+        pooling_options: options of the pooling head, e.g. `num_iter` of `"gcp"`.
 
-    Raises InputError for a model that it cannot take apart.
+    Raises:
+        InputError: for a model that it cannot take apart, and other bad arguments.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model {short(model)}: must be an nn.Module; use `network` to build a backbone by its name")
@@ -100,7 +104,10 @@ class CheckedParts:
 
 
 def checked_parts(model: nn.Module, image_size: int) -> CheckedParts:
-    """The parts of a copy of the model: by its children in order, else (timm) by its `forward_features`."""
+    """The parts of a copy of the model: by its children in order, else (timm) by its `forward_features`.
+
+    Raises InputError for a model that is understood neither way, with `image_size` pixels a side in the check.
+    """
     refusal: InputError | None = None
     for take_apart in (parts_of, split_timm):
         copied = copy_of(model)

@@ -65,17 +65,17 @@ def digits_net(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def digits_slim(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """The same depth, half as wide, `[N, in_channels, H, W] -> [N, 16, H, W]`: 5,944 parameters."""
+    """Stem and features of `digits_net` at half the width, `[N, in_channels, H, W] -> [N, 16, H, W]`: 5,944 parameters."""
     return plain_net(in_channels, 8, (16, 16, 16))
 
 
 def digits_small(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """Half as wide, a convolution less deep, `[N, in_channels, H, W] -> [N, 16, H, W]`: 3,608 parameters."""
+    """Stem and features of `digits_slim` less one convolution, `[N, in_channels, H, W] -> [N, 16, H, W]`: 3,608 parameters."""
     return plain_net(in_channels, 8, (16, 16))
 
 
 def digits_tiny(in_channels: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """The same, so small that its whole Hessian is a dense matrix, `[N, in_channels, H, W] -> [N, 6, H, W]`: 608 parameters."""
+    """Stem and features of 608 parameters, whose whole Hessian is a small matrix: `[N, in_channels, H, W] -> [N, 6, H, W]`."""
     return plain_net(in_channels, 4, (6, 6))
 
 

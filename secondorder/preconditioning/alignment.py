@@ -29,7 +29,10 @@ class Alignment:
 
 
 def alignment(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Alignment:
-    """cos(a, b) = a . b / (|a| |b|), 0 where one of them is zero. InputError for different names or shapes, NonFiniteError."""
+    """cos(a, b) = a . b / (|a| |b|) of each layer and of all together, 0 where one of them is zero.
+
+    a, b: tensors of real numbers by parameter names. Raises InputError for different names or shapes, NonFiniteError.
+    """
     return _by_layer(_cosine, a, b)
 
 
@@ -63,10 +66,21 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Bootstrap:
-    """The percentile interval of a statistic (with an `axis` argument) over resampled values, for example mini-batches.
+    """The percentile interval of a statistic over resampled values, for example mini-batches.
 
     The percentile interval exists for every statistic and for equal values, unlike BCa (B. Efron, R. Tibshirani, 1993); of few
-    values it is somewhat too short. InputError for fewer than 2 values or bad options, NonFiniteError.
+    values it is somewhat too short.
+
+    Args:
+        values: `[n]`, at least 2 numbers.
+        statistic: a function of values with an `axis` argument.
+        confidence: of the interval, in (0, 1).
+        resamples: at least 100.
+        seed: of the resampling.
+
+    Raises:
+        InputError: for fewer than 2 values and bad options.
+        NonFiniteError: for values or a statistic that are not finite.
     """
     try:
         x = np.asarray(values, dtype=float)

@@ -33,10 +33,10 @@ class Form(Protocol):
     """A linear map from symmetric G `[N, C, C]` to Y `[N, C, M]`."""
 
     def apply(self, G: Tensor) -> Tensor:
-        """Y."""
+        """Y `[N, C, M]`, the linear map of symmetric G `[N, C, C]`."""
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """The matrix whose symmetric part the transpose gives, `[N, C, C]`."""
+        """A matrix `[N, C, C]` whose symmetric part is the transposed map of Y `[N, C, M]`."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Product(Form):
     factor: Tensor
 
     def apply(self, G: Tensor) -> Tensor:
-        """The product G A."""
+        """G A `[N, C, M]` of symmetric G `[N, C, C]`."""
         return G @ self.factor
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """The product Y A^T."""
+        """Y A^T `[N, C, C]` of Y `[N, C, M]`."""
         return Y @ self.factor.mT
 
 
@@ -67,13 +67,13 @@ class Lyapunov(Form):
         return torch.where(total > 0, -2 * r[:, :, None] / total, 0)
 
     def apply(self, G: Tensor) -> Tensor:
-        """Y, by products with U only."""
+        """Y = (2 G U + U [(w_ji - 2) G~_ij]) V^T / sqrt(M) `[N, C, M]` of symmetric G `[N, C, C]`, by products with U only."""
         U, _, V = self.parts
         GU = G @ U
         return (2 * GU + U @ (self._weights() * (U.mT @ GU))) @ V.mT / V.shape[1] ** 0.5
 
     def adjoint(self, Y: Tensor) -> Tensor:
-        """With B = Y V / sqrt(M): (2 B + U [(w_ji - 2) (U^T B)_ij]) U^T."""
+        """(2 B + U [(w_ji - 2) (U^T B)_ij]) U^T `[N, C, C]` of Y `[N, C, M]`, with B = Y V / sqrt(M)."""
         U, _, V = self.parts
         B = Y @ V / V.shape[1] ** 0.5
         return (2 * B + U @ (self._weights() * (U.mT @ B))) @ U.mT
@@ -122,14 +122,15 @@ class BackwardOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N C H W, N C (C + 1) / 2)."""
+        """(N C H W, N C (C + 1) / 2), that of the matrix in svec coordinates."""
         N, C, H, W = self.features_shape
         return N * C * H * W, N * C * (C + 1) // 2
 
     def matvec(self, G: Tensor) -> Tensor:
         """dL/dX `[N, C, H, W]` of G = dL/dZ: matrices `[N, C, C]`, or the gradient `[N, C (C + 1) / 2]` of the upper triangle.
 
-        A matrix counts by its symmetric part. Raises InputError for another shape and for a G that is not finite.
+        A matrix counts by its symmetric part. Raises InputError for another shape or type, NonFiniteError for a G that is not
+        finite.
         """
         N, C = self.features_shape[:2]
         if not isinstance(G, Tensor) or not G.is_floating_point() or G.is_meta:
@@ -146,7 +147,7 @@ class BackwardOperator:
         return self.form.apply(S).reshape(self.features_shape)
 
     def rmatvec(self, V: Tensor) -> Tensor:
-        """The adjoint: symmetric matrices `[N, C, C]` of V `[N, C, H, W]`."""
+        """The adjoint: symmetric matrices `[N, C, C]` of V `[N, C, H, W]`. Raises InputError for another shape."""
         if V.shape != self.features_shape:
             raise InputError(f"needs features {list(self.features_shape)}, got {list(V.shape)}")
         return symmetric(self.form.adjoint(V.detach().to(self.like).flatten(2)))
@@ -172,10 +173,18 @@ class BackwardOperator:
 
 @torch.no_grad()
 def backward_operator(features: Tensor, form: str = "exact") -> BackwardOperator:
-    """The backward pass at features `[N, C, H, W]` in a form of FORMS. Computed in their precision, 16 bits in float32.
+    """The backward pass G = dL/dZ -> dL/dX of GCP at features, as an operator. Computed in their precision, 16 bits in float32.
 
     Null directions of the covariance are left out as the head with the exact root leaves them out; for constant features
-    the result is zero. Raises InputError for an unknown form, another shape, fewer than 2 positions, non-finite features.
+    the result is zero.
+
+    Args:
+        features: `[N, C, H, W]` of at least 2 positions.
+        form: key of FORMS: "exact", "trimmed" (Wang et al. 2020, taken literally), "trimmed_rotated" or "unpreconditioned".
+
+    Raises:
+        InputError: for an unknown form, another shape, and fewer than 2 positions.
+        NonFiniteError: for features that are not finite.
     """
     check_known("form", form, FORMS)
     parts = polar(features)
@@ -185,10 +194,17 @@ def backward_operator(features: Tensor, form: str = "exact") -> BackwardOperator
 
 @torch.no_grad()
 def gcp_backward(features: Tensor, grad: Tensor, form: str = "exact") -> Tensor:
-    """dL/dX `[N, C, H, W]` of GCP at features of this shape, in a form of FORMS, see the module.
+    """dL/dX `[N, C, H, W]` of GCP, Z = S^(1/2), at features of this shape, exact or in an approximate form.
 
-    `grad` is dL/dZ, symmetric matrices `[N, C, C]`, or the gradient `[N, C (C + 1) / 2]` of the upper triangle that the head
-    gives. `exact` equals the gradient of the head "gcp_exact"; `trimmed_rotated` is `exact` with all weights w = 1.
-    Raises InputError as `backward_operator` and its `matvec` do.
+    Args:
+        features: `[N, C, H, W]` of at least 2 positions.
+        grad: dL/dZ, symmetric matrices `[N, C, C]`, or the gradient `[N, C (C + 1) / 2]` of the upper triangle that the head
+            gives.
+        form: key of FORMS: "exact" equals the gradient of the head "gcp_exact"; "trimmed_rotated" is "exact" with all weights
+            w = 1; "trimmed" is Wang et al. (2020), taken literally; "unpreconditioned" that of plain covariance pooling.
+
+    Raises:
+        InputError: as `backward_operator`, and for another shape or type of `grad`.
+        NonFiniteError: for features or `grad` that are not finite.
     """
     return backward_operator(features, form).matvec(grad)

@@ -21,10 +21,19 @@ Direction = dict[str, Tensor]
 def loss_gradient(
     network: nn.Module, batch: Batch, *, loss: Loss = F.cross_entropy, params: Iterable[str] | None = None
 ) -> Direction:
-    """dL/dw of the loss of a batch for the named parameters (None: all that require gradients), zero where w is not used.
+    """dL/dw of the loss of a batch by parameter names, tensors of the parameters' shapes, zero where w is not used.
 
-    The network is evaluated in its present mode and left as it is, bit for bit, its `.grad` too. Raises InputError for bad
-    input, and NonFiniteError.
+    The network is evaluated in its present mode and left as it is, bit for bit, its `.grad` too.
+
+    Args:
+        network: any network.
+        batch: images `[N, ...]` and labels.
+        loss: a function of outputs and labels to one number.
+        params: names of parameters; None: all that require gradients.
+
+    Raises:
+        InputError: for bad input, and a loss that is no number or does not depend on the outputs.
+        NonFiniteError: for images or gradients that are not finite.
     """
     frozen = FrozenNetwork(network, params)
     images, labels = checked_tensors(batch, frozen)

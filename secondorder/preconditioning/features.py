@@ -31,7 +31,10 @@ def check_features(features: Tensor) -> None:
 
 
 def varying_images(features: Tensor) -> Tensor:
-    """Which images `[N]` have features that are not the same at all positions: only these have a covariance."""
+    """Which images, bool `[N]`, have features `[N, C, H, W]` that are not the same at all positions.
+
+    Only these have a covariance that is not zero.
+    """
     x = features.flatten(2)
     return x.var(-1, correction=0).sum(1) > CONSTANT * x.square().mean(-1).sum(1)
 

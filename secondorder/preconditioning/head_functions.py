@@ -30,7 +30,7 @@ class MeanFunction:
     lift: RandomLift | None = None
 
     def singular_values(self, z: Tensor, M: int) -> Tensor:
-        """Those of dy / dX that belong to the C directions of means z `[N, C]` over M positions: `[N, C]`, descending."""
+        """Singular values `[N, C]`, descending, of dy / dX at means z `[N, C]` over M positions, of the C directions of z."""
         if self.lift is None:
             return torch.full_like(z, M**-0.5)
         Q = self.lift.rotation.to(z)

@@ -57,12 +57,12 @@ class HeadSpectrum:
 
     @property
     def largest(self) -> Tensor:
-        """The largest singular value `[N]`."""
+        """The largest singular value of each image, float64 `[N]`."""
         return self.singular_values[:, 0]
 
     @property
     def smallest(self) -> Tensor:
-        """The smallest singular value on the range `[N]`."""
+        """The smallest singular value on the range of each image, float64 `[N]`."""
         return self.singular_values.gather(1, self.support[:, None] - 1)[:, 0]
 
     @property
@@ -86,15 +86,21 @@ def head_spectrum(
     trace_term: bool = True,
     **options: Any,
 ) -> HeadSpectrum:
-    """Singular values of d svec(Z) / dX of the head `pooling`, a key of HEAD_FUNCTIONS, at features `[N, C, H, W]`.
+    """Singular values of d svec(Z) / dX of a pooling head, in float64, by a closed form or from the dense Jacobian.
 
-    By the closed form of this module or, `exact`, from the dense Jacobian that autograd gives. `trace_term=False` leaves out
-    the trace in Newton-Schulz. `coordinates="triangle"` are the published ones, without sqrt(2) off the diagonal (condition at
-    most 2 for the exact root), with `exact` only. `options` are those of the pooling, e.g. `num_iter` of "gcp".
+    Args:
+        features: X `[N, C, H, W]` of at least 2 positions, not the same at all positions of an image.
+        pooling: key of HEAD_FUNCTIONS.
+        exact: take the dense Jacobian that autograd gives, not the closed form of this module.
+        coordinates: "svec", or "triangle", the published ones without sqrt(2) off the diagonal (condition at most 2 for the exact
+            root), with `exact` only.
+        trace_term: False leaves out the trace in Newton-Schulz, in the closed form only.
+        options: those of the pooling, e.g. `num_iter` of "gcp".
 
-    Raises InputError for unknown names and options, another shape, fewer than 2 positions, features that are not finite
-    or the same at all positions of an image, rank-deficient features (always: with no more positions than channels) for the
-    logarithm with eps = 0, and a dense Jacobian that does not fit in memory.
+    Raises:
+        InputError: for unknown names and options, another shape, constant features, rank-deficient ones (always: with no more
+            positions than channels) for the logarithm with eps = 0, and a dense Jacobian that does not fit in memory.
+        NonFiniteError: for features that are not finite, and a covariance or Jacobian beyond float64.
     """
     check_features(features)
     check_float64(features.device, "head_spectrum")

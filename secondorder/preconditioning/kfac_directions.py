@@ -44,10 +44,15 @@ def kfac_direction(
     curvature_batch: Batch | None = None,
     gradient: Mapping[str, Tensor] | None = None,
 ) -> Direction:
-    """P g of the named weights and biases of linear layers and convolutions, g the gradient of the batch's mean loss.
+    """P g of the named weights and biases of linear layers and convolutions by name, P = (B kron A + lambda I)^-1 of each layer.
 
-    curvature_batch: of the factors, when that is not `batch`. gradient: g, when it is another one, with the same names.
-    The other arguments, and errors, are those of `KFACDirections`.
+    Args:
+        network: any network with linear layers or convolutions; it is left as it is.
+        batch: images `[N, ...]` and labels, of whose mean loss g is the gradient.
+        damping: a positive number; lambda where it is not `relative`.
+        loss, params, relative, fisher, sharing: see `KFACDirections`, whose errors this has, too.
+        curvature_batch: of the factors; None: `batch`.
+        gradient: g, when it is another one, with the names of `params`.
     """
     if params is None and gradient is not None:
         params = names_of(gradient)
@@ -115,7 +120,10 @@ class KFACDirections:
 
     @torch.no_grad()
     def direction(self, gradient: Mapping[str, Tensor], damping: float) -> Direction:
-        """P g for g of all `names`. InputError for a damping that is not positive, other names or shapes; NonFiniteError."""
+        """P g for g = `gradient` of all `names`, tensors of the parameters' shapes.
+
+        Raises InputError for a damping that is not positive, other names or shapes; NonFiniteError.
+        """
         check_damping(damping)
         found = checked_gradient(gradient, self._parameters)
         for layer in self.layers:
@@ -130,7 +138,7 @@ class KFACDirections:
         return found
 
     def tikhonov(self, damping: float) -> dict[str, Tensor]:
-        """lambda of each layer's groups `[G]` by the layer's name."""
+        """lambda of each layer's groups `[G]`, or one number `[1]`, by the layer's name. Raises InputError for a bad damping."""
         check_damping(damping)
         values = {layer.name: self._inverses[layer.name].tikhonov(damping, self.relative) for layer in self.layers}
         return {name: torch.as_tensor(value).flatten() for name, value in values.items()}

@@ -54,14 +54,25 @@ def natural_gradient_direction(
 ) -> NaturalGradient:
     """(G + lambda I)^-1 g for the named parameters together, G the Gauss-Newton matrix of the loss, g its gradient.
 
-    relative: lambda = damping |G|_F^2 / tr G, the mean eigenvalue of G where each counts with its own size. This is what
-    relative damping is in K-FAC, there for each layer's block by itself: for a single layer whose block is a Kronecker product
-    both are equal. It is exact where a factor of G with at most EXACT_ROWS rows is held, else estimated from PROBES products.
-    Otherwise lambda = damping; a G of zero counts as scale 1.
+    Without convergence `solution.status` says so, and the direction is the best iterate.
 
-    curvature_batch: of G, when that is not `batch`. gradient: g, when it is another one, with the names of `params`.
-    Without convergence `solution.status` says so, and the direction is the best iterate. Raises InputError for bad input, and
-    NonFiniteError.
+    Args:
+        network: any network, in its present mode; it is left as it is.
+        batch: images `[N, ...]` and labels, of g and G.
+        damping: at least 0; lambda where it is not `relative`.
+        loss: a function of outputs and labels to one number.
+        params: names of parameters; None: all that require gradients.
+        relative: lambda = damping |G|_F^2 / tr G, the mean eigenvalue of G where each counts with its own size. This is what
+            relative damping is in K-FAC, there for each layer's block by itself: for a single layer whose block is a Kronecker
+            product both are equal. It is exact where a factor of G with at most EXACT_ROWS rows is held, else estimated from
+            PROBES products. A G of zero counts as scale 1.
+        tolerance, iterations: of conjugate gradients, see `conjugate_gradients`.
+        curvature_batch: of G, when that is not `batch`.
+        gradient: g, when it is another one, with the names of `params`.
+
+    Raises:
+        InputError: for bad input.
+        NonFiniteError: for NaN or infinity in images, g or G.
     """
     check_number("damping", damping, 0.0)
     check_flag("relative", relative)

@@ -34,7 +34,7 @@ class Polar(NamedTuple):
 
     @property
     def whitened(self) -> Tensor:
-        """Q `[N, C, M]`."""
+        """Q = U V^T `[N, C, M]`, the whitened features, zero in null directions."""
         return self.U @ self.V.mT
 
 

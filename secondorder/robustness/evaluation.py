@@ -26,7 +26,10 @@ from secondorder.training.evaluation import check_labels, checked_logits
 
 
 def error_rate(model: nn.Module, batches: Iterable[Batch], normalisation: Normalisation) -> float:
-    """The top-1 error on clean images or those of an official set: the mean of `mistakes`, whose arguments and errors it has."""
+    """The top-1 error, a fraction, on clean images or those of an official set: the mean of `mistakes`.
+
+    Arguments and errors are those of `mistakes`.
+    """
     return float(mistakes(model, batches, normalisation).double().mean())
 
 
@@ -60,7 +63,7 @@ def corruption_error_rates(
     indices: Indices | None = None,
     parameters: str | None = None,
 ) -> list[float]:
-    """The top-1 error at each severity: means of `corruption_mistakes`, whose arguments and errors it has."""
+    """The top-1 error, a fraction, at each severity: means of `corruption_mistakes`, whose arguments and errors it has."""
     wrong = corruption_mistakes(
         *(model, batches, corruption, normalisation),
         severities=severities,

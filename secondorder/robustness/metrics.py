@@ -30,10 +30,10 @@ NORMALISERS: dict[str, tuple[ErrorTable, float]] = {"alexnet": (ALEXNET_ERRORS, 
 
 
 def corruption_errors(errors: ErrorTable, normaliser: str | ErrorTable | None) -> dict[str, float]:
-    """CE_c of every corruption of the table.
+    """CE_c = sum_s E_sc / sum_s R_sc of every corruption c of the table, R the reference's errors (5 below the line without one).
 
     Args:
-        errors: of the network.
+        errors: of the network: corruption -> fractions at severities 1 to 5.
         normaliser: "alexnet", the error table of a reference network, or None.
 
     Raises:
@@ -48,6 +48,10 @@ def corruption_errors(errors: ErrorTable, normaliser: str | ErrorTable | None) -
 def mean_corruption_error(errors: ErrorTable, normaliser: str | ErrorTable | None) -> float:
     """The mCE: mean of `corruption_errors` over the corruptions of the reference; without one, over those of the table.
 
+    Args:
+        errors: of the network: corruption -> fractions at severities 1 to 5.
+        normaliser: "alexnet", the error table of a reference network, or None.
+
     Raises:
         InputError: as `corruption_errors`, and for a table that lacks a corruption of the reference.
     """
@@ -59,10 +63,10 @@ def mean_corruption_error(errors: ErrorTable, normaliser: str | ErrorTable | Non
 def relative_corruption_errors(
     errors: ErrorTable, clean: float, normaliser: str | ErrorTable | None, normaliser_clean: float | None = None
 ) -> dict[str, float]:
-    """Relative CE_c of every corruption of the table: the loss of accuracy in units of the reference's.
+    """Relative CE_c = sum_s (E_sc - E_clean) / sum_s (R_sc - R_clean) of every corruption c of the table.
 
     Args:
-        errors: of the network.
+        errors: of the network: corruption -> fractions at severities 1 to 5.
         clean: its error on the images without corruption.
         normaliser: "alexnet", the error table of a reference network, or None.
         normaliser_clean: clean error of the reference network; for a table only.
@@ -82,7 +86,11 @@ def relative_corruption_errors(
 def relative_mean_corruption_error(
     errors: ErrorTable, clean: float, normaliser: str | ErrorTable | None, normaliser_clean: float | None = None
 ) -> float:
-    """The relative mCE: mean of `relative_corruption_errors`, whose arguments and errors it has, as `mean_corruption_error`."""
+    """The relative mCE: mean of `relative_corruption_errors` over the corruptions of the reference, or of the table without one.
+
+    Arguments and errors are those of `relative_corruption_errors`; InputError, too, for a table that lacks a corruption of the
+    reference.
+    """
     reference, _ = _reference(normaliser, normaliser_clean)
     _check_complete(errors, reference)
     return fmean(relative_corruption_errors(errors, clean, normaliser, normaliser_clean).values())

@@ -124,7 +124,10 @@ SEQUENCES: dict[str, Perturbation] = {
 
 
 def comparison(name: str, difficulty: int = 1) -> tuple[str, int]:
-    """Which frames of a perturbation are compared: ("first", 1) of a noise, else ("previous", difficulty)."""
+    """Which frames of a perturbation are compared: ("first", 1) of a noise, else ("previous", difficulty).
+
+    Raises InputError for a name that is no key of SEQUENCES, and a difficulty that is not 1, 2 or 3.
+    """
     check_known("perturbation", name, SEQUENCES)
     check_whole("difficulty", difficulty, DIFFICULTIES[0], DIFFICULTIES[-1])
     return ("first", 1) if SEQUENCES[name].noise else ("previous", difficulty)

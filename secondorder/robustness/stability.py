@@ -53,7 +53,7 @@ def flips(predictions: Numbers, against: str = "previous", distance: int = 1) ->
 
 
 def flip_probability(predictions: Numbers, against: str = "previous", distance: int = 1) -> float:
-    """FP on [0, 1], the mean of `flips`, whose arguments and errors it has."""
+    """FP on [0, 1], the mean of `flips` over all sequences; arguments and errors are those of `flips`."""
     return float(flips(predictions, against, distance).mean())
 
 
@@ -128,7 +128,7 @@ def top5_distances(outputs: Numbers, against: str = "previous", distance: int = 
 
 
 def top5_distance(outputs: Numbers, against: str = "previous", distance: int = 1) -> float:
-    """T5D on [0, 15], the mean of `top5_distances`, whose arguments and errors it has."""
+    """T5D on [0, 15], the mean of `top5_distances` over all sequences; arguments and errors are those of `top5_distances`."""
     return float(top5_distances(outputs, against, distance).mean())
 
 

@@ -24,10 +24,10 @@ NEARLY_HALF = 0.499
 
 
 def array_batches(images: Tensor, labels: Tensor, batch_size: int = 256) -> Iterator[Batch]:
-    """Images uint8 ``[N, C, H, W]`` and labels ``[N]`` in memory, a batch at a time.
+    """Images uint8 ``[N, C, H, W]`` and labels ``[N]`` in memory, ``batch_size`` at a time.
 
     Raises:
-        InputError: for other images or labels.
+        InputError: for other images, labels or batch sizes.
     """
     check_whole("batch_size", batch_size)
     images, labels = checked_batch((images, labels))

@@ -36,17 +36,22 @@ class Stability:
 
     @property
     def flip_probability(self) -> float:
-        """FP on [0, 1]."""
+        """FP on [0, 1]: the mean share of the compared frames whose class is another."""
         return float(self.flips.mean())
 
     @property
     def top5_distance(self) -> float | None:
-        """T5D on [0, 15]; None of a network of fewer than 6 classes."""
+        """T5D on [0, 15], the mean top-5 distance of the compared frames; None of a network of fewer than 6 classes."""
         return None if self.distances is None else float(self.distances.mean())
 
 
 def stability_of(classes: Tensor, name: str, difficulty: int = 1) -> Stability:
-    """Flips and top-5 distances of classes ``[N, J, 5]``, or ``[N, J, 1]``, of a perturbation at a difficulty (`comparison`).
+    """Flips and top-5 distances along the sequences of one perturbation.
+
+    Args:
+        classes: ``[N, J, 5]``, or ``[N, J, 1]``, as of `sequence_classes` or `frame_classes`.
+        name: key of `SEQUENCES`.
+        difficulty: 1 to 3, which frames are compared (`comparison`).
 
     Raises:
         InputError: for other classes, an unknown perturbation, and a difficulty out of range.
@@ -73,7 +78,10 @@ def sequence_stability(
     crop: int | None = None,
     batch_size: int = 256,
 ) -> Stability:
-    """`stability_of` the `sequence_classes`, whose arguments and errors it has: flip probability and top-5 distance."""
+    """Flip probability and top-5 distance of a network along the sequences of one perturbation.
+
+    It is `stability_of` the `sequence_classes`, whose arguments and errors it has.
+    """
     classes = sequence_classes(
         *(model, batches, name, normalisation, difficulty),
         seed=seed,

@@ -33,23 +33,26 @@ def crop_points(H: int, W: int, h: int, w: int) -> Points:
 
 
 def translation(shift: float) -> NDArray[np.float64]:
-    """The image moved to the right by so many pixels."""
+    """The map ``[3, 3]`` from places in the new image to those in the old one that moves the image right by so many pixels."""
     return np.array([[1, 0, -shift], [0, 1, 0], [0, 0, 1]], dtype=np.float64)
 
 
 def rotation(H: int, W: int, degrees: float) -> NDArray[np.float64]:
-    """The image turned clockwise about its centre."""
+    """The map ``[3, 3]``, from places in the new image to those in the old one, that turns it clockwise about its centre."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return _about_centre(H, W, np.array([[c, s], [-s, c]]))
 
 
 def scaling(H: int, W: int, factor: float) -> NDArray[np.float64]:
-    """The image enlarged about its centre."""
+    """The map ``[3, 3]``, from places in the new image to those in the old one, that enlarges it by a factor about its centre."""
     return _about_centre(H, W, np.eye(2) / factor)
 
 
 def shearing(H: int, W: int, degrees: float) -> NDArray[np.float64]:
-    """Rows moved to the left in proportion to their distance below the centre: columns lean by the angle."""
+    """The map ``[3, 3]``, from places in the new image to those in the old one, by which columns lean by the angle.
+
+    Rows move to the left in proportion to their distance below the centre.
+    """
     return _about_centre(H, W, np.array([[1, math.tan(math.radians(degrees))], [0, 1]]))
 
 

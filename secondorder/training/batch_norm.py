@@ -39,7 +39,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised x, [N, C, H, W]."""
+        """x `[N, C, H, W]` normalised, in training mode by the statistics of all processes, in the type of x."""
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
@@ -67,7 +67,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 class CudaSynchronisedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
-    """The same by torch's fused ``nn.SyncBatchNorm``, which refuses CPU tensors."""
+    """``nn.BatchNorm2d`` with the statistics of all processes by ``nn.SyncBatchNorm``, which refuses CPU tensors."""
 
     process_group = None  # the default group: a layer without a group of its own can be copied and pickled
 
@@ -93,7 +93,7 @@ def synchronise(model: nn.Module, device: torch.device) -> None:
 
 
 def desynchronise(model: nn.Module) -> None:
-    """Undo ``synchronise``, in place."""
+    """Make every layer that ``synchronise`` has changed a plain ``nn.BatchNorm2d`` again, in place."""
     for layer in model.modules():
         if type(layer) in SYNCHRONISED.values():
             layer.__class__ = nn.BatchNorm2d

@@ -34,7 +34,7 @@ class _Shares(Dataset[Any]):
 def batches(
     split: ImageSplit, order: Tensor, batch_size: int, start: int = 0, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """From batch ``start`` on: the indices of the whole batch, and this process's images and labels of it.
+    """The batches of an epoch from number ``start`` on: indices of the whole batch, and this process's images and labels of it.
 
     The last partial batch of ``order`` [N] is dropped, so that every step averages over as many images. ``workers``
     threads prepare batches ahead, or processes where samples draw from the global generators, which threads would share;

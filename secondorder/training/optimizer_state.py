@@ -55,18 +55,18 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for part in parts for group in part.param_groups]  # the same objects, not copies
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of each."""
+        """One step of every optimiser, in order. Raises NotImplementedError for a closure."""
         if closure is not None:
             raise NotImplementedError("several optimisers as one take no closure")
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all, as plain values."""
+        """The states of all optimisers, in order, as plain values under "parts"."""
         return {"parts": [plain(part.state_dict()) for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue every optimiser from its part of a `state_dict()` of the same optimisers."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(with_objects(state))
         self.param_groups = [group for part in self.parts for group in part.param_groups]

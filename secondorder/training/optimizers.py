@@ -27,11 +27,11 @@ class OptimizerSettings(Protocol):
 
     @property
     def optimizer(self) -> str:
-        """A key of OPTIMIZERS."""
+        """The optimiser's name, a key of OPTIMIZERS."""
 
     @property
     def learning_rate(self) -> float:
-        """Of all parameter groups, until the training loop sets theirs."""
+        """The learning rate of all parameter groups, until the training loop sets theirs."""
 
     @property
     def momentum(self) -> float:
@@ -43,11 +43,11 @@ class OptimizerSettings(Protocol):
 
     @property
     def optimizer_options(self) -> tuple[tuple[str, Any], ...]:
-        """(name, value) of the optimiser's own arguments."""
+        """The optimiser's own arguments as (name, value) pairs."""
 
     @property
     def amp(self) -> str:
-        """Mixed precision: off, float16 or bfloat16."""
+        """The mixed precision of the training: off, float16 or bfloat16."""
 
 
 Builder = Callable[[nn.Module, OptimizerSettings], torch.optim.Optimizer]

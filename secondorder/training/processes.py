@@ -33,7 +33,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """How many processes train together; 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 

@@ -38,7 +38,7 @@ def dataset_of(run: Run, data: Data) -> ImageDataset:
 
 
 def check_is_run(run: object) -> None:
-    """Raise InputError for anything but a `Run`."""
+    """Raise InputError for anything but a `Run`, the settings of a training."""
     if not isinstance(run, Run):
         raise InputError(f"run is {run!r:.100}; it must be a Run(...)")
 
@@ -100,7 +100,11 @@ def check_run(run: Run, data: ImageDataset) -> None:
 
 
 def initial_network(run: Run, data: ImageDataset) -> Network:
-    """The run's network on the CPU; its weights depend on the seed alone, and the caller's generator is left alone."""
+    """The run's network for the images and classes of the data, on the CPU.
+
+    Its weights depend on the seed alone, and the caller's generator is left alone. Raises InputError for a run of a network of
+    the user's, and data without a number of classes.
+    """
     if is_own(run.backbone):
         raise InputError(f"the run is of the network {run.backbone!r}, which is yours: give it with network=")
     if data.num_classes < 1:

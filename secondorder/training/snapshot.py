@@ -45,7 +45,7 @@ class Snapshot:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run, over all epochs."""
         return self.steps_per_epoch * self.run.epochs
 
     @property
@@ -55,7 +55,10 @@ class Snapshot:
 
     @cached_property
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W], augmented, and labels [B] of the next step; InputError after the last one."""
+        """Images [B, C, H, W], augmented, and labels [B] of the next step, on the model's device.
+
+        InputError after the last one.
+        """
         if self.step >= self.total:
             raise InputError(f"step {self.step}: training is at its end, there is no next batch; take an earlier step")
         train, (epoch, first) = self.data.train, divmod(self.step, self.steps_per_epoch)
@@ -68,12 +71,12 @@ class Snapshot:
 
     @property
     def images(self) -> Tensor:
-        """Images [B, C, H, W] of the next step."""
+        """Images [B, C, H, W] of the next step, augmented, on the model's device; InputError after the last one."""
         return self.batch[0]
 
     @property
     def labels(self) -> Tensor:
-        """Labels [B] of the next step."""
+        """Labels [B] of the next step, on the model's device; InputError after the last one."""
         return self.batch[1]
 
 

@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training."""
+    """What a finished training gives back: the network, its history, losses and measurements, and the time that it took."""
 
     run: Run
     model: nn.Module

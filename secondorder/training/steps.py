@@ -32,7 +32,7 @@ from secondorder.training.weights import Initial, OwnNetwork
 
 
 class Training:
-    """One training in progress."""
+    """One training in progress: network, optimiser and progress of a run, with its observers and checkpoints."""
 
     def __init__(
         self,
@@ -241,6 +241,6 @@ class Training:
             )
 
     def trained(self) -> Trained:
-        """What `train` gives back."""
+        """The finished training, as `train` returns it; the network is in eval mode from now on."""
         state = self.progress
         return Trained(self.run, self.model.eval(), state.history, state.step_losses, state.records, state.seconds)

@@ -50,11 +50,14 @@ class CocoAnnotations:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels 1..K."""
+        """Names of the labels 1..K, in the order of the category ids."""
         return tuple(self.categories.values())
 
     def subset(self, indices: Sequence[int]) -> "CocoAnnotations":
-        """The same classes with some of the images, in the order of the indices. InputError for one that is outside, or none."""
+        """The annotations of some of the images, in the order of the indices, with all classes.
+
+        InputError for an index that is outside, or none.
+        """
         chosen = [*indices]
         for n in chosen:
             check_whole("index of an image", n, 0, len(self.images) - 1)

@@ -85,7 +85,7 @@ class CocoDataset(Dataset[tuple[Any, Target]]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels 1..K."""
+        """Names of the labels 1..K, in the order of the category ids."""
         return self.annotations.classes
 
     def set_epoch(self, seed: int, epoch: int) -> None:

@@ -36,7 +36,7 @@ class Evaluated:
     predictions: list[Record] = field(default_factory=list)
 
     def add(self, target: Target, prediction: Prediction) -> None:
-        """The next image; raises InputError naming it."""
+        """Add the truth and the prediction of the next image; raises InputError naming it."""
         name = f"image {len(self.images)}"
         if isinstance(target, Mapping) and "image_id" in target:
             name += f" (image_id {short(target['image_id'])})"

@@ -98,6 +98,13 @@ def detections(model: nn.Module, data: CocoDataset) -> Iterator[Prediction]:
     """What a detector finds on each image, in their order, for `detection_metrics`; on the CPU, one image at a time.
 
     The model is in eval mode until the last one is taken, then in the mode that it had.
+
+    Args:
+        model: of `detector`, or another of torchvision's.
+        data: the images; their targets are not looked at.
+
+    Raises:
+        InputError: for data that are no `CocoDataset`.
     """
     _check_data(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -120,7 +127,7 @@ def rate_share(step: int, total: int) -> float:
 
 
 def on_unit(sample: tuple[Tensor, dict[str, object]], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """An image uint8 ``[C, H, W]`` on [0, 1] and its target's tensors, on a device."""
+    """An image uint8 ``[C, H, W]`` as float32 on [0, 1], and the tensors of its target, on a device."""
     image, target = sample
     plain = {key: value.as_subclass(Tensor).to(device) for key, value in target.items() if isinstance(value, Tensor)}
     return image.as_subclass(Tensor).to(device, torch.float32) / 255, plain

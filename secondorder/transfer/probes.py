@@ -28,10 +28,13 @@ ROUNDS = 2000
 def pooled_features(maps: Tensor, kind: str = "mean") -> Tensor:
     """Features of an image for a linear probe, of maps ``[N, C, H, W]``.
 
-    "mean": m over positions, ``[N, C]``. "mean_and_covariance": m and s(S_ij) for i <= j, ``[N, C + C (C + 1) / 2]``, S the
-    covariance over positions (divided by their number) and s(v) = sign(v) sqrt(|v|).
+    Args:
+        maps: finite floating-point numbers.
+        kind: "mean": m over positions, ``[N, C]``. "mean_and_covariance": m and s(S_ij) for i <= j,
+            ``[N, C + C (C + 1) / 2]``, S the covariance over positions (divided by their number) and s(v) = sign(v) sqrt(|v|).
 
-    Raises InputError for another kind, and maps that are no finite floating-point maps.
+    Raises:
+        InputError: for another kind, and maps that are no finite floating-point maps.
     """
     check_known("kind of pooled features", kind, POOLED)
     _check_maps("maps", maps)

@@ -104,7 +104,7 @@ class FeaturePyramid(nn.Module):
         return found
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """P_l of each level by its key, and "pool"."""
+        """P_l of each level, ``[N, width, H / s_l, W / s_l]``, by its key, and "pool"; InputError as of `maps`."""
         return self.fpn(self.maps(images))
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
@@ -120,7 +120,8 @@ class FeaturePyramid(nn.Module):
         """Make the batch-norm statistics of stem and features the means over batches of `images`, normalised ``[N, C, H, W]``.
 
         What a frozen network needs before it is compared on images of another kind, and a random one before it is compared at
-        all. A last batch of a single image is left out. Raises InputError for images of another shape, or fewer than two.
+        all. Batches have ``batch_size`` images; a last one of a single image is left out. Raises InputError for images of another
+        shape, fewer than two, and a batch size below two.
         """
         check_whole("batch_size", batch_size, least=2)
         if images.ndim != 4 or len(images) < 2:
@@ -131,7 +132,7 @@ class FeaturePyramid(nn.Module):
 
 
 def staged(parts: Split) -> nn.Sequential:
-    """The features as a sequence of stages."""
+    """The features of a network as a sequence of stages; a single module becomes a sequence of one."""
     return parts.features if isinstance(parts.features, nn.Sequential) else nn.Sequential(parts.features)
 
 

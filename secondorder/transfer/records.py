@@ -89,7 +89,7 @@ def _check_new(value: Any, seen: set[Any], what: str) -> None:
 
 
 def category_parser() -> Callable[[dict[str, Any]], tuple[int, str]]:
-    """Record -> id and name, both new."""
+    """A function of a record to its id and name; it raises RecordError for one that is not new or has no name."""
     ids: set[int] = set()
     names: set[str] = set()
 
@@ -105,7 +105,7 @@ def category_parser() -> Callable[[dict[str, Any]], tuple[int, str]]:
 
 
 def image_parser(folder: Path) -> Callable[[dict[str, Any]], CocoImage]:
-    """Record -> image below the folder; the file is not looked at."""
+    """A function of a record to the image below the folder; the file is not looked at. It raises RecordError for a bad record."""
     ids: set[int] = set()
 
     def parse(record: dict[str, Any]) -> CocoImage:

@@ -78,7 +78,7 @@ class ChannelShuffle(nn.Module):
         return x[:, self.permutation(x.shape[1], x.device)]
 
     def extra_repr(self) -> str:
-        """The number of groups, G."""
+        """The number of groups, as text."""
         return f"{self.groups}"
 
 
@@ -138,7 +138,7 @@ class MergeRow(ModuleExtension):
 
 
 class SumRow(MergeRow):
-    """Every input's Jacobian is the identity."""
+    """BackPACK's row of `Sum`: every input's Jacobian is the identity, so each gets the output's quantity."""
 
     def transposed(self, module: nn.Module, index: int, S: Tensor) -> Tensor:
         """S itself for every input, since each Jacobian of a sum is the identity."""
@@ -146,7 +146,7 @@ class SumRow(MergeRow):
 
 
 class ConcatenateRow(MergeRow):
-    """Every input's Jacobian places its channels among the output's."""
+    """BackPACK's row of `Concatenate`: every input's Jacobian places its channels among the output's."""
 
     def transposed(self, module: nn.Module, index: int, S: Tensor) -> Tensor:
         """The channels of S that come from this input."""

@@ -23,7 +23,7 @@ WAY_OUT = (
 
 
 class Twin(nn.Module):
-    """The same function as a network, in modules that are each used once, write to new memory and are `extend`ed.
+    """A network in modules that compute the same function, each used once, writing to new memory and `extend`ed.
 
     Parameters and buffers are the network's own objects. `names` has the network's name of each parameter, `paths` the
     path in the network of each module of the twin (of a module that stands for a function call: of its container).

@@ -12,7 +12,7 @@ class GroupedNorms(BatchL2Conv2d):
     """The row of Conv2d for BatchL2Grad: |dl_n/dW|^2 `[N]`, from the gradients themselves where there are groups."""
 
     def weight(self, ext: BackpropExtension, module: Any, g_inp: tuple, g_out: tuple, backproped: None) -> Tensor:
-        """The squared norm for each sample."""
+        """|dl_n/dW|^2 `[N]`, the squared norm of each sample's gradient of the weight."""
         if module.groups == 1:
             return super().weight(ext, module, g_inp, g_out, backproped)
         gradients = self.derivatives.param_mjp("weight", module, g_inp, g_out, g_out[0], sum_batch=False)

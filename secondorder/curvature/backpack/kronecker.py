@@ -76,11 +76,11 @@ class _Factors:
 
 
 class LinearFactors(_Factors, HBPLinear):
-    """The row of a linear layer."""
+    """The row of a linear layer for K-FAC and KFLR: its factors [B, A] of the weight and [B] of the bias."""
 
 
 class ConvolutionFactors(_Factors, HBPConv2d):
-    """The row of a convolution, with any number of groups."""
+    """The row of a convolution, with any number of groups, for K-FAC and KFLR: [B, A] of the weight and [B] of the bias."""
 
 
 class AveragedConvolutionFactors(HBPConv2d):

@@ -75,7 +75,7 @@ REPLACED = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def register(extension: Extension) -> Extension:
-    """The same BackPACK extension with rows for covariance pooling and for the modules of the networks of this package.
+    """The BackPACK extension itself, given rows for covariance pooling and for the modules of the networks of this package.
 
     For KFAC, KFLR, KFRA, (Batch)DiagGGN, SqrtGGN, (Batch)DiagHessian, GGNMP and HMP; of the first-order extensions only
     BatchL2Grad needs a row. Quantities that can be added where branches meet are; the others refuse. Registering twice

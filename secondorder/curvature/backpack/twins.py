@@ -65,7 +65,7 @@ def branches(module: Branches, part: Part) -> nn.Module:
 
 
 def small_block(block: ResidualBlock, part: Part) -> nn.Module:
-    """A block of the CIFAR ResNets."""
+    """The twin of a block of the CIFAR ResNets: two convolutions and a shortcut."""
     main = [part(name) for name in ("conv1", "bn1", "relu1", "conv2", "bn2")]
     return nn.Sequential(residual(*main, shortcut=shortcut(block, part)), part("relu2"))
 
@@ -105,18 +105,18 @@ def pooling_head(head: PoolingHead, part: Part) -> nn.Module:
 
 
 def torchvision_resnet(model: resnet.ResNet, part: Part) -> nn.Module:
-    """torchvision's ResNet with its functional flattening."""
+    """The twin of torchvision's ResNet, its functional flattening as a module."""
     names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
     return nn.Sequential(*(part(name) for name in names), nn.Flatten(), part("fc"))
 
 
 def torchvision_mobilenet(model: mobilenetv2.MobileNetV2, part: Part) -> nn.Module:
-    """torchvision's MobileNetV2 with its functional pooling."""
+    """The twin of torchvision's MobileNetV2, its functional pooling as modules."""
     return nn.Sequential(part("features"), nn.AdaptiveAvgPool2d(1), nn.Flatten(), part("classifier"))
 
 
 def torchvision_shufflenet(model: shufflenetv2.ShuffleNetV2, part: Part) -> nn.Module:
-    """torchvision's ShuffleNetV2 with its mean over the positions."""
+    """The twin of torchvision's ShuffleNetV2, its mean over the positions as modules."""
     names = ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5")
     return nn.Sequential(*(part(name) for name in names), nn.AdaptiveAvgPool2d(1), nn.Flatten(), part("fc"))
 

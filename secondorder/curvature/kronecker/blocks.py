@@ -139,7 +139,7 @@ class KroneckerFactors:
 
     @property
     def kind(self) -> LayerKind:
-        """What the layers do with their weight."""
+        """What the layers do with their weight, as a multiplication of vectors by it."""
         return layer_kind(self.layers[0])
 
     @property
@@ -172,7 +172,7 @@ def kronecker_blocks(
 
 
 def kronecker_bytes(network: FrozenNetwork, probe: Probe, samples: int, sharing: str) -> int:
-    """Bytes that `kronecker_blocks` takes beside the graph."""
+    """Bytes that the factors of `kronecker_blocks` take beside the graph, for so many samples and a weight sharing."""
     layers = kronecker_layers(network)
     return factor_bytes(layers, probe.shapes, samples, sharing, WIDE_INPUT, network.dtype.itemsize)
 

@@ -93,7 +93,7 @@ def ekfac_blocks(
 
 
 def ekfac_bytes(network: FrozenNetwork, probe: Probe, samples: int) -> int:
-    """Bytes that `ekfac_blocks` takes beside the graph."""
+    """Bytes that the factors, bases and scales of `ekfac_blocks` take beside the graph, for so many samples."""
     layers, itemsize = kronecker_layers(network), network.dtype.itemsize
     return factor_bytes(layers, probe.shapes, samples, "expand", WIDE_BASIS, itemsize, corrected=True)
 

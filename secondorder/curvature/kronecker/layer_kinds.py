@@ -62,7 +62,7 @@ class Convolution(LayerKind):
 
     @property
     def groups(self) -> int:
-        """G, the groups of the convolution."""
+        """G, the number of groups of the convolution, each with channels of its own."""
         return self.module.groups
 
     def positions(self, x: Tensor) -> int:
@@ -182,7 +182,7 @@ class InProjection(LayerKind):
 
     @property
     def groups(self) -> int:
-        """G = 3: query, key and value."""
+        """G = 3, one group each for query, key and value."""
         return 3
 
     def batched(self, x: Tensor, leading: int = 0) -> Tensor:

@@ -66,7 +66,7 @@ def padded(layer: Convolution, x: Tensor) -> Tensor:
 
 
 def moves(layer: Convolution) -> tuple[int, ...]:
-    """The stride in the padded input."""
+    """The stride, along each axis, of a convolution's kernel in its padded input; 1 for a transposed convolution."""
     return (1,) * len(layer.kernel_size) if layer.transposed else tuple(layer.stride)
 
 

@@ -47,7 +47,7 @@ class ProjectionWatch(TorchFunctionMode):
         return called(*args, **(kwargs or {}))
 
     def attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`multi_head_attention_forward`, that tells of its projections."""
+        """`F.multi_head_attention_forward`, with torch's arguments and result, which tells of its projections."""
         N = 1 if query.ndim == 2 else query.shape[1]
         linear = lambda x, weight, bias=None: self._linear(N, x, weight, bias)  # noqa: E731
         return _with(linear)(query, *args, **kwargs)

@@ -117,7 +117,7 @@ class BatchStream:
         return self.whole(rows)[self.within(rows)]
 
     def whole(self, rows: slice) -> Batch:
-        """The batch to which some samples belong."""
+        """The batch to which the samples `rows` of the data set belong: the present one, or one that is read now."""
         number = self.number(rows)
         if self._current is None or self._current[0].start != self._starts[number]:
             next(batch for index, batch in enumerate(self.batches()) if index == number)

@@ -42,7 +42,10 @@ class LayerUse(Input):
 
 
 def read_call(args: tuple, kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, int, GradientEdge] | None:
-    """Of a forward hook's arguments: the input, its version, the place of the output; None for an output without a gradient."""
+    """The input of a layer's call, its version, and the place of the output in the graph, from a forward hook's arguments.
+
+    None for an output without a gradient.
+    """
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
     a = args[0] if args else next(iter(kwargs.values()))

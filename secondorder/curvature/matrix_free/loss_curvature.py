@@ -143,7 +143,7 @@ def loss_curvature(
 
 
 def known(loss: Loss) -> bool:
-    """Whether a loss is one of KNOWN."""
+    """Whether a loss is one of KNOWN, with closed forms."""
     return callable(loss) and _options(loss) is not None
 
 

@@ -109,7 +109,7 @@ def check(
 
 
 def gradients(value: Tensor, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Those of a number, with a graph."""
+    """The derivatives of a number with respect to each input, with a graph; zeros where it does not depend on one."""
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in inputs.values()]
     return list(torch.autograd.grad(value, list(inputs.values()), create_graph=True, materialize_grads=True))

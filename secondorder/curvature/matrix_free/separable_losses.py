@@ -67,7 +67,7 @@ class LossCurvature(LossParts):
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a whole data set, one batch of which a loss is of: its samples, and what a mean over it is divided by."""
+    """How many samples a whole data set has, and what a mean over it is divided by, for a loss of one of its batches."""
 
     samples: int
     divisor: float

@@ -24,7 +24,7 @@ def trial_samples(images: Samples, most: int, few: int = FEW) -> Tensor:
 
 
 def squared_norms(x: Tensor) -> Tensor:
-    """Of each sample of `[N, ...]`, in the widest format of the device."""
+    """|x_n|^2 `[N]` of each sample of x `[N, ...]`, in the widest number format of the device."""
     return x.reshape(len(x), x[0].numel()).to(widest(x.device)).square().sum(1)
 
 

@@ -8,7 +8,7 @@ from secondorder.errors import InputError
 
 
 class DifferenceOperator(SymmetricOperator):
-    """A - B of two operators `[P, P]`. Raises InputError when size, number format or device differ.
+    """A - B `[P, P]` of two operators, A = `first` and B = `second`. InputError when size, number format or device differ.
 
     With a Hessian A and its Gauss-Newton matrix B this is what the Gauss-Newton matrix leaves out.
     """

@@ -11,8 +11,14 @@ class EigenbasisOperator(SymmetricOperator):
     """(Q_B kron Q_A) diag(vec(scales)) (Q_B kron Q_A)^T: the EKFAC block of a weight W `[o, D]`, flattened row by row.
 
     T. George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis", NeurIPS 2018.
-    Q_B `[o, o]` and Q_A `[D, r]` have orthonormal columns, scales `[o, r]`; with r < D the operator is zero on the
-    rest. Raises InputError when the shapes do not fit.
+
+    Args:
+        gradient_basis: Q_B `[o, o]`, with orthonormal columns.
+        input_basis: Q_A `[D, r]`, with orthonormal columns; with r < D the operator is zero on the rest.
+        scales: `[o, r]`, the eigenvalues.
+
+    Raises:
+        InputError: when the shapes do not fit.
     """
 
     def __init__(self, gradient_basis: Tensor, input_basis: Tensor, scales: Tensor) -> None:

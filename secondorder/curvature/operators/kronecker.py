@@ -9,10 +9,13 @@ from secondorder.matrix_power.transforms import symmetric
 
 
 class KroneckerOperator(SymmetricOperator):
-    """B kron A of B `[o, o]` and A `[D, D]`, the curvature of a weight W `[o, D]` flattened row by row.
+    """B kron A `[P, P]`, P = o D, the curvature of a weight W `[o, D]` flattened row by row.
 
-    (B kron A) vec(V) = vec(B V A): the product of size o D is never formed. A factor may be any operator, e.g. a
-    FactoredOperator for an input that is too wide for a dense A.
+    (B kron A) vec(V) = vec(B V A): the product of size o D is never formed.
+
+    Args:
+        gradient: B `[o, o]`, a matrix or any operator.
+        input: A `[D, D]`, a matrix or any operator, e.g. a FactoredOperator for an input that is too wide for a dense A.
     """
 
     def __init__(self, gradient: SymmetricOperator | Tensor, input: SymmetricOperator | Tensor) -> None:

@@ -24,7 +24,7 @@ from secondorder.errors import InputError
 
 
 class PreconditionedOperator(SymmetricOperator):
-    """P^(1/2) F P^(1/2) `[P, P]` by products with F and with the symmetric root P^(1/2).
+    """P^(1/2) F P^(1/2) `[P, P]` by products with F = `operator` and with the symmetric root P^(1/2) = `root`.
 
     Raises InputError when the two differ in size, number format or device.
     """
@@ -40,7 +40,7 @@ class PreconditionedOperator(SymmetricOperator):
 
 
 def preconditioned(operator: SymmetricOperator, root: SymmetricOperator) -> SymmetricOperator:
-    """P^(1/2) F P^(1/2) of F and the root P^(1/2), both `[P, P]`, in the form in which F is stored.
+    """P^(1/2) F P^(1/2) `[P, P]` of F = `operator` and P^(1/2) = `root`, in the form in which F is stored.
 
     rows^T rows becomes (rows P^(1/2))^T (rows P^(1/2)), with as cheap an exact spectrum as before; a dense matrix stays dense;
     everything else is known by its products. Raises InputError when the two differ in size, number format or device.
@@ -83,7 +83,7 @@ def damped_inverse_root(block: SymmetricOperator, damping: float, relative: bool
 
 
 def in_eigenbasis(operator: FactoredOperator, basis: EigenbasisOperator) -> FactoredOperator:
-    """(Q_B kron Q_A)^T F (Q_B kron Q_A) of F = rows^T rows: the same spectrum in coordinates where `basis` is diagonal.
+    """(Q_B kron Q_A)^T F (Q_B kron Q_A) of F = rows^T rows = `operator`: its spectrum in coordinates where `basis` is diagonal.
 
     One rotation then serves every damping, whose root is `DiagonalOperator(root.scales.flatten())`, and B kron A itself.
     Raises InputError when the two do not fit, or the bases do not span the space.

@@ -18,8 +18,8 @@ class SymmetricOperator(ABC):
     """A symmetric matrix `[P, P]` given by its products: ``operator @ V`` for V `[P]` or `[P, K]`.
 
     Index letters: P rows, K vectors. A subclass gives `_matmat` and, where it has one, a cheaper `dense`, `diagonal`,
-    `trace` or `eigenvalues`. All tensors of one operator have its `dtype` and `device`. Raises InputError for numbers of
-    fewer than 32 bits.
+    `trace` or `eigenvalues`. All tensors of one operator have its `dtype` and `device`; `size` is P. Products raise InputError
+    for another shape. Raises InputError for numbers of fewer than 32 bits.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class SymmetricOperator(ABC):
         return norm_at_any_scale(self.dense())
 
     def linear_operator(self) -> LinearOperator:
-        """The same operator for SciPy: products with NumPy vectors and matrices, computed on this operator's device."""
+        """This operator for SciPy: products with NumPy vectors and matrices, computed on this operator's device."""
 
         def product(v: np.ndarray) -> np.ndarray:
             result: np.ndarray = (self @ torch.as_tensor(np.ascontiguousarray(v))).cpu().numpy()
