@@ -76,6 +76,9 @@ class Settings:
     """How they are trained."""
     control_seeds: int = 3
     """Seeds of the controls, every head but gap and gcp; at most those of gap and gcp."""
+    line_seeds: int | None = None
+    """Seeds whose lines at fixed lengths are measured, in all of training; of others only what the claims are about, in its later
+    half. All when not given."""
     measure_every: int = 40
     """Training steps between two measurements."""
     rho: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
@@ -87,8 +90,10 @@ class Settings:
         check_names("heads", self.heads)
         check_names("rho", [str(share) for share in self.rho])
         equally_spaced(min(self.rho), max(self.rho), 1)
-        check_count("control_seeds", self.control_seeds)
-        check_count("measure_every", self.measure_every)
+        for name in ("control_seeds", "measure_every"):
+            check_count(name, getattr(self, name))
+        if self.line_seeds is not None:
+            check_count("line_seeds", self.line_seeds, least=0)
 
 
 def measure_published(at: Snapshot, lines: Lines) -> Iterator[Row]:
@@ -122,13 +127,15 @@ def _rows(layer: str, settings: Tensor, quantities: Mapping[str, Tensor]) -> Ite
 
 def plan(context: Context) -> Plan:
     """Every head with every seed, all heads of a seed before the next seed."""
-    settings, common = context.settings, context.common
+    settings, common, total = context.settings, context.common, context.settings.training.steps(context.common)
     published = Measurement("published lines", measure_published, settings.lines)
     descent = Measurement("descent", measure_descent, settings.rho)
-    steps = every(settings.measure_every, settings.training.steps(common))
-    at = tuple((step, measurement) for step in steps for measurement in (published, descent))
+    steps = every(settings.measure_every, total)
+    whole = tuple((step, measurement) for step in steps for measurement in (published, descent))
+    claimed = tuple((step, descent) for step in steps if 2 * step >= total)
+    lines = len(context.seeds) if settings.line_seeds is None else settings.line_seeds
     yield [
-        Trained(settings.training.subject(common, head, seed), at)
+        Trained(settings.training.subject(common, head, seed), whole if seed < lines else claimed)
         for seed, head in product(context.seeds, settings.heads)
         if head in ("gap", "gcp") or seed < settings.control_seeds
     ]
@@ -271,12 +278,12 @@ STUDY = Study(
             lines=Lines(3),
         ),
         "quick": Settings(),
-        "cifar10": Settings(training=PRESETS["cifar10"], measure_every=312, lines=Lines(eta_points=8)),
+        "cifar10": Settings(training=PRESETS["cifar10"], line_seeds=1, measure_every=624, lines=Lines(eta_points=8)),
         "paper": Settings(("gap", "gcp"), PRESETS["paper"], measure_every=5000, lines=Lines(eta_points=50)),
     },
     seeds={"smoke": 2, "quick": 10, "cifar10": 3, "paper": 3},
     plan=plan,
     claims=CLAIMS,
     folds=folds,
-    may_grow=("heads", "control_seeds"),
+    may_grow=("heads", "control_seeds", "line_seeds"),
 )

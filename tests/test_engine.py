@@ -13,7 +13,7 @@ from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
 from secondorder.training import NonFiniteLossError, Run, Snapshot
 from studies.engine.plan import Computed, Measurement, Trained, every, spaced
-from studies.engine.records import COLUMNS, read_records
+from studies.engine.records import COLUMNS, read_records, write_records
 from studies.engine.run import Plan, Table, carry_out
 from studies.engine.store import Store, Subject
 from studies.jobs import workers
@@ -152,17 +152,34 @@ def test_studies_share_networks_and_measurements(data: ImageDataset, tmp_path: P
     assert set(b.step[b.quantity == "norm"]) == {4, 5}
 
 
-def test_what_another_study_measures_again_does_not_replace_what_stands_in_a_table(
-    data: ImageDataset, tmp_path: Path
+@pytest.mark.parametrize("chosen", ["b", "ab"])
+def test_what_another_study_has_in_its_table_is_not_measured_again(
+    chosen: str, data: ImageDataset, tmp_path: Path
 ) -> None:
-    """A network that is trained again elsewhere has other last bits, and other seconds, than that of the table."""
-    go(tmp_path, staged([Trained(Subject(RUN, data))]))
+    """Whether that study is a part of the same command or not; the numbers are those of the table, whatever the machine."""
+    norms, further = Measurement("weight", weight, 2.0), Measurement("weight", weight, 3.0)
+    wanted = {
+        name: Trained(Subject(RUN, data), ((4, norms), *last)) for name, last in {"a": (), "b": ((4, further),)}.items()
+    }
+    go(tmp_path, staged([wanted["a"]]))
+    calls.clear()
+    records, origins = read_records(tmp_path, "a")
+    write_records(tmp_path, "a", records.assign(value=records.value + 9), origins)  # as no machine would measure them
     before = (tmp_path / "a.csv").read_bytes()
-    plans = {name: staged([Trained(Subject(RUN, data))]) for name in "ab"}
+    others = [] if "a" in chosen else [Table.read(tmp_path, "a")]
+    tables = {name: opened(tmp_path, name) for name in chosen}
+    plans = {name: staged([wanted[name]]) for name in chosen}
     with workers(1) as executor:
-        carry_out(plans, {name: opened(tmp_path, name) for name in plans}, Store(tmp_path / "other"), executor)
+        carry_out(plans, tables, Store(tmp_path / "other"), executor, others=others)
+    assert calls == ["weight gap 0 4"]  # the further one alone
     assert (tmp_path / "a.csv").read_bytes() == before
-    assert read_records(tmp_path, "b")[0].quantity.tolist() == read_records(tmp_path, "a")[0].quantity.tolist()
+    a, b = (read_records(tmp_path, name) for name in "ab")
+    shared = b[0][b[0].key.isin(a[0].key)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(shared.drop(columns="study"), a[0].drop(columns="study"))
+    assert set(b[0].study) == {"b"}
+    assert b[1].trainings.keys() == a[1].trainings.keys()
+    assert {key: b[1].measurements[key] for key in a[1].measurements} == a[1].measurements
+    assert b[1].data == a[1].data
 
 
 def test_a_stage_may_depend_on_the_records_of_the_one_before(data: ImageDataset, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From the studies that a command names to their tables, their claims judged together, and the page of the folder."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,10 @@ QUESTION = (
 
 
 def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
-    """Do what the studies want and write their tables into the folder of the command; see `carry_out` for what is raised."""
+    """Do what the studies want and write their tables into the folder of the command; see `carry_out` for what is raised.
+
+    What another study's table in the folder has is not measured again, unless that table cannot be used.
+    """
     plans, tables = {}, {}
     for name, (study, settings) in chosen.items():
         context = study.context(common, settings)
@@ -37,9 +40,20 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
         plans[name] = study.plan(context)
     processes = 1 if world_size() > 1 else common.processes
     store = Store(common.store_folder)
+    others = () if common.fresh else [*_others(common.folder, chosen)]
     with executor_of(common.executor, store, processes) as executor:
         bars = common.progress and processes == 1
-        carry_out(plans, tables, store, executor, fresh=common.fresh, progress=common.progress, bars=bars)
+        carry_out(
+            plans, tables, store, executor, others=others, fresh=common.fresh, progress=common.progress, bars=bars
+        )
+
+
+def _others(folder: Path, chosen: Collection[str]) -> Iterator[Table]:
+    """The tables in a folder of studies that are not chosen, as far as they can be used."""
+    for name in sorted(file.stem for file in folder.glob("*.json")):
+        if name not in chosen and has_records(folder, name):
+            with suppress(InputError):
+                yield Table.read(folder, name)
 
 
 def plain(settings: Any) -> Any:

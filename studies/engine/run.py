@@ -15,7 +15,7 @@ import pandas as pd
 from secondorder.errors import InputError
 from secondorder.training import Run, check_run, is_main_process, on_main
 from studies.engine.job import Done, Job, do, jobs_of
-from studies.engine.plan import Task, superseded
+from studies.engine.plan import Task, Trained, superseded
 from studies.engine.records import Origins, frame, has_records, read_records, write_records
 from studies.engine.store import Store
 from studies.jobs import Map
@@ -46,19 +46,42 @@ class Table:
         """
         if fresh or not has_records(folder, study):
             return cls(folder, study, Origins(study, settings))
-        records, origins = read_records(folder, study)
-        for name in (n for n in settings if n not in may_grow and settings[n] != origins.settings.get(n)):
+        table = cls.read(folder, study)
+        there = table.origins.settings
+        for name in (n for n in settings if n not in may_grow and settings[n] != there.get(n)):
             raise InputError(
-                f"{folder / study}.csv has {name} = {origins.settings.get(name)!r}, not {settings[name]!r}; repeat the flags "
+                f"{folder / study}.csv has {name} = {there.get(name)!r}, not {settings[name]!r}; repeat the flags "
                 "that it was made with, choose another --out, or replace it with --fresh"
             )
-        origins.settings = settings
+        table.origins.settings = settings
+        return table
+
+    @classmethod
+    def read(cls, folder: Path, study: str) -> "Table":
+        """The table of a folder as it is; InputError when it cannot be used."""
+        records, origins = read_records(folder, study)
         return cls(folder, study, origins, {str(key): part for key, part in records.groupby("key", sort=False)})
 
     def records(self, keys: Iterable[str]) -> pd.DataFrame:
         """The records of some measurements, in their order."""
         parts = [self.parts[key] for key in keys if key in self.parts and len(self.parts[key])]
         return pd.concat(parts, ignore_index=True) if parts else frame(self.study, [], {}, "")
+
+    def adopt(self, task: Task, key: str, others: Iterable["Table"]) -> None:
+        """Take over the records of a measurement, and where they are from, from the first of other tables that has them.
+
+        Measured again, of a network that is trained again on another machine perhaps, it would have other last digits.
+        """
+        source = next((table for table in others if key in table.parts), None)
+        if source is None:
+            return
+        self.parts[key] = source.parts[key].assign(study=self.study)
+        seconds, number = source.origins.measurements[key]
+        self.origins.add(key, seconds, source.origins.machines[number])
+        if isinstance(task, Trained):
+            self.origins.trainings[task.subject.name] = source.origins.trainings[task.subject.name]
+            self.origins.data |= source.origins.data
+        self.changed = True
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget the records of some measurements, if there are any."""
@@ -67,11 +90,8 @@ class Table:
             self.changed = True
 
     def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
-        """The records of a job, of those measurements that are wanted here; what is there already is not replaced.
-
-        A network that another study trains again, on another machine perhaps, is not quite the one that was measured here.
-        """
-        mine = {*wanted} - {*self.parts}
+        """The records of a job, of those measurements that are wanted here."""
+        mine = {*wanted}
         for key, result in ((k, r) for k, r in done.results.items() if k in mine):
             labels = job.labels_at(job.wanted[key][0])
             if not result["rows"]:
@@ -97,6 +117,7 @@ def carry_out(
     store: Store,
     executor: Map,
     *,
+    others: Collection[Table] = (),
     fresh: bool = False,
     progress: bool = False,
     bars: bool = False,
@@ -108,6 +129,7 @@ def carry_out(
         tables: of each study; measurements whose records are there are not made again.
         store: keeps trained networks and measurements.
         executor: who does the jobs, see `executors`; those that must run alone are done here.
+        others: tables of other studies; what they have is not measured again, nor what one of `tables` has, unless `fresh`.
         fresh: forget what the store has of what is wanted.
         progress: print a line for each job that is done.
         bars: show the progress of trainings.
@@ -124,6 +146,9 @@ def carry_out(
             for name, tasks in stages.items()
             if tasks is not None
         }:
+            for name, (task, key, *_) in ((name, each) for name, many in wanted.items() for each in many):
+                if not fresh and key not in tables[name].parts:
+                    tables[name].adopt(task, key, (*tables.values(), *others))
             jobs = jobs_of(each for name, many in wanted.items() for each in many if each[1] not in tables[name].parts)
             _check(jobs.values())
             for name in (jobs.keys() - forgotten) if fresh else ():
