@@ -4,7 +4,7 @@ blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any netw
 activations   `activation_curvature`: the same with respect to images or to what a module puts out
 jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
 saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
-operators     what a block is: a symmetric operator with products, `.dense()`, `.eigenvalues()`, a SciPy view
+operators     what a block is: a symmetric operator: products, dense matrix, eigenvalues, a SciPy view
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
 fidelity      how well an approximate block fits the exact one
 backpack      BackPACK's quantities through covariance heads and the paper's networks

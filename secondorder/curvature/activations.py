@@ -30,10 +30,11 @@ FEW = 2
 class ActivationCurvature:
     """The curvature of the loss of a batch with respect to the activations of its N samples, D numbers each.
 
-    samples: the diagonal block `[D, D]` of each sample. Without batch statistics there are no others, and each is that of the
-        sample's own term of the loss: of a mean over N, 1/N of the curvature of the sample's own loss.
-    whole: the matrix `[N D, N D]`, samples one after the other.
-    shape: of the activation of a sample, which is flattened row by row.
+    Args:
+        samples: the diagonal block `[D, D]` of each sample. Without batch statistics there are no others, and each is that of the
+            sample's own term of the loss: of a mean over N, 1/N of the curvature of the sample's own loss.
+        whole: the matrix `[N D, N D]`, samples one after the other.
+        shape: of the activation of a sample, which is flattened row by row.
     """
 
     samples: list[SymmetricOperator]

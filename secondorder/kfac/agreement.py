@@ -20,8 +20,9 @@ MOST_ON_HOST = 2**22
 class Agreement(NamedTuple):
     """How well one layer's gradient of the weight, E, agrees with A = sum_nt g a^T, in numbers.
 
-    finite: whether E is. error: |E - A|. norm: max(|E|, |A|). size: sum |a| |g|. overlap: <E, A>. square: |A|^2.
-    made, now: squares of the weight's gradient that backward passes made, and as it is; 0 without one.
+    Args:
+        finite: whether E is. error: |E - A|. norm: max(|E|, |A|). size: sum |a| |g|. overlap: <E, A>. square: |A|^2.
+        made, now: squares of the weight's gradient that backward passes made, and as it is; 0 without one.
     """
 
     finite: float

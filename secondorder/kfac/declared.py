@@ -52,7 +52,8 @@ def check_treat_as(treat_as: object) -> None:
 def declared_modules(paths: Mapping[nn.Module, str], treat_as: TreatAs) -> dict[nn.Module, str]:
     """The word for each module that a key of `treat_as` fits; the first key that does counts.
 
-    paths: the name of every module. InputError for a module without a weight of the declared kind.
+    Args:
+        paths: the name of every module. InputError for a module without a weight of the declared kind.
     """
     found = {}
     for module, path in paths.items():

@@ -25,7 +25,9 @@ def parts_of_columns(z: Tensor) -> list[range]:
 def exact_columns(z: Tensor, likelihood: str, reduction: str, columns: range) -> Tensor:
     """The named columns `[V, *z.shape]` of a root of each sample's Hessian at the outputs z `[N, K, *]`.
 
-    likelihood: "cross_entropy", "mse" or "bce". reduction: "mean" or "sum", over a sample's own positions or outputs.
+    Args:
+        likelihood: "cross_entropy", "mse" or "bce". reduction: "mean" or "sum", over a sample's own positions or
+            outputs.
     """
     v = torch.arange(columns.start, columns.stop, device=z.device)
     if likelihood == "cross_entropy":

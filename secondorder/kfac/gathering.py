@@ -68,7 +68,8 @@ class Gathering:
     def begin(self, due: bool, step: int, since: str = "the last step") -> None:
         """Hooks on for a step that updates the factors, off otherwise; the labels drawn in it depend on seed, step, process.
 
-        since: what the passes of the step have to come after, for messages.
+        Args:
+            since: what the passes of the step have to come after, for messages.
         """
         self._discard()
         self.due, self._since = due, since
@@ -268,7 +269,8 @@ class Gathering:
     def continue_with(self, statistics: Mapping[str, LayerStatistics], samples: float, checked: bool) -> None:
         """Use these statistics of the layers, by name, and counters in place of the present ones.
 
-        samples: that the factors have seen. checked: whether the check of the first factor step is over.
+        Args:
+            samples: that the factors have seen. checked: whether the check of the first factor step is over.
         """
         for name, own in self.statistics.items():
             own.continue_with(statistics[name])

@@ -20,7 +20,9 @@ from secondorder.kfac.likelihood_check import BOUND, is_close, loss_ratio, terms
 class Watched:
     """Outputs, the loss's gradients at them by backward pass, and the batch they belong to: the outputs of a model share one.
 
-    fisher: its likelihood is that of this output. weight: the declared factor of its loss. made_by: the operation of the graph.
+    Args:
+        fisher: its likelihood is that of this output. weight: the declared factor of its loss. made_by: the operation of the
+            graph.
     """
 
     logits: Tensor

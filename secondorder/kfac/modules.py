@@ -106,7 +106,8 @@ def check_parameters(model: nn.Module, places: Mapping[nn.Parameter, Sequence[Pl
 def unsupported_modules(model: nn.Module, declared: Collection[nn.Module] = ()) -> dict[nn.Module, str]:
     """Modules whose own kind, or that of a module around them, excludes them, with the reason.
 
-    declared: modules whose kind the user vouches for (`Options.treat_as`), whatever their class.
+    Args:
+        declared: modules whose kind the user vouches for (`Options.treat_as`), whatever their class.
     """
     found: dict[nn.Module, str] = {}
     for module in model.modules():

@@ -32,8 +32,13 @@ class LevenbergMarquardt:
 
     ratio < 1/4: damping / factor^every; ratio > 3/4: damping * factor^every (Martens & Grosse, ICML 2015, section 6.5).
 
-    every: steps from one adaptation to the next. factor: in (0, 1). least, most: bounds of the damping. InputError for other
-    values.
+    Args:
+        every: steps from one adaptation to the next.
+        factor: in (0, 1).
+        least, most: bounds of the damping.
+
+    Raises:
+        InputError: for other values.
     """
 
     every: int = 5
@@ -65,12 +70,18 @@ class LevenbergMarquardt:
 class Damping:
     """Tikhonov damping of a block: (B kron A + lambda I)^-1.
 
-    relative: lambda = value times the scale of the block F = B kron A, |F|_F^2 / tr F = (|A|_F^2 / tr A)(|B|_F^2 / tr B): its
-    mean eigenvalue, each weighted by its own size. Neither the scale of the loss nor that of the activations matters, unless
-    these are much smaller than the 1 of a bias beside them, nor inputs that are always zero. Otherwise lambda = value.
-    inverse: "eigen" damps exactly, in the eigenbasis of the factors; "cholesky" damps each factor, (A + pi sqrt(lambda) I) and
-    (B + sqrt(lambda) / pi I) with pi^2 = (tr A / D) / (tr B / O): cheaper, and an approximation.
-    adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` with step_rule="natural", or `quadratic_step`.
+    Args:
+        value: lambda, or its part of the block's scale.
+        relative: lambda = value times the scale of the block F = B kron A, |F|_F^2 / tr F = (|A|_F^2 / tr A)(|B|_F^2 / tr B): its
+            mean eigenvalue, each weighted by its own size. Neither the scale of the loss nor that of the activations matters,
+            unless these are much smaller than the 1 of a bias beside them, nor inputs that are always zero. Otherwise lambda =
+            value.
+        inverse: "eigen" damps exactly, in the eigenbasis of the factors; "cholesky" damps each factor, (A + pi sqrt(lambda) I)
+            and (B + sqrt(lambda) / pi I) with pi^2 = (tr A / D) / (tr B / O): cheaper, and an approximation.
+        adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` with step_rule="natural", or `quadratic_step`.
+
+    Raises:
+        InputError: for other values.
     """
 
     value: float = DAMPING
@@ -91,20 +102,21 @@ class Damping:
 class Fisher:
     """Whose gradients enter the factor B: of sum_k weights_k loss_k, a loss for each output of the model.
 
-    kind: "mc" of labels that the model draws (the Fisher matrix, unbiased), "exact" of all labels (as many backward passes as
-        outputs), "empirical" of the given labels (no extra backward pass, and not the Fisher matrix: Kunstner et al. 2019).
-    likelihood: the loss: "cross_entropy" (F.cross_entropy), "mse" (F.mse_loss), "bce" (F.binary_cross_entropy_with_logits).
-        A list for a model of several outputs, in the order in which `update_curvature` gets them: ["cross_entropy", "mse"] for
-        policy and value; one word is that of every output. "empirical" asks for none.
-    reduction: "mean" or "sum", of all losses.
-    weights: constant factors of the losses, one for all or a list of one for each output: 0.5 for 0.5 * F.mse_loss(...). Without
-        them a factor s that all losses have changes no direction of "mc" and "exact", whose factors do not see it. A step of
-        step_rule="natural" is s times as long, and so its trust region acts earlier; weight decay that is not decoupled counts
-        1/s as much; an absolute damping is that of the loss without s; what compares the quadratic model with the loss
-        (`Damping(adapt=...)`, `quadratic_step`) needs the factor. "empirical" sees s^2 in its factors: with relative damping a
-        natural step is 1/s times as long, with an absolute one the direction changes, too.
-    samples: drawn labels for each sample, of "mc". seed: of the draws.
-    grad_scaler: the torch.amp.GradScaler that scales the losses; only "empirical" needs to know it.
+    Args:
+        kind: "mc" of labels that the model draws (the Fisher matrix, unbiased), "exact" of all labels (as many backward passes as
+            outputs), "empirical" of the given labels (no extra backward pass, and not the Fisher matrix: Kunstner et al. 2019).
+        likelihood: the loss: "cross_entropy" (F.cross_entropy), "mse" (F.mse_loss), "bce" (F.binary_cross_entropy_with_logits). A
+            list for a model of several outputs, in the order in which `update_curvature` gets them: ["cross_entropy", "mse"] for
+            policy and value; one word is that of every output. "empirical" asks for none.
+        reduction: "mean" or "sum", of all losses.
+        weights: constant factors of the losses, one for all or a list of one for each output: 0.5 for 0.5 * F.mse_loss(...).
+            Without them a factor s that all losses have changes no direction of "mc" and "exact", whose factors do not see it. A
+            step of step_rule="natural" is s times as long, and so its trust region acts earlier; weight decay that is not
+            decoupled counts 1/s as much; an absolute damping is that of the loss without s; what compares the quadratic model
+            with the loss (`Damping(adapt=...)`, `quadratic_step`) needs the factor. "empirical" sees s^2 in its factors: with
+            relative damping a natural step is 1/s times as long, with an absolute one the direction changes, too.
+        samples: drawn labels for each sample, of "mc". seed: of the draws.
+        grad_scaler: the torch.amp.GradScaler that scales the losses; only "empirical" needs to know it.
     """
 
     kind: str = "mc"
@@ -157,31 +169,32 @@ class Options:
     The first dimension of every layer's input must be the sample (batch_first=True for transformers): with sequences first,
     `sharing="reduce"` would average over samples, and "ekfac" would square sums over them.
 
-    groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}.
-        A layer's damping is that of its weight's group; so is its momentum, unless step_rule="natural".
-    fallback: update of parameters without Kronecker structure (batch norm, LSTM, ...) beside natural steps: "sgd", or
-        "adam"; beside all others it is Adam's.
-    fallback_lr: their learning rate in units of lr.
-    decoupled: weight decay acts on the weights, w <- (1 - lr weight_decay) w; otherwise it is added to the gradient, and
-        preconditioned with it.
-    wide_inputs: layers with more inputs keep the batch's activations instead of the factor A, while these have fewer rows, of
-        all processes together, than the layer has inputs.
-    wide_outputs: layers with more outputs keep the diagonal of the factor B, so that nothing `[O, O]` is built: the block is
-        diag(B) kron A, its eigenvectors on the side of the outputs are the unit vectors. Rows of the gradients g, the
-        counterpart of `wide_inputs`, would leave all classes without curvature that no drawn label of the batch is.
-    treat_as: what modules of other classes compute, by class or pattern of names: {Conv1D: "linear_transposed"}. A class with
-        the forward of a layer of torch is one, one with a forward of its own has the fallback unless it is declared as "linear"
-        (weight [O, D]), "linear_transposed" (weight [D, O], as Hugging Face's Conv1D), "conv1d", "conv2d" or "conv3d". The
-        check of the first step finds a declaration that is wrong.
-    warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every
-        max(1, t / 4) steps until that reaches the interval; inverses of large networks only as far as renewals take half the
-        work of the passes, or at their turns in the interval.
-    stagger: layers are inverted at different steps, so that no step is much longer than the others.
-    check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients, and that
-        the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant factor, and
-        of what may be the declared loss with weights of soft labels as well as another.
-    synchronise: under torch.distributed, factors and inverses are those of all processes; False: each trains its own model.
-    timing: report() has times on a GPU, too, at the price of a synchronisation for each phase.
+    Args:
+        groups: settings of parameters by pattern of their names, the first match counts: {"*.bias": {"weight_decay": 0.0}}. A
+            layer's damping is that of its weight's group; so is its momentum, unless step_rule="natural".
+        fallback: update of parameters without Kronecker structure (batch norm, LSTM, ...) beside natural steps: "sgd", or "adam";
+            beside all others it is Adam's.
+        fallback_lr: their learning rate in units of lr.
+        decoupled: weight decay acts on the weights, w <- (1 - lr weight_decay) w; otherwise it is added to the gradient, and
+            preconditioned with it.
+        wide_inputs: layers with more inputs keep the batch's activations instead of the factor A, while these have fewer rows, of
+            all processes together, than the layer has inputs.
+        wide_outputs: layers with more outputs keep the diagonal of the factor B, so that nothing `[O, O]` is built: the block is
+            diag(B) kron A, its eigenvectors on the side of the outputs are the unit vectors. Rows of the gradients g, the
+            counterpart of `wide_inputs`, would leave all classes without curvature that no drawn label of the batch is.
+        treat_as: what modules of other classes compute, by class or pattern of names: {Conv1D: "linear_transposed"}. A class with
+            the forward of a layer of torch is one, one with a forward of its own has the fallback unless it is declared as
+            "linear" (weight [O, D]), "linear_transposed" (weight [D, O], as Hugging Face's Conv1D), "conv1d", "conv2d" or
+            "conv3d". The check of the first step finds a declaration that is wrong.
+        warm_up: factors and inverses are refreshed more often at first, when they change fastest: after t steps every max(1, t /
+            4) steps until that reaches the interval; inverses of large networks only as far as renewals take half the work of the
+            passes, or at their turns in the interval.
+        stagger: layers are inverted at different steps, so that no step is much longer than the others.
+        check: the first factor step verifies that the factors' activations and gradients reproduce the weights' gradients, and
+            that the loss is the declared likelihood as far as its gradient at the outputs can tell; it warns of a constant
+            factor, and of what may be the declared loss with weights of soft labels as well as another.
+        synchronise: under torch.distributed, factors and inverses are those of all processes; False: each trains its own model.
+        timing: report() has times on a GPU, too, at the price of a synchronisation for each phase.
     """
 
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -48,7 +48,8 @@ def starts_of(
 ) -> Iterable[Sequence[tuple[Tensor, Tensor]]]:
     """Where each backward pass starts: drawn gradients of heads are independent and may go together, columns may not.
 
-    heads: of each output, what is declared of its loss, and its weight. kind: "mc" or "exact". generator: draws the labels.
+    Args:
+        heads: of each output, what is declared of its loss, and its weight. kind: "mc" or "exact". generator: draws the labels.
     """
 
     def gradients_at(z: Tensor, columns: range | None = None) -> Tensor:

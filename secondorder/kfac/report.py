@@ -43,8 +43,9 @@ class ParameterRow:
 class Report:
     """Parameters, seconds and calls of each phase, events (what went wrong, how often), and steps done; `print` shows a table.
 
-    shortened: how many steps the trust region shortened, and the geometric mean of the factors, since the optimiser was made.
-    exploded: how many natural steps were longer than all weights together.
+    Args:
+        shortened: how many steps the trust region shortened, and the geometric mean of the factors, since the optimiser was made.
+        exploded: how many natural steps were longer than all weights together.
     """
 
     parameters: list[ParameterRow]

@@ -190,7 +190,8 @@ def _set_lengths(rule: StepRule, tracks: Sequence[Track], u: list[Tensor], g: li
 def _mean_sizes(tracks: Sequence[Track], g: list[Tensor], largest: Tensor) -> Tensor:
     """Running means of the root mean squares of g, one for each layer, with the weights that the momentum has; above 0.
 
-    largest: the largest entry of each g.
+    Args:
+        largest: the largest entry of each g.
     """
     tiny = torch.finfo(g[0].dtype).tiny
     largest = largest.clamp_min(tiny)

@@ -105,7 +105,8 @@ def check_optimizer(
 ) -> None:
     """What torch saves of an optimiser: the settings of its groups, and `buffers` of parameters, each of the parameter's shape.
 
-    shapes: of the layers whose weights have `MATRICES`. A schedule may have added settings of its own to a group.
+    Args:
+        shapes: of the layers whose weights have `MATRICES`. A schedule may have added settings of its own to a group.
     """
     saved, content = state.get("param_groups"), state.get("state")
     if not isinstance(saved, list) or not isinstance(content, Mapping) or len(saved) != len(groups):

@@ -41,9 +41,10 @@ LENGTHS = ("free", "signal", "fixed")
 class StepRule:
     """Direction and length of the step of a layer: see `secondorder.kfac.step_rule`.
 
-    direction: "natural", "eigenbasis" or "preconditioned". length: "free", "signal" or "fixed".
-    rms: root mean square of an update of fixed length, or of agreeing gradients, in units of lr.
-    decay: of the running mean of squares, in [0, 1). InputError for other values.
+    Args:
+        direction: "natural", "eigenbasis" or "preconditioned". length: "free", "signal" or "fixed".
+        rms: root mean square of an update of fixed length, or of agreeing gradients, in units of lr.
+        decay: of the running mean of squares, in [0, 1). InputError for other values.
     """
 
     direction: str

@@ -134,7 +134,9 @@ def covariance_sqrt(x: Tensor, method: str = "auto", num_iter: int = 5, *, trian
 def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> Tensor:
     """`matrix_power(covariance(x), exponent)` `[..., C, C]` for features `[..., C, M]` in one step; only shapes are checked.
 
-    triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and exponents.
+    Args:
+        triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and
+            exponents.
     """
     checks.check_features(x)
     checks.check_exponent(exponent)
@@ -148,7 +150,8 @@ def covariance_power(x: Tensor, exponent: float, *, triangle: bool = False) -> T
 def covariance_log(x: Tensor, eps: float = 0.0, *, triangle: bool = False) -> Tensor:
     """`matrix_log(covariance(x), eps)` `[..., C, C]` for features `[..., C, M]` in one step; only shapes are checked.
 
-    triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and eps.
+    Args:
+        triangle: give the row-major upper triangle `[..., C (C + 1) / 2]` instead. InputError for other shapes, types and eps.
     """
     checks.check_features(x)
     checks.check_eps(eps)

@@ -31,8 +31,9 @@ class Network(nn.Module):
     head sees a single position, where every covariance is zero, or batch normalisation in training a single value; its
     buffers are then as before.
 
-    layout: key of `pooling.LAYOUTS`, the layout of the input: "NCHW" for images, "NCL" for sequences, "NCTHW" for video. That of
-        the features is the head's (`PoolingHead.layout`).
+    Args:
+        layout: key of `pooling.LAYOUTS`, the layout of the input: "NCHW" for images, "NCL" for sequences, "NCTHW" for video. That
+            of the features is the head's (`PoolingHead.layout`).
     """
 
     def __init__(

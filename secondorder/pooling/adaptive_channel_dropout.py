@@ -60,15 +60,20 @@ class AdaptiveChannelDropout(nn.Module):
     def rate(self, y: Tensor, omega: Tensor, p: Tensor | None = None) -> Tensor:
         """Dropout rate of a batch, a scalar in [0, 1], from reweighted features y `[N, C, M]` and importances omega `[N, C]`.
 
-        p: the part `[N, 1, M]` of each position, None for equal ones.
+        Args:
+            p: the part `[N, 1, M]` of each position, None for equal ones.
         """
         return dropout_rate(y, omega, p, 10 / math.log2(max(self.channels, 2)))
 
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """The features `[N, C, H, W]` with dropped channels while training, x itself in evaluation; always of the type of x.
 
-        weights: of the positions, `[N, M]` or `[N, H, W]`; bool: a mask; None: equal ones. Raises InputError for other shapes and
-        types.
+        Args:
+            x: features `[N, C, H, W]`.
+            weights: of the positions, `[N, M]` or `[N, H, W]`; bool: a mask; None: equal ones.
+
+        Raises:
+            InputError: for other shapes and types.
         """
         if not self.training:
             return x

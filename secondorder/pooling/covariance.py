@@ -28,8 +28,12 @@ class Covariance(nn.Module):
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """One covariance matrix for each sample, `[N, C, C]`, of features x `[N, C, H, W]` (or of the layout).
 
-        weights: of the positions, `[N, M]` or the layout without C; bool: a mask; None: equal ones.
-        Raises InputError for other shapes and types, and a single position.
+        Args:
+            x: the features.
+            weights: of the positions, `[N, M]` or the layout without C; bool: a mask; None: equal ones.
+
+        Raises:
+            InputError: for other shapes and types, and a single position.
         """
         return covariance_of(x, weights, self.layout)
 

@@ -68,12 +68,10 @@ class PoolingHead(nn.Module):
 
         Args:
             x: features `[N, in_channels, H, W]`, or of the head's layout.
-            weights: of the positions, `[N, H, W]` (the layout without C) or `[N, M]`; bool: a mask, False leaves a position out
-                (a
-                tensor of numbers: at least 0). Weighted are the means and covariances of the pooling, not the batch statistics of
-                    the
-                reduction. Elsewhere than on the CPU, where looking at values would wait for the device, a sample without weight
-                gives what zero features do. A single position that counts has covariance zero.
+            weights: of the positions, `[N, H, W]` (the layout without C) or `[N, M]`, at least 0; bool: a mask, False leaves a
+                position out. Weighted are the means and covariances of the pooling, not the batch statistics of the reduction.
+                Elsewhere than on the CPU, where looking at values would wait for the device, a sample without weight gives what
+                zero features do. A single position that counts has covariance zero.
 
         Raises:
             InputError: for another shape or type, and on the CPU for a negative weight or a sample without a positive one.
@@ -180,7 +178,8 @@ def _is_empty(x: Tensor) -> bool:
 def head_input(x: Tensor, layout: str, in_channels: int, batch_statistics: bool, several: bool) -> Tensor:
     """Features of a head as maps `[N, in_channels, H, W]`. Raises InputError for others, and too few for batch statistics.
 
-    several: whether a single position is refused, too.
+    Args:
+        several: whether a single position is refused, too.
     """
     check_features(x, layout, "pooling head")
     maps = as_maps(x, layout)

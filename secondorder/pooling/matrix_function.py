@@ -38,8 +38,12 @@ class MatrixFunction(nn.Module, ABC):
 class MatrixSquareRoot(MatrixFunction):
     """S^(1/2) `[..., C, C]`: K = `num_iter` Newton-Schulz steps (iSQRT-COV, Li et al. 2018), or exact with method "eigh".
 
-    method: "auto", "newton_schulz" (the same polynomial) or "eigh". Raises InputError for an unknown method or a number of steps
-    below 1.
+    Args:
+        method: "auto", "newton_schulz" (the same polynomial) or "eigh".
+        num_iter: K, the number of steps; of no account for "eigh".
+
+    Raises:
+        InputError: for an unknown method or a number of steps below 1.
     """
 
     def __init__(self, method: str = "auto", num_iter: int = 5) -> None:

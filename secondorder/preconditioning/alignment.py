@@ -31,7 +31,9 @@ class Alignment:
 def alignment(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Alignment:
     """cos(a, b) = a . b / (|a| |b|) of each layer and of all together, 0 where one of them is zero.
 
-    a, b: tensors of real numbers by parameter names. Raises InputError for different names or shapes, NonFiniteError.
+    Args:
+        a, b: tensors of real numbers by parameter names. Raises InputError for different names or shapes,
+            NonFiniteError.
     """
     return _by_layer(_cosine, a, b)
 

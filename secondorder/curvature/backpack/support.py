@@ -73,7 +73,8 @@ def registered(quantity: str) -> BackpropExtension:
 def check_support(model: nn.Module, quantity: str) -> None:
     """Raises InputError, naming module, quantity and the way out, unless the quantity can be computed of the model.
 
-    quantity: a key of QUANTITIES. The model counts in its present train or eval mode.
+    Args:
+        quantity: a key of QUANTITIES. The model counts in its present train or eval mode.
     """
     extension = registered(quantity)
     check_twin(backpack_network(model), extension)

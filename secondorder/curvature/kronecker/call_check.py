@@ -35,7 +35,9 @@ def check_reads(part: Linearisation, layers: Mapping[str, tuple[Layers, str]]) -
 def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by_image: bool) -> None:
     """InputError for a parameter whose gradient is not that of its layers' calls on a few images.
 
-    by_image: whether the sums over a layer's positions must be those of an image. Where images act on one another nothing tells.
+    Args:
+        by_image: whether the sums over a layer's positions must be those of an image. Where images act on one another nothing
+            tells.
     """
     part, source = jacobian.trial(), torch.Generator().manual_seed(0)
     u = random_like(part.z, source)

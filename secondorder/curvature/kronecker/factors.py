@@ -43,7 +43,8 @@ def input_width(layer: nn.Module) -> int:
 def input_factor(layer: nn.Module, x: Tensor, sharing: str, most_bytes: int | None = None) -> Tensor:
     """A `[D, D]`, or `[G, D, D]` for G > 1 groups, from the layer's input x. Raises InputError for an unknown sharing.
 
-    most_bytes: of unfolded patches at a time; None: UNFOLDED_BYTES.
+    Args:
+        most_bytes: of unfolded patches at a time; None: UNFOLDED_BYTES.
     """
     _check(sharing)
     return _squeezed(_input_mean(layer_kind(layer), x, sharing, most_bytes))
@@ -59,7 +60,8 @@ def input_rows(layer: nn.Module, x: Tensor, sharing: str) -> Tensor:
 def gradient_factor(layer: nn.Module, s: Tensor, sharing: str, most_bytes: int | None = None) -> Tensor:
     """B `[O, O]`, or `[G, O, O]`, from the gradients s `[V, N, *out]` at the layer's output.
 
-    most_bytes: of products of single samples at a time; None: UNFOLDED_BYTES.
+    Args:
+        most_bytes: of products of single samples at a time; None: UNFOLDED_BYTES.
     """
     _check(sharing)
     return _squeezed(joint_gradient_sum(layer_kind(layer), [s], sharing, most_bytes))

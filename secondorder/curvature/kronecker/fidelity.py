@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 class Fidelity:
     """How well an approximation A fits an exact block B, in the Frobenius inner product, with standard errors (0 when exact).
 
-    size: rows P of the block.
-    method: "dense" (exact), "structured" (exact; errors below 1e-8 are rounding) or "stochastic".
-    cosine: <A, B> / (|A| |B|). relative_error: |A - B| / |B|.
-    best_scale: s = <A, B> / <A, A>. scaled_error: |s A - B| / |B|.
+    Args:
+        size: rows P of the block.
+        method: "dense" (exact), "structured" (exact; errors below 1e-8 are rounding) or "stochastic".
+        cosine: <A, B> / (|A| |B|). relative_error: |A - B| / |B|.
+        best_scale: s = <A, B> / <A, A>. scaled_error: |s A - B| / |B|.
     """
 
     size: int

@@ -25,7 +25,8 @@ PROBE = 2  # samples; the fewest with which training-mode batch norm works and s
 class Probe:
     """What two samples tell about a batch: shape of one sample's outputs, bytes of its graph, what couples samples.
 
-    shapes: of the outputs of each use of the layers that were asked for.
+    Args:
+        shapes: of the outputs of each use of the layers that were asked for.
     """
 
     outputs: torch.Size

@@ -19,7 +19,8 @@ NO_LABEL = "no label counts: all are ignored or have weight 0"
 class ClassLabels:
     """Class indices `[N]` or probabilities `[N, K]`, the distribution of which is made for some samples at a time.
 
-    weight: of the classes `[K]`; counted: of the samples `[N]`, 0 for a label that is ignored; divisor: of a mean, or 1.
+    Args:
+        weight: of the classes `[K]`; counted: of the samples `[N]`, 0 for a label that is ignored; divisor: of a mean, or 1.
     """
 
     given: Tensor
@@ -71,7 +72,8 @@ def class_labels(
 ) -> ClassLabels:
     """The labels of a loss with these options for outputs `[N, K]`. Raises InputError for those that do not fit.
 
-    divisor: of a mean over more than these samples; None: theirs.
+    Args:
+        divisor: of a mean over more than these samples; None: theirs.
     """
     N, K = shape
     weight = options["weight"]

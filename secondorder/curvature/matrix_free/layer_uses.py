@@ -56,7 +56,8 @@ def read_call(args: tuple, kwargs: Mapping[str, Any], output: Any) -> tuple[Tens
 def recorded_uses(layers: Mapping[nn.Module, nn.Module | None]) -> Iterator[list[LayerUse]]:
     """The uses of the given layers inside, in order. Only uses whose output has a gradient are recorded.
 
-    layers: each with the nn.MultiheadAttention that uses its weight without calling it, or None.
+    Args:
+        layers: each with the nn.MultiheadAttention that uses its weight without calling it, or None.
     """
     uses: list[LayerUse] = []
 

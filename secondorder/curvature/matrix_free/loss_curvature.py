@@ -118,7 +118,8 @@ def loss_curvature(
 ) -> LossCurvature:
     """The loss at these labels for outputs of this shape, in closed form for those of KNOWN.
 
-    totals: of the data set that the labels are a batch of; None: they are all there are.
+    Args:
+        totals: of the data set that the labels are a batch of; None: they are all there are.
 
     Raises InputError for labels that do not fit, and for losses that are no functions or not reduced to a scalar.
     """

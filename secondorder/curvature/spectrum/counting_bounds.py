@@ -42,7 +42,8 @@ class Interval(NamedTuple):
 class CountingBounds:
     """Bounds of numbers of eigenvalues: of R = `rest` from a quadrature, and of L known ones `apart` `[L]`.
 
-    slack: how far a point is known (rounding of products, residuals of the known eigenvalues).
+    Args:
+        slack: how far a point is known (rounding of products, residuals of the known eigenvalues).
     """
 
     quadrature: Quadrature

@@ -71,7 +71,9 @@ class SpectralDensity:
     def statistic(self, function: Callable[[Tensor, Tensor], float], smooth: bool = True) -> Estimate:
         """A function of (eigenvalues `[M]`, their numbers `[M]`) to a number, averaged over probes, with their standard error.
 
-        smooth: False for quantiles, which leaving out a single probe may not move. What functions are right for, `integral` says.
+        Args:
+            smooth: False for quantiles, which leaving out a single probe may not move. What functions are right for, `integral`
+                says.
         """
 
         def of_probes(index: Tensor) -> float:

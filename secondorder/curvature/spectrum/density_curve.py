@@ -19,11 +19,17 @@ SCALES = ("linear", "symlog")
 class DensityCurve:
     """A spectrum at X points, all tensors float64 `[X]` on the CPU.
 
-    eigenvalue: the points; position: their place s on the axis, the eigenvalue itself or asinh(eigenvalue / (2 linear)) /
-    log(10), which is +-log10(|eigenvalue| / linear) away from zero. density: share of the spectrum per unit of s, without
-    the part at zero, each node broadened to a Gaussian of standard deviation `width` in s; it integrates to 1 minus the
-    share at zero. cumulative: share of eigenvalues up to the point, with the part at zero as a step and without broadening.
-    Both with standard errors over probes.
+    Args:
+        eigenvalue: the points.
+        position: their place s on the axis, the eigenvalue itself or asinh(eigenvalue / (2 linear)) / log(10), which is
+            +-log10(|eigenvalue| / linear) away from zero.
+        density: share of the spectrum per unit of s, without the part at zero, each node broadened to a Gaussian of standard
+            deviation `width` in s; it integrates to 1 minus the share at zero.
+        cumulative: share of eigenvalues up to the point, with the part at zero as a step and without broadening.
+        density_error, cumulative_error: standard errors over probes.
+        scale: of the axis, "linear" or "symlog".
+        linear: the eigenvalue below which a symlog axis is about linear.
+        width: standard deviation of the broadening, in units of s.
     """
 
     eigenvalue: Tensor

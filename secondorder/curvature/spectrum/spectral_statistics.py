@@ -12,7 +12,8 @@ from torch import Tensor
 def effective_rank(values: Tensor, numbers: Tensor) -> float:
     """exp of the entropy of |lambda| / sum |lambda| (O. Roy, M. Vetterli, EUSIPCO 2007): P for equal magnitudes, 0 for none.
 
-    values, numbers: eigenvalues `[M]` and how many each stands for `[M]`.
+    Args:
+        values, numbers: eigenvalues `[M]` and how many each stands for `[M]`.
     """
     magnitudes = values.abs()
     total = (numbers * magnitudes).sum()

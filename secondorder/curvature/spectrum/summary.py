@@ -50,13 +50,14 @@ METHODS = ("auto", "exact", "lanczos")
 class SpectralSummary:
     """The numbers of a spectrum [P eigenvalues lambda] as (value, error).
 
-    threshold: relative to the largest magnitude; smaller magnitudes are outside the range of A
-    largest, smallest, largest_magnitude: max lambda, min lambda, |A|_2
-    trace, frobenius_norm: sum lambda, sqrt(sum lambda^2)
-    rank: number of magnitudes above the threshold
-    condition, median_condition, trace_quantile_condition: see the module; NaN for the zero matrix
-    effective_rank: exp of the entropy of |lambda| / sum |lambda|; stable_rank: |A|_F^2 / |A|_2^2;
-    participation: (tr A)^2 / |A|_F^2; negative_share: sum of the negative |lambda| / sum |lambda|
+    Args:
+        threshold: relative to the largest magnitude; smaller magnitudes are outside the range of A
+        largest, smallest, largest_magnitude: max lambda, min lambda, |A|_2
+        trace, frobenius_norm: sum lambda, sqrt(sum lambda^2)
+        rank: number of magnitudes above the threshold
+        condition, median_condition, trace_quantile_condition: see the module; NaN for the zero matrix
+        effective_rank: exp of the entropy of |lambda| / sum |lambda|; stable_rank: |A|_F^2 / |A|_2^2;
+        participation: (tr A)^2 / |A|_F^2; negative_share: sum of the negative |lambda| / sum |lambda|
     """
 
     size: int

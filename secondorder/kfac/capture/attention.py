@@ -21,7 +21,8 @@ Record = Callable[..., None]
 class AttentionWatch:
     """Tells of the projections in the forward passes of attention modules, until `remove`.
 
-    records: by layer, what takes (module, (input `[N, T, D]`,), {}, output `[N, T, E]`) of each call, as a forward hook does.
+    Args:
+        records: by layer, what takes (module, (input `[N, T, D]`,), {}, output `[N, T, E]`) of each call, as a forward hook does.
     """
 
     def __init__(self, records: Mapping[KroneckerLayer, Record]) -> None:

@@ -25,7 +25,8 @@ class Forward:
 class LayerCall(Input):
     """One call of a layer, and in which forward of the model; it keeps no part of the graph alive.
 
-    recorded: it may still enter the factors. pulled_in: the step in which it has, from logits. over: the user's backward was.
+    Args:
+        recorded: it may still enter the factors. pulled_in: the step in which it has, from logits. over: the user's backward was.
     """
 
     layer: KroneckerLayer

@@ -83,7 +83,8 @@ def check_state(
 ) -> None:
     """InputError, which names `entry`, unless a state is that of an inverse with these sizes (of G, O, D) and number format.
 
-    diagonal: those of O and D whose factor is kept as its diagonal.
+    Args:
+        diagonal: those of O and D whose factor is kept as its diagonal.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("kind"), str):
         raise refused(entry, "is no state of an inverse")

@@ -77,7 +77,9 @@ class Inverse(ABC):
     def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
         """P W `[G, O, D]` for the gradient W `[G, O, D]`, in its dtype.
 
-        damping, relative: as in `secondorder.kfac.Damping`; not used by an inverse that was damped when it was made.
+        Args:
+            damping, relative: as in `secondorder.kfac.Damping`; not used by an inverse that was damped when it was
+                made.
         """
 
     @abstractmethod
