@@ -137,9 +137,9 @@ def loss_curvature(
         return _binary_cross_entropy(options, shape, labels, dtype, totals) or AnyLoss(loss, labels, shape)
     divisor = None if totals is None else totals.divisor
     if len(shape) > 2:
-        return _at_positions(options, shape, labels, dtype, divisor)
+        return _at_positions(options, shape, labels, dtype, divisor) or AnyLoss(loss, labels, shape)
     made = class_labels(options, shape, labels, dtype, divisor)
-    return CrossEntropy(made.total, made)
+    return CrossEntropy(made.total, made) if made.of_likelihood else AnyLoss(loss, labels, shape)
 
 
 def known(loss: Loss) -> bool:
@@ -211,8 +211,11 @@ def _squared_error(
 
 def _at_positions(
     options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype, divisor: float | None
-) -> CrossEntropyAtPositions:
-    """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs."""
+) -> CrossEntropyAtPositions | None:
+    """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs.
+
+    None where it is not convex in them.
+    """
     N, C, *places = shape
     positions = torch.Size(places).numel()
     expected = [*shape] if labels.is_floating_point() else [N, *places]
@@ -223,7 +226,7 @@ def _at_positions(
         )
     flat = labels.flatten(2).transpose(1, 2).flatten(0, 1) if labels.is_floating_point() else labels.flatten()
     made = class_labels(options, torch.Size([N * positions, C]), flat, dtype, divisor)
-    return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions)
+    return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions) if made.of_likelihood else None
 
 
 def _binary_cross_entropy(
