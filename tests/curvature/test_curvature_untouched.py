@@ -241,3 +241,19 @@ def test_inside_no_grad_and_autocast() -> None:
     assert torch.equal(single, again)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         curvature_blocks(model, CE, data, "ggn")
+
+
+def test_a_module_with_two_names() -> None:
+    """`torch.func.functional_call` leaves its tensors behind in one."""
+    model, plain = (
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double() for _ in range(2)
+    )
+    model[2] = model[0]
+    plain[2].weight, plain[2].bias = plain[0].weight, plain[0].bias
+    plain.load_state_dict(model.state_dict())
+    data, before = (torch.randn(3, 4).double(), torch.tensor([0, 1, 2])), list(model.parameters())
+    for quantity in ("ggn", "hessian", "kfac_expand"):
+        whole, truth = (curvature_blocks(net, CE, data, quantity).whole.dense() for net in (model, plain))
+        assert relative(whole, truth) <= 1e-12
+        assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+        assert model[2].weight is model[0].weight is before[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes, saved_tensors, short_formats
@@ -71,6 +72,7 @@ def probed(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
+    check_backward(network, z)
     sample_bytes = saved_bytes // len(x) + x[:1].nbytes
     few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
     coupling = network.couples_samples() or sample_coupling(network, images[few])
