@@ -257,3 +257,13 @@ def test_a_module_with_two_names() -> None:
         assert relative(whole, truth) <= 1e-12
         assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
         assert model[2].weight is model[0].weight is before[0]
+
+
+def test_the_state_of_a_parametrisation() -> None:
+    """Reading its weight is an iteration, in training mode."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+    data = torch.randn(3, 4).double(), torch.tensor([0, 1, 2])
+    for quantity in ("ggn", "kfac_expand", "kfac_reduce", "ekfac"):
+        before = state(model)
+        curvature_blocks(model, CE, data, quantity, kronecker_parameters(model)).whole.dense()
+        check_same(before, state(model))

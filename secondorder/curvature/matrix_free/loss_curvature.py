@@ -189,7 +189,9 @@ def _options(loss: Loss) -> dict[str, Any] | None:
 def _changed(loss: nn.Module) -> bool:
     """Whether a module does something else than its type; BackPACK's hooks only look."""
     hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
-    return "forward" in vars(loss) or any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
+    if "forward" in vars(loss) or type(loss).__call__ is not nn.Module.__call__:
+        return True
+    return any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
 
 
 def _squared_error(
