@@ -267,3 +267,37 @@ def test_the_state_of_a_parametrisation() -> None:
         before = state(model)
         curvature_blocks(model, CE, data, quantity, kronecker_parameters(model)).whole.dense()
         check_same(before, state(model))
+
+
+class Cached(nn.Module):
+    """Remembers in a dictionary what it has made of its weight, and counts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.memory, self.calls = nn.Linear(4, 3), {}, [1.0]  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "size" not in self.memory:
+            self.memory["size"] = self.layer.weight.square().sum()
+        self.calls.append(1.0)
+        return self.layer(x.tanh()).sin() * self.memory["size"] * len(self.calls)
+
+
+def test_lists_and_dictionaries_of_a_module() -> None:
+    """What a forward pass puts there has no part in the next one."""
+    model, data = Cached().double(), (torch.randn(3, 4).double(), torch.tensor([0, 1, 2]))
+    w = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def loss(w: Tensor) -> Tensor:
+        weight, bias = w[:12].view(3, 4), w[12:]
+        return nn.functional.cross_entropy(
+            (data[0].tanh() @ weight.T + bias).sin() * weight.square().sum() * 2, data[1]
+        )
+
+    truth = torch.func.hessian(loss)(w)
+    for chunk in (None, 2, None):
+        whole = curvature_blocks(model, CE, data, "hessian", chunk=chunk).whole
+        assert relative(whole.dense(), truth) <= 1e-12
+        assert relative(whole @ w, truth @ w) <= 1e-12
+    assert model.calls == [1.0]
+    assert not model.memory

@@ -23,8 +23,8 @@ from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.samples import Samples
 from secondorder.curvature.matrix_free.separable_losses import LossParts
-from secondorder.curvature.matrix_free.trial import trial_samples
-from secondorder.errors import InputError, failures_of
+from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
+from secondorder.errors import failures_of
 
 
 class Linearisation:
@@ -87,17 +87,8 @@ class Linearisation:
             for name, tangent in tangents.items():
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
             z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
-        self._check_repeated(z)
+        check_repeated(z.reshape(self.z.shape), self.z)
         return torch.zeros_like(self.z) if tangent is None else tangent.detach().reshape(self.z.shape)
-
-    def _check_repeated(self, z: Tensor) -> None:
-        """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""
-        again, size = z.reshape(self.z.shape), self.z.abs().max()
-        if not bool(((again - self.z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * size).all()):
-            raise InputError(
-                "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
-                "state that it keeps; use eval(), or draw from torch's default generator"
-            )
 
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""

@@ -4,11 +4,16 @@
 pass needs them, too: what `torch.utils.checkpoint` has dropped is made by the modules once more.
 """
 
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
+
+CONTAINERS = (dict, OrderedDict, list, set, deque)
+"""What modules hold parameters, buffers and parts in, and things of their own."""
 
 
 class ModuleState:
@@ -28,8 +33,15 @@ class ModuleState:
 
     @contextmanager
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the modules hold these tensors in place of theirs, in their modes, without backward hooks."""
-        before = [(m, dict(m.__dict__), [(held, dict(held.items())) for held in _held(m)]) for m in self.modes]
+        """Inside, the modules hold these tensors in place of theirs, in their modes, without backward hooks.
+
+        Then attributes, and lists and dictionaries among them, are as before: what a forward pass remembers is forgotten.
+        """
+        before = [
+            (m, dict(m.__dict__), [(c, copy(c)) for c in m.__dict__.values() if type(c) in CONTAINERS])
+            for m in self.modes
+        ]
+        scripted = [(held, name, held[name]) for held, name, _ in self._places if not isinstance(held, dict)]
         try:
             for module, mode in self.modes.items():
                 module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
@@ -37,23 +49,17 @@ class ModuleState:
                 held[attribute] = tensors[name]
             yield
         finally:
-            for module, attributes, kinds in before:
+            for module, attributes, containers in before:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
-                for held, contents in kinds:
-                    _put_back(held, contents)
+                for container, contents in containers:
+                    _put_back(container, contents)
+            for held, name, tensor in scripted:
+                held[name] = tensor
 
 
-def _held(module: nn.Module) -> tuple[Any, Any, Any]:
-    """What a module holds in dictionaries, beside its attributes."""
-    return module._parameters, module._buffers, module._modules
-
-
-def _put_back(held: Any, contents: Mapping[str, Any]) -> None:
-    if isinstance(held, dict):
-        held.clear()
-        held.update(contents)
+def _put_back(container: Any, contents: Any) -> None:
+    if not (container or contents):
         return
-    for name, content in contents.items():  # of torch.jit, whose names are fixed
-        if held[name] is not content:
-            held[name] = content
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(contents)
