@@ -21,14 +21,13 @@ def check_backward(network: FrozenNetwork, z: Tensor) -> None:
     u, v = random_like(z, source), random_like(z, source)
     with same_randomness():
         before = torch.get_rng_state()
-        terms, others = _pulled_back(network, z, u), _pulled_back(network, z, v)
-        for term, other in zip(terms, others, strict=True):
-            term.add_(other)
-        del others
+        both = zip(_pulled_back(network, z, u), _pulled_back(network, z, v), strict=True)
+        terms = [a + b for a, b in both]  # not in place: a gradient may be u itself
         whole = _pulled_back(network, z, u + v)
         drawn = not torch.equal(before, torch.get_rng_state())
-    size = max(float(t.abs().max()) for t in (*terms, *whole) if t.numel())
-    error = max(float((a - b).abs().max()) for a, b in zip(terms, whole, strict=True) if a.numel())
+    size = max((float(t.abs().max()) for t in (*terms, *whole) if t.numel()), default=0.0)
+    differences = (a - b for a, b in zip(terms, whole, strict=True) if a.numel())
+    error = max((float(d.abs().max()) for d in differences), default=0.0)
     if drawn or error > torch.finfo(z.dtype).eps ** 0.5 * size:
         raise InputError(
             "the backward pass of the network is not linear (a hook that clips a gradient) or draws random numbers (a checkpoint "
