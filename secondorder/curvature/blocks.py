@@ -32,7 +32,7 @@ from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.hessian import HessianOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.loss_check import check_loss
-from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, loss_curvature, loss_name
+from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, known, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
 from secondorder.curvature.matrix_free.network_outputs import NetworkOutputs, Output
 from secondorder.curvature.matrix_free.output_matrix import FISHERS, OutputMatrix, output_matrix
@@ -217,8 +217,9 @@ def curvature_blocks(
     loss = outputs.loss_of_one(loss)
     curvature, why = loss_parts(data, loss, probe, frozen)
     if not row.any_loss and not curvature.factored:
+        other = loss_name(loss) + (" of such targets" if known(loss) else "")
         raise InputError(
-            f"quantity {quantity!r} needs {KNOWN}, not {loss_name(loss)}; use quantity 'ggn' or 'hessian', which take any loss"
+            f"quantity {quantity!r} needs {KNOWN}, not {other}; use quantity 'ggn' or 'hessian', which take any loss"
         )
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed, len(data), available)
     fixed = row.fixed(frozen, probe, len(data)) + matrix.noise_bytes + copied_bytes(frozen, data)

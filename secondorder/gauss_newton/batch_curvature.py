@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState, unwrapped
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
 from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.curvature.matrix_free.separable_losses import CrossEntropy, LossCurvature, SquaredError
 from secondorder.errors import InputError
 from secondorder.kfac.capture.hooks import Hook, handles_of

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.matrix_free.frozen_network import RandomState
+from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.errors import InputError
 from secondorder.kfac.blocks import Directions
 from secondorder.kfac.groups import (

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from secondorder.accelerator import widest
-from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, RandomState
+from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.errors import InputError, failures_of
 from secondorder.kfac.groups import setting_by_parameter
 from secondorder.kfac.preconditioner import KFACPreconditioner

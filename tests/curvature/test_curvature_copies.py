@@ -68,9 +68,9 @@ def test_random_masks_are_those_of_the_batch_whatever_the_memory(kind: str) -> N
 def test_outputs_that_change_by_themselves_are_refused() -> None:
     source = torch.Generator().manual_seed(0)
     model = network(Noise(lambda x: torch.rand(x.shape, generator=source, dtype=x.dtype)))
-    operator = curvature_blocks(model, CE, data(), "ggn").whole
-    with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
-        operator @ torch.ones(operator.size, dtype=F64)
+    for quantity in ("ggn", "hessian", "diagonal"):
+        with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
+            curvature_blocks(model, CE, data(), quantity)
 
 
 # ----------------------------------------------------------------------------------------- nothing is written, or mixed

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import batch, chain, relative, true_hessian
+from small_networks import around, batch, chain, relative, rows, true_hessian
 from torch import Tensor, nn
 
 from secondorder.curvature import curvature_blocks
+from secondorder.errors import NonFiniteError
 
 
 class _NoBatches(torch.autograd.Function):
@@ -67,3 +68,15 @@ def test_hessian_does_not_trust_a_wrong_rule_for_batches(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.autograd, "grad", wrong)
     found = curvature_blocks(model, nn.CrossEntropyLoss(), data, "hessian").whole.dense()
     assert relative(found, H) <= 1e-12
+
+
+def test_second_derivatives_that_are_no_numbers_are_named() -> None:
+    """Of a square root at 0, whose first derivative relu takes away."""
+    model = around(lambda h: h.relu().sqrt())
+    with torch.no_grad():
+        model[0].bias.sub_(100)
+    assert bool(curvature_blocks(model, nn.CrossEntropyLoss(), rows(), "ggn").whole.dense().isfinite().all())
+    block = curvature_blocks(model, nn.CrossEntropyLoss(), rows(), "hessian").whole
+    for use in (block.dense, lambda: block @ torch.ones(block.size).double()):
+        with pytest.raises(NonFiniteError, match="Hessian is not finite: a second derivative"):
+            use()

@@ -154,19 +154,6 @@ def test_kronecker_factors_are_refused(function: Forward) -> None:
         curvature_blocks(Inner(function).double(), CE, points(), "kfac_expand")
 
 
-def test_a_wrong_third_derivative_of_pytorch_is_refused() -> None:
-    """That of layer_norm, in float64; the Gauss-Newton matrix needs two."""
-    net, data = Inner(first).double(), points()
-    net.u = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
-    G = reverse_ggn(net, CE, (data[0].clone(), data[1]))
-    v = torch.randn(len(G)).double()
-    assert relative(curvature_blocks(net, CE, data, "ggn").whole @ v, G @ v) <= 1e-10
-    with pytest.raises(
-        InputError, match=r"not symmetric .*layer_norm, which the network differentiates itself, has a wrong"
-    ):
-        curvature_blocks(net, CE, data, "hessian").whole @ v
-
-
 def test_what_is_not_finite_is_named() -> None:
     net = Inner(first).double()
     with torch.no_grad():

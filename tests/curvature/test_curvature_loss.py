@@ -120,6 +120,17 @@ def test_functions_of_torch_are_known_and_changed_losses_are_not() -> None:
     assert relative(doubled.value(z), 2 * F.cross_entropy(z, labels)) <= 1e-15
 
 
+def test_a_loss_that_is_called_otherwise_than_by_its_forward_is_another() -> None:
+    class Called(nn.MSELoss):
+        def __call__(self, z: Tensor, y: Tensor) -> Tensor:
+            return 3 * super().__call__(z, y)
+
+    y, z = torch.randn(N, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
+    called = loss_curvature(Called(), torch.Size([N, K]), y, torch.float64)
+    assert isinstance(called, AnyLoss)
+    assert relative(called.product(z, z), 6 * z / z.numel()) <= 1e-14
+
+
 def test_extreme_logits_stay_finite() -> None:
     z = torch.tensor([[1e4, -1e4, 0.0, 3.0]] * N, dtype=torch.float64)
     curvature = made(nn.CrossEntropyLoss(), torch.tensor([0, 1, 2, 3, 0]))

@@ -98,3 +98,32 @@ def test_losses_with_parameters_and_constants_of_their_own_are_functions_of_the_
     v = torch.randn(curvature_blocks(model, loss, batch, "ggn").whole.size).double()
     found, expected = (curvature_blocks(model, one, batch, "hessian").whole @ v for one in (loss, plain))
     assert relative(found, expected) <= 1e-12
+
+
+class Counting(nn.Module):
+    """A temperature that rises with every evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()).double())
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        self.count += 1
+        return F.cross_entropy(z * self.count, y)
+
+
+CHANGING: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+    "dropout": lambda: lambda z, y: F.cross_entropy(F.dropout(z, 0.5), y),
+    "samples": lambda: lambda z, y: F.softplus(z[:, torch.randint(z.shape[1], ())]).mean() + F.cross_entropy(z, y),
+    "draws of no account": lambda: lambda z, y: F.cross_entropy(z, y) + 0 * torch.rand(()),
+    "state": Counting,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+@pytest.mark.parametrize("quantity", ["ggn", "hessian"])
+def test_losses_that_change_from_one_evaluation_to_the_next_are_refused(kind: str, quantity: str) -> None:
+    model, batch, state = around(torch.tanh), rows(), torch.get_rng_state()
+    with pytest.raises(InputError, match=r"differs from one evaluation to the next.*draw before"):
+        curvature_blocks(model, CHANGING[kind](), batch, quantity)
+    assert torch.equal(state, torch.get_rng_state())

@@ -9,7 +9,6 @@ from small_networks import around, chain, relative, rows
 from test_curvature_jacobian_modes import Sine as OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from secondorder.curvature import curvature_blocks
 from secondorder.errors import InputError
@@ -74,17 +73,11 @@ class Cube(torch.autograd.Function):
         return 3 * g * x**2
 
 
-def normed(dim: int) -> nn.Module:
-    return nn.Sequential(weight_norm(nn.Linear(6, 4), dim=dim), nn.Tanh(), nn.Linear(4, 3)).double()
-
-
 WRONG: dict[str, tuple[Callable[[], nn.Module], str, list[list[str] | None]]] = {
     "once differentiable": (lambda: around(OnceDifferentiable.apply), "Sine can be .* once only", [None, ["0.weight"]]),
     "constant": (lambda: around(Constant.apply), "not those of its gradient: the autograd Function Constant", [None, ["0.bias"]]),
     "lopsided": (lambda: around(lambda x: Lopsided.apply(x, x.sin())), "autograd Function Lopsided", [None, ["0.weight"]]),
     "no graph": (lambda: around(NoGraph.apply), "autograd Function NoGraph has", [None, ["0.weight"], ["0.bias"]]),
-    "weight norm": (lambda: normed(0), "PyTorch's weight_norm", [None, ["0.parametrizations.weight.original1"]]),
-    "weight norm, columns": (lambda: normed(1), "PyTorch's weight_norm", [None]),
 }  # fmt: skip
 
 

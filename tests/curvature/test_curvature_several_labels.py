@@ -185,6 +185,20 @@ def test_targets_beyond_0_and_1_have_products_alone() -> None:
         curvature_blocks(network, loss, batch, "diagonal")
 
 
+@pytest.mark.parametrize("places", [(), D])
+def test_probabilities_below_0_have_products_alone(places: tuple[int, ...]) -> None:
+    """As weights of either sign on the classes have (advantages of a policy): the loss is not convex."""
+    network = segmentation() if places else nn.Linear(5, C).double()
+    batch = drawn(N, 2, *places, seed=7) if places else drawn(N, 5, seed=7), drawn(N, C, *places, seed=2)
+    truth = dense(network, nn.CrossEntropyLoss(), batch)
+    assert float(torch.linalg.eigvalsh(truth)[0]) < -1e-3
+    found = curvature_blocks(network, nn.CrossEntropyLoss(), batch, "ggn").whole
+    torch.testing.assert_close(found.dense(), truth, rtol=1e-10, atol=1e-14)
+    for quantity in ("diagonal", "mc_fisher", "empirical_fisher", "kfac_expand"):
+        with pytest.raises(InputError, match=f"{quantity!r} needs .* not CrossEntropyLoss of such targets"):
+            curvature_blocks(network, nn.CrossEntropyLoss(), batch, quantity)
+
+
 @pytest.mark.parametrize(
     ("loss", "labels", "message"),
     [

@@ -241,3 +241,63 @@ def test_inside_no_grad_and_autocast() -> None:
     assert torch.equal(single, again)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         curvature_blocks(model, CE, data, "ggn")
+
+
+def test_a_module_with_two_names() -> None:
+    """`torch.func.functional_call` leaves its tensors behind in one."""
+    model, plain = (
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double() for _ in range(2)
+    )
+    model[2] = model[0]
+    plain[2].weight, plain[2].bias = plain[0].weight, plain[0].bias
+    plain.load_state_dict(model.state_dict())
+    data, before = (torch.randn(3, 4).double(), torch.tensor([0, 1, 2])), list(model.parameters())
+    for quantity in ("ggn", "hessian", "kfac_expand"):
+        whole, truth = (curvature_blocks(net, CE, data, quantity).whole.dense() for net in (model, plain))
+        assert relative(whole, truth) <= 1e-12
+        assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+        assert model[2].weight is model[0].weight is before[0]
+
+
+def test_the_state_of_a_parametrisation() -> None:
+    """Reading its weight is an iteration, in training mode."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+    data = torch.randn(3, 4).double(), torch.tensor([0, 1, 2])
+    for quantity in ("ggn", "kfac_expand", "kfac_reduce", "ekfac"):
+        before = state(model)
+        curvature_blocks(model, CE, data, quantity, kronecker_parameters(model)).whole.dense()
+        check_same(before, state(model))
+
+
+class Cached(nn.Module):
+    """Remembers in a dictionary what it has made of its weight, and counts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.memory, self.calls = nn.Linear(4, 3), {}, [1.0]  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "size" not in self.memory:
+            self.memory["size"] = self.layer.weight.square().sum()
+        self.calls.append(1.0)
+        return self.layer(x.tanh()).sin() * self.memory["size"] * len(self.calls)
+
+
+def test_lists_and_dictionaries_of_a_module() -> None:
+    """What a forward pass puts there has no part in the next one."""
+    model, data = Cached().double(), (torch.randn(3, 4).double(), torch.tensor([0, 1, 2]))
+    w = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def loss(w: Tensor) -> Tensor:
+        weight, bias = w[:12].view(3, 4), w[12:]
+        return nn.functional.cross_entropy(
+            (data[0].tanh() @ weight.T + bias).sin() * weight.square().sum() * 2, data[1]
+        )
+
+    truth = torch.func.hessian(loss)(w)
+    for chunk in (None, 2, None):
+        whole = curvature_blocks(model, CE, data, "hessian", chunk=chunk).whole
+        assert relative(whole.dense(), truth) <= 1e-12
+        assert relative(whole @ w, truth @ w) <= 1e-12
+    assert model.calls == [1.0]
+    assert not model.memory

@@ -94,10 +94,16 @@ def test_other_functions_refuse_in_a_line_too() -> None:
             weight_landscape(model, CE, x, y, etas)
 
 
-@pytest.mark.parametrize("quantity", ["ggn", "hessian"])
-def test_a_bag_of_embeddings_has_one_derivative(quantity: str) -> None:
-    net = nn.Sequential(nn.EmbeddingBag(5, 4, sparse=True), nn.Tanh(), nn.Linear(4, CLASSES)).double()
-    data = torch.tensor([[0, 1, 1], [2, 1, 4]]), torch.tensor([0, 2])
-    block = curvature_blocks(net, CE, data, quantity).whole
-    with pytest.raises(InputError, match="'_embedding_bag_backward' is not implemented"):
-        block @ torch.ones(block.size).double()
+def test_complex_parameters_are_refused() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.last = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64)), nn.Linear(3, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x.to(self.w) @ self.w).abs())
+
+    for quantity in ("ggn", "hessian", "kfac_expand"):
+        with pytest.raises(InputError, match=r"parameter w is torch.complex64; curvature is that of real"):
+            curvature_blocks(Complex(), CE, points(), quantity)
+    assert curvature_blocks(Complex(), CE, points(), "kfac_expand", ["last.weight"]).whole.size == 3 * CLASSES

@@ -132,3 +132,23 @@ def test_layers_with_a_forward_of_their_own_have_no_factors() -> None:
     assert relative(curvature_blocks(model, CE, batch, "ggn").whole.dense(), G) <= 1e-12
     with pytest.raises(InputError, match=r"2\.weight.*leave it out of params"):
         curvature_blocks(model, CE, batch, "kfac_expand")
+
+
+@pytest.mark.parametrize("n", [3, 4])  # as many as numbers in the code, and not
+def test_layers_that_are_called_without_a_batch(n: int) -> None:
+    class Coded(nn.Module):
+        """A layer of a code, which is the same for all images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.code, self.layer, self.last = nn.Parameter(torch.randn(3)), nn.Linear(3, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x) * self.layer(self.code).tanh()
+
+    model, batch = Coded().double(), rows(n)
+    G = reverse_ggn(model, CE, batch)
+    assert relative(curvature_blocks(model, CE, batch, "ggn").whole.dense(), G) <= 1e-12
+    for quantity in ("kfac_expand", "kfac_reduce", "ekfac"):
+        with pytest.raises(InputError, match=r"layer of layer\.weight is called without a batch"):
+            curvature_blocks(model, CE, batch, quantity, ["layer.weight"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secondorder.curvature.kronecker.layer_kinds import layer_kind
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.per_sample import without_batch
 from secondorder.curvature.matrix_free.sample_gradients import pulled_back
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.errors import InputError
@@ -44,6 +45,12 @@ def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by
     truth = dict(zip(layers, part.pull_back(u, list(layers)), strict=True))
     shared_uses = {shared: [use for use in part.uses if use.layer in shared] for shared, _ in layers.values()}
     flat = [use for uses in shared_uses.values() for use in uses]
+    for name, (shared, _) in layers.items():
+        if any(without_batch(use) for use in shared_uses[shared]):
+            raise InputError(
+                f"the layer of {name} is called without a batch: no Kronecker factors; give it one (x[None]), or leave it "
+                "out of params"
+            )
     s = pulled_back(part, u[..., None], flat)
     gradients = dict(zip(map(id, flat), (g[:, 0] for g in s), strict=True))
     c = sample_scales(part.z, source)

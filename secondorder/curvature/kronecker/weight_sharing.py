@@ -27,6 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secondorder.curvature.matrix_free.module_state import ModuleState
+from secondorder.untouched import same_randomness
+
 UNFOLDED_BYTES = 64 * 2**20
 """Size of a buffer of unfolded patches or of products of single samples: larger batches are taken part by part."""
 
@@ -43,7 +46,7 @@ class LayerKind(ABC):
 
     def __init__(self, module: Any, attribute: str = "weight") -> None:
         self.module = module
-        self.weight_shape = getattr(module, attribute).shape
+        self.weight_shape = _shape(module, attribute)
 
     @property
     def groups(self) -> int:
@@ -116,6 +119,15 @@ class LayerKind(ABC):
     def input_norm(self, x: Tensor) -> Tensor:
         """The Euclidean norm of an input `[N, *]`, a scalar tensor."""
         return x.norm()
+
+
+def _shape(module: Any, attribute: str) -> torch.Size:
+    """That of a weight, also of one that a parametrisation makes, which may write into buffers whenever it does."""
+    if attribute in module._parameters:
+        return module._parameters[attribute].shape
+    tensors = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    with ModuleState(module).with_tensors(tensors), same_randomness(), torch.no_grad():
+        return getattr(module, attribute).shape
 
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:

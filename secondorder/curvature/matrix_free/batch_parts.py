@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes, saved_tensors, short_formats
@@ -15,7 +16,7 @@ from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
 from secondorder.curvature.matrix_free.samples import Samples, check_call, described
-from secondorder.curvature.matrix_free.trial import trial_samples
+from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
 from secondorder.errors import InputError, check_whole
 
 PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
@@ -72,6 +73,9 @@ def probed(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
+    with torch.enable_grad():  # for derivatives within the network
+        check_repeated(network.outputs(x).detach(), z.detach())
+    check_backward(network, z)
     sample_bytes = saved_bytes // len(x) + x[:1].nbytes
     few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
     coupling = network.couples_samples() or sample_coupling(network, images[few])

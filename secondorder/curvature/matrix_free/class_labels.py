@@ -52,6 +52,11 @@ class ClassLabels:
         return (((1 - self.smoothing) * given + even) * self.counted / self.divisor)[:, None]
 
     @property
+    def of_likelihood(self) -> bool:
+        """Whether all are distributions but for their scale, so that the loss is convex: probabilities may be given below 0."""
+        return not self.given.is_floating_point() or bool((self.given >= 0).all())
+
+    @property
     def weights(self) -> float:
         """What a mean is divided by: the weights of the classes that count, or the number of distributions."""
         if self.given.is_floating_point():

@@ -1,24 +1,23 @@
 """A network as a function of its parameters, frozen in the state it is in, and measured without leaving a trace."""
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import UninitializedParameter
 
-from secondorder.accelerator import random_states, set_random_states, with_random_numbers
+from secondorder.curvature.matrix_free.graph import graph_nodes
 from secondorder.curvature.matrix_free.layer_uses import LayerUse, recorded_uses
+from secondorder.curvature.matrix_free.module_state import ModuleState
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
-from secondorder.curvature.matrix_free.samples import Samples, arguments_of, floating_tensors, tensors_of
+from secondorder.curvature.matrix_free.plain_functions import PlainFunctions, needed_by
+from secondorder.curvature.matrix_free.random_state import RandomState
+from secondorder.curvature.matrix_free.samples import Samples, arguments_of, floating_tensors
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
-from secondorder.untouched import same_randomness
 
 WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 """Modules that only wrap a network, and the attribute that holds it: the network itself is evaluated."""
@@ -62,14 +61,19 @@ class FrozenNetwork:
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
                 raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
         self.parameters = {name: named[name] for name in chosen_names(named, params)}
+        for name, p in self.parameters.items():
+            if not p.is_floating_point():
+                raise InputError(f"parameter {name} is {p.dtype}; curvature is that of real floating-point numbers")
         own = {name: p.detach().clone() if copied else p.detach() for name, p in named.items()}
         self.weights = {name: own[name].requires_grad_() for name in self.parameters}
         self.constants = {name: p for name, p in own.items() if name not in self.weights}
         self._written = self._renormalised() if copied else []
         """The parameters that a forward pass writes into: each pass gets a copy of its own."""
         self._tried = not copied
+        self._plain: dict[Callable[..., Any], Callable[..., Any]] | None = None
+        """Functions of PyTorch that are to be replaced (`plain_functions`); None: no graph has told of them yet."""
         self.buffers = {self.prefix + name: b.detach().clone() for name, b in self.module.named_buffers()}
-        self.modes = [(part, part.training) for part in self.module.modules()]
+        self._modules = ModuleState(self.module)
         self.random = RandomState()
         self._output = output
         self.differentiates_images = False
@@ -91,21 +95,16 @@ class FrozenNetwork:
     ) -> tuple[Tensor, list[LayerUse]]:
         """f, and what went into and came out of the given layers in each use."""
         self.check_unchanged()
-        buffers = {name: b.clone() for name, b in self.buffers.items()}  # batch norm writes into them
-        state = {**self.constants, **buffers, **(self.weights if weights is None else weights)}
-        state |= {name: state[name].clone() for name in self._written}
-        state = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
         with (
-            _left_as_they_were(self.modes),
+            self.in_place(weights),
             self.random.replayed(part),
-            full_precision(tensors_of(images)[0]),
-            plain_attention(),
             recorded_uses(layers) as uses,
         ):
             x = images.clone()  # networks may write into their input
             for tensor in floating_tensors(x) if self.differentiates_images else ():
                 tensor.requires_grad_()
-            outputs = functional_call(self.module, state, *arguments_of(x))
+            args, kwargs = arguments_of(x)
+            outputs = self.module(*args, **kwargs)
             if self._output is not None:
                 outputs = self._output(outputs, len(images))
         if not self._tried:
@@ -113,10 +112,33 @@ class FrozenNetwork:
             if written := self._found_written():
                 self._written += written
                 return self.outputs_and_uses(images, weights, part, layers)
+        if self._plain is None and isinstance(outputs, Tensor) and outputs.requires_grad:
+            self._plain = needed_by(graph_nodes([outputs]))
+            if self._plain:
+                return self.outputs_and_uses(images, weights, part, layers)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
             got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network returns {got} for {len(images)} images; it must return one tensor [N, ...]")
         return outputs, uses
+
+    @contextmanager
+    def in_place(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Inside, the network's modules compute f of these weights (None: w): for its forward pass, and for backward passes.
+
+        Of those some parts are evaluated again (`torch.utils.checkpoint`).
+        """
+        buffers = {name: b.clone() for name, b in self.buffers.items()}  # batch norm writes into them
+        state = {**self.constants, **buffers, **(self.weights if weights is None else weights)}
+        state |= {name: state[name].clone() for name in self._written}
+        tensors = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
+        plain = PlainFunctions(self._plain) if self._plain else nullcontext()
+        with (
+            self._modules.with_tensors(tensors),
+            full_precision(next(iter(tensors.values()))),
+            plain_attention(),
+            plain,
+        ):
+            yield
 
     def _renormalised(self) -> list[str]:
         """The weights of embeddings that make their vectors no longer than `max_norm` whenever these are used."""
@@ -160,9 +182,8 @@ class FrozenNetwork:
 
     def couples_samples(self) -> str | None:
         """Why a sample's output depends on the other samples of the batch, as far as modules tell, or None."""
-        modes = dict(self.modes)
         for name, module in self.module.named_modules():
-            mode = modes[module]
+            mode = self._modules.modes[module]
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and (mode or module.running_mean is None):
                 return f"{self.prefix + name} ({type(module).__name__}) uses the statistics of the whole batch in training mode"
             if mode and isinstance(module, AdaptiveChannelDropout):
@@ -170,42 +191,6 @@ class FrozenNetwork:
                     f"{self.prefix + name} (AdaptiveChannelDropout) has one rate for the whole batch in training mode"
                 )
         return None
-
-
-class RandomState:
-    """The state of Python's, NumPy's and torch's random numbers, to be drawn from again and again."""
-
-    def __init__(self) -> None:
-        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        self.devices = with_random_numbers()
-        self.of_devices = random_states(self.devices)
-        self.drawn = False
-        """Whether anything has been drawn."""
-
-    @contextmanager
-    def replayed(self, part: int = 0) -> Iterator[None]:
-        """Draws inside start from this state (for part 0) or from seeds made from it; the present state comes back on exit."""
-        with same_randomness():
-            random.setstate(self.python)
-            np.random.set_state(self.numpy)  # noqa: NPY002
-            torch.set_rng_state(self.torch)
-            set_random_states(self.devices, self.of_devices)
-            if part > 0:
-                seed = (int(torch.randint(2**31, ())) + part) % 2**31
-                random.seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
-                torch.manual_seed(seed)
-            before = self._torch_states()
-            yield
-            numpy_same = all(np.array_equal(a, b) for a, b in zip(self.numpy, np.random.get_state(), strict=True))  # noqa: NPY002
-            self.drawn |= part == 0 and not (
-                random.getstate() == self.python
-                and numpy_same
-                and all(torch.equal(a, b) for a, b in zip(before, self._torch_states(), strict=True))
-            )
-
-    def _torch_states(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *random_states(self.devices)]
 
 
 def unwrapped(network: nn.Module) -> tuple[nn.Module, str]:
@@ -234,22 +219,6 @@ def chosen_names(named: Mapping[str, nn.Parameter], params: Iterable[str] | None
     if not wanted:
         raise InputError("params is empty; name at least one parameter, or use None for all that require gradients")
     return [name for name in named if name in wanted]
-
-
-@contextmanager
-def _left_as_they_were(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Modules in the given modes and without backward hooks; all their attributes are back on exit."""
-    before = [(module, dict(module.__dict__)) for module, _ in modes]
-    try:
-        for module, mode in modes:
-            module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # its gradient, whole and not by frequency
-                module.__dict__.update(sparse=False, scale_grad_by_freq=False)
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
 from secondorder.curvature.matrix_free.second_derivatives import check_network
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.operators import SymmetricOperator
-from secondorder.errors import failures_of
+from secondorder.errors import NonFiniteError, failures_of
 
 COLUMNS, SMALL_NETWORK = 16, 10_000
 """Columns at once, and up to how many parameters: 2 times faster at 828, but 1.7 times slower at 25,000 (CPU, float64)."""
@@ -37,6 +37,11 @@ class HessianOperator(SymmetricOperator):
                 result[:, columns] += torch.cat(
                     [H.reshape(len(H), -1) for H in part.hessian_products(self.loss, tangents)], 1
                 ).mT
+        if bool(V.isfinite().all()) and not bool(result.isfinite().all()):
+            raise NonFiniteError(
+                "a product with the Hessian is not finite: a second derivative of the network or loss is infinite or none there "
+                "(a square root or a norm at 0), or the numbers leave their format"
+            )
         return result
 
     def _groups(self, count: int) -> list[slice]:

@@ -21,11 +21,10 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.samples import Samples
 from secondorder.curvature.matrix_free.separable_losses import LossParts
-from secondorder.curvature.matrix_free.trial import trial_samples
-from secondorder.errors import InputError, failures_of
+from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
+from secondorder.errors import failures_of
 
 
 class Linearisation:
@@ -63,22 +62,20 @@ class Linearisation:
         weights = self.network.weights
         return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
 
-    @plain_attention()
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
         weights = [self.network.weights[name] for name in names]
         if not self.graph.requires_grad:
             return [torch.zeros_like(w) for w in weights]
-        with failures_of("a derivative of this network"):
+        with self.network.in_place(), failures_of("a derivative of this network"):
             return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
 
-    @plain_attention()
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
         if not self.graph.requires_grad:
             return [U.new_zeros(use.output_shape) for use in uses]
         edges = [use.output for use in uses]
-        with failures_of("a derivative of this network"):
+        with self.network.in_place(), failures_of("a derivative of this network"):
             gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
         return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
 
@@ -90,34 +87,24 @@ class Linearisation:
             for name, tangent in tangents.items():
                 weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
             z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
-        self._check_repeated(z)
+        check_repeated(z.reshape(self.z.shape), self.z)
         return torch.zeros_like(self.z) if tangent is None else tangent.detach().reshape(self.z.shape)
 
-    def _check_repeated(self, z: Tensor) -> None:
-        """InputError for outputs that are not those of the graph, up to the rounding of other kernels."""
-        again, size = z.reshape(self.z.shape), self.z.abs().max()
-        if not bool(((again - self.z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * size).all()):
-            raise InputError(
-                "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
-                "state that it keeps; use eval(), or draw from torch's default generator"
-            )
-
-    @plain_attention()
     def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
         if not self.graph.requires_grad:
             return torch.zeros_like(self.z)
         if self._adjoint is None:
             u = torch.zeros_like(self.z, requires_grad=True)
-            with torch.enable_grad():
+            with torch.enable_grad(), self.network.in_place():
                 gradient = torch.autograd.grad(
                     self.graph, list(self.network.weights.values()), u, create_graph=True, materialize_grads=True
                 )
             self._adjoint = u, dict(zip(self.network.weights, gradient, strict=True))
         u, gradients = self._adjoint
-        return along(gradients, tangents, [u])[0]
+        with self.network.in_place():
+            return along(gradients, tangents, [u])[0]
 
-    @plain_attention()
     def hessian_products(self, loss: LossParts, tangents: Mapping[str, Tensor]) -> list[Tensor]:
         """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
 
@@ -130,10 +117,11 @@ class Linearisation:
             with torch.enable_grad():
                 value = loss.part(self.rows).value(self.graph)
             weights = list(self.network.weights.values())
-            gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
+            with self.network.in_place():
+                gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
             self._gradient = dict(zip(self.network.weights, gradient, strict=True))
         inputs = [self.network.weights[name] for name in tangents]
-        with failures_of("a second derivative of this network and loss"):
+        with self.network.in_place(), failures_of("a second derivative of this network and loss"):
             if len(next(iter(tangents.values()))) > 1 and self._batches is not False:
                 found = self._batched_products(tangents, inputs)
                 if found is not None:

@@ -10,13 +10,15 @@ from secondorder.curvature.matrix_free.graph import graph_nodes
 from secondorder.curvature.matrix_free.loss_curvature import AnyLoss, loss_name
 from secondorder.curvature.matrix_free.second_derivatives import check, gradients
 from secondorder.errors import InputError, failures_of
+from secondorder.untouched import same_randomness
 
 
 def check_loss(loss: AnyLoss, z: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
     """InputError for a loss of outputs z `[N, K]` that also reads parameters whose curvature is asked for (weight decay).
 
-    And for one whose second derivatives are wrong.
+    And for one that differs from one evaluation to the next, and one whose second derivatives are wrong.
     """
+    _check_repeated(loss, z)
     with torch.enable_grad(), tracked(parameters.values()), failures_of(f"the loss {loss_name(loss.loss)}"):
         at = {"outputs": z.detach().requires_grad_()}
         value = loss.value(at["outputs"])
@@ -35,6 +37,19 @@ def check_loss(loss: AnyLoss, z: Tensor, parameters: Mapping[str, nn.Parameter])
         check(gradients(value, at), at, graph_nodes([value]), again, f"the loss {loss_name(loss.loss)}")
     if loss.separable and len(z) > 1:
         _check_sum(loss, z, float(value.detach()))
+
+
+def _check_repeated(loss: AnyLoss, z: Tensor) -> None:
+    """InputError for a loss that draws random numbers or keeps a state."""
+    with torch.enable_grad(), same_randomness(), failures_of(f"the loss {loss_name(loss.loss)}"):
+        before, z = torch.get_rng_state(), z.detach().requires_grad_()
+        value, again = loss.value(z).detach(), loss.value(z).detach()
+        drawn = not torch.equal(before, torch.get_rng_state())
+    if drawn or not torch.allclose(value, again, rtol=torch.finfo(z.dtype).eps ** 0.5, atol=0, equal_nan=True):
+        raise InputError(
+            f"{loss_name(loss.loss)} differs from one evaluation to the next, by random numbers (dropout, samples) or a state "
+            "that it keeps: no function of the outputs; draw before, and give what was drawn with the labels"
+        )
 
 
 def _check_sum(loss: AnyLoss, z: Tensor, value: float) -> None:

@@ -138,9 +138,9 @@ def loss_curvature(
         return _binary_cross_entropy(options, shape, labels, dtype, totals) or AnyLoss(loss, labels, shape)
     divisor = None if totals is None else totals.divisor
     if len(shape) > 2:
-        return _at_positions(options, shape, labels, dtype, divisor)
+        return _at_positions(options, shape, labels, dtype, divisor) or AnyLoss(loss, labels, shape)
     made = class_labels(options, shape, labels, dtype, divisor)
-    return CrossEntropy(made.total, made)
+    return CrossEntropy(made.total, made) if made.of_likelihood else AnyLoss(loss, labels, shape)
 
 
 def known(loss: Loss) -> bool:
@@ -190,7 +190,9 @@ def _options(loss: Loss) -> dict[str, Any] | None:
 def _changed(loss: nn.Module) -> bool:
     """Whether a module does something else than its type; BackPACK's hooks only look."""
     hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
-    return "forward" in vars(loss) or any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
+    if "forward" in vars(loss) or type(loss).__call__ is not nn.Module.__call__:
+        return True
+    return any(not getattr(hook, "__module__", "").startswith("backpack") for hook in hooks)
 
 
 def _squared_error(
@@ -212,8 +214,11 @@ def _squared_error(
 
 def _at_positions(
     options: Mapping[str, Any], shape: torch.Size, labels: Tensor, dtype: torch.dtype, divisor: float | None
-) -> CrossEntropyAtPositions:
-    """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs."""
+) -> CrossEntropyAtPositions | None:
+    """The cross-entropy of outputs `[N, C, ...]` with class indices `[N, ...]` or probabilities like the outputs.
+
+    None where it is not convex in them.
+    """
     N, C, *places = shape
     positions = torch.Size(places).numel()
     expected = [*shape] if labels.is_floating_point() else [N, *places]
@@ -224,7 +229,7 @@ def _at_positions(
         )
     flat = labels.flatten(2).transpose(1, 2).flatten(0, 1) if labels.is_floating_point() else labels.flatten()
     made = class_labels(options, torch.Size([N * positions, C]), flat, dtype, divisor)
-    return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions)
+    return CrossEntropyAtPositions(CrossEntropy(made.total, made), positions) if made.of_likelihood else None
 
 
 def _binary_cross_entropy(

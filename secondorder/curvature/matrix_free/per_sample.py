@@ -72,6 +72,11 @@ PER_SAMPLE: dict[type[nn.Module], dict[str, Callable[..., Tensor]]] = {
 """Layer type -> parameter -> (use, input, output gradients) -> gradients of the samples."""
 
 
+def without_batch(use: LayerUse) -> bool:
+    """Whether what went into a layer is a single sample, as linear layers and convolutions take it."""
+    return use.input.ndim <= layer_kind(use.layer).sample
+
+
 def sites(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Where each parameter sits: (layer, attribute), more than once for parameters that layers share."""
     found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in parameters}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.errors import failures_of
@@ -43,13 +42,12 @@ def sample_coupling(network: FrozenNetwork, images: Samples) -> str | None:
     except FAILURES:
         return f"the network cannot be evaluated for {len(images)} images"
     network.check_finite(z.detach(), x.detach())
-    if _gradients_are_mixed(z, x) or _company_matters(network, z.detach(), x.detach()):
+    if _gradients_are_mixed(network, z, x) or _company_matters(network, z.detach(), x.detach()):
         return COUPLED
     return None if network.random.drawn else _matters_alone(network, z.detach(), x.detach())
 
 
-@plain_attention()
-def _gradients_are_mixed(z: Tensor, x: Samples) -> bool:
+def _gradients_are_mixed(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
     numbers = [t for t in floating_tensors(x) if t.numel()]
     if not (numbers and z.requires_grad):
         return False
@@ -58,7 +56,7 @@ def _gradients_are_mixed(z: Tensor, x: Samples) -> bool:
         random_like(z, source),
         sample_scales(z.detach()[(...,) + (0,) * (z.ndim - 1)], source, min(len(x), DIFFERENT)),
     )
-    with failures_of("a derivative of this network"):
+    with network.in_place(), failures_of("a derivative of this network"):
         alike, scaled = (
             torch.autograd.grad(z, numbers, s, retain_graph=True, allow_unused=True) for s in (u, _by_sample(c, z) * u)
         )

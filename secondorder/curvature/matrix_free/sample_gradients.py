@@ -12,7 +12,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
-from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded
+from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded, without_batch
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 
 
@@ -82,6 +82,7 @@ class SampleGradients:
         return (
             bool(used)
             and all(use.intact and len(use.input) == use.output_shape[0] == len(part.z) for use in used)
+            and not any(map(without_batch, used))
             and all(attribute in PER_SAMPLE.get(type(layer), {}) for layer, attribute in places)
         )
 

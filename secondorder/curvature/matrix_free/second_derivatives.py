@@ -2,8 +2,9 @@
 
 A gradient g(w) is itself differentiated for products H v = dg/dw v. That goes wrong without a word where a function's backward
 pass is not differentiable (`once_differentiable`: its part is missing), takes for constants what it has kept in `ctx`, or has a
-wrong derivative of its own (`torch._weight_norm`). Tried on random vectors, u . H v = v . H u; and where a network or loss has
-autograd Functions that nobody has tested, in numbers of 64 bits, H v = (g(w + h v) - g(w - h v)) / 2 h.
+wrong derivative of its own (those of PyTorch that are known have been replaced, see `plain_functions`). Tried on random vectors,
+u . H v = v . H u; and where a network or loss has autograd Functions that nobody has tested, in numbers of 64 bits,
+H v = (g(w + h v) - g(w - h v)) / 2 h.
 """
 
 import math
@@ -17,17 +18,14 @@ from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
 from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, along
-from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError
 
 Gradient = Callable[[Mapping[str, Tensor]], list[Tensor]]
 """Tensors that require gradients, by name -> the gradients of a function with respect to them, with a graph."""
 
-ONCE, WEIGHT_NORM = "torch::autograd::Error", "WeightNormInterfaceBackward0"
-LAYER_NORM = "NativeLayerNormBackwardBackward0"
-"""Nodes: what stands for a backward pass that cannot be differentiated, PyTorch's weight_norm where that is wrong, and the
-gradient of its layer_norm, whose second derivative is wrong."""
+ONCE = "torch::autograd::Error"
+"""The node that stands for a backward pass which cannot be differentiated."""
 IMAGES = 2
 SYMMETRIC = 0.4
 """Power of the rounding unit above which no rounding is to blame."""
@@ -37,7 +35,6 @@ DIFFERENCE, NOISE = 1e-4, 1e-5
 """Share of H v, and of the gradient, up to which rounding makes differences: about 1e-8 at h."""
 
 
-@plain_attention()
 def check_network(jacobian: Jacobian) -> None:
     """InputError where the second derivative of the network with respect to its parameters is wrong, tried on two images."""
     trial = jacobian.trial(IMAGES)
@@ -52,12 +49,14 @@ def check_network(jacobian: Jacobian) -> None:
 
     def again(weights: Mapping[str, Tensor]) -> list[Tensor]:
         z = trial.network.outputs(trial.images, weights, trial.part)
-        return gradients(value(z.reshape(towards.shape)), weights)
+        with trial.network.in_place(weights):
+            return gradients(value(z.reshape(towards.shape)), weights)
 
     weights = trial.network.weights
-    with torch.enable_grad():
-        g = gradients(value(trial.graph), weights)
-    check(g, weights, trial.nodes, again, "the network", "use quantity 'ggn'")
+    with trial.network.in_place():
+        with torch.enable_grad():
+            g = gradients(value(trial.graph), weights)
+        check(g, weights, trial.nodes, again, "the network", "use quantity 'ggn'")
 
 
 def check(
@@ -78,7 +77,6 @@ def check(
         what: the function is.
         way_out: for the message.
     """
-    own = {node.name() for node in nodes}
     nodes = [*nodes, *graph_nodes(g)]
     names, functions = {node.name() for node in nodes}, custom_functions(nodes)
     if not functions and not any(t.requires_grad for t in g):
@@ -86,10 +84,6 @@ def check(
     cause = f"a function of {what}"
     if functions:
         cause = f"the autograd Function {' or '.join(functions)}"
-    elif WEIGHT_NORM in names:
-        cause = "PyTorch's weight_norm"
-    elif LAYER_NORM in own:
-        cause = "PyTorch's layer_norm, which the network differentiates itself,"
     if ONCE in names:
         raise InputError(
             f"{cause} can be differentiated once only (once_differentiable), and would have no part in second derivatives; "

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
+from secondorder.errors import InputError
 
 ALL, FEW, SHARE = 8, 2, 32
 """Images: of so many formulas are tried on all, of more on one in 32, but two."""
@@ -46,3 +47,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """a . b in the widest format of the device."""
     wide = widest(a.device)
     return a.flatten().to(wide) @ b.flatten().to(wide)
+
+
+def check_repeated(again: Tensor, z: Tensor) -> None:
+    """InputError for outputs of another evaluation that are not these, up to the rounding of other kernels."""
+    if not bool(((again - z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()).all()):
+        raise InputError(
+            "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
+            "state that it keeps; use eval(), or draw from torch's default generator"
+        )

@@ -1,0 +1,65 @@
+"""A network's own modules with other tensors in them, in given modes, and then as they were.
+
+`torch.func.functional_call` swaps tensors in a forward pass, and leaves ours behind in a module that has two names. A backward
+pass needs them, too: what `torch.utils.checkpoint` has dropped is made by the modules once more.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+CONTAINERS = (dict, OrderedDict, list, set, deque)
+"""What modules hold parameters, buffers and parts in, and things of their own."""
+
+
+class ModuleState:
+    """The modules of a network, the modes they are in now, and where each parameter and buffer is, by the first of its names."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.modes = {module: module.training for module in network.modules()}
+        named = [*network.named_parameters(), *network.named_buffers()]
+        names = {id(tensor): name for name, tensor in named}
+        self._places: list[tuple[MutableMapping[str, Any], str, str]] = [
+            (held, attribute, names[id(tensor)])
+            for module in self.modes
+            for held in (module._parameters, module._buffers)
+            for attribute, tensor in held.items()
+            if tensor is not None
+        ]
+
+    @contextmanager
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the modules hold these tensors in place of theirs, in their modes, without backward hooks.
+
+        Then attributes, and lists and dictionaries among them, are as before: what a forward pass remembers is forgotten.
+        """
+        before = [
+            (m, dict(m.__dict__), [(c, copy(c)) for c in m.__dict__.values() if type(c) in CONTAINERS])
+            for m in self.modes
+        ]
+        scripted = [(held, name, held[name]) for held, name, _ in self._places if not isinstance(held, dict)]
+        try:
+            for module, mode in self.modes.items():
+                module.__dict__.update(training=mode, _backward_hooks={}, _backward_pre_hooks={})
+            for held, attribute, name in self._places:
+                held[attribute] = tensors[name]
+            yield
+        finally:
+            for module, attributes, containers in before:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                for container, contents in containers:
+                    _put_back(container, contents)
+            for held, name, tensor in scripted:
+                held[name] = tensor
+
+
+def _put_back(container: Any, contents: Any) -> None:
+    if not (container or contents):
+        return
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(contents)
