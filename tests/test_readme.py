@@ -171,6 +171,15 @@ def test_curvature() -> None:
     assert loaded["spectrum"] == page["spectral_summary"](page["ggn"])
 
 
+def test_costs_of_curvature() -> None:
+    page = of("curvature")
+    cost = page["cost"]
+    assert page["costs"].samples == 512
+    assert cost.product.seconds == cost.product.flops / 5e10
+    assert cost.method == "lanczos"
+    assert cost.product.seconds < cost.summary.seconds < cost.summary_most.seconds
+
+
 def test_data_sets_and_structures_in_curvature() -> None:
     ns = of("curvature")
     images, labels = ns["data"].tensors

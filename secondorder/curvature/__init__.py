@@ -3,6 +3,7 @@
 blocks        `curvature_blocks`: GGN, Hessian, Fisher, K-FAC, EKFAC of any network, matrix-free
 activations   `activation_curvature`: the same with respect to images or to what a module puts out
 jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in float64, and their `half_rank_condition`
+costs         `curvature_costs`: FLOPs, memory and seconds of all this before it is computed
 saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
 operators     what a block is: a symmetric operator: products, dense matrix, eigenvalues, a SciPy view
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
@@ -11,12 +12,14 @@ backpack      BackPACK's quantities through covariance heads and the paper's net
 """
 
 from secondorder.curvature.activations import ActivationCurvature, activation_curvature
-from secondorder.curvature.blocks import QUANTITIES, CurvatureBlocks, curvature_blocks
+from secondorder.curvature.blocks import curvature_blocks
+from secondorder.curvature.costs import BlockCosts, Cost, CurvatureCosts, curvature_costs
 from secondorder.curvature.kronecker.blocks import kronecker_parameters
 from secondorder.curvature.kronecker.fidelity import Fidelity, fidelity, fidelity_table
 from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
 from secondorder.curvature.operators import DampedOperator, damped_inverse
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
+from secondorder.curvature.quantities import QUANTITIES, CurvatureBlocks
 from secondorder.curvature.saving import load_curvature, save_curvature
 from secondorder.curvature.spectrum import (
     SpectralDensity,
@@ -32,7 +35,10 @@ from secondorder.curvature.spectrum import (
 __all__ = [
     "QUANTITIES",
     "ActivationCurvature",
+    "BlockCosts",
+    "Cost",
     "CurvatureBlocks",
+    "CurvatureCosts",
     "DampedOperator",
     "Fidelity",
     "OutputJacobians",
@@ -42,6 +48,7 @@ __all__ = [
     "TopEigenvalues",
     "activation_curvature",
     "curvature_blocks",
+    "curvature_costs",
     "damped_inverse",
     "fidelity",
     "fidelity_table",

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secondorder.curvature.blocks import QUANTITIES, curvature_blocks
+from secondorder.curvature.blocks import curvature_blocks
 from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
 from secondorder.curvature.matrix_free.loss_curvature import Loss
 from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.quantities import QUANTITIES
 from secondorder.errors import InputError, check_known, failures_of
 from secondorder.untouched import untouched
 

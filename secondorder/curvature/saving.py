@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from secondorder.atomic import read_regular, write_atomically
-from secondorder.curvature.blocks import CurvatureBlocks
 from secondorder.curvature.kronecker.fidelity import Fidelity
 from secondorder.curvature.operators import (
     BlockDiagonalOperator,
@@ -34,6 +33,7 @@ from secondorder.curvature.operators import (
     WoodburyOperator,
 )
 from secondorder.curvature.output_jacobians import OutputJacobians
+from secondorder.curvature.quantities import CurvatureBlocks
 from secondorder.curvature.spectrum import (
     DensityCurve,
     DiagonalEstimate,

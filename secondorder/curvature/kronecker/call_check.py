@@ -40,6 +40,8 @@ def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by
         by_image: whether the sums over a layer's positions must be those of an image. Where images act on one another nothing
             tells.
     """
+    if not jacobian.network.has_numbers:
+        return
     part, source = jacobian.trial(), torch.Generator().manual_seed(0)
     u = random_like(part.z, source)
     truth = dict(zip(layers, part.pull_back(u, list(layers)), strict=True))

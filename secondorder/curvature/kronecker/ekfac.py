@@ -35,6 +35,7 @@ from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import over_positions
 from secondorder.curvature.matrix_free.sample_gradients import pulled_columns, slices
+from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
 from secondorder.errors import NonFiniteError
 
@@ -109,7 +110,7 @@ def _eigenbasis(factor: SymmetricOperator) -> Tensor:
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Those of a symmetric matrix. NonFiniteError where it has none in its number format."""
     with suppress(torch.linalg.LinAlgError):
-        if bool(matrix.isfinite().all()):
+        if all_finite(matrix):
             return torch.linalg.eigh(matrix).eigenvectors
     raise NonFiniteError(
         f"a Kronecker factor {list(matrix.shape)} with numbers up to {float(matrix.abs().max()):.2g} has no eigenbasis in "

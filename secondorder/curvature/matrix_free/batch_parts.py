@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,31 @@ def probed(
     """Evaluate and differentiate the network on a few samples of a batch, as many as `available` bytes allow."""
     available = budget(None, network.device) if available is None else available
     x = images[:PROBE].detach()
+    z, probe = evaluated(network, images, layers or {})
+    network.check_finite(z, x)
+    if past := captured(z, network.parameters):
+        raise InputError(
+            f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
+            "read it as an attribute of its module"
+        )
+    with torch.enable_grad():  # for derivatives within the network
+        check_repeated(network.outputs(x).detach(), z.detach())
+    check_backward(network, z)
+    few = trial_samples(images, available // max(1, probe.sample_bytes), COMPANY)
+    return probe if probe.coupling else replace(probe, coupling=sample_coupling(network, images[few]))
+
+
+def evaluated(
+    network: FrozenNetwork, images: Samples, layers: Mapping[nn.Module, nn.Module | None]
+) -> tuple[Tensor, Probe]:
+    """Outputs of two samples, and what can be told of them without their numbers: of coupling what kinds of modules tell.
+
+    InputError for a network that fails, or whose outputs have no curvature.
+    """
+    x = images[:PROBE].detach()
     try:
         with torch.enable_grad(), tracked(network.parameters.values()):
-            z, uses, saved_bytes = _evaluated(network, x, layers or {})
+            z, uses, saved_bytes = _evaluated(network, x, layers)
     except InputError:
         raise
     except TypeError:
@@ -67,34 +89,25 @@ def probed(
         raise InputError(
             f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
         )
-    network.check_finite(z, x)
-    if past := captured(z, network.parameters):
-        raise InputError(
-            f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
-            "read it as an attribute of its module"
-        )
-    with torch.enable_grad():  # for derivatives within the network
-        check_repeated(network.outputs(x).detach(), z.detach())
-    check_backward(network, z)
+    shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in layers}
+    for use in uses:
+        shapes[use.layer].append(use.output_shape)
     sample_bytes = saved_bytes // len(x) + x[:1].nbytes
-    few = trial_samples(images, available // max(1, sample_bytes), COMPANY)
-    coupling = network.couples_samples() or sample_coupling(network, images[few])
-    shapes = {layer: [use.output_shape for use in uses if use.layer is layer] for layer in layers or {}}
-    return Probe(z.shape[1:], z.dtype, sample_bytes, coupling, shapes)
+    return z, Probe(z.shape[1:], z.dtype, sample_bytes, network.couples_samples(), shapes)
 
 
 def _evaluated(
     network: FrozenNetwork, x: Samples, layers: Mapping[nn.Module, nn.Module | None]
 ) -> tuple[Tensor, list[LayerUse], int]:
     """Outputs, uses of the layers, and the bytes that the graph holds beside the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in (*network.weights.values(), *network.constants.values())}
+    known = {t.untyped_storage()._cdata for t in (*network.weights.values(), *network.constants.values())}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         with suppress(RuntimeError):  # zeros without storage, which forward mode has for tangents
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
+            if storage._cdata not in known:
+                saved[storage._cdata] = storage.nbytes()
         return tensor
 
     def keep(tensor: Tensor) -> Tensor:

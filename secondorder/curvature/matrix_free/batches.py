@@ -77,7 +77,7 @@ class Batch:
         both = (*tensors_of(self.inputs), *tensors_of(self.labels))
         if any(t.is_nested or t.layout != torch.strided for t in both):
             raise InputError("images or labels are sparse or nested tensors; use .to_dense(), or pad them")
-        if any(t.is_meta for t in both):
+        if network.has_numbers and any(t.is_meta for t in both):
             raise InputError("images or labels are on the device 'meta', which holds no numbers")
         if any(t.ndim == 0 for t in both) or len(self) == 0 or len(self) != len(self.labels):
             shapes = f"images {described(self.inputs)} and labels {described(self.labels)}"
@@ -88,7 +88,7 @@ class Batch:
                 raise InputError(
                     f"the images are {images.dtype}, the network is {network.dtype}; convert one of them with .to()"
                 )
-            if not torch.isfinite(images).all():
+            if network.has_numbers and not torch.isfinite(images).all():
                 raise NonFiniteError("the images contain NaN or infinity")
 
 

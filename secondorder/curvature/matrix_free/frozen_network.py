@@ -15,6 +15,7 @@ from secondorder.curvature.matrix_free.plain_attention import plain_attention
 from secondorder.curvature.matrix_free.plain_functions import PlainFunctions, needed_by
 from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.curvature.matrix_free.samples import Samples, arguments_of, floating_tensors
+from secondorder.curvature.matrix_free.trial import all_finite, has_numbers
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
@@ -35,7 +36,7 @@ class FrozenNetwork:
     were: mode, attributes, hooks and random state. Backward hooks do not run; forward hooks do, they may change the output.
     Every evaluation draws the same random numbers (dropout masks). Raises InputError for a network without parameters,
     unknown names, numbers of fewer than 32 bits, images that are not finite, and when parameters were changed after the
-    construction.
+    construction. `meta`: parameters may be on the device meta, of a network of which only shapes matter.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FrozenNetwork:
         params: Iterable[str] | None = None,
         copied: bool = False,
         output: Callable[[Any, int], Tensor] | None = None,
+        meta: bool = False,
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise InputError(
@@ -56,7 +58,7 @@ class FrozenNetwork:
         for name, p in named.items():
             if isinstance(p, UninitializedParameter):
                 raise InputError(f"parameter {name} is not initialised yet; run the network once before")
-            if p.is_meta:
+            if p.is_meta and not meta:
                 raise InputError(f"parameter {name} is on the device 'meta', which holds no numbers")
             if p.is_floating_point() and torch.finfo(p.dtype).bits < 32:
                 raise InputError(f"parameter {name} is {p.dtype}, too short for curvature; use network.float()")
@@ -81,6 +83,11 @@ class FrozenNetwork:
         first = next(iter(self.weights.values()))
         self.device, self.dtype = first.device, first.dtype
         self._versions = [(name, p, p._version) for name, p in named.items()]
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether its parameters hold numbers, and formulas can be tried on it."""
+        return all(map(has_numbers, self.weights.values()))
 
     def outputs(self, images: Samples, weights: Mapping[str, Tensor] | None = None, part: int = 0) -> Tensor:
         """f `[N, ...]`. `part` counts the parts of a batch that is evaluated in pieces: each has random numbers of its own."""
@@ -164,7 +171,7 @@ class FrozenNetwork:
 
     def check_finite(self, outputs: Tensor, images: Samples, part: int = 0) -> None:
         """NonFiniteError that names the first module with a NaN or an infinity in its output, if f has one."""
-        if torch.isfinite(outputs).all():
+        if all_finite(outputs):
             return
         found: list[str] = []
         handles = [

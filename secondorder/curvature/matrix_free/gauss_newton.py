@@ -34,7 +34,7 @@ class GaussNewtonOperator(SymmetricOperator):
         self.matrix = matrix
         self.names = list(names)
         self.memory = memory
-        self._gradients = SampleGradients(jacobian, matrix, self.names)
+        self.gradients = SampleGradients(jacobian, matrix, self.names)
 
     def _matmat(self, V: Tensor) -> Tensor:
         if self.jacobian.forward_mode is None:
@@ -62,7 +62,7 @@ class GaussNewtonOperator(SymmetricOperator):
         )
         rows = torch.empty(N, R, self.size, dtype=self.dtype, device=self.device)
         with full_precision(rows):
-            for samples, columns, block in self._gradients.blocks():
+            for samples, columns, block in self.gradients.blocks():
                 rows[samples, columns] = block
         return rows.flatten(0, 1)
 
@@ -91,11 +91,11 @@ class GaussNewtonOperator(SymmetricOperator):
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
         self.check_dense(limit)
-        if not self.matrix.factored or self._products_are_fewer():
+        if not self.matrix.factored or self.products_are_fewer():
             return super().dense(limit)
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         with full_precision(matrix):
-            for _, _, block in self._gradients.blocks():
+            for _, _, block in self.gradients.blocks():
                 rows = block.flatten(0, 1)
                 matrix.addmm_(rows.mT, rows)
         return mirror_(matrix)
@@ -106,7 +106,7 @@ class GaussNewtonOperator(SymmetricOperator):
             return super().diagonal()
         diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         with full_precision(diagonal):
-            for _, _, block in self._gradients.blocks():
+            for _, _, block in self.gradients.blocks():
                 diagonal += block.square().sum((0, 1))
         return diagonal
 
@@ -115,20 +115,21 @@ class GaussNewtonOperator(SymmetricOperator):
 
         Raises InputError when that one takes more than `limit` bytes.
         """
-        if not self._gram_is_smaller():
+        if not self.gram_is_smaller():
             return super().eigenvalues(limit)
         values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
         return F.pad(values, (self.size - len(values), 0))
 
     def frobenius_norm(self) -> Tensor:
         """|J^T M J|_F, that of the smaller of the matrix and the Gram matrix of its factor; a scalar tensor."""
-        return norm_at_any_scale(self.gram() if self._gram_is_smaller() else self.dense())
+        return norm_at_any_scale(self.gram() if self.gram_is_smaller() else self.dense())
 
-    def _gram_is_smaller(self) -> bool:
+    def gram_is_smaller(self) -> bool:
+        """Whether the Gram matrix of the factor is known and smaller than the matrix."""
         return self.matrix.factored and len(self.jacobian.images) * self.columns < self.size
 
-    def _products_are_fewer(self) -> bool:
-        """Coupled samples: every row takes a pull-back through the whole batch, a product about two."""
+    def products_are_fewer(self) -> bool:
+        """Whether P products take less than rows. Of coupled samples a row takes a pull-back through all, a product about two."""
         return self.jacobian.coupled and len(self.jacobian.images) * self.columns > 2 * self.size
 
     def _check_factored(self) -> None:

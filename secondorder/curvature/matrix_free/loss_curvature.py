@@ -22,6 +22,7 @@ from secondorder.curvature.matrix_free.separable_losses import (
     Totals,
 )
 from secondorder.curvature.matrix_free.several_labels import BinaryCrossEntropy, CrossEntropyAtPositions
+from secondorder.curvature.matrix_free.trial import has_numbers
 from secondorder.errors import InputError, failures_of, short
 
 Loss = Callable[[Any, Any], Tensor]
@@ -79,7 +80,7 @@ class AnyLoss(LossCurvature):
         Raises InputError for a loss that has no M (`linear_losses`).
         """
         MU = self._derivative_along(z, U)
-        if not bool(MU.any()) and bool(U.any()):
+        if has_numbers(MU) and not bool(MU.any()) and bool(U.any()):
             check_curved(loss_name(self.loss), self.gradient, self._derivative_along, z, self._outputs_as_labels)
         return MU
 

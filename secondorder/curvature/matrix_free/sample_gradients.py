@@ -46,16 +46,19 @@ class SampleGradients:
         Those with rules that are right, and that the network reads in calls of their layers only.
         """
         if self._right is None:
-            self._right = [] if self.jacobian.coupled else self._tried(self.jacobian.trial())
+            self._right = [] if self.jacobian.coupled else self._tried()
         known = [name for name in self._right if self._has_rules(part, name)]
         elsewhere = part.used_elsewhere({name: [layer for layer, _ in self.sites[name]] for name in known})
         return [name for name in known if name not in elsewhere]
 
-    def _tried(self, trial: Linearisation) -> list[str]:
+    def _tried(self) -> list[str]:
         """The parameters for which sum_n c_n row_n = J^T (c u), with random u `[n, K]` and a scale c_n of each sample.
 
         The scales tell whether each row is that of its own sample: a layer's first dimension may be another one.
         """
+        if not self.jacobian.network.has_numbers:
+            return self.names
+        trial = self.jacobian.trial()
         known = [name for name in self.names if self._has_rules(trial, name)]
         source = torch.Generator().manual_seed(0)
         u, c = random_like(trial.z, source), sample_scales(trial.z, source)

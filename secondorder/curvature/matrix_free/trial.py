@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
@@ -11,13 +12,25 @@ ALL, FEW, SHARE = 8, 2, 32
 """Images: of so many formulas are tried on all, of more on one in 32, but two."""
 
 
-def trial_samples(images: Samples, most: int, few: int = FEW) -> Tensor:
-    """The places of a few images of a batch, in order: those with the largest norm, which no black one has.
+def has_numbers(x: Tensor) -> bool:
+    """Whether a tensor holds numbers; those of an estimate of costs have shapes only, and nothing can be tried on them."""
+    return not is_fake(x)
 
-    At most `most` of them, but two if there are; of more than ALL at least `few`.
-    """
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite."""
+    return not has_numbers(x) or bool(torch.isfinite(x).all())
+
+
+def trial_count(N: int, most: int, few: int = FEW) -> int:
+    """How many images of N: at most `most`, but two if there are; of more than ALL at least `few`."""
+    return min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
+
+
+def trial_samples(images: Samples, most: int, few: int = FEW) -> Tensor:
+    """The places of a few images of a batch, in order: those with the largest norm, which no black one has; see `trial_count`."""
     N = len(images)
-    count = min(N if N <= ALL else max(few, N // SHARE), max(2, most), N)
+    count = trial_count(N, most, few)
     numbers = floating_tensors(images)
     if not numbers:
         return torch.arange(count, device=tensors_of(images)[0].device) * N // count
@@ -51,7 +64,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def check_repeated(again: Tensor, z: Tensor) -> None:
     """InputError for outputs of another evaluation that are not these, up to the rounding of other kernels."""
-    if not bool(((again - z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()).all()):
+    if has_numbers(z) and not bool(((again - z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()).all()):
         raise InputError(
             "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
             "state that it keeps; use eval(), or draw from torch's default generator"

@@ -21,6 +21,8 @@ from secondorder.curvature.spectrum.estimate import Estimate, between, exact, ha
 from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.products import (
+    PROBES,
+    STEPS,
     affordable,
     check_count,
     check_name,
@@ -175,8 +177,8 @@ def exact_density(eigenvalues: Tensor, zero: float) -> SpectralDensity:
 def spectral_density(
     operator: SymmetricOperator,
     *,
-    probes: int = 10,
-    steps: int = 80,
+    probes: int = PROBES,
+    steps: int = STEPS,
     deflate: int = 0,
     zero: float | None = None,
     seed: int = 0,

@@ -16,6 +16,7 @@ from torch import Tensor
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.krylov_basis import KrylovBasis, RitzPairs
 from secondorder.curvature.spectrum.products import (
+    MAX_ITERATIONS,
     affordable,
     check_count,
     check_name,
@@ -59,7 +60,7 @@ def top_eigenvalues(
     which: str = "largest",
     *,
     tolerance: float | None = None,
-    max_iterations: int = 300,
+    max_iterations: int = MAX_ITERATIONS,
     block: int = 1,
     seed: int = 0,
     memory: int | None = None,

@@ -18,6 +18,10 @@ from secondorder.errors import InputError, NonFiniteError, check_known, check_nu
 
 MEMORY = 2 * 2**30  # bytes of float64 vectors that an estimator may always hold at a time, where it is given no budget
 DOUBLE = 8  # bytes
+PROBES, STEPS, DEFLATE = 10, 80, 10
+"""Random vectors, steps of Lanczos from each, and eigenvalues of largest magnitude that are computed by themselves."""
+MAX_ITERATIONS = 300
+"""Products in the search for extreme eigenvalues."""
 MOST = 2**31 - 1  # of everything that is counted
 COLUMNS = 64  # vectors multiplied at a time where their number is free
 

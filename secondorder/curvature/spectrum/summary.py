@@ -31,6 +31,9 @@ from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size,
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.open_numbers import exact_numbers, largest_magnitude, quadrature_numbers
 from secondorder.curvature.spectrum.products import (
+    DEFLATE,
+    PROBES,
+    STEPS,
     check_count,
     check_name,
     check_operator,
@@ -90,9 +93,9 @@ def spectral_summary(
     method: str = "auto",
     *,
     threshold: float | None = None,
-    probes: int = 10,
-    steps: int = 80,
-    deflate: int = 10,
+    probes: int = PROBES,
+    steps: int = STEPS,
+    deflate: int = DEFLATE,
     seed: int = 0,
     memory: int | None = None,
 ) -> SpectralSummary:
@@ -205,9 +208,9 @@ def summary_table(
     method: str = "auto",
     *,
     threshold: float | None = None,
-    probes: int = 10,
-    steps: int = 80,
-    deflate: int = 10,
+    probes: int = PROBES,
+    steps: int = STEPS,
+    deflate: int = DEFLATE,
     seed: int = 0,
     memory: int | None = None,
 ) -> pd.DataFrame:
