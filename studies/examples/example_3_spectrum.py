@@ -6,8 +6,6 @@ The spectrum of a curvature block
 where they do not.
 """
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -18,7 +16,7 @@ from secondorder.networks import network
 torch.manual_seed(0)
 batch = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
 weight = "features.stage2.0.conv2.weight"
-blocks: dict[str, Any] = {}
+blocks = {}
 for head in ("gap", "gcp"):
     model = network("cifar_resnet8", head, num_classes=10).eval()
     blocks[head] = curvature_blocks(model, nn.CrossEntropyLoss(), batch, "ggn", [weight])[weight]
@@ -28,7 +26,7 @@ print(f"largest {summary.largest.value:.3g}, trace {summary.trace.value:.3g}, co
 # %%
 # Of the 9,216 directions of this block at most 72 have any curvature: 8 images, 9 independent outputs each.
 for head, ggn in blocks.items():
-    density = spectral_density(ggn.factored())  # products with the factor cost nothing
+    density = spectral_density(ggn)
     print(f"{head}: share of zero eigenvalues {density.zero_share.value:.4f}")
     curve = density.curve(scale="symlog")
     plt.plot(curve.position, curve.density, label=head)

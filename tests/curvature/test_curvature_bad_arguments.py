@@ -116,7 +116,10 @@ OPERATORS: dict[str, tuple[Callable[[], Any], str]] = {
         r"a product with an operator of shape \[2, 2\] needs a tensor",
     ),  # type: ignore[operator]
     "limit": (lambda: DiagonalOperator(torch.ones(2)).dense("x"), "limit must be a number above 0, got 'x'; in bytes"),  # type: ignore[arg-type]
-    "memory": (lambda: spectral_density(two(), memory="2 GiB"), "memory must be a finite number above 0, got '2 GiB'"),  # type: ignore[arg-type]
+    "memory": (
+        lambda: spectral_density(two(), "lanczos", memory="2 GiB"),
+        "memory must be a finite number above 0, got '2 GiB'",
+    ),  # type: ignore[arg-type]
     "memory nan": (
         lambda: top_eigenvalues(two(), 1, memory=float("nan")),
         "memory must be a finite number above 0, got nan",

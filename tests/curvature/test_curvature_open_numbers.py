@@ -51,7 +51,7 @@ def test_errors_reach_to_the_truth(spectrum: str) -> None:
 @pytest.mark.parametrize("spectrum", HIDDEN)
 def test_shares_within_their_errors(spectrum: str) -> None:
     truth = HIDDEN[spectrum]
-    found = spectral_density(DiagonalOperator(truth), probes=6, steps=20)
+    found = spectral_density(DiagonalOperator(truth), method="lanczos", probes=6, steps=20)
     zero = 1e-8 * float(truth.abs().max())
     want = float((truth.abs() <= zero).double().mean())
     assert abs(found.zero_share.value - want) <= 4 * found.zero_share.error + 1e-12
@@ -80,7 +80,7 @@ def test_errors_are_small_where_lanczos_sees_everything() -> None:
 def test_an_extreme_that_has_not_converged_may_be_passed() -> None:
     truth = values(torch.logspace(-6, 0, 150, dtype=F64))
     for steps in (4, 8, 16):
-        bounds = spectral_density(DiagonalOperator(truth), probes=10, steps=steps).bounds
+        bounds = spectral_density(DiagonalOperator(truth), method="lanczos", probes=10, steps=steps).bounds
         assert bounds is not None
         low, high = float(bounds.quadrature.nodes.min()), float(bounds.quadrature.nodes.max())
         assert low - float(truth[0]) <= bounds.reach(low, upwards=False) < 0.5
@@ -108,7 +108,7 @@ def test_bounds_hold_for_every_point_and_probe() -> None:
     for truth in (HIDDEN["decaying on both sides"], HIDDEN["tight cluster below a gap"]):
         for dtype, rounding in ((F64, 1e-12), (torch.float32, 1e-7)):  # of masses, where products are rounded
             operator = MatrixFree(truth.diag().to(dtype))
-            found = spectral_density(operator, probes=3, steps=15).bounds
+            found = spectral_density(operator, method="lanczos", probes=3, steps=15).bounds
             assert found is not None
             v = torch.randn(160, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
             masses = (v / v.norm(dim=0)).square().mT

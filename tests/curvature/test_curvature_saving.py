@@ -102,8 +102,10 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "exact summary": lambda: spectral_summary(DenseOperator(positive(7, 1))),
     "summary of zero": lambda: spectral_summary(DenseOperator(torch.zeros(3, 3))),
     "summary by Lanczos": lambda: spectral_summary(DenseOperator(positive(40, 1)), "lanczos", probes=3, steps=9),
-    "density": lambda: spectral_density(DenseOperator(positive(40, 1)), probes=3, steps=9, deflate=2),
-    "curve": lambda: spectral_density(DenseOperator(positive(40, 1)), probes=3, steps=9).curve(points=20),
+    "density": lambda: spectral_density(DenseOperator(positive(40, 1)), method="lanczos", probes=3, steps=9, deflate=2),
+    "curve": lambda: spectral_density(DenseOperator(positive(40, 1)), method="lanczos", probes=3, steps=9).curve(
+        points=20
+    ),
     "eigenvalues": lambda: top_eigenvalues(DenseOperator(positive(9, 1)), 2),
     "diagonal estimate": lambda: diagonal_estimate(DenseOperator(positive(9, 1)), probes=3),
     "fidelity": lambda: fidelity(kronecker(), DenseOperator(kronecker().dense())),

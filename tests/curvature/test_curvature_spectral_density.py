@@ -18,13 +18,39 @@ def within(estimate: tuple[float, float], truth: float, errors: float = 4, round
     return abs(estimate[0] - truth) <= errors * estimate[1] + rounding * abs(truth)
 
 
+@pytest.mark.parametrize("spectrum", sorted(SPECTRA))
+def test_it_is_exact_where_that_is_cheap(spectrum: str) -> None:
+    truth = SPECTRA[spectrum]
+    found = spectral_density(DiagonalOperator(truth))
+    assert found.is_exact
+    assert found.nodes[0].tolist() == sorted(truth.tolist())
+    assert found.trace.error == 0.0
+    assert found.zero == pytest.approx(len(truth) * torch.finfo(F64).eps * float(truth.abs().max()))
+    assert not spectral_density(DiagonalOperator(truth), "lanczos", probes=2, steps=3).is_exact
+
+
+def test_a_large_operator_is_not_decomposed_unless_that_is_asked_for() -> None:
+    calls: list[int] = []
+
+    class Large(MatrixFree):
+        def eigenvalues(self, limit: int = 0) -> torch.Tensor:
+            calls.append(self.size)
+            return torch.ones(self.size, dtype=F64)
+
+    operator = Large(torch.eye(2049, dtype=F64))
+    assert not spectral_density(operator, probes=1, steps=2).is_exact
+    assert calls == []
+    assert spectral_density(operator, "exact").is_exact
+    assert calls == [2049]
+
+
 # ------------------------------------------------------------------------------------------------------- known densities
 
 
 def test_wigner_semicircle() -> None:
     P = 600
     G = torch.randn(P, P, generator=torch.Generator().manual_seed(0), dtype=F64)
-    found = spectral_density(MatrixFree((G + G.mT) / math.sqrt(2 * P)), probes=8, steps=60)
+    found = spectral_density(MatrixFree((G + G.mT) / math.sqrt(2 * P)), method="lanczos", probes=8, steps=60)
     for x in (-1.5, -0.5, 0.0, 0.7, 1.8):
         cumulative = 0.5 + x * math.sqrt(4 - x**2) / (4 * math.pi) + math.asin(x / 2) / math.pi
         step = 1 / 60  # what one node stands for
@@ -44,7 +70,7 @@ def test_marchenko_pastur_with_its_null_space() -> None:
     # X^T X / n with n = 200 rows and P = 500 columns: 300 zeros, the rest between (1 -+ sqrt(ratio))^2, ratio = P / n
     n, P = 200, 500
     X = torch.randn(n, P, generator=torch.Generator().manual_seed(0), dtype=F64)
-    found = spectral_density(MatrixFree(X.mT @ X / n), probes=10, steps=60)
+    found = spectral_density(MatrixFree(X.mT @ X / n), method="lanczos", probes=10, steps=60)
     assert within(found.zero_share, 0.6)
     assert 0 < found.zero_share.error < 0.02
     low, high = (1 - math.sqrt(P / n)) ** 2, (1 + math.sqrt(P / n)) ** 2
@@ -67,7 +93,7 @@ def test_marchenko_pastur_with_its_null_space() -> None:
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_moments_of_known_spectra(spectrum: str) -> None:
     truth = SPECTRA[spectrum]
-    found = spectral_density(MatrixFree(rotated(truth)), probes=40, steps=60)
+    found = spectral_density(MatrixFree(rotated(truth)), method="lanczos", probes=40, steps=60)
     assert found.size == len(truth)
     torch.testing.assert_close(
         found.weights.sum(1), torch.full((40,), float(len(truth)), dtype=F64), rtol=1e-12, atol=0
@@ -81,7 +107,7 @@ def test_moments_of_known_spectra(spectrum: str) -> None:
 def test_moments_are_those_of_the_probes() -> None:
     # v^T A^p v is exact for every probe up to p = 2 steps - 1, with 3 steps on 60 distinct eigenvalues
     matrix = rotated(SPECTRA["spread"])
-    short, long = (spectral_density(MatrixFree(matrix), probes=4, steps=steps) for steps in (3, 60))
+    short, long = (spectral_density(MatrixFree(matrix), method="lanczos", probes=4, steps=steps) for steps in (3, 60))
     for power in range(6):
         assert short.moment(power).value == pytest.approx(long.moment(power).value, rel=1e-11)
     assert abs(short.moment(6).value / long.moment(6).value - 1) > 1e-4
@@ -89,7 +115,7 @@ def test_moments_are_those_of_the_probes() -> None:
 
 def test_repeated_eigenvalues_are_atoms() -> None:
     truth = values([-4.0] * 30, [0.0] * 50, [1.0] * 20)  # Lanczos stops after three steps
-    found = spectral_density(MatrixFree(rotated(truth)), probes=20, steps=40)
+    found = spectral_density(MatrixFree(rotated(truth)), method="lanczos", probes=20, steps=40)
     for at, share in ((-4 + 1e-9, 0.3), (-1e-9, 0.3), (0.0, 0.8), (1 - 1e-9, 0.8), (1 + 1e-9, 1.0)):
         assert within(found.cumulative(at), share)
     assert within(found.zero_share, 0.5)
@@ -101,7 +127,7 @@ def test_standard_errors_cover() -> None:
     operator = MatrixFree(rotated(truth))
     scores = []
     for seed in range(60):
-        trace = spectral_density(operator, probes=10, steps=3, seed=10 * seed).trace
+        trace = spectral_density(operator, method="lanczos", probes=10, steps=3, seed=10 * seed).trace
         scores.append((trace.value - float(truth.sum())) / trace.error)
     z = torch.tensor(scores)
     assert float(z.abs().max()) < 5  # Student's t with 9 degrees of freedom
@@ -112,7 +138,9 @@ def test_standard_errors_cover() -> None:
 def test_deflation_removes_the_error_of_large_eigenvalues() -> None:
     truth = values([1e4, 3e3, -2e3], uniform(297, 0, 1))
     operator = MatrixFree(rotated(truth))
-    plain, apart = (spectral_density(operator, probes=6, steps=20, deflate=deflate) for deflate in (0, 3))
+    plain, apart = (
+        spectral_density(operator, method="lanczos", probes=6, steps=20, deflate=deflate) for deflate in (0, 3)
+    )
     assert within(plain.trace, float(truth.sum()))
     assert within(apart.trace, float(truth.sum()))
     assert apart.trace.error < plain.trace.error / 100
@@ -127,13 +155,13 @@ def test_deflation_removes_the_error_of_large_eigenvalues() -> None:
 
 def test_one_after_the_other_is_as_side_by_side() -> None:
     operator = MatrixFree(rotated(SPECTRA["spread"]))
-    together = spectral_density(operator, probes=3, steps=10)
-    apart = spectral_density(operator, probes=3, steps=10, memory=14 * 60 * 8)
+    together = spectral_density(operator, method="lanczos", probes=3, steps=10)
+    apart = spectral_density(operator, method="lanczos", probes=3, steps=10, memory=14 * 60 * 8)
     assert apart.nodes.shape == together.nodes.shape
     assert abs(apart.trace.value - 30) < 3 * 5.5  # sqrt(2 (P |A|^2 - tr^2) / (P + 2) / 3 probes)
     assert len(set(apart.nodes[:, 0].tolist())) == 3
     with pytest.raises(InputError, match=r"14 float64 vectors of 60 entries take 6.3e-06 GiB, more than memory"):
-        spectral_density(operator, probes=3, steps=10, memory=14 * 60 * 8 - 1)
+        spectral_density(operator, method="lanczos", probes=3, steps=10, memory=14 * 60 * 8 - 1)
 
 
 @pytest.mark.parametrize("truth_of", [true_ggn, true_hessian])
@@ -142,7 +170,7 @@ def test_small_networks(head: str, truth_of) -> None:  # type: ignore[no-untyped
     loss = nn.CrossEntropyLoss()
     matrix = truth_of(chain(head, nn.Tanh), loss, batch(loss))
     exact = exact_density(torch.linalg.eigvalsh(matrix), 1e-8 * float(torch.linalg.matrix_norm(matrix, 2)))
-    found = spectral_density(MatrixFree(matrix), probes=20, steps=100, deflate=3)
+    found = spectral_density(MatrixFree(matrix), method="lanczos", probes=20, steps=100, deflate=3)
     assert within(found.trace, exact.trace.value)
     assert within(found.frobenius_norm, exact.frobenius_norm.value)
     if truth_of is true_ggn:
@@ -154,7 +182,7 @@ def test_small_networks(head: str, truth_of) -> None:  # type: ignore[no-untyped
 
 def test_float32() -> None:
     truth = values([0.0] * 100, uniform(100, 1, 2))
-    found = spectral_density(MatrixFree(rotated(truth).float()), probes=10, steps=50)
+    found = spectral_density(MatrixFree(rotated(truth).float()), method="lanczos", probes=10, steps=50)
     assert found.nodes.dtype == found.weights.dtype == F64
     assert found.zero == pytest.approx(2 * 100 * torch.finfo(torch.float32).eps, rel=1e-2)
     assert within(found.zero_share, 0.5)
@@ -164,14 +192,16 @@ def test_float32() -> None:
 def test_seeded_and_without_the_global_generator() -> None:
     operator = DiagonalOperator(uniform(50, -1, 1))
     before = torch.get_rng_state()
-    first, again, other = (spectral_density(operator, probes=2, steps=5, seed=seed) for seed in (7, 7, 8))
+    first, again, other = (
+        spectral_density(operator, method="lanczos", probes=2, steps=5, seed=seed) for seed in (7, 7, 8)
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.nodes, again.nodes)
     assert not torch.equal(first.nodes, other.nodes)
 
 
 def test_one_probe_does_not_know_its_error() -> None:
-    found = spectral_density(DiagonalOperator(uniform(50, -1, 1)), probes=1, steps=5)
+    found = spectral_density(DiagonalOperator(uniform(50, -1, 1)), method="lanczos", probes=1, steps=5)
     assert found.trace.error == found.frobenius_norm.error == found.zero_share.error == math.inf
 
 
@@ -224,7 +254,7 @@ def test_curve_of_a_single_gaussian() -> None:
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_curves_of_every_spectrum_are_finite(spectrum: str) -> None:
-    found = spectral_density(MatrixFree(rotated(SPECTRA[spectrum])), probes=2, steps=10)
+    found = spectral_density(MatrixFree(rotated(SPECTRA[spectrum])), method="lanczos", probes=2, steps=10)
     for scale in ("linear", "symlog"):
         curve = found.curve(scale)
         for name in ("eigenvalue", "position", "density", "density_error", "cumulative", "cumulative_error"):

@@ -18,6 +18,7 @@ from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.counting_bounds import CountingBounds
 from secondorder.curvature.spectrum.density_curve import SCALES, DensityCurve, cumulative, density_curve
 from secondorder.curvature.spectrum.estimate import Estimate, between, exact, half_sampling, jackknife, mean
+from secondorder.curvature.spectrum.exact import known_eigenvalues, rounding
 from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.products import (
@@ -176,6 +177,7 @@ def exact_density(eigenvalues: Tensor, zero: float) -> SpectralDensity:
 
 def spectral_density(
     operator: SymmetricOperator,
+    method: str = "auto",
     *,
     probes: int = PROBES,
     steps: int = STEPS,
@@ -184,19 +186,22 @@ def spectral_density(
     seed: int = 0,
     memory: int | None = None,
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues by `steps` steps of Lanczos from each of `probes` random vectors.
+    """The distribution of the eigenvalues: exact, or by `steps` steps of Lanczos from each of `probes` random vectors.
 
-    Sums of f(A) over probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm have only the
-    error of the probes. Lanczos finds a null space when a gap separates it from the other eigenvalues, not when they decay
-    through `zero`; the errors say so.
+    By Lanczos, sums of f(A) over probes are unbiased for polynomials up to degree 2 steps - 1, so trace and Frobenius norm
+    have only the error of the probes. Lanczos finds a null space when a gap separates it from the other eigenvalues, not when
+    they decay through `zero`; the errors say so.
 
     Args:
         operator: A `[P, P]`.
+        method: "auto" is "exact" where no matrix with more than 2048 rows has to be decomposed (that of a factored operator is
+            its smaller Gram matrix), else "lanczos", to which probes, steps, deflate, seed and memory belong.
         probes: K, random vectors.
         steps: of Lanczos for each, at most P.
         deflate: eigenvalues of largest magnitude that are computed by themselves (those that converge), so that the probes see
             the rest: a network's few large ones would otherwise carry most of the standard error. Less than P.
-        zero: magnitudes up to `zero` times the largest count as zero, in [0, 1); None: 1e-8, for float32 operators 1.2e-5.
+        zero: magnitudes up to `zero` times the largest count as zero, in [0, 1); None: 1e-8, for float32 operators 1.2e-5;
+            P eps of the operator's number format when exact.
         seed: of the probes.
         memory: bytes of Lanczos vectors; None: what is available, and 2 GiB at least. Probes that do not fit side by side run one
             after the other.
@@ -209,17 +214,23 @@ def spectral_density(
     check_count("probes", probes)
     check_count("steps", steps)
     check_count("deflate", deflate, least=0)
-    zero = default_tolerance(operator.dtype) if zero is None else zero
-    check_threshold("zero", zero)
+    if zero is not None:
+        check_threshold("zero", zero)
     if deflate >= operator.size:
         raise InputError(f"deflate must be less than the number of rows, {operator.size}, got {deflate}")
+    source = generator(seed)
+    values = known_eigenvalues(operator, method)
+    if values is not None:
+        share = min(rounding(operator), 0.5) if zero is None else zero
+        return exact_density(values, share * float(values.abs().max()))
+    zero = default_tolerance(operator.dtype) if zero is None else zero
     apart, residual, without = _deflated(operator, deflate, seed, memory)
     rest = operator.size - len(apart)
     steps = min(steps, rest)
     together = affordable(probes * (steps + 4), operator, memory) // (steps + 4)
     if together < 1:
         raise refuse_memory(steps + 4, operator, memory, "take fewer steps, a smaller block, or raise memory")
-    run = partial(lanczos_quadrature, operator, steps=steps, without=without, source=generator(seed))
+    run = partial(lanczos_quadrature, operator, steps=steps, without=without, source=source)
     seen = joined([run(min(together, probes - start)) for start in range(0, probes, together)])
     nodes = torch.cat([apart.expand(probes, -1), seen.nodes], 1)
     weights = torch.cat([seen.weights.new_ones(probes, len(apart)), rest * seen.weights], 1)

@@ -14,9 +14,10 @@ from secondorder.curvature.operators import (
     KroneckerOperator,
     SymmetricOperator,
 )
-from secondorder.curvature.spectrum.products import COLUMNS, columns, finite, product
+from secondorder.curvature.spectrum.products import COLUMNS, check_name, columns, finite, product
 from secondorder.errors import InputError, NonFiniteError
 
+METHODS = ("auto", "exact", "lanczos")
 EXACT_SIZE = 2048  # rows of a matrix whose eigen-decomposition takes about a second on one core
 
 
@@ -85,6 +86,27 @@ def exact_eigenvalues(operator: SymmetricOperator) -> Tensor:
             f"the eigen-decomposition of {type(operator).__name__} failed; use products: {failure}"
         ) from None
     return finite("spectrum", operator, values).cpu()
+
+
+def known_eigenvalues(operator: SymmetricOperator, method: str) -> Tensor | None:
+    """All P eigenvalues, ascending, where the method is "exact", or "auto" and they are cheap; None: go on with products.
+
+    Raises InputError for another method than "auto", "exact" and "lanczos", and as `exact_eigenvalues`.
+    """
+    check_name("method", method, METHODS)
+    if method == "lanczos" or (method == "auto" and decomposition_size(operator) > EXACT_SIZE):
+        return None
+    try:
+        return exact_eigenvalues(operator)
+    except InputError as refusal:
+        if method == "exact" or isinstance(refusal, NonFiniteError):
+            raise
+        return None  # the factor of a Gauss-Newton matrix does not fit into memory
+
+
+def rounding(operator: SymmetricOperator) -> float:
+    """P eps of the operator's number format: the share of the largest magnitude that a decomposition leaves uncertain."""
+    return operator.size * torch.finfo(operator.dtype).eps
 
 
 def inner_product(A: SymmetricOperator, B: SymmetricOperator) -> float | None:

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum import spectral_statistics as statistics
 from secondorder.curvature.spectrum.density import SpectralDensity, exact_density, spectral_density
 from secondorder.curvature.spectrum.estimate import Estimate, exact
-from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size, exact_eigenvalues
+from secondorder.curvature.spectrum.exact import decomposition_size, known_eigenvalues, rounding
 from secondorder.curvature.spectrum.lanczos import top_eigenvalues
 from secondorder.curvature.spectrum.open_numbers import exact_numbers, largest_magnitude, quadrature_numbers
 from secondorder.curvature.spectrum.products import (
@@ -35,18 +35,15 @@ from secondorder.curvature.spectrum.products import (
     PROBES,
     STEPS,
     check_count,
-    check_name,
     check_operator,
     check_threshold,
     default_tolerance,
 )
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError
 from secondorder.optional import needed_by
 
 if TYPE_CHECKING:
     import pandas as pd
-
-METHODS = ("auto", "exact", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -118,26 +115,21 @@ def spectral_summary(
         NonFiniteError: for a matrix or product that is not finite.
     """
     check_operator(operator)
-    check_name("method", method, METHODS)
     check_count("deflate", deflate, least=0)
     if threshold is not None:
         check_threshold("threshold", threshold)
-    if method == "exact" or (method == "auto" and decomposition_size(operator) <= EXACT_SIZE):
-        try:
-            return _exact_summary(operator, threshold)
-        except InputError as refusal:
-            if method == "exact" or isinstance(refusal, NonFiniteError):
-                raise  # else the factor of a Gauss-Newton matrix does not fit into memory: go on with products
+    values = known_eigenvalues(operator, method)
+    if values is not None:
+        return _exact_summary(operator, values, threshold)
     return _lanczos_summary(operator, threshold, probes, steps, deflate, seed, memory)
 
 
-def _exact_summary(operator: SymmetricOperator, threshold: float | None) -> SpectralSummary:
-    values = exact_eigenvalues(operator)
-    relative = min(_rounding(operator), 0.5) if threshold is None else threshold
+def _exact_summary(operator: SymmetricOperator, values: Tensor, threshold: float | None) -> SpectralSummary:
+    relative = min(rounding(operator), 0.5) if threshold is None else threshold
     top = float(values.abs().max())
     density = exact_density(values, relative * top)
     # what a decomposition may have moved across the threshold
-    doubt = _rounding(operator) * top / 2 if decomposition_size(operator) > 0 else 0.0
+    doubt = rounding(operator) * top / 2 if decomposition_size(operator) > 0 else 0.0
     return _summary("exact", relative, density, exact(values[-1]), exact(values[0]), exact_numbers(density, doubt))
 
 
@@ -150,19 +142,15 @@ def _lanczos_summary(
     seed: int,
     memory: int | None,
 ) -> SpectralSummary:
-    resolved = max(_rounding(operator), default_tolerance(operator.dtype))
+    resolved = max(rounding(operator), default_tolerance(operator.dtype))
     relative = min(resolved, 0.5) if threshold is None else threshold
     deflate = min(deflate, operator.size - 1)
     density = spectral_density(
-        operator, probes=probes, steps=steps, deflate=deflate, zero=relative, seed=seed, memory=memory
+        operator, "lanczos", probes=probes, steps=steps, deflate=deflate, zero=relative, seed=seed, memory=memory
     )
     largest, smallest = (_extreme(operator, density, which, seed, memory) for which in ("largest", "smallest"))
     numbers = quadrature_numbers(density, largest, smallest)
     return _summary("lanczos", relative, density, largest, smallest, numbers)
-
-
-def _rounding(operator: SymmetricOperator) -> float:
-    return operator.size * torch.finfo(operator.dtype).eps
 
 
 def _extreme(
