@@ -8,6 +8,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
 from secondorder.curvature.matrix_free.second_derivatives import check_network
 from secondorder.curvature.matrix_free.separable_losses import LossParts
+from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.errors import NonFiniteError, failures_of
 
@@ -37,7 +38,7 @@ class HessianOperator(SymmetricOperator):
                 result[:, columns] += torch.cat(
                     [H.reshape(len(H), -1) for H in part.hessian_products(self.loss, tangents)], 1
                 ).mT
-        if bool(V.isfinite().all()) and not bool(result.isfinite().all()):
+        if all_finite(V) and not all_finite(result):
             raise NonFiniteError(
                 "a product with the Hessian is not finite: a second derivative of the network or loss is infinite or none there "
                 "(a square root or a norm at 0), or the numbers leave their format"
