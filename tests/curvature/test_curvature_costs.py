@@ -69,9 +69,8 @@ def test_products_by_hand() -> None:
 @pytest.mark.parametrize(
     ("case", "quantity", "chunk"),
     [
-        *(("perceptron", quantity, chunk) for quantity in ("ggn", "hessian", "mc_fisher") for chunk in (None, 2)),
-        *(("convolutions", "ggn", 2), ("covariance", "ggn", None), ("covariance", "hessian", 2)),
-        *(("attention", "ggn", 2), ("attention", "hessian", None)),
+        *(("perceptron", "ggn", 2), ("perceptron", "hessian", None), ("perceptron", "mc_fisher", 2)),
+        *(("covariance", "ggn", None), ("covariance", "hessian", 2), ("attention", "ggn", 2)),
     ],
 )
 def test_products_take_the_flops_that_are_foretold(case: str, quantity: str, chunk: int | None) -> None:
@@ -125,9 +124,8 @@ def test_matrices_by_hand() -> None:
     assert hessian.dense.flops == P * hessian.product.flops
 
 
-@pytest.mark.parametrize("case", ["convolutions", "covariance"])
-def test_matrices_take_the_flops_that_are_foretold(case: str) -> None:
-    make, data, name = CASES[case]
+def test_matrices_take_the_flops_that_are_foretold() -> None:
+    make, data, name = CASES["covariance"]
     model, data = make(), data()
     block = curvature_blocks(model, CE, data, "ggn", [name])[name]
     block.dense()  # what is tried once
@@ -166,8 +164,10 @@ def test_of_a_loader_one_batch_is_read() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("quantity", "chunk"), [("ggn", None), ("ggn", 4), ("hessian", None), ("ekfac", None)])
-@pytest.mark.parametrize("head", ["gap", "gcp"])
+@pytest.mark.parametrize(
+    ("head", "quantity", "chunk"),
+    [("gap", "ggn", 4), ("gcp", "ggn", None), ("gcp", "hessian", None), ("gap", "ekfac", None)],
+)
 def test_memory_is_near_what_the_allocator_counts(head: str, quantity: str, chunk: int | None) -> None:
     model = network("cifar_resnet8", head, num_classes=10).eval()
     data, name = (torch.randn(16, 3, 32, 32), torch.randint(10, (16,))), "features.stage1.0.conv1.weight"

@@ -7,7 +7,6 @@ pass needs them, too: what `torch.utils.checkpoint` has dropped is made by the m
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class ModuleState:
         Then attributes, and lists and dictionaries among them, are as before: what a forward pass remembers is forgotten.
         """
         before = [
-            (m, dict(m.__dict__), [(c, copy(c)) for c in m.__dict__.values() if type(c) in CONTAINERS])
+            (m, dict(m.__dict__), [(c, c.copy()) for c in m.__dict__.values() if type(c) in CONTAINERS])
             for m in self.modes
         ]
         scripted = [(held, name, held[name]) for held, name, _ in self._places if not isinstance(held, dict)]
