@@ -110,7 +110,8 @@ def test_too_little_memory_is_refused_before_the_batch_is_evaluated() -> None:
         InputError, match=r"needs about \S+ GiB, 9\.31e-06 GiB are available; use a smaller chunk or fewer"
     ):
         curvature_blocks(model, CE, data, "ggn", memory=10_000)
-    assert evaluated == [2, 2, 2, 2, 1]  # the probe, its images with gradients, each in other company, the first alone
+    # the probe, once more, its images with gradients, each in other company, the first alone
+    assert evaluated == [2, 2, 2, 2, 2, 1]
     whole = curvature_blocks(model, CE, data, "ggn", memory=28_000).whole
     with pytest.raises(InputError, match="a factor of 18 x 202 needs about"):
         whole.rows()  # type: ignore[attr-defined]

@@ -208,7 +208,7 @@ def test_auto_is_exact_where_the_decomposition_is_small(monkeypatch: pytest.Monk
     product = spectral_summary(KroneckerOperator(B, A))
     assert (product.method, product.size) == ("exact", 4200)
     assert product.condition.value == pytest.approx(6, rel=1e-10)
-    monkeypatch.setattr("secondorder.curvature.spectrum.summary.EXACT_SIZE", 40)
+    monkeypatch.setattr("secondorder.curvature.spectrum.exact.EXACT_SIZE", 40)
     assert spectral_summary(MatrixFree(A)).method == "lanczos"
     assert spectral_summary(MatrixFree(A), "exact").method == "exact"
 
