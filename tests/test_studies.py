@@ -14,8 +14,10 @@ from undrawn_figures import undrawn_figures
 
 from studies.__main__ import main
 from studies.command_line import parse
+from studies.engine.command import plain
 from studies.engine.fake_data import fake_data
 from studies.engine.records import COLUMNS, has_records, read_records
+from studies.engine.run import Table
 from studies.settings import PRESETS
 from studies.study import STUDIES
 
@@ -180,6 +182,15 @@ def test_help_explains_every_field(study: str | None, capsys: pytest.CaptureFixt
 def test_every_preset_of_every_study_parses(name: str, preset: str) -> None:
     assert parse([name, "--preset", preset]).studies[name] == STUDIES[name].presets[preset]
     assert STUDIES[name].seeds[preset] >= 1
+
+
+@pytest.mark.parametrize("preset", ["quick", "cifar10"])
+def test_the_tables_in_git_are_of_the_settings_of_their_presets(preset: str) -> None:
+    """Otherwise the first command of the README would refuse them."""
+    for name, study in STUDIES.items():
+        if has_records(Path("reports") / preset, name):
+            described = plain(dataclasses.asdict(study.presets[preset]) | {"preset": preset})
+            Table.opened(Path("reports") / preset, name, described, study.may_grow, fresh=False)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,6 @@ STUDY = Study(
             kfac_repeats=2,
         ),
         "quick": Settings(
-            shapes=("8x256x14x14", "32x128x8x8"),
             repeats=7,
             curvature_images=16,
             kfac_network="digits_tiny",

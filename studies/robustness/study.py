@@ -90,7 +90,7 @@ STUDY = Study(
             measure_every=2,
             rho=(0.1, 0.5),
         ),
-        "quick": Settings(control_seeds=2, images=120, sequence_images=10),
+        "quick": Settings(control_seeds=2, images=120, sequence_images=20),
         "cifar10": Settings(training=PRESETS["cifar10"], images=2000, sequence_images=200, measure_every=624),
         "paper": Settings(
             ("gap", "gcp"), PRESETS["paper"], images=50_000, sequence_images=10_000, measure_every=50_000
