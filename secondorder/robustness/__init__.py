@@ -2,20 +2,20 @@
 
 The same seed and index give an image the same pixels, in any batch or process.
 
-from secondorder.robustness import CORRUPTIONS, corrupt
+    from secondorder.robustness import CORRUPTIONS, corrupt
 
-noisy = corrupt(images, "gaussian_noise", severity=3)  # uint8 [N, C, H, W] to the same
-for name, corruption in CORRUPTIONS.items():
-    if not corruption.extra:  # the 15 of the mean corruption error
-        half = corrupt(images[500:], name, 5, indices=range(500, 1000))  # equals corrupt(images, name, 5)[500:]
+    noisy = corrupt(images, "gaussian_noise", severity=3)  # uint8 [N, C, H, W] to the same
+    for name, corruption in CORRUPTIONS.items():
+        if not corruption.extra:  # the 15 of the mean corruption error
+            half = corrupt(images[500:], name, 5, indices=range(500, 1000))  # equals corrupt(images, name, 5)[500:]
 
-frames = perturb(images, "tilt")  # uint8 [N, 31, C, H, W]
+    frames = perturb(images, "tilt")  # uint8 [N, 31, C, H, W]
 
 Errors of a network, one corruption or perturbation a call, and the numbers that papers give:
 
-rates = corruption_error_rates(model, split_batches(data.test), "fog", data.test.normalisation)  # severities 1 to 5
-mean_corruption_error({"fog": rates, ...}, reference_table)  # or "alexnet" for ImageNet-C, which read_corruption reads; or None
-sequence_stability(model, split_batches(data.test), "tilt", data.test.normalisation).flip_probability
+    rates = corruption_error_rates(model, split_batches(data.test), "fog", data.test.normalisation)
+    mean_corruption_error({"fog": rates, ...}, reference_table)  # or "alexnet", or None
+    sequence_stability(model, split_batches(data.test), "tilt", data.test.normalisation).flip_probability
 """
 
 from secondorder.robustness.alexnet import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS

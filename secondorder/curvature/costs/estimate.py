@@ -30,9 +30,10 @@ from secondorder.errors import check_known, check_number
 class Cost:
     """What a computation takes.
 
-    flops: of matrix products, convolutions, attention and decompositions; a multiplication and an addition are two.
-    nbytes: at the peak, with the copies of parameters and batch and the graph that is kept, without the network itself.
-    seconds: at the rate that was given; None without one.
+    Args:
+        flops: of matrix products, convolutions, attention and decompositions; a multiplication and an addition are two.
+        nbytes: at the peak, with the copies of parameters and batch and the graph that is kept, without the network itself.
+        seconds: at the rate that was given; None without one.
     """
 
     flops: float
@@ -53,12 +54,15 @@ class Cost:
 class BlockCosts:
     """What one block takes, after `making`.
 
-    size: P; matrix_bytes: of the dense matrix alone.
-    product: with one vector.
-    dense: `.dense()`.
-    method: of `spectral_summary` with its defaults, "exact" or "lanczos"; summary, summary_most: the least and the most that it
-        takes, equal for "exact": how soon Lanczos converges is not known before.
-    products: vectors that "lanczos" multiplies, at least and at most; 0 for "exact".
+    Args:
+        size: P, the number of rows.
+        matrix_bytes: of the dense matrix alone.
+        product: a product with one vector.
+        dense: the dense matrix.
+        method: of `spectral_summary` with its defaults, "exact" or "lanczos".
+        summary, summary_most: the least and the most that a summary takes, equal for "exact": how soon Lanczos converges is not
+            known before.
+        products: vectors that "lanczos" multiplies, at least and at most; 0 for "exact".
     """
 
     size: int
