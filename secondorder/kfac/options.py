@@ -33,8 +33,7 @@ class LevenbergMarquardt:
     ratio < 1/4: damping / factor^every; ratio > 3/4: damping * factor^every (Martens & Grosse, ICML 2015, section 6.5).
 
     Args:
-        every: steps from one adaptation to the next.
-        factor: in (0, 1).
+        every, factor: steps from one adaptation to the next, and a number in (0, 1).
         least, most: bounds of the damping.
 
     Raises:
@@ -74,8 +73,7 @@ class Damping:
         value: lambda, or its part of the block's scale.
         relative: lambda = value times the scale of the block F = B kron A, |F|_F^2 / tr F = (|A|_F^2 / tr A)(|B|_F^2 / tr B): its
             mean eigenvalue, each weighted by its own size. Neither the scale of the loss nor that of the activations matters,
-            unless these are much smaller than the 1 of a bias beside them, nor inputs that are always zero. Otherwise lambda =
-            value.
+            unless these are much smaller than the 1 of a bias beside them, nor inputs that are always zero. Else lambda = value.
         inverse: "eigen" damps exactly, in the eigenbasis of the factors; "cholesky" damps each factor, (A + pi sqrt(lambda) I)
             and (B + sqrt(lambda) / pi I) with pi^2 = (tr A / D) / (tr B / O): cheaper, and an approximation.
         adapt: Levenberg-Marquardt adaptation; it needs `step(closure)` with step_rule="natural", or `quadratic_step`.

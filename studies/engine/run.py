@@ -91,8 +91,8 @@ class Table:
 
     def take(self, job: Job, done: Done, wanted: Iterable[str]) -> None:
         """The records of a job, of those measurements that are wanted here."""
-        mine = {*wanted}
-        for key, result in ((k, r) for k, r in done.results.items() if k in mine):
+        for key in (key for key in wanted if key in done.results):
+            result = done.results[key]
             labels = job.labels_at(job.wanted[key][0])
             if not result["rows"]:
                 raise ValueError(f"a measurement of {self.study} gave no records")

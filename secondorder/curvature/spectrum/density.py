@@ -200,8 +200,7 @@ def spectral_density(
         steps: of Lanczos for each, at most P.
         deflate: eigenvalues of largest magnitude that are computed by themselves (those that converge), so that the probes see
             the rest: a network's few large ones would otherwise carry most of the standard error. Less than P.
-        zero: magnitudes up to `zero` times the largest count as zero, in [0, 1); None: 1e-8, for float32 operators 1.2e-5;
-            P eps of the operator's number format when exact.
+        zero: magnitudes up to `zero` times the largest count as zero, in [0, 1); None: 1e-8 (float32: 1.2e-5), P eps if exact.
         seed: of the probes.
         memory: bytes of Lanczos vectors; None: what is available, and 2 GiB at least. Probes that do not fit side by side run one
             after the other.
