@@ -170,7 +170,7 @@ def test_what_another_study_has_in_its_table_is_not_measured_again(
     tables = {name: opened(tmp_path, name) for name in chosen}
     plans = {name: staged([wanted[name]]) for name in chosen}
     with workers(1) as executor:
-        carry_out(plans, tables, Store(tmp_path / "other"), executor, others=others)
+        carry_out(plans, tables, Store(tmp_path / "other"), executor, others=lambda: others)
     assert calls == ["weight gap 0 4"]  # the further one alone
     assert (tmp_path / "a.csv").read_bytes() == before
     a, b = (read_records(tmp_path, name) for name in "ab")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
         plans[name] = study.plan(context)
     processes = 1 if world_size() > 1 else common.processes
     store = Store(common.store_folder)
-    others = () if common.fresh else [*_others(common.folder, chosen)]
+    others = cache(lambda: [*_others(common.folder, chosen)])
     with executor_of(common.executor, store, processes) as executor:
         bars = common.progress and processes == 1
         carry_out(

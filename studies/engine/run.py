@@ -4,7 +4,7 @@ Studies go forward together, a stage at a time (a tuned training is wanted only 
 several of them want is trained once, with the snapshots of all.
 """
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -117,7 +117,7 @@ def carry_out(
     store: Store,
     executor: Map,
     *,
-    others: Collection[Table] = (),
+    others: Callable[[], Collection[Table]] = tuple,
     fresh: bool = False,
     progress: bool = False,
     bars: bool = False,
@@ -129,7 +129,8 @@ def carry_out(
         tables: of each study; measurements whose records are there are not made again.
         store: keeps trained networks and measurements.
         executor: who does the jobs, see `executors`; those that must run alone are done here.
-        others: tables of other studies; what they have is not measured again, nor what one of `tables` has, unless `fresh`.
+        others: reads the tables of other studies, called when something is missing; what they have is not measured again, nor
+            what one of `tables` has, unless `fresh`.
         fresh: forget what the store has of what is wanted.
         progress: print a line for each job that is done.
         bars: show the progress of trainings.
@@ -148,7 +149,7 @@ def carry_out(
         }:
             for name, (task, key, *_) in ((name, each) for name, many in wanted.items() for each in many):
                 if not fresh and key not in tables[name].parts:
-                    tables[name].adopt(task, key, (*tables.values(), *others))
+                    tables[name].adopt(task, key, (*tables.values(), *others()))
             jobs = jobs_of(each for name, many in wanted.items() for each in many if each[1] not in tables[name].parts)
             _check(jobs.values())
             for name in (jobs.keys() - forgotten) if fresh else ():
