@@ -59,6 +59,17 @@ def fork_random_numbers(devices: list[torch.device]) -> AbstractContextManager[N
     return torch.random.fork_rng(numbers, device_type=devices[0].type if devices else None)
 
 
+def seed_random_numbers(seed: int) -> None:
+    """Seed torch's random numbers of the CPU and of every accelerator, as torch.manual_seed does.
+
+    For each kind of device that is not there torch writes down the whole stack, which takes as long as a small forward pass.
+    """
+    if accelerator_type() is None:
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether the device computes in double precision."""
     return device.type not in WITHOUT_FLOAT64

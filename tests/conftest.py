@@ -49,7 +49,7 @@ def nothing_is_left_uncompiled() -> Iterator[None]:
 def forkserver() -> ForkServerContext:
     """Starts processes that may be killed, forked from a server that has imported the packages once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["studies.program", "sklearn.datasets"])
+    context.set_forkserver_preload(["studies.program", "sklearn.datasets", "torch._dynamo"])
     return context
 
 

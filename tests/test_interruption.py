@@ -20,7 +20,7 @@ from studies.interruption import SIGNALS, Interruption
 
 PATIENCE = 120.0
 """Seconds that a test waits at most for another process; most of it is for a busy machine."""
-LONG = ["landscape", "--preset", "smoke", "--no-progress", "--threads", "1", "--epochs", "100000", "--seeds", "1"]
+LONG = ["landscape", "--preset", "smoke", "--no-progress", "--threads", "1", "--epochs", "5000", "--seeds", "1"]
 RUN = [*LONG, "--heads", "gap"]
 
 

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from secondorder.accelerator import ACCELERATORS, accelerator_type, accelerators, fork_random_numbers
+from secondorder.accelerator import (
+    ACCELERATORS,
+    accelerator_type,
+    accelerators,
+    fork_random_numbers,
+    seed_random_numbers,
+)
 from secondorder.errors import InputError
 from secondorder.training.launch import launch_number
 
@@ -84,7 +90,4 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     So no generator's state has to be saved: a resumed step draws what the uninterrupted one drew, on every device.
     """
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    if accelerator_type() is None:  # without one torch.manual_seed takes as long as a small forward pass
-        torch.default_generator.manual_seed(number)
-    else:
-        torch.manual_seed(number)
+    seed_random_numbers(number)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.data import DATASETS, ImageDataset, own_dataset
 from secondorder.data.own import is_own
 from secondorder.errors import InputError, check_flag, check_number, check_whole
@@ -110,7 +111,7 @@ def initial_network(run: Run, data: ImageDataset) -> Network:
     if data.num_classes < 1:
         raise InputError(f"the data {data.name!r} have no number of classes; use own_dataset(..., num_classes=...)")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+        seed_random_numbers(run.seed)
         return network(
             run.backbone,
             run.pooling,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.data.files import expanded, reason, shown
 from secondorder.errors import InputError
 from secondorder.training import checkpoint
@@ -33,7 +34,7 @@ def own_network(run: Run, network: OwnNetwork) -> nn.Module:
             ) from error
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+            seed_random_numbers(run.seed)
             model = network()
     if not isinstance(model, nn.Module):
         raise InputError(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.data.sampling import epoch_order
 from secondorder.errors import InputError, NonFiniteError, check_number, check_seed, check_whole, short
 from secondorder.transfer.dataset import CocoDataset, collate
@@ -66,7 +67,7 @@ def fine_tune(
     losses = []
     model.train()
     with same_randomness():
-        torch.manual_seed(seed)
+        seed_random_numbers(seed)
         for epoch in range(epochs):
             data.set_epoch(seed, epoch)
             summed = 0.0

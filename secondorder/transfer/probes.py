@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.errors import InputError, check_known, check_number, check_seed, check_whole, short
 from secondorder.matrix_power.checks import FLOATS
 from secondorder.optional import needed_by
@@ -162,7 +163,7 @@ def dense_probe(
     deviation, mean = torch.std_mean(maps, (0, 2, 3), keepdim=True)
     scale = deviation.clamp_min(torch.finfo(maps.dtype).tiny)
     with same_randomness():
-        torch.manual_seed(seed)
+        seed_random_numbers(seed)
         probe = nn.Sequential(
             nn.Conv2d(maps.shape[1], width, 1), nn.ReLU(), nn.Conv2d(width, classes, 3, padding=1)
         ).to(maps.device, maps.dtype)

@@ -12,6 +12,7 @@ from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.curvature.backpack.chunks import chunk_size, run_once
 from secondorder.curvature.backpack.conversion import Twin, backpack_network, extend_leaves, fresh_leaf
 from secondorder.curvature.backpack.kinds import Kind, kind_of
@@ -105,7 +106,7 @@ def surroundings(images: Tensor, seed: int | None = None) -> Iterator[None]:
     default = torch.get_default_dtype()
     with same_randomness(), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         if seed is not None:
-            torch.manual_seed(seed)
+            seed_random_numbers(seed)
         torch.set_default_dtype(images.dtype)
         try:
             yield

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secondorder.accelerator import random_states, set_random_states, with_random_numbers
+from secondorder.accelerator import random_states, seed_random_numbers, set_random_states, with_random_numbers
 from secondorder.untouched import same_randomness
 
 
@@ -34,7 +34,7 @@ class RandomState:
                 seed = (int(torch.randint(2**31, ())) + part) % 2**31
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
-                torch.manual_seed(seed)
+                seed_random_numbers(seed)
             before = self._torch_states()
             yield
             numpy_same = all(np.array_equal(a, b) for a, b in zip(self.numpy, np.random.get_state(), strict=True))  # noqa: NPY002
