@@ -9,7 +9,7 @@ from secondorder.preconditioning.alignment import (
     partial_correlation,
 )
 from secondorder.preconditioning.backward import FORMS, BackwardOperator, backward_operator, gcp_backward
-from secondorder.preconditioning.directions import loss_gradient
+from secondorder.preconditioning.directions import loss_gradient, orthogonal_direction
 from secondorder.preconditioning.features import varying_images
 from secondorder.preconditioning.head_functions import HEAD_FUNCTIONS
 from secondorder.preconditioning.head_spectrum import HeadSpectrum, head_spectrum
@@ -36,6 +36,7 @@ __all__ = [
     "kfac_direction",
     "loss_gradient",
     "natural_gradient_direction",
+    "orthogonal_direction",
     "partial_correlation",
     "varying_images",
     "whitened_features",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secondorder.accelerator import widest
 from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
@@ -52,6 +53,32 @@ def loss_gradient(
     gradient = dict(zip(frozen.weights, found, strict=True))
     check_finite(gradient)
     return gradient
+
+
+@torch.no_grad()
+def orthogonal_direction(gradient: Mapping[str, Tensor]) -> Direction:
+    """(G G^T)^(-1/2) G = U V^T of each gradient G = U diag(s) V^T, what Muon makes of a momentum, by parameter names.
+
+    Exact, where Muon takes five Newton-Schulz steps; zero along singular values that are zero up to rounding. Jordan et al.,
+    "Muon: an optimizer for hidden layers in neural networks", 2024.
+
+    Args:
+        gradient: tensors `[O, ...]` of linear layers and convolutions, which are matrices `[O, I kH kW]` here.
+
+    Raises:
+        InputError: for a tensor with fewer than two axes, such as a bias.
+        NonFiniteError: for numbers that are not finite.
+    """
+    for name in names_of(gradient):
+        if gradient[name].ndim < 2 or gradient[name].numel() == 0:
+            raise InputError(f"the gradient of {name} has the shape {list(gradient[name].shape)}: not that of a matrix")
+    check_finite(gradient)
+    found = {}
+    for name, tensor in gradient.items():
+        U, s, Vh = torch.linalg.svd(tensor.flatten(1).to(widest(tensor.device)), full_matrices=False)
+        live = s > s[0] * max(U.shape[0], Vh.shape[1]) * torch.finfo(tensor.dtype).eps
+        found[name] = ((U * live) @ Vh).view_as(tensor).to(tensor.dtype)
+    return found
 
 
 def checked_gradient(gradient: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Direction:

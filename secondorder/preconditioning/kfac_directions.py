@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from secondorder.curvature.matrix_free.batches import checked_tensors
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.loss_curvature import Loss, loss_name
-from secondorder.errors import InputError, NonFiniteError, check_flag
+from secondorder.errors import InputError, NonFiniteError, check_flag, check_number
 from secondorder.kfac.distributed import Processes
 from secondorder.kfac.gathering import Gathering
-from secondorder.kfac.inverses import NO_CURVATURE, Factors, Inverse, invert
+from secondorder.kfac.inverses import NO_CURVATURE, Factors, invert
+from secondorder.kfac.inverses.eigenbasis import Rotated
+from secondorder.kfac.inverses.wide import WideEigenbasis
 from secondorder.kfac.layers import KroneckerLayer, find_layers
 from secondorder.kfac.options import Fisher, check_damping
 from secondorder.kfac.statistics import LayerStatistics
@@ -119,19 +121,21 @@ class KFACDirections:
         return list(self._parameters)
 
     @torch.no_grad()
-    def direction(self, gradient: Mapping[str, Tensor], damping: float) -> Direction:
-        """P g for g = `gradient` of all `names`, tensors of the parameters' shapes.
+    def direction(self, gradient: Mapping[str, Tensor], damping: float, power: float = 1.0) -> Direction:
+        """P^p g = (B kron A + lambda I)^-p g for g = `gradient` of all `names`, tensors of the parameters' shapes.
 
-        Raises InputError for a damping that is not positive, other names or shapes; NonFiniteError.
+        The power p of 1 is K-FAC's direction, 1/2 whitens as methods with a square root of the curvature do, 0 is g itself.
+        Raises InputError for a damping that is not positive, a power outside [0, 1], other names or shapes; NonFiniteError.
         """
         check_damping(damping)
+        check_number("power", power, 0, 1, "[]")
         found = checked_gradient(gradient, self._parameters)
         for layer in self.layers:
             weight = self._names[id(layer.weight)]
             bias = None if layer.bias is None else self._names[id(layer.bias)]
             W = layer.matrix(found[weight], None if bias is None else found[bias])
             with full_precision(W):
-                solution = self._inverses[layer.name].solve(W, damping, self.relative)
+                solution = self._inverses[layer.name].solve(W, damping, self.relative, power)
             found[weight], b = layer.parts(solution)
             if bias is not None and b is not None:
                 found[bias] = b
@@ -143,7 +147,7 @@ class KFACDirections:
         values = {layer.name: self._inverses[layer.name].tikhonov(damping, self.relative) for layer in self.layers}
         return {name: torch.as_tensor(value).flatten() for name, value in values.items()}
 
-    def _inverted(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, Inverse]:
+    def _inverted(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, Rotated | WideEigenbasis]:
         factors = []
         for layer in self.layers:
             own = statistics[layer.name]
@@ -153,7 +157,7 @@ class KFACDirections:
         found = invert(factors, "eigen", [1.0] * len(factors), self.relative, {}, self.events)
         if self.events["identity"]:
             raise NonFiniteError("the factors of a layer cannot be decomposed; use float64 or check the images")
-        return found
+        return {name: inverse for name, inverse in found.items() if isinstance(inverse, Rotated | WideEigenbasis)}
 
     @property
     def without_curvature(self) -> list[str]:

@@ -3,7 +3,7 @@
 from studies.draw.contours import Contours
 from studies.draw.curves import Curves, Scatter
 from studies.draw.forest import Forest, mini
-from studies.draw.judged import forest_row, in_margins, seed_rows
+from studies.draw.judged import case_rows, forest_row, in_margins, seed_rows
 from studies.draw.maps import Heatmap
 from studies.draw.palette import LABELS
 from studies.draw.strips import gallery, strips
@@ -15,6 +15,7 @@ __all__ = [
     "Forest",
     "Heatmap",
     "Scatter",
+    "case_rows",
     "forest_row",
     "gallery",
     "in_margins",

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from studies.draw.numbers import estimate_words
-from studies.judge import Claim
+from studies.judge import Claim, Judged
 
 Interval = tuple[float, float, float]
 """Estimate, low and high end; nan for what was not measured, and for ends that no scatter was seen for."""
@@ -45,6 +45,13 @@ def seed_rows(row: dict[str, Any], by_seed: pd.DataFrame) -> list[dict[str, Any]
     """The rows of the single seeds behind an estimate (columns network, seed, effect) that has the row `row`."""
     single = row | {"low": math.nan, "high": math.nan, "numbers": ""}
     return [single | {"network": p.network, "seed": p.seed, "estimate": p.effect} for p in by_seed.itertuples()]
+
+
+def case_rows(case: Judged, outcome: str = "") -> list[dict[str, Any]]:
+    """The rows of a judged claim that was measured: its estimate, and each seed's."""
+    assert case.estimate is not None
+    row = forest_row(case.claim, case.dataset, outcome, case.estimate.seen)
+    return [row, *seed_rows(row, case.estimate.by_seed)]
 
 
 def in_margins(table: pd.DataFrame) -> pd.DataFrame:

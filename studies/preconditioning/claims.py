@@ -10,7 +10,7 @@ from studies.judge import Bound, Claim, Comparison, Difference, Interaction, Rat
 from studies.judge.primary import GAP, GCP, Values
 from studies.preconditioning import blocks, heads
 from studies.preconditioning.backbone import PUBLISHED
-from studies.preconditioning.gradients import ALL, NATURAL, PARTIAL, PERMUTED, RANDOM
+from studies.preconditioning.gradients import ALL, MUON, NATURAL, PARTIAL, PERMUTED, POWERS, RANDOM
 
 ROUNDING = 1e-6
 """How far above sqrt(2) rounding may bring a condition number."""
@@ -61,9 +61,15 @@ def partial_correlations(records: pd.DataFrame, under: str = "", which: str = ""
     trained `under` one head.
     """
     part = partials(records, which)
-    part = part[(part.setting == DAMPING) & ((part.layer == ALL) == whole)]
+    part = part[part.setting.fillna(DAMPING).eq(DAMPING) & ((part.layer == ALL) == whole)]
     found = means(part[(part.trained_under == under) | (under == "")], [*KEYS, "head"]).reset_index()
     return found.assign(layer=found["head"])
+
+
+def by_preconditioner(records: pd.DataFrame) -> pd.DataFrame:
+    """The partial correlations of GCP with each P g_gap, K-FAC's and others, by its name (`layer`)."""
+    found = {name: partial_correlations(records, which=which) for name, which in PRECONDITIONERS.items()}
+    return pd.concat([part[part["head"] == "gcp"].assign(layer=name) for name, part in found.items()])
 
 
 def backward_cosines(records: pd.DataFrame) -> pd.DataFrame:
@@ -79,6 +85,9 @@ def block_values(records: pd.DataFrame) -> pd.DataFrame:
 
 
 CONDITION = "median condition number of the head's Jacobian"
+KFAC = "K-FAC's P"
+PRECONDITIONERS = {KFAC: "", **{name: f", {name}" for name in (*POWERS, MUON, NATURAL)}}
+"""Names of what turns g_gap -> ends of quantities."""
 SHARED = "partial correlation of g_GCP with P g_GAP given g_GAP"
 LIKE = primary(5).compare
 CONDITIONED = {
@@ -117,8 +126,26 @@ PARTIALS = [
     for words, values in (
         *((words, partial(partial_correlations, under=head)) for head, words in UNDER.items()),
         ("one vector of all convolutions", partial(partial_correlations, whole=True)),
-        ("exact natural gradient", partial(partial_correlations, which=f", {NATURAL}")),
     )
+]
+TURNED = [
+    _explored(
+        f"turned gradient: {name}",
+        f"partial correlation of g_GCP with P g_GAP given g_GAP, P: {name}",
+        Bound({"layer": name}, "above", reference=0.0, margin=0.1, scale="fisher"),
+        by_preconditioner,
+    )
+    for name in PRECONDITIONERS
+]
+NEARER = [
+    _explored(
+        f"turned gradient: {name} − {KFAC}",
+        f"partial correlation of g_GCP with P g_GAP given g_GAP, P: {name} − {KFAC}",
+        Difference({"layer": name}, {"layer": KFAC}, "above", 0.1, "fisher"),
+        by_preconditioner,
+    )
+    for name in PRECONDITIONERS
+    if name != KFAC
 ]
 CONTROLS = [
     _explored(
@@ -166,5 +193,5 @@ BLOCKS = [
 CLAIMS = [
     primary(3).measured(median_conditions, CONDITIONED),
     primary(5).measured(partial_correlations, LIKE_KFAC),
-    *(THEOREM, *ROOTS, *PARTIALS, *CONTROLS, *BACKWARD, *BLOCKS),
+    *(THEOREM, *ROOTS, *PARTIALS, *TURNED, *NEARER, *CONTROLS, *BACKWARD, *BLOCKS),
 ]

@@ -9,6 +9,9 @@ convolution and of `ALL`, all of them as one vector:
     TURN       cos(g_gap, P g_gap)                      gap              setting: the damping of P
     PARTIAL    cos of what is left of g_head and of P g_gap without their parts along g_gap, the partial correlation
 
+The last three also of other P: the natural gradient, powers of K-FAC's (1/2 is what methods with the root of a curvature take),
+and U V^T of g_gap = U diag(s) V^T, Muon's.
+
 An unrelated P, which turns g_gap as far but in a random direction, gives WITH_P = PLAIN TURN and PARTIAL = 0 in expectation: only
 PARTIAL is evidence. The controls: a GCP head with random weights in its classifier, and one fitted to permuted labels, whose
 gradients are taken with them too.
@@ -29,6 +32,7 @@ from secondorder.preconditioning import (
     alignment,
     loss_gradient,
     natural_gradient_direction,
+    orthogonal_direction,
     partial_correlation,
 )
 from secondorder.preconditioning.directions import Direction
@@ -40,6 +44,8 @@ PLAIN, WITH_P, TURN, PARTIAL = "cosine", "cosine with P", "turn by P", "partial 
 ALL = "all convolutions"
 RANDOM, PERMUTED, NATURAL = "random classifier", "permuted labels", "natural gradient"
 """Ends of names of quantities: two controls, and P the inverse of the exact Gauss-Newton matrix of all convolutions."""
+POWERS, MUON = {"P^1/4": 0.25, "P^1/2": 0.5}, "Muon"
+"""Further ends: K-FAC's P to a power, and the orthogonalised gradient, which has no damping."""
 RESIDUAL = "residual of the natural gradient"
 
 
@@ -56,6 +62,8 @@ def gradient_rows(backbone: Backbone) -> Iterator[Row]:
     kfac = KFACDirections(gap, (images, labels), params=names)
     dampings = sorted({*backbone.measures.dampings, DAMPING})
     turned = {(damping, ""): kfac.direction(g_gap, damping) for damping in dampings}
+    turned |= {(DAMPING, f", {name}"): kfac.direction(g_gap, DAMPING, power) for name, power in POWERS.items()}
+    turned[np.nan, f", {MUON}"] = orthogonal_direction(g_gap)
     if backbone.measures.natural_gradient:
         options: dict[str, Any] = {"gradient": g_gap, "tolerance": 1e-3, "iterations": 300}
         solved = natural_gradient_direction(gap, (images, labels), DAMPING, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from secondorder.kfac.options import DAMPING
-from studies.draw import Curves, Scatter
+from studies.draw import Curves, Forest, Scatter, case_rows
 from studies.draw.palette import label
 from studies.engine.study import Results
 from studies.judge import Claim, Judged
@@ -86,9 +86,10 @@ def _directions(results: Results, records: pd.DataFrame) -> Fold:
         pictures=[
             Picture("preconditioning_partial", f"{judged[0].sentence} Grey: the margin. {BANDS}", by_damping),
             Picture("preconditioning_cosines", f"{above} A point: one convolution, seed, damping.", against),
+            *_turned(_of(results, stated.TURNED)),
         ],
         controls=_of(results, stated.CONTROLS),
-        exploratory=_of(results, stated.PARTIALS),
+        exploratory=_of(results, [*stated.PARTIALS, *stated.TURNED, *stated.NEARER]),
         method=[
             "g is the gradient of a convolution's weights, P the K-FAC preconditioner of the network with the GAP head, both of "
             f"the large batch; the damping, {DAMPING:g}, is relative to the block's scale. The partial correlation is the cosine "
@@ -97,6 +98,20 @@ def _directions(results: Results, records: pd.DataFrame) -> Fold:
         ],
         provenance=results.provenance,
     )
+
+
+def _turned(cases: Sequence[Judged]) -> list[Picture]:
+    """What the gradient of GCP has of each way to turn that of GAP."""
+    if not cases:
+        return []
+    rows = [row | {"P": case.claim.name.partition(": ")[2]} for case in cases for row in case_rows(case)]
+    figure = Forest("P", x_label="partial correlation of g_GCP with P g_GAP given g_GAP").draw(pd.DataFrame(rows))
+    most = max(cases, key=lambda case: case.estimate.seen[0] if case.estimate else -1.0).claim.name.partition(": ")[2]
+    caption = (
+        f"Beyond the gradient of GAP, that of GCP has most of what {most} makes of it. K-FAC's P and its powers at damping "
+        f"{DAMPING:g}; Muon: U Vᵀ of g_GAP = U diag(s) Vᵀ. Points are seeds, lines 95 % intervals, grey is the margin."
+    )
+    return [Picture("preconditioning_turned", caption, figure)]
 
 
 def unrelated(records: pd.DataFrame) -> pd.DataFrame:

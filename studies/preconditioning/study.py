@@ -59,7 +59,7 @@ def plan(context: Context) -> Plan:
     settings, common, training = context.settings, context.common, context.settings.training
     check_float64(common.torch_device, "the preconditioning study")
     first = (0, Measurement("untrained backbone", measure_untrained, settings.measures))
-    last = (training.steps(common), Measurement("trained backbone", measure_trained, settings.measures))
+    last = (training.steps(common), Measurement("trained backbone", measure_trained, settings.measures, version=2))
     wanted: dict[str, Any] = dict.fromkeys(settings.trained, (last,)) | {settings.trained[0]: (first, last)}
     data = training.data(common)
     if common.dry_run and len(data.train.labels.unique()) < data.num_classes:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
-from studies.draw import Curves, Forest, Scatter, forest_row, gallery, seed_rows
+from studies.draw import Curves, Forest, Scatter, case_rows, gallery
 from studies.draw.numbers import estimate_words
 from studies.draw.palette import LABELS, label
 from studies.engine.study import Results
@@ -210,11 +210,9 @@ def _forest(cases: Sequence[Judged]) -> list[Picture]:
     """Differences of probes between pretrainings."""
     rows = []
     for case in cases:
-        assert case.estimate is not None
         quantity, _, pair = case.claim.name.partition(": ")
         words = " − ".join(short_label(word) for word in pair.split(" - "))
-        row = forest_row(case.claim, case.dataset, "", case.estimate.seen)
-        rows += [one | {"quantity": quantity, "pair": words} for one in (row, *seed_rows(row, case.estimate.by_seed))]
+        rows += [one | {"quantity": quantity, "pair": words} for one in case_rows(case)]
     if not rows:
         return []
     drawn = Forest("pair", groups="quantity", x_label="difference of the score, a fraction", labels=0.3).draw(

@@ -17,6 +17,7 @@ from secondorder.preconditioning import (
     kfac_direction,
     loss_gradient,
     natural_gradient_direction,
+    orthogonal_direction,
 )
 from secondorder.preconditioning import natural_gradient as natural_gradient_module
 
@@ -94,6 +95,43 @@ def test_is_the_optimisers_direction(kind: str, pooling: str, relative: bool, op
     assert list(ours) == [*CONVOLUTIONS, "classifier.weight", "classifier.bias"]
     for name, direction in ours.items():
         torch.testing.assert_close(direction, theirs[name], rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("width", [4, 1100])
+def test_powers_are_those_of_the_damped_block(power: float, width: int) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    data, names = batch(), ["3.weight", "3.bias"]
+    directions = KFACDirections(model, data, params=names)
+    g = {name: torch.randn_like(model.get_parameter(name)) for name in names}  # not only in the range of A
+    a = torch.cat([model[:3](data[0]), torch.ones(12, 1, dtype=torch.float64)], 1)
+    p = model(data[0]).softmax(1)
+    b, V = torch.linalg.eigh((p.diag_embed() - p[:, :, None] * p[:, None]).mean(0))
+    alpha, U = torch.linalg.eigh(a.mT @ a / 12)
+    added = float(directions.tikhonov(0.2)["3"])
+    W = torch.cat([g["3.weight"], g["3.bias"][:, None]], 1)
+    expected = V @ ((V.mT @ W @ U) / (b[:, None] * alpha + added) ** power) @ U.mT
+    found = directions.direction(g, 0.2, power)
+    torch.testing.assert_close(found["3.weight"], expected[:, :-1], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found["3.bias"], expected[:, -1], rtol=1e-7, atol=1e-9)
+
+
+def test_the_orthogonal_direction_has_the_singular_values_1() -> None:
+    g = {"conv": torch.randn(4, 3, 2, 2).double(), "tall": torch.randn(6, 2).double()}
+    g["poor"] = torch.outer(g["tall"][:, 0], g["tall"][:3, 1])  # of rank 1
+    found = orthogonal_direction(g)
+    M, G = found["conv"].flatten(1), g["conv"].flatten(1)
+    torch.testing.assert_close(M @ M.mT, torch.eye(4).double())
+    l, Q = torch.linalg.eigh(G @ G.mT)  # noqa: E741
+    torch.testing.assert_close(M, Q @ (l.rsqrt()[:, None] * (Q.mT @ G)))
+    torch.testing.assert_close(found["tall"].mT @ found["tall"], torch.eye(2).double())
+    torch.testing.assert_close(found["poor"], g["poor"] / g["poor"].norm())
+    assert not orthogonal_direction({"w": torch.zeros(3, 2)})["w"].any()
+    with pytest.raises(InputError, match=r"the gradient of b has the shape \[3\]: not that of a matrix"):
+        orthogonal_direction({"b": torch.zeros(3)})
+    with pytest.raises(NonFiniteError, match="the gradient of w contains NaN"):
+        orthogonal_direction({"w": torch.full((2, 2), float("nan"))})
 
 
 def test_wide_layers_as_the_optimiser_keeps_them() -> None:
@@ -333,6 +371,13 @@ def test_parameters_without_factors(params: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         KFACDirections(convnet(), batch(), params=params)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("power", [-0.5, 1.5, float("nan"), True, None])
+def test_bad_powers(power: object) -> None:
+    directions = KFACDirections(convnet(), batch(), params=CONVOLUTIONS)
+    with pytest.raises(InputError, match="power must be a number in \\[0, 1\\]"):
+        directions.direction(loss_gradient(convnet(), batch(), params=CONVOLUTIONS), 0.1, power)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])

@@ -18,17 +18,19 @@ from secondorder.data import load_dataset
 from secondorder.kfac import Damping, Fisher, KFACPreconditioner
 from secondorder.networks import Network, network
 from secondorder.pooling import pooling_head
-from secondorder.preconditioning import head_spectrum
+from secondorder.preconditioning import KFACDirections, head_spectrum
 from studies.backbones import convolutions
 from studies.preconditioning.backbone import Backbone, Measures
 from studies.preconditioning.blocks import AFTER_EXACT, AFTER_KFAC, CONDITION, ROLES, block_rows
 from studies.preconditioning.blocks import COSINE as FIT
 from studies.preconditioning.gradients import (
     ALL,
+    MUON,
     NATURAL,
     PARTIAL,
     PERMUTED,
     PLAIN,
+    POWERS,
     RANDOM,
     RESIDUAL,
     TURN,
@@ -188,12 +190,33 @@ def test_cosines_are_those_of_autograd_and_of_the_optimiser(measured: Backbone, 
 def test_every_head_has_its_rows(gradients: pd.DataFrame) -> None:
     heads = [(h, "") for h in ("covariance", "gcp", "gcp_exact")] + [("gcp", f", {c}") for c in (RANDOM, PERMUTED)]
     expected = {("gap", TURN, layer, d) for layer in (*LAYERS, ALL) for d in (0.01, 1.0)}
+    others = [(f", {name}", 0.01) for name in POWERS] + [(f", {MUON}", -1.0)]
+    expected |= {("gap", f"{TURN}{which}", layer, d) for which, d in others for layer in (*LAYERS, ALL)}
     for (head, end), layer in ((h, layer) for h in heads for layer in (*LAYERS, ALL)):
         expected |= {(head, f"{q}{end}", layer, d) for q in (WITH_P, PARTIAL) for d in (0.01, 1.0)}
+        expected |= {(head, f"{q}{end}{which}", layer, d) for q in (WITH_P, PARTIAL) for which, d in others}
         expected.add((head, f"{PLAIN}{end}", layer, -1.0))
     keys = gradients.fillna({"setting": -1.0})[["head", "quantity", "layer", "setting"]]
     assert sorted(keys.itertuples(index=False, name=None)) == sorted(expected)
     assert gradients.value.abs().max() <= 1
+
+
+def test_other_ways_to_turn_a_gradient(measured: Backbone, gradients: pd.DataFrame) -> None:
+    """P^(1/2) twice is P, and U V^T has the singular values 1."""
+    images, labels = measured.batch
+    g_gap, g = (gradient(measured.networks[head], images, labels) for head in ("gap", "gcp"))
+    weights = {f"{layer}.weight": g_gap[layer] for layer in LAYERS}
+    kfac = KFACDirections(measured.networks["gap"], measured.batch, params=list(weights))
+    root = kfac.direction(weights, 0.01, 0.5)
+    for name, P_g in kfac.direction(weights, 0.01).items():
+        torch.testing.assert_close(kfac.direction(root, 0.01, 0.5)[name], P_g, rtol=1e-8, atol=1e-10)
+        layer = name.removesuffix(".weight")
+        U, _, Vh = torch.linalg.svd(g_gap[layer].flatten(1), full_matrices=False)
+        for which, turned, d in (("P^1/2", root[name], 0.01), (MUON, U @ Vh, None)):
+            at = {"head": "gcp", "layer": layer, "quantity": f"{WITH_P}, {which}"} | (
+                {} if d is None else {"setting": d}
+            )
+            assert value(gradients, **at) == pytest.approx(cosine(g[layer], turned), abs=2e-3)
 
 
 def test_controls_are_what_they_say(measured: Backbone, gradients: pd.DataFrame) -> None:

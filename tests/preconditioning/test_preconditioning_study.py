@@ -15,7 +15,7 @@ from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import CONTRADICTED, NO_EFFECT, PROVED, SUPPORTED, UNDECIDED, Judged, judge
 from studies.preconditioning import blocks, gradients, heads
-from studies.preconditioning.claims import BACKWARD, CONTROLS, FORMS, WITHOUT
+from studies.preconditioning.claims import BACKWARD, CONTROLS, FORMS, NEARER, TURNED, WITHOUT
 from studies.preconditioning.page import folds, unrelated
 from studies.preconditioning.study import STUDY
 
@@ -25,6 +25,8 @@ CONDITIONS = {"gap": 1.0, "gap_lifted": 1.5, "covariance": 30.0, "gcp": 6.0, "gc
 PARTIALS = {"gap_lifted": 0.0, "covariance": 0.1, "gcp": 0.3, "gcp_exact": 0.3}
 ENDS = {"": 0.0, f", {gradients.RANDOM}": -0.2, f", {gradients.PERMUTED}": -0.3}
 """Variant of GCP -> what its partial correlation is above that of GCP."""
+OTHERS = {"P^1/4": 0.1, "P^1/2": 0.2, gradients.MUON: -0.1}
+"""Other ways to turn a gradient than K-FAC's -> what the partial correlation of GCP with them is above that of GCP."""
 BLOCKS = {blocks.CONDITION: 100.0, blocks.AFTER_KFAC: 40.0, blocks.AFTER_EXACT: 5.0, blocks.COSINE: 0.5}
 
 
@@ -71,6 +73,9 @@ def gradient_rows_of(partial: float) -> list[dict[str, Any]]:
             rows.append({"head": head, "quantity": gradients.WITH_P + end, "setting": damping, "value": 0.25})
             if damping == 1.0:
                 rows.append({"head": head, "quantity": gradients.PLAIN + end, "value": 0.5})
+    for name, more in OTHERS.items():
+        at = {"head": "gcp", "setting": np.nan if name == gradients.MUON else 0.01}
+        rows.append(at | {"quantity": f"{gradients.PARTIAL}, {name}", "value": partial + more})
     return rows
 
 
@@ -104,7 +109,7 @@ def test_partial_correlations_are_judged_at_the_default_damping(partial: float, 
     assert cases["K-FAC-like gradient"].outcome == outcome
     assert estimate(cases["K-FAC-like gradient"]) == pytest.approx(partial, abs=max(0.03, scatter))  # not 0.9, at 1
     assert cases["partial correlation: trained under GAP"].outcome == ""
-    assert cases["partial correlation: exact natural gradient"].estimate is None
+    assert cases["turned gradient: natural gradient"].estimate is None
 
 
 def test_the_theorem_is_proved_unless_the_numbers_contradict_it() -> None:
@@ -121,6 +126,9 @@ def test_values_of_the_other_claims() -> None:
     assert estimate(cases["partial correlation: one vector of all convolutions"]) == pytest.approx(0.3)
     differences = [estimate(cases[claim.name]) for claim in CONTROLS]
     assert differences == pytest.approx([0.2, 0.0, 0.3, 0.2, 0.3])
+    turned = {claim.name: estimate(cases[claim.name]) for claim in TURNED[:-1]}
+    assert list(turned.values()) == pytest.approx([0.3, 0.4, 0.5, 0.2])
+    assert [estimate(cases[claim.name]) for claim in NEARER[:-1]] == pytest.approx([0.1, 0.2, -0.1])
     assert [estimate(cases[claim.name]) for claim in BACKWARD] == pytest.approx([0.05] * 3)
     assert estimate(cases["block condition: gcp / gap"]) == pytest.approx(0.5)
     assert estimate(cases["gain by K-FAC: gcp − gap"]) == pytest.approx(np.log(0.5))
@@ -156,6 +164,7 @@ def test_folds_say_what_came_out() -> None:
     assert "is 0.250" in directions.sentences[0]
     assert "= 0.200" in directions.sentences[0]
     assert "100 % lie above" in directions.pictures[1].caption
+    assert "has most of what P^1/2 makes of it" in directions.pictures[2].caption
     assert len(directions.shown_controls) == len(CONTROLS)
     assert "no preconditioner 0.85" in passes.sentences[0]
     assert "100 % of the blocks" in curvature.pictures[0].caption

@@ -29,9 +29,10 @@ class Rotated(Inverse):
     def damped_eigenvalues(self, added: Tensor | float) -> Tensor:
         """The eigenvalues plus lambda = `added`, `[G, O, D]`, a new tensor."""
 
-    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W = Q_B [(Q_B^T W Q_A) / (eigenvalues + lambda)] Q_A^T `[G, O, D]` for the gradient W, in its dtype."""
-        M = self.rotated(gradient).div_(self.damped_eigenvalues(self.tikhonov(damping, relative)))
+    def solve(self, gradient: Tensor, damping: float, relative: bool, power: float = 1.0) -> Tensor:
+        """P^p W = Q_B [(Q_B^T W Q_A) / (eigenvalues + lambda)^p] Q_A^T `[G, O, D]` for the gradient W, in its dtype."""
+        damped = self.damped_eigenvalues(self.tikhonov(damping, relative))
+        M = self.rotated(gradient).div_(damped if power == 1 else damped.pow_(power))
         return self.rotated_back(M).to(gradient.dtype)
 
     def rotated(self, W: Tensor) -> Tensor:

@@ -38,14 +38,16 @@ class WideEigenbasis(Inverse):
     U: Tensor
     scale: Tensor
 
-    def solve(self, gradient: Tensor, damping: float, relative: bool) -> Tensor:
-        """P W `[G, O, D]` for the gradient W: Q_B [(C / (beta alpha^T + lambda)) U + (M - C U) / lambda].
+    def solve(self, gradient: Tensor, damping: float, relative: bool, power: float = 1.0) -> Tensor:
+        """P^p W `[G, O, D]` for the gradient W: Q_B [(C / (beta alpha^T + lambda)^p) U + (M - C U) / lambda^p].
 
         M = Q_B^T W, and C = M U^T its part in the range of the rows.
         """
         M = times(transposed(self.Q_B), gradient.to(self.U.dtype))
         added = self.tikhonov(damping, relative)
         eigenvalues = (self.beta[:, :, None] * self.alpha[:, None, :]).add_(added)
+        if power != 1:
+            added, eigenvalues = added**power, eigenvalues.pow_(power)
         return times(self.Q_B, in_range(M, self.U, eigenvalues, added)).to(gradient.dtype)
 
     def tikhonov(self, damping: float, relative: bool) -> Tensor | float:
