@@ -152,11 +152,13 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``<name>.svg`` and ``<name>.png``; the same figure gives the same bytes. The layout is computed once, and stays."""
     # ticks are made when they are needed, in the style that holds by then
     with mpl.rc_context(THEME | {"svg.hashsalt": name, "svg.fonttype": "path"}):  # type: ignore[arg-type]
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png", dpi=150, pil_kwargs={"compress_level": 0})  # it is read again at once
     write_file(folder / f"{name}.svg", svg.getvalue())
     # 128 colours, a quarter of the bytes, are enough for lines, letters and their smooth edges
     palette = Image.open(png).convert("RGB").quantize(128, dither=Image.Dither.NONE)

@@ -53,7 +53,8 @@ def judge(claims: Sequence[Claim], records: pd.DataFrame) -> list[Judged]:
     judged: list[Judged] = []
     for dataset in records.dataset.unique() if len(records) else [""]:
         studies = dict([*records[records.dataset == dataset].groupby("study", sort=False)])
-        estimates = [(claim, _estimate(claim, studies.get(claim.study))) for claim in claims]
+        values: dict[tuple[str, str], pd.DataFrame] = {}
+        estimates = [(claim, _estimate(claim, studies.get(claim.study), values)) for claim in claims]
         p_values = {c.name: _p_value(c, e) for c, e in estimates if e is not None and c.primary and not c.proved}
         adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
         judged += [_judged(claim, str(dataset), found, adjusted) for claim, found in estimates]
@@ -81,12 +82,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return np.where(np.isnan(p_values), np.nan, adjusted).tolist()
 
 
-def _estimate(claim: Claim, measured: pd.DataFrame | None) -> Estimate | None:
-    """The estimate of the claim from its study's records of one data set; None where it was not measured."""
+def _estimate(
+    claim: Claim, measured: pd.DataFrame | None, values: dict[tuple[str, str], pd.DataFrame]
+) -> Estimate | None:
+    """The estimate of the claim from its study's records of one data set; None where it was not measured.
+
+    `values` keeps what claims of the data set share: the numbers that one function makes of the records of one study.
+    """
     if measured is None or claim.values is None:
         return None
+    key = claim.study, repr(claim.values)  # of functools.partial the function and its arguments
     try:
-        return estimate(claim.compare, claim.values(measured))
+        if key not in values:
+            values[key] = claim.values(measured)
+        return estimate(claim.compare, values[key])
     except InputError as error:
         raise InputError(f"claim {claim.name!r}: {error}") from None
 
