@@ -8,9 +8,10 @@ Index letters: K values of x, M values of y, N images of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,30 +104,13 @@ def landscape_plane(
     own = {name: p for name, p in named.items() if p.requires_grad}
     d, e = (shifts_of(f"{name} direction", given, named, own) for name, given in (("first", first), ("second", second)))
     origin = {name: p.detach().clone() for name, p in named.items() if name in d or name in e}
-    device = next(iter(origin.values())).device
-    wide = widest(device)
-    # the origin is the last: it alone leaves random numbers used up, so that the next batch draws others
-    points = [*((a, b) for a in x.double().tolist() for b in y.double().tolist()), (0.0, 0.0)]
-    total, images_seen = torch.zeros(len(points), dtype=wide, device=device), 0
     with untouched(model), plain_attention():
         _set_batch_norm(model, batch_norm)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         for p in model.parameters():
             p.requires_grad_(False)  # no graph is kept, and a network may still differentiate with respect to its input
-        for images, labels in _pairs(batches, device):
-            losses = []
-            for number, point in enumerate(points, 1):
-                _place(named, origin, (d, e), point)
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-                with torch.enable_grad(), same_randomness() if number < len(points) else nullcontext():
-                    value = loss_value(model, model, loss, images.clone(), labels).detach()
-                losses.append(value.to(device, wide).reshape(()))
-            total += torch.stack(losses) * (len(images) if reduction == "mean" else 1)
-            images_seen += len(images)
-    if images_seen == 0:
-        raise InputError("there is no batch; give a pair (images, labels), or a list or loader of such pairs")
-    values = (total / images_seen if reduction == "mean" else total).cpu().double()
+        # the origin is the last: it alone leaves random numbers used up, so that the next batch draws others
+        points = [*((a, b) for a in x.double().tolist() for b in y.double().tolist()), (0.0, 0.0)]
+        values = _losses(model, loss, batches, points, partial(_place, named, origin, (d, e)), reduction)
     lengths, cosine = _lengths_and_cosine(d, e)
     return LandscapePlane(
         x=x.double().cpu(),
@@ -136,6 +120,35 @@ def landscape_plane(
         lengths=lengths,
         cosine=cosine,
     )
+
+
+def _losses(
+    model: nn.Module,
+    loss: Loss,
+    batches: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+    points: Sequence[tuple[float, float]],
+    place: Callable[[tuple[float, float]], None],
+    reduction: str,
+) -> Tensor:
+    """The loss of all batches at each point, float64 on the CPU; `place` puts the parameters there. InputError for no batch."""
+    device = next(model.parameters()).device
+    wide = widest(device)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    total, images_seen = torch.zeros(len(points), dtype=wide, device=device), 0
+    for images, labels in _pairs(batches, device):
+        losses = []
+        for number, point in enumerate(points, 1):
+            place(point)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            with torch.enable_grad(), same_randomness() if number < len(points) else nullcontext():
+                value = loss_value(model, model, loss, images.clone(), labels).detach()
+            losses.append(value.to(device, wide).reshape(()))
+        total += torch.stack(losses) * (len(images) if reduction == "mean" else 1)
+        images_seen += len(images)
+    if images_seen == 0:
+        raise InputError("there is no batch; give a pair (images, labels), or a list or loader of such pairs")
+    return (total / images_seen if reduction == "mean" else total).cpu().double()
 
 
 def _pairs(

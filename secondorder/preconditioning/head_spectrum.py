@@ -104,13 +104,7 @@ def head_spectrum(
     """
     check_features(features)
     check_float64(features.device, "head_spectrum")
-    check_known("coordinates", coordinates, COORDINATES)
-    check_flag("exact", exact)
-    check_flag("trace_term", trace_term)
-    if coordinates == "triangle" and not exact:
-        raise InputError("coordinates 'triangle' have no closed form; use exact=True, or coordinates 'svec'")
-    if exact and not trace_term:
-        raise InputError("trace_term=False is an option of the closed form; use exact=False")
+    _check_form(exact, coordinates, trace_term)
     head, function = head_and_function(pooling, features.shape[1], options)
     x = features.detach().double()
     C, M = x.shape[1], x.shape[2] * x.shape[3]
@@ -143,6 +137,17 @@ def head_spectrum(
     of_mean = isinstance(function, MeanFunction)
     support = torch.full_like(rank, C) if of_mean else rank * (rank + 1) // 2 + rank * (C - rank)
     return HeadSpectrum(values, (a * t).flip(-1), rank, support)
+
+
+def _check_form(exact: bool, coordinates: str, trace_term: bool) -> None:
+    """InputError for unknown coordinates, and for options of the closed form and of the dense Jacobian together."""
+    check_known("coordinates", coordinates, COORDINATES)
+    check_flag("exact", exact)
+    check_flag("trace_term", trace_term)
+    if coordinates == "triangle" and not exact:
+        raise InputError("coordinates 'triangle' have no closed form; use exact=True, or coordinates 'svec'")
+    if exact and not trace_term:
+        raise InputError("trace_term=False is an option of the closed form; use exact=False")
 
 
 def _normalised_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,29 +63,33 @@ def fine_tune(
     optimizer = torch.optim.SGD(trained, learning_rate, momentum, weight_decay=weight_decay)
     total = -(-len(data) // batch_size) * epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, total))
-    device = trained[0].device
-    losses = []
     model.train()
+    losses = []
     with same_randomness():
         seed_random_numbers(seed)
         for epoch in range(epochs):
             data.set_epoch(seed, epoch)
             summed = 0.0
             for number, rows in enumerate(epoch_order(len(data), seed, epoch).split(batch_size), start=1):
-                loss = _loss(model, [on_unit(data[row], device) for row in rows.tolist()])
+                loss = _loss(model, [on_unit(data[row], trained[0].device) for row in rows.tolist()])
                 if not loss.isfinite():
+                    where = f"step {number} of epoch {epoch + 1}"
                     raise NonFiniteError(
-                        f"the loss of the detector is {loss.item()} in step {number} of epoch {epoch + 1}; use a learning rate "
-                        f"below {learning_rate:g}"
+                        f"the loss of the detector is {loss.item()} in {where}; use a learning rate below {learning_rate:g}"
                     )
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
-                optimizer.step()
+                _step(loss, trained, optimizer)
                 schedule.step()
                 summed += loss.item() * len(rows)
             losses.append(summed / len(data))
     return losses
+
+
+def _step(loss: Tensor, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """A step along the gradient of the loss, cut to LONGEST_GRADIENT."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
+    optimizer.step()
 
 
 def _loss(model: nn.Module, samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:

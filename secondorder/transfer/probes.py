@@ -150,16 +150,8 @@ def dense_probe(
         check_whole(name, value)
     check_number("learning_rate", learning_rate, 0, math.inf, "()")
     check_seed(seed)
-    for x, y, what in ((maps, masks, "maps"), (test_maps, test_masks, "test_maps")):
-        _check_maps(what, x)
-        check_tensor(f"masks of {what}", y, frozenset({torch.int64}), "int64 [N, H, W]")
-        if y.ndim != 3 or 0 in y.shape or len(y) != len(x) or x.shape[1] != maps.shape[1] or x.dtype != maps.dtype:
-            raise InputError(
-                f"{what} {list(x.shape)}, {x.dtype}, masks {list(y.shape)}: must be [N, C, h, w] as maps, and [N, H, W]"
-            )
+    _check_masks(maps, masks, test_maps, test_masks)
     classes = int(torch.stack([masks.max(), test_masks.max()]).max()) + 1
-    if len(masks.unique()) < 2 or min(masks.min(), test_masks.min()) < 0:
-        raise InputError(f"masks of the classes {short(masks.unique().tolist())}: must be 0 to K - 1, two or more")
     deviation, mean = torch.std_mean(maps, (0, 2, 3), keepdim=True)
     scale = deviation.clamp_min(torch.finfo(maps.dtype).tiny)
     with same_randomness():
@@ -181,6 +173,19 @@ def dense_probe(
     right = counts.diagonal().double()
     union = counts.sum(0) + counts.sum(1) - counts.diagonal()
     return DenseScore(tuple((right / union).tolist()), float(right.sum() / counts.sum()))
+
+
+def _check_masks(maps: Tensor, masks: Tensor, test_maps: Tensor, test_masks: Tensor) -> None:
+    """InputError unless maps `[N, C, h, w]` and masks `[N, H, W]` belong together, with two classes or more to learn."""
+    for x, y, what in ((maps, masks, "maps"), (test_maps, test_masks, "test_maps")):
+        _check_maps(what, x)
+        check_tensor(f"masks of {what}", y, frozenset({torch.int64}), "int64 [N, H, W]")
+        if y.ndim != 3 or 0 in y.shape or len(y) != len(x) or x.shape[1] != maps.shape[1] or x.dtype != maps.dtype:
+            raise InputError(
+                f"{what} {list(x.shape)}, {x.dtype}, masks {list(y.shape)}: must be [N, C, h, w] as maps, and [N, H, W]"
+            )
+    if len(masks.unique()) < 2 or min(masks.min(), test_masks.min()) < 0:
+        raise InputError(f"masks of the classes {short(masks.unique().tolist())}: must be 0 to K - 1, two or more")
 
 
 def _logits(probe: nn.Module, x: Tensor, masks: Tensor) -> Tensor:
