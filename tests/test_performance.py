@@ -15,7 +15,7 @@ from studies.page import Provenance
 from studies.performance import page
 from studies.performance.curvature_costs import QUANTITIES, actions, cost_network, measure_curvature, work
 from studies.performance.heads import BOUND, TEXTBOOK, VARIANTS, measure_heads, textbook
-from studies.performance.kfac_costs import KINDS, METHODS, PERIODS, PLAIN, TARGETS, WHOLE, measure_kfac, shares
+from studies.performance.kfac_costs import KINDS, METHODS, PERIODS, PLAIN, TARGETS, WHOLE, measure_kfac, shares, target
 from studies.performance.study import STUDY, Settings
 from studies.statistics import median_interval
 
@@ -57,7 +57,7 @@ def test_a_period_is_made_of_all_its_steps() -> None:
 def test_costs_of_steps_are_ratios_to_the_steps_next_to_them() -> None:
     records = as_records(steps(FAST), network="n", head="gap")
     costs = page.kfac_costs(records[records.optimizer.isin(("EKFAC", "sgd"))])
-    assert costs.keys() == TARGETS.keys()
+    assert costs.keys() == TARGETS["cifar_resnet20"].keys()
     assert costs["(1, 1)"].estimate == pytest.approx(2.0)
     assert costs["(10, 10)"].estimate == pytest.approx(0.9 * 1.01 + 0.1 * 2.0)
     assert costs["(10, 100)"].estimate == pytest.approx(0.9 * 1.01 + 0.09 * 1.5 + 0.01 * 2.0)
@@ -70,10 +70,20 @@ def test_costs_of_steps_are_ratios_to_the_steps_next_to_them() -> None:
 )
 def test_targets_are_judged_by_the_interval(slower: float, memory: float, repeats: int, reached: set[str]) -> None:
     rows = steps({kind: slower * ratio for kind, ratio in FAST.items()}, repeats, memory)
-    fold = page.kfac(as_records(rows, network="n", head="gap"), origin())
+    fold = page.kfac(as_records(rows, network="cifar_resnet20, batch 128", head="gap"), origin())
     assert set(fold.tables[0].data.reached) == reached
     assert ("missed" in fold.pictures[0].caption) == ("no" in reached)
     assert list(fold.tables[1].data.columns) == ["head", "optimizer", "update"]
+
+
+def test_targets_are_those_of_the_network() -> None:
+    assert target("cifar_resnet20", "EKFAC", "(10, 10)") == 1.2
+    assert target("cifar_resnet20", "K-FAC, natural", "(10, 10)") == 1.12
+    assert target("digits_tiny", "EKFAC", "(10, 10)") == 1.25
+    tiny, other = (page.kfac(as_records(steps(FAST), network=n, head="gap"), origin()) for n in ("digits_tiny", "n"))
+    assert list(tiny.tables[0].data.reached.unique()) == ["", "yes"]
+    assert list(other.tables[0].data.reached.unique()) == [""]
+    assert other.pictures[0].caption.startswith("No targets were set for this network.")
 
 
 def test_every_kind_of_step_is_measured_and_its_parts_named() -> None:

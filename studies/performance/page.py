@@ -12,7 +12,7 @@ from studies.engine.study import Results
 from studies.page import Fold, Picture, Provenance, Table
 from studies.performance.curvature_costs import BASELINE, COPY, COPY_BYTES, PRODUCT, PRODUCT_OPERATIONS, QUANTITIES
 from studies.performance.heads import BOUND, TEXTBOOK, VARIANTS
-from studies.performance.kfac_costs import KINDS, METHODS, OF_PART, OF_SGD, PERIODS, PLAIN, STATE, TARGETS, shares
+from studies.performance.kfac_costs import KINDS, METHODS, OF_PART, OF_SGD, PERIODS, PLAIN, STATE, shares, target
 from studies.statistics import Interval, median_interval
 from studies.timing import MILLISECONDS, PEAK
 
@@ -116,7 +116,7 @@ def curvature(records: pd.DataFrame, origin: Provenance) -> Fold:
 
 
 def kfac_costs(records: pd.DataFrame) -> dict[str, Interval]:
-    """Each quantity of TARGETS relative to SGD's, of one network, head and method; `records` have those of SGD's memory, too.
+    """Each quantity that may have a target, relative to SGD's, of one network, head and method; `records` have SGD's memory, too.
 
     Times are medians over repeats of what a period's kinds of steps cost in the SGD steps next to them. Memory counts the
     optimiser's state and is no sample.
@@ -133,6 +133,13 @@ def kfac_costs(records: pd.DataFrame) -> dict[str, Interval]:
     return costs | {"plain step": median_interval(ratios[PLAIN]), "peak memory": Interval(size, size, size, 1)}
 
 
+def _reached(interval: Interval, target: float) -> str:
+    """Whether the interval is below a target; "" where there is none."""
+    if np.isnan(target):
+        return ""
+    return "yes" if interval.high < target else "no" if interval.low > target else "undecided"
+
+
 def kfac(records: pd.DataFrame, origin: Provenance) -> Fold:
     """K-FAC's steps relative to SGD's: periods of the intervals, plain steps, memory, and the parts of the largest step."""
     steps = records[records.optimizer != ""]
@@ -141,7 +148,7 @@ def kfac(records: pd.DataFrame, origin: Provenance) -> Fold:
     for (network, head), part in steps.groupby(["network", "head"], sort=False):
         for name in METHODS:
             for quantity, interval in kfac_costs(part[part.optimizer.isin((name, "sgd"))]).items():
-                target = TARGETS[quantity]
+                aim = target(str(network).partition(",")[0], name, quantity)
                 bars.append((f"{name}, {quantity}", f"{LABELS.get(str(head), head)}, {network}", interval))
                 rows.append({
                     "head": head,
@@ -149,8 +156,8 @@ def kfac(records: pd.DataFrame, origin: Provenance) -> Fold:
                     "quantity": quantity,
                     "times SGD's": interval.estimate,
                     "95 % interval": "" if interval.n == 1 else interval.short,
-                    "target: below": target,
-                    "reached": "yes" if interval.high < target else "no" if interval.low > target else "undecided",
+                    "target: below": aim,
+                    "reached": _reached(interval, aim),
                 })  # fmt: skip
     table = pd.DataFrame(rows)
     missed = ", ".join(f"{r['method']} {r['quantity']} with {r['head']}" for r in rows if r["reached"] == "no")
@@ -159,7 +166,12 @@ def kfac(records: pd.DataFrame, origin: Provenance) -> Fold:
     parts = steps[steps.quantity == OF_PART].pivot_table(
         index=["head", "optimizer"], columns="layer", values="value", aggfunc="median", sort=False
     )
-    words = f"Targets: {targets}{'; missed: ' * bool(missed)}{missed}. Medians over repeats with 95 % intervals."
+    reached = (
+        f"Targets: {targets}{'; missed: ' * bool(missed)}{missed}."
+        if targets
+        else "No targets were set for this network."
+    )
+    words = f"{reached} Medians over repeats with 95 % intervals."
     of_steps = "Mean step over a period (factor interval, inverse interval), in steps of SGD."
     of_parts = "Milliseconds of each part of a step with factors and inverses."
     return Fold(

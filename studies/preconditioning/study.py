@@ -82,7 +82,7 @@ STUDY = Study(
         "quick": Settings(),
         "cifar10": Settings(
             PRESETS["cifar10"],
-            measures=Measures(curvature_images=24, natural_gradient=True, precision="float32"),
+            measures=Measures(curvature_images=24, precision="float32"),
         ),
         "paper": Settings(
             replace(PRESETS["paper"], reduced_channels=256, channels_last=False),
