@@ -59,9 +59,9 @@ def run(command: Command) -> None:
     git_commit()  # of the code that is loaded now
     chosen = {name: (STUDIES[name], settings) for name, settings in command.studies.items()}
     if common.dry_run:
-        for name, (study, settings) in chosen.items():
-            for line in dry_run(study, study.context(common, settings)):
-                print(f"{name}: {line}", flush=True)
+        plans = {name: (study, study.context(common, settings)) for name, (study, settings) in chosen.items()}
+        for line in dry_run(plans):
+            print(line, flush=True)
         return
     with distributed(common.device), threadpool_limits(common.threads), ExitStack() as held:
         on_main(lambda: held.enter_context(own_folder(common.folder)))
