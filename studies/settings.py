@@ -86,6 +86,8 @@ class Common:
     dry_run: bool = False
     """Only build everything, take one training step and one measurement on fake data of the right shape, and state what
     the study would cost on this device."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files: losses, epochs and hyper-parameters of each network, and the figures."""
     progress: bool = True
     """Show progress bars."""
 

@@ -39,7 +39,7 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
         described = asdict(settings) | {"preset": common.preset}
         tables[name] = Table.opened(common.folder, name, plain(described), study.may_grow, common.fresh)
         plans[name] = study.plan(context)
-    store = Store(common.store_folder)
+    store = Store(common.store_folder, common.tensorboard)
     others = cache(lambda: [*_others(common.folder, chosen)])
     with executor_of(common) as executor:
         bars = common.progress and common.executor == "local" and (common.processes == 1 or world_size() > 1)

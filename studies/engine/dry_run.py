@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Totals:
 
     training: dict[tuple[str, int], float] = field(default_factory=dict)
     """GPU seconds by network."""
-    measuring: Counter[tuple[str, int]] = field(default_factory=Counter)
+    measuring: defaultdict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
     snapshots: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     state: dict[tuple[str, int], int] = field(default_factory=dict)
     wanted: Counter[str] = field(default_factory=Counter)
@@ -70,7 +70,8 @@ class Totals:
     def update(self, other: "Totals") -> None:
         """Add those of another study."""
         self.training |= other.training
-        self.measuring += other.measuring
+        for name, seconds in other.measuring.items():
+            self.measuring[name] += seconds
         for name, steps in other.snapshots.items():
             self.snapshots.setdefault(name, set()).update(steps)
         self.state |= other.state

@@ -118,7 +118,7 @@ def _convolution_backward(grad: Sequence[int], x: Sequence[int], weight: Sequenc
 
     PyTorch's own formula (2.14) counts those of the weights as if there were no groups.
     """
-    *_, transposed, _, _, wanted = others
+    transposed, wanted = others[-4], others[-1]
     return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
