@@ -10,6 +10,7 @@ from torch import nn
 
 from secondorder.networks import network
 from secondorder.training import Run, snapshot, train
+from studies.backbones import evenly_spaced
 from studies.curvature.measures import Limits, dry_parts, measure_dry
 from studies.curvature.study import STUDY as CURVATURE
 from studies.engine import dry_run, step_costs
@@ -48,7 +49,7 @@ def test_operations_of_a_step_are_those_of_its_layers(backbone: str, dataset: st
     first, *others = multiplications(model, torch.randn(4, channels, side, side))
     # forward, gradient of the weights and, but for the first layer, of the inputs; 2 for a multiplication with an addition
     run = replace(RUN, backbone=backbone, dataset=dataset, batch_size=4)
-    assert step_costs.step_cost(run).flops == 2 * (2 * first + 3 * sum(others))
+    assert step_costs.step_cost(run, "off").flops == 2 * (2 * first + 3 * sum(others))
 
 
 def test_saved_bytes_are_those_of_the_activations() -> None:
@@ -65,16 +66,22 @@ def test_a_step_on_a_cpu_has_the_pixels_of_eight_images() -> None:
 
 
 def test_what_is_alike_is_measured_once_and_half_precision_keeps_half() -> None:
-    cost = step_costs.step_cost(RUN)
-    assert step_costs.step_cost(replace(RUN, seed=3, learning_rate=0.2, epochs=7, schedule="cosine")) is cost
-    half = step_costs.step_cost(replace(RUN, amp="bfloat16"))
+    cost = step_costs.step_cost(RUN, "off")
+    assert step_costs.step_cost(replace(RUN, seed=3, learning_rate=0.2, epochs=7, schedule="cosine"), "off") is cost
+    half = step_costs.step_cost(RUN, "float16")  # which the CPU that this is measured on does not have
     kept = 4 * cost.parameters + cost.state
     assert half.memory - kept == pytest.approx((cost.memory - kept) / 2, rel=0.05)
-    assert cost.gpu_seconds == cost.flops / (step_costs.PEAK * step_costs.SHARE)
+    assert cost.gpu_seconds == pytest.approx(4 * (cost.memory - kept) / step_costs.BANDWIDTH)  # small layers
+
+
+def test_large_layers_are_bound_by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_costs, "_counted", lambda *_: (1e12, 1e6))
+    for amp, rate in (("off", 0.15 * 156e12), ("bfloat16", 0.2 * 312e12)):
+        assert step_costs.step_cost(replace(RUN, batch_size=16), amp).gpu_seconds == 16 * 1e12 / rate
 
 
 STEP = step_costs.StepCost(
-    seconds=2.0, images=8, parameters=10, flops=7200 * 312e12 * 0.2, memory=2.0**31, state=10**9
+    seconds=2.0, images=8, parameters=10, flops=1.0, gpu_seconds=7200.0, memory=2.0**31, state=10**9
 )  # two hours on the GPU
 
 
@@ -85,7 +92,7 @@ def study_of(name: str, *tasks: Any) -> tuple[Study, Context]:
 
 
 def test_networks_that_studies_share_count_once_and_trials_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "cost_of", lambda _: dry_run.Cost(10.0, 0.0, STEP, "a network"))
+    monkeypatch.setattr(dry_run, "cost_of", lambda *_: dry_run.Cost(10.0, 0.0, STEP, "a network"))
     data, measurement = fake_data("digits", 32), Measurement("m", list)
     networks = [Subject(replace(RUN, seed=seed), data) for seed in range(3)]
     at = [tuple((step, measurement) for step in steps) for steps in ((0, 1), (1, 2))]
@@ -108,6 +115,15 @@ def test_networks_that_studies_share_count_once_and_trials_each(monkeypatch: pyt
     for seed in range(640):
         many.add(Trained(Subject(replace(RUN, seed=seed), data)), dry_run.Cost(2.0, 0.0, STEP, ""))
     assert many.words().endswith("on 64 GPUs 20.0 h")  # 640 jobs of two hours
+
+
+def test_the_gpu_has_the_precision_that_the_study_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(dry_run, "cost_of", lambda _, amp: asked.append(amp) or dry_run.Cost(1.0, 0.0, STEP, ""))
+    for preset in ("quick", "paper"):
+        context = LANDSCAPE.context(Common(preset=preset, dry_run=True), LANDSCAPE.presets[preset])  # type: ignore[arg-type]
+        list(dry_run.dry_run({"landscape": (LANDSCAPE, context)}))
+    assert {*asked[:1]} | {*asked[-1:]} == {"off", "float16"}
 
 
 def test_measuring_takes_as_many_steps_on_a_gpu_as_here() -> None:
@@ -150,7 +166,7 @@ def wanted(study: Study, preset: str, **settings: Any) -> list[Measurement]:
     return [measurement for _, measurement in next(study.plan(context))[0].at]  # type: ignore[union-attr]
 
 
-def test_a_dry_run_makes_parts_of_what_takes_long(tmp_path: Path) -> None:
+def test_a_dry_run_makes_parts_of_what_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {m.name: m for study in (LANDSCAPE, ROBUSTNESS, CURVATURE) for m in wanted(study, "paper") if m.dry}
     parts = {name: (m.dry[1], m.of_batch) for name, m in found.items() if m.dry}
     assert parts == {
@@ -161,11 +177,15 @@ def test_a_dry_run_makes_parts_of_what_takes_long(tmp_path: Path) -> None:
         "perturbation": (5_000.0, False),
         "GGN blocks": (16 * 125.0, False),
     }
+    images: list[tuple[int, int]] = []
+    spaced = lambda *of: images.append(of) or evenly_spaced(*of)  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr("studies.robustness.measures.evenly_spaced", spaced)
     data = fake_data("digits", 8)
     run = replace(RUN, batch_size=8, epochs=1)
     train(run, data, tmp_path, snapshots=(0,), until=0, progress=False)
     with snapshot(run, data, tmp_path / "step-0.pt") as at:
         rows = {name: list(m.dry[0](at, m.settings)) for name, m in found.items() if m.dry}
+    assert {count for _, count in images} == {2}
     assert all(rows.values())
     assert len({row["setting"] for row in rows["descent"]}) == 1
 

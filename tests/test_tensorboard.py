@@ -78,6 +78,8 @@ def test_training_that_goes_on_has_no_step_twice_and_none_missing(data: ImageDat
     check(tmp_path / "events" / "mine", trained)
     again = train(RUN, data, folder, resume=True, progress=False)  # without: a tracker is no part of the checkpoint
     assert again.step_losses == trained.step_losses
+    train(RUN, data, folder, tracker=TensorBoard(tmp_path / "events", "done"), resume=True, progress=False)
+    check(tmp_path / "events" / "done", trained)
 
 
 def test_networks_of_a_store_have_a_folder_each_also_when_they_are_trained_already(

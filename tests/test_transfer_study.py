@@ -656,8 +656,8 @@ def test_initial_weights_are_adapted_as_the_network_that_began_from_them() -> No
 
 
 def test_a_dry_run_counts_networks_once_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = StepCost(1.0, 8, 1, 1.0, 1.0, 1)
-    monkeypatch.setattr(dry_run, "cost_of", lambda task: dry_run.Cost(30.0, 6.0, step, task.subject.run.pooling))
+    step = StepCost(1.0, 8, 1, 1.0, 1.0, 1.0, 1)
+    monkeypatch.setattr(dry_run, "cost_of", lambda task, amp: dry_run.Cost(30.0, 6.0, step, task.subject.run.pooling))
     context = STUDY.context(Common(preset="cifar10", dry_run=True), STUDY.presets["cifar10"])
     assert [*dry_run.dry_run({"transfer": (STUDY, context)})][:5] == [
         "transfer: 5 times gap",

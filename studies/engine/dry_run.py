@@ -12,7 +12,7 @@ from secondorder.training import Run, snapshot, train
 from secondorder.training.checkpoint import snapshot_name
 from studies.engine.fake_data import images_of
 from studies.engine.plan import Measurement, Trained
-from studies.engine.step_costs import GPU, IRRELEVANT, PEAK, SHARE, StepCost, small, step_cost
+from studies.engine.step_costs import BANDWIDTH, IRRELEVANT, PASSES, RATES, StepCost, small, step_cost
 from studies.engine.store import digest
 from studies.engine.study import Context, Study
 
@@ -94,11 +94,13 @@ class Totals:
         )
 
 
+MIXED, SINGLE = (f"{RATES[amp] / 1e12:.0f}" for amp in ("float16", "off"))
 ASSUMED = (
-    f"GPU hours: operations of the forward and backward passes, counted, at {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an "
-    f"{GPU} (16 bits, dense), an assumption; what an optimiser computes besides is not counted; measuring takes as many steps as "
-    "on this device. Jobs are independent, one GPU each: n GPUs take max(longest job, all / n), so more than all / longest "
-    "make nothing faster. The store keeps every snapshot."
+    f"GPU hours are estimated for an A100: counted operations of the forward and backward passes at {MIXED} TFLOP/s (20% of its "
+    f"16-bit peak, with mixed precision) or {SINGLE} (15% of TF32), or {PASSES} times the bytes kept between them at "
+    f"{BANDWIDTH / 1e12:.3f} TB/s, the longer of the two. What an optimiser computes besides is not counted, nor is reading "
+    "data; measuring takes as many steps as on this device. Jobs are independent, one GPU each: n GPUs take max(longest job, "
+    "all / n), so more than all / longest make nothing faster. The store keeps every snapshot."
 )
 
 
@@ -126,9 +128,10 @@ def _dry_run(study: Study, context: Context, totals: Totals) -> Iterator[str]:
         wanted = [(step, measurement) for step, measurement in task.at if not measurement.of_training]
         measured = [(step, m.described if m.dry is None else (m.name, m.dry[1])) for step, m in wanted]
         kinds.setdefault(digest([fields, measured]), []).append(task)
+    amp = getattr(getattr(context.settings, "training", None), "amp", "off")
     total = 0.0
     for tasks in kinds.values():
-        cost = cost_of(tasks[0])
+        cost = cost_of(tasks[0], amp)
         total += (cost.training + cost.measuring) * len(tasks)
         for task in tasks:
             totals.add(task, cost)
@@ -140,10 +143,10 @@ def _dry_run(study: Study, context: Context, totals: Totals) -> Iterator[str]:
     )
 
 
-def cost_of(task: Trained) -> Cost:
-    """The cost of a training with all its measurements on this device, and a sentence about it."""
+def cost_of(task: Trained, amp: str) -> Cost:
+    """The cost of a training with all its measurements, on a GPU in this mixed precision, and a sentence about it."""
     run, data = task.subject.run, task.subject.data
-    step, measuring = step_cost(run), _measuring(task)
+    step, measuring = step_cost(run, amp), _measuring(task)
     steps = images_of(run.dataset, run.train_limit) // run.batch_size * run.epochs
     words = (
         f"{run.backbone} + {run.pooling}, {run.optimizer}, {step.parameters / 1e6:.2f} M parameters, images {data.in_channels}x"
@@ -151,7 +154,7 @@ def cost_of(task: Trained) -> Cost:
         + (f" (scaled from {step.images} images)" if step.images != run.batch_size else "")
         + f"; {steps:,} steps {step.seconds * steps / 3600:,.1f} h, "
         + (f"measuring {measuring / 3600:,.1f} h" if measuring else "without measurements")
-        + f"; {step.flops / 1e9:,.1f} GFLOP and {step.memory / 2**30:,.1f} GiB a step"
+        + f"; {step.flops / 1e9:,.1f} GFLOP, {step.memory / 2**30:,.1f} GiB and {1e3 * step.gpu_seconds:,.0f} ms of a GPU a step"
     )
     return Cost(step.seconds * steps, measuring, step, words)
 

@@ -28,9 +28,11 @@ from secondorder.training.evaluation import to_device
 from secondorder.training.setup import first_state
 from studies.engine.fake_data import fake_data
 
-GPU, PEAK, SHARE = "A100", 312e12, 0.2
-"""A GPU, its dense 16-bit operations a second (NVIDIA's data sheet), and the share of them that training convolutions reaches:
-NVIDIA's own ResNet-50 trains 2,470 images a second on one (DeepLearningExamples, mixed precision), 19 % at 24.5 GFLOP each."""
+RATES = {"off": 0.15 * 156e12, "float16": 0.2 * 312e12, "bfloat16": 0.2 * 312e12}
+"""Operations a second of an A100 by mixed precision: shares of its dense peaks, TF32 and 16 bits (NVIDIA's data sheet), which
+NVIDIA's ResNet-50 reaches on one: 938 and 2,470 images a second (DeepLearningExamples), 24.5 GFLOP each."""
+BANDWIDTH, PASSES = 1.555e12, 4
+"""Bytes a second of its memory, and how often what is kept goes through it: written and read, and its gradient, too."""
 CPU_PIXELS = 8 * 224**2
 """Pixels of a step on a CPU, 8 ImageNet images: a whole batch of them needs more than 10 GiB."""
 COUNTED = 2
@@ -52,15 +54,12 @@ class StepCost:
     parameters: int
     flops: float
     """Of the forward and backward passes of the whole batch; what the optimiser computes is not among them."""
+    gpu_seconds: float
+    """On the stated GPU: by its operations or by its memory, whichever takes longer, as depthwise convolutions do by memory."""
     memory: float
     """Bytes that a step of the whole batch needs, in float32 or the 16 bits of its mixed precision."""
     state: int
     """Bytes of a checkpoint, of which a snapshot is one."""
-
-    @property
-    def gpu_seconds(self) -> float:
-        """On the stated GPU."""
-        return self.flops / (PEAK * SHARE)
 
 
 def small(run: Run) -> tuple[Run, ImageDataset]:
@@ -72,15 +71,15 @@ def small(run: Run) -> tuple[Run, ImageDataset]:
     return replace(run, batch_size=images, **LENGTH), fake_data(run.dataset, images, run.image_size)  # type: ignore[arg-type]
 
 
-def step_cost(run: Run) -> StepCost:
-    """The cost of a step of a run; measured once for all that are alike."""
+def step_cost(run: Run, amp: str) -> StepCost:
+    """The cost of a step of a run, on a GPU in this mixed precision, which a CPU may lack; once for all that are alike."""
     first = Run("digits_tiny", "gap", "digits", epochs=1, batch_size=2, learning_rate=1e-4)
     alike = {name: getattr(first, name) for name in IRRELEVANT} | LENGTH
-    return _step_cost(replace(run, **alike))
+    return _step_cost(replace(run, **alike), amp)
 
 
 @cache
-def _step_cost(run: Run) -> StepCost:
+def _step_cost(run: Run, amp: str) -> StepCost:
     taken, fake = small(run)
     with tempfile.TemporaryDirectory() as folder:
         trained = train(taken, fake, folder, progress=False)
@@ -88,12 +87,14 @@ def _step_cost(run: Run) -> StepCost:
     seconds = float(trained.history[1]["seconds"]) - float(trained.history[0]["seconds"])  # the first step is slow
     flops, saved = _counted(taken, fake)
     parameters = sum(p.numel() for p in trained.model.parameters())
+    flops, saved = flops * run.batch_size, saved * run.batch_size * (1 if amp == "off" else 0.5)
     return StepCost(
         seconds * run.batch_size / taken.batch_size,
         taken.batch_size,
         parameters,
-        flops * run.batch_size,
-        4 * parameters + state + saved * run.batch_size * (1 if run.amp == "off" else 0.5),
+        flops,
+        max(flops / RATES[amp], PASSES * saved / BANDWIDTH),
+        4 * parameters + state + saved,
         state,
     )
 
