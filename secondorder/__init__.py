@@ -5,4 +5,4 @@ Data flows left to right, and imports follow it:
 ``matrix_power`` holds the functions of symmetric matrices that the pooling heads are made of.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

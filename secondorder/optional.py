@@ -13,6 +13,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "pytorch_optimizer": ("pytorch_optimizer", "studies"),
     "singd": ("singd", "studies"),
     "sklearn": ("scikit-learn", "studies"),
+    "tensorboard": ("tensorboard", "tensorboard"),
     "torchvision": ("torchvision", "studies"),
 }
 """Module -> the package that has it, and the extra of secondorder that installs it."""

@@ -273,7 +273,7 @@ def _do(place: str, number: int) -> int:
             _share_threads(_jobs["threads"])
         content = cloudpickle.dumps((True, _jobs["function"](*_jobs["arguments"][number])))
     except BaseException as error:
-        content = _pickled_error(error)
+        content = pickled_error(error)
     write_atomically(Path(place) / str(number), content)
     return number
 
@@ -287,7 +287,7 @@ def _share_threads(threads: int) -> None:
     threadpool_limits(threads)  # of BLAS and OpenMP, of which SciPy and scikit-learn have copies of their own
 
 
-def _pickled_error(error: BaseException) -> bytes:
+def pickled_error(error: BaseException) -> bytes:
     """(False, error) with its traceback as a note; in words where the error itself cannot be pickled and read again."""
     text = "".join(traceback.format_exception(error))
     try:

@@ -16,7 +16,7 @@ nothing but |g|. At an equal predicted improvement the two questions are free of
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -119,6 +119,12 @@ def measure_descent(at: Snapshot, rho: tuple[float, ...]) -> Iterator[Row]:
     yield from _rows(DESCENT, shares, {FIRST_ORDER: error, CHANGE: line.gradient_distance / line.gradient_norm})
 
 
+def descent_along(rho: tuple[float, ...]) -> Measurement:
+    """The measurement of `measure_descent`, of which a dry run makes one point and, as of all of them, the origin."""
+    dry = lambda at, rho: measure_descent(at, rho[:1]), (len(rho) + 1) / 2
+    return Measurement("descent", measure_descent, rho, dry=dry, of_batch=True)
+
+
 def _rows(layer: str, settings: Tensor, quantities: Mapping[str, Tensor]) -> Iterator[Row]:
     for quantity, values in quantities.items():
         for index, (setting, value) in enumerate(zip(settings.tolist(), values.tolist(), strict=True)):
@@ -128,14 +134,15 @@ def _rows(layer: str, settings: Tensor, quantities: Mapping[str, Tensor]) -> Ite
 def plan(context: Context) -> Plan:
     """Every head with every seed, all heads of a seed before the next seed."""
     settings, common, total = context.settings, context.common, context.settings.training.steps(context.common)
-    published = Measurement("published lines", measure_published, settings.lines)
-    descent = Measurement("descent", measure_descent, settings.rho)
+    lines, descent = settings.lines, descent_along(settings.rho)
+    dry = lambda at, lines: measure_published(at, replace(lines, eta_points=1)), (lines.eta_points + 1) / 2
+    published = Measurement("published lines", measure_published, lines, dry=dry, of_batch=True)
     steps = every(settings.measure_every, total)
     whole = tuple((step, measurement) for step in steps for measurement in (published, descent))
     claimed = tuple((step, descent) for step in steps if 2 * step >= total)
-    lines = len(context.seeds) if settings.line_seeds is None else settings.line_seeds
+    seeds_of_lines = len(context.seeds) if settings.line_seeds is None else settings.line_seeds
     yield [
-        Trained(settings.training.subject(common, head, seed), whole if seed < lines else claimed)
+        Trained(settings.training.subject(common, head, seed), whole if seed < seeds_of_lines else claimed)
         for seed, head in product(context.seeds, settings.heads)
         if head in ("gap", "gcp") or seed < settings.control_seeds
     ]

@@ -11,11 +11,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from secondorder.errors import InputError
-from secondorder.training import NonFiniteLossError, distributed, is_main_process, on_main
+from secondorder.training import NonFiniteLossError, TensorBoard, distributed, is_main_process, on_main
 from secondorder.training.launch import check_environment
 from studies.command_line import Command, parse, parse_store
 from studies.engine.command import measure, write_pages
 from studies.engine.dry_run import dry_run
+from studies.engine.figures import write_figures
 from studies.engine.store_command import store_command
 from studies.machine import git_commit
 from studies.messages import one_line
@@ -59,15 +60,19 @@ def run(command: Command) -> None:
     git_commit()  # of the code that is loaded now
     chosen = {name: (STUDIES[name], settings) for name, settings in command.studies.items()}
     if common.dry_run:
-        for name, (study, settings) in chosen.items():
-            for line in dry_run(study, study.context(common, settings)):
-                print(f"{name}: {line}", flush=True)
+        plans = {name: (study, study.context(common, settings)) for name, (study, settings) in chosen.items()}
+        for line in dry_run(plans):
+            print(line, flush=True)
         return
+    if common.tensorboard is not None:
+        TensorBoard(common.tensorboard)  # or one line that it is not installed
     with distributed(common.device), threadpool_limits(common.threads), ExitStack() as held:
         on_main(lambda: held.enter_context(own_folder(common.folder)))
         measure(common, chosen)
         if is_main_process():
             markdown, page = write_pages(common.folder, common.preset, STUDIES, must=[*chosen])
+            if common.tensorboard is not None:
+                write_figures(common.tensorboard, common.folder)
             print(f"report: {markdown}\n        {page}", flush=True)
 
 

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from secondorder.atomic import check_writable, exclusive
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_known
 from secondorder.training import resolve_device
 from secondorder.training.device import check_device
 
@@ -22,6 +22,34 @@ PRESETS: dict[str, str] = {
     "paper": "the published ImageNet settings; days on GPUs",
 }
 MOST_SEEDS = 1000
+MOST_JOBS = 10_000
+"""Jobs at a time on a cluster."""
+EXECUTORS: dict[str, str] = {
+    "local": "processes of this machine",
+    "slurm": "jobs of Slurm, by submitit",
+    "ray": "tasks of Ray: of the cluster at RAY_ADDRESS, else of one that is started here and ends with the command",
+}
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What every job asks Slurm for (``--executor slurm``), in sbatch's words."""
+
+    partition: str | None = None
+    """Partition; Slurm's default when not given."""
+    account: str | None = None
+    """Account that is charged; the user's default when not given."""
+    time: int = 24 * 60
+    """Minutes that a job may take; one that needs longer is requeued before, and goes on from its checkpoint."""
+    gpus: int | None = None
+    """GPUs of a job; when not given 1 with --device cuda (or xpu), else none."""
+    mem: int | None = None
+    """GB of memory of a job; the partition's default when not given."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("time", self.time, 2), ("gpus", self.gpus, 0), ("mem", self.mem, 1)):
+            if value is not None and value < least:
+                raise InputError(f"--slurm.{name} {value}: at least {least}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,10 @@ class Common:
     threads: int = 1
     """CPU threads that torch uses inside an operation; the last bits of a result depend on it."""
     executor: str = "local"
-    """Who does the jobs: local (processes of this machine) or slurm (a cluster that sees the store; needs submitit)."""
+    """Who does the jobs: local (processes of this machine), slurm (by submitit) or ray; machines of a cluster see the store
+    and the working folder."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """What a job asks Slurm for."""
     store: Path | None = None
     """Folder of trained networks, shared by all studies and presets; the folder store in `out` when that is given, else
     reports/store."""
@@ -55,6 +86,8 @@ class Common:
     dry_run: bool = False
     """Only build everything, take one training step and one measurement on fake data of the right shape, and state what
     the study would cost on this device."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files: losses, epochs and hyper-parameters of each network, and the figures."""
     progress: bool = True
     """Show progress bars."""
 
@@ -62,8 +95,10 @@ class Common:
         check_device(self.device, "off")
         if self.seeds is not None and not 1 <= self.seeds <= MOST_SEEDS:
             raise InputError(f"--seeds {self.seeds}: at least 1 seed is needed, and at most {MOST_SEEDS}")
-        most = max(64, os.cpu_count() or 1)
-        for name, count in (("threads", self.threads), ("processes", self.processes)):
+        check_known("executor", self.executor, EXECUTORS)
+        here = max(64, os.cpu_count() or 1)
+        at_a_time = here if self.executor == "local" else MOST_JOBS
+        for name, count, most in (("threads", self.threads, here), ("processes", self.processes, at_a_time)):
             if not 1 <= count <= most:
                 raise InputError(f"--{name} {count}: use 1 to {most}")
 

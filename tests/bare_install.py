@@ -9,7 +9,7 @@ import tempfile
 LIBRARIES = (
     *("torchvision", "PIL", "pandas", "matplotlib", "seaborn", "sklearn", "statsmodels", "tyro", "markdown_it", "loky"),
     *("cloudpickle", "psutil", "threadpoolctl", "pytorch_optimizer", "singd", "submitit", "ray", "timm", "onnx"),
-    "faster_coco_eval",
+    *("faster_coco_eval", "tensorboard"),
 )
 for library in LIBRARIES:
     sys.modules[library] = None  # type: ignore[assignment]  # Python's own way to say that there is no such module

@@ -1,92 +1,219 @@
-"""Executors: processes of this machine and submitit do the same jobs with the same results; what dies is begun again."""
+"""Executors: who begins which job, what is begun again, what a cluster is asked for; on real ones see `test_clusters`."""
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import pandas as pd
 import pytest
 
-from secondorder.data import load_dataset
 from secondorder.errors import InputError
-from secondorder.training import Run
-from studies.engine.executors import executor_of, submitit_jobs
-from studies.engine.plan import Trained
-from studies.engine.records import read_records
-from studies.engine.run import Plan, Table, carry_out
-from studies.engine.store import Store, Subject, kept
+from studies.engine.cluster import cluster_jobs, do_there
+from studies.engine.executors import executor_of
+from studies.engine.slurm import SubmititScheduler
+from studies.jobs import ATTEMPTS, LostJobError
+from studies.settings import Common, Slurm
 
-pytest.importorskip("submitit", reason="an extra: pip install 'secondorder[slurm]'")
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's open processes
+# The queue, on a scheduler that does a job when it is asked what has ended
 
 
-@pytest.fixture(autouse=True)
-def no_network_drive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """submitit waits 15 s for the result of a job that died, which may be under way between machines."""
-    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)
+class Here:
+    """Does the job that was begun last (or first), unless it is among those that die, so many times."""
+
+    def __init__(self, of: Callable[..., tuple[int, int]] = max, **deaths: int) -> None:
+        self.of = of
+        self.deaths = {int(name[1:]): times for name, times in deaths.items()}
+        self.begun: list[int] = []
+        self.most = 0
+        self.cancelled: list[tuple[int, int]] = []
+
+    def begin(self, place: Path, number: int) -> tuple[int, int]:
+        self.place = place
+        self.begun.append(number)
+        return len(self.begun), number
+
+    def ended(self, handles: Collection[tuple[int, int]]) -> dict[tuple[int, int], str]:
+        self.most = max(self.most, len(handles))
+        handle = self.of(handles)
+        if self.deaths.get(handle[1], 0):
+            self.deaths[handle[1]] -= 1
+            return {handle: "killed"}
+        do_there(str(self.place), handle[1], 1, str(Path.cwd()))
+        return {handle: ""}
+
+    def cancel(self, handles: Collection[tuple[int, int]]) -> None:
+        self.cancelled += handles
 
 
-@pytest.fixture(autouse=True)
-def by_value() -> Iterator[None]:
-    """The jobs' processes cannot import this file."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+def square(number: int) -> int:
+    if number < 0:
+        raise ValueError(f"no root of {number}")
+    return number**2
 
 
-def square(folder: str, number: int, deaths: int) -> int:
-    """A job that keeps its result, and is killed at its first attempts."""
-    attempts = Path(folder) / f"attempts-{number}"
-    result = Path(folder) / f"{number}.json"
-    if not result.exists():
-        with attempts.open("a") as file:
-            file.write(".")
-        if len(attempts.read_text()) <= deaths:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return int(kept(result, lambda: number**2))
+def test_results_come_in_order_whatever_ends_first_and_dies(tmp_path: Path) -> None:
+    scheduler = Here(n1=ATTEMPTS - 1, n3=1)
+    assert [*cluster_jobs(scheduler, tmp_path / "new", 2, square, [(n,) for n in range(5)])] == [0, 1, 4, 9, 16]
+    assert scheduler.most == 2
+    assert sorted(scheduler.begun) == [0, 1, 1, 1, 2, 3, 3, 4]
+    assert scheduler.cancelled == []
+    assert [*(tmp_path / "new").iterdir()] == []
 
 
-def test_jobs_by_submitit_one_of_which_is_killed(tmp_path: Path) -> None:
-    jobs = [(str(tmp_path), number, int(number == 1)) for number in range(2)]
-    results = submitit_jobs(square, jobs, store=Store(tmp_path), processes=2, cluster="local", minutes=5)
-    assert list(results) == [0, 1]
-    assert [len((tmp_path / f"attempts-{number}").read_text()) for number in range(2)] == [1, 2]
+def test_a_job_that_dies_every_time_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LostJobError, match=r"square\(1\): it died 3 times on the cluster \(killed\).*same command"):
+        list(cluster_jobs(Here(n1=ATTEMPTS), tmp_path, 1, square, [(n,) for n in range(3)]))
 
 
-def test_the_engine_collects_what_submitit_did(tmp_path: Path) -> None:
-    data = load_dataset("digits", limit=96)
-    run = Run("digits_tiny", "gap", "digits", 1, 32, 0.05, train_limit=96, threads=1)
+def test_an_error_of_a_job_is_raised_as_it_is_and_ends_the_others(tmp_path: Path) -> None:
+    scheduler = Here()
+    results = cluster_jobs(scheduler, tmp_path, 3, square, [(1,), (2,), (-3,), (4,)])
+    with pytest.raises(ValueError, match="no root of -3"):
+        list(results)
+    assert 3 not in scheduler.begun
+    assert [*tmp_path.iterdir()] == []
 
-    def plan() -> Plan:
-        yield [Trained(Subject(run, data))]
 
-    def table(name: str, executor: Any) -> pd.DataFrame:
-        folder, store = tmp_path / name, Store(tmp_path / name / "store")
-        folder.mkdir()
-        with executor(store) as by:
-            carry_out({"a": plan()}, {"a": Table.opened(folder, "a", {}, (), False)}, store, by)
-        records = read_records(folder, "a")[0]
-        return records[records.quantity != "seconds"]
+def test_what_is_under_way_is_cancelled_when_nobody_asks_for_the_rest(tmp_path: Path) -> None:
+    scheduler = Here(of=min)
+    results = cluster_jobs(scheduler, tmp_path, 2, square, [(n,) for n in range(4)])
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert scheduler.cancelled == [(2, 1)]
+    assert [*tmp_path.iterdir()] == []
 
-    def by_submitit(store: Store) -> Any:
-        return nullcontext(partial(submitit_jobs, store=store, processes=1, cluster="local", minutes=5))
 
-    pd.testing.assert_frame_equal(
-        table("local", lambda store: executor_of("local", store, 1)), table("submitit", by_submitit)
+def test_an_exit_leaves_no_outcome(tmp_path: Path) -> None:
+    """It is how submitit ends a job that it requeues."""
+
+    def leaves() -> None:
+        sys.exit(1)
+
+    (tmp_path / "jobs").write_bytes(cloudpickle.dumps((leaves, [()])))
+    with pytest.raises(SystemExit):
+        do_there(str(tmp_path), 0, 1, str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["jobs"]
+
+
+# What Slurm is asked for
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Put commands srun and sbatch on the path; the latter keeps the script and then does as it is told."""
+    pytest.importorskip("submitit", reason="an extra: pip install 'secondorder[slurm]'")
+
+    def install(then: str) -> Path:
+        script = tmp_path / "script"
+        for name, content in (("srun", "exit 0"), ("sbatch", f'cat "$1" > {script}\n{then}')):
+            file = tmp_path / "bin" / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"#!/bin/sh\n{content}\n")
+            file.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+        return script
+
+    return install
+
+
+def test_the_script_for_slurm(sbatch: Callable[[str], Path], tmp_path: Path) -> None:
+    script = sbatch("echo Submitted batch job 7")
+    common = Common(out=tmp_path, executor="slurm", threads=4, slurm=Slurm("long", "vision", 90, 2, 32))
+    assert SubmititScheduler(common).begin(tmp_path, 0).job_id == "7"
+    lines = script.read_text().splitlines()
+    wanted = (
+        "partition=long",
+        "account=vision",
+        "time=90",
+        "gpus-per-node=2",
+        "mem=32GB",
+        "cpus-per-task=4",
+        "requeue",
     )
+    for line in (*wanted, "signal=USR2@90", "job-name=secondorder"):
+        assert f"#SBATCH --{line}" in lines
 
 
-def test_executors_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown executor 'ray'; choose one of: local, slurm"):
-        executor_of("ray", Store(tmp_path), 1)
+def test_a_job_that_slurm_refuses_is_one_line(sbatch: Callable[[str], Path], tmp_path: Path) -> None:
+    sbatch("echo 'sbatch: error: invalid partition specified: lnog' >&2; exit 1")
+    with (
+        pytest.raises(InputError, match=r"^--executor slurm: sbatch: error: invalid partition specified: lnog"),
+        executor_of(Common(out=tmp_path, executor="slurm", slurm=Slurm("lnog"))) as jobs,
+    ):
+        list(jobs(square, [(1,)]))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"executor": "dask"}, "unknown executor 'dask'; choose one of: local, slurm, ray"),
+        ({"processes": 65 + (os.cpu_count() or 1)}, "--processes .*: use 1 to"),
+        ({"executor": "slurm", "processes": 10_001}, "--processes 10001: use 1 to 10000"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], words: str) -> None:
+    Common(executor="slurm", processes=1000)
+    with pytest.raises(InputError, match=words):
+        Common(**settings)
+
+
+@pytest.mark.parametrize(("name", "value"), [("time", 1), ("gpus", -1), ("mem", 0)])
+def test_slurm_flags_that_are_refused(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"--slurm.{name} {value}: at least"):
+        Slurm(**{name: value})
+
+
+def test_executors_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, library, words in (
+        ("slurm", "submitit", r"^--executor slurm needs submitit: pip install 'secondorder\[slurm\]'$"),
+        ("ray", "ray", r"^--executor ray needs ray: pip install 'secondorder\[ray\]'$"),
+    ):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, library, None)
+            with pytest.raises(InputError, match=words), executor_of(Common(out=tmp_path, executor=name)):
+                pass
+    pytest.importorskip("submitit", reason="an extra: pip install 'secondorder[slurm]'")
     with (
         pytest.raises(InputError, match=r"--executor slurm: .*use --executor local"),
-        executor_of("slurm", Store(tmp_path), 1) as slurm,
+        executor_of(Common(out=tmp_path, executor="slurm")),
     ):
-        list(slurm(square, [(str(tmp_path), 1, 0)]))
+        pass
+
+
+def test_jobs_on_a_cluster_are_single_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.engine.executors.world_size", lambda: 2)
+    with (
+        pytest.raises(InputError, match="each job is one process; leave torchrun out"),
+        executor_of(Common(executor="ray")),
+    ):
+        pass
+
+
+def test_a_ray_without_room_is_refused() -> None:
+    from studies.engine.ray_cluster import _check_room
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+    _check_room(nodes, 4, 0)
+    for threads, gpus, words in ((5, 0, "has 5 CPUs, which"), (1, 1, "has 1 CPUs and a GPU")):
+        with pytest.raises(InputError, match=words):
+            _check_room(nodes, threads, gpus)
+
+
+def test_ray_files_are_in_the_store_unless_its_path_is_too_long(tmp_path: Path) -> None:
+    from studies.engine.ray_cluster import _folder
+
+    short = Path("/tmp") / f"s{os.getpid()}"
+    with _folder(short) as folder:
+        assert folder == short / "ray"
+    assert not (short / "ray").exists()
+    short.rmdir()
+    with _folder(tmp_path / ("long" * 20)) as folder:
+        assert folder.is_dir()
+        assert len(str(folder)) < 40
+    assert not folder.exists()

@@ -22,6 +22,7 @@ FLOORS = (
     *(("data",), ("matrix_power",), ("pooling",), ("networks",), ("curvature",)),
     *(("kfac",), ("preconditioning",), ("gauss_newton",), ("training",), ("landscape",), ("robustness",)),
     ("transfer",),
+    ("__main__",),
 )
 """From the ground up; a module may import its own floor's folder and what is below it (README, Layout)."""
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

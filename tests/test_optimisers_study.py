@@ -465,7 +465,7 @@ def test_what_is_finished_is_neither_trained_again_nor_chosen_anew(
         assert todo == []
         return []
 
-    monkeypatch.setattr("studies.engine.command.executor_of", lambda *_: nullcontext(none))
+    monkeypatch.setattr("studies.engine.command.executor_of", lambda _: nullcontext(none))
     monkeypatch.setattr("studies.program.write_pages", lambda *arguments, **options: ("", ""))
     assert main([*SMOKE, "--out", str(finished)]) == 0
     assert {file: file.read_bytes() for file in finished.glob("optimisers.csv*")} == before

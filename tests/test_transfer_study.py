@@ -35,6 +35,7 @@ from studies.__main__ import main
 from studies.engine import dry_run
 from studies.engine.plan import Trained
 from studies.engine.records import Origins, frame, read_records
+from studies.engine.step_costs import StepCost
 from studies.engine.study import Results
 from studies.judge import judge
 from studies.settings import Common
@@ -655,15 +656,23 @@ def test_initial_weights_are_adapted_as_the_network_that_began_from_them() -> No
 
 
 def test_a_dry_run_counts_networks_once_whatever_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "cost_of", lambda task: (36.0, task.subject.run.pooling))
+    step = StepCost(1.0, 8, 1, 1.0, 1.0, 1.0, 1)
+    monkeypatch.setattr(dry_run, "cost_of", lambda task, amp: dry_run.Cost(30.0, 6.0, step, task.subject.run.pooling))
     context = STUDY.context(Common(preset="cifar10", dry_run=True), STUDY.presets["cifar10"])
-    assert [*dry_run.dry_run(STUDY, context)] == [
-        "5 times gap",
-        "2 times gap_lifted",
-        "2 times covariance",
-        "5 times gcp",
-        "5 seeds of 4 networks: about 0.1 h of one job, 0.1 h with 2 side by side",
+    assert [*dry_run.dry_run({"transfer": (STUDY, context)})][:5] == [
+        "transfer: 5 times gap",
+        "transfer: 2 times gap_lifted",
+        "transfer: 2 times covariance",
+        "transfer: 5 times gcp",
+        "transfer: 5 seeds of 4 networks: about 0.1 h of one job, 0.1 h with 2 side by side",
     ]
+
+
+@pytest.mark.parametrize(("preset", "names"), [("quick", {"linear probe"}), ("cifar10", {"linear probe", "detector"}),
+                                               ("paper", {"detector"})])  # fmt: skip
+def test_a_dry_run_has_no_probe_where_the_study_has_none(preset: str, names: set[str]) -> None:
+    tasks = next(plan(STUDY.context(Common(preset=preset, dry_run=True), STUDY.presets[preset])))  # type: ignore[arg-type]
+    assert {measurement.name for task in tasks for _, measurement in task.at} == names  # type: ignore[union-attr]
 
 
 def test_initial_weights_are_measured_once_and_the_key_knows_no_place(scenes_root: Path) -> None:

@@ -13,6 +13,7 @@ from secondorder.training.schedules import SCHEDULES, Schedule
 from secondorder.training.setup import check_run, initial_network
 from secondorder.training.snapshot import Snapshot, snapshot
 from secondorder.training.state import Trained
+from secondorder.training.tensorboard import TensorBoard, Tracker
 
 __all__ = [
     "OPTIMIZERS",
@@ -24,6 +25,8 @@ __all__ = [
     "Run",
     "Schedule",
     "Snapshot",
+    "TensorBoard",
+    "Tracker",
     "Trained",
     "check_run",
     "distributed",

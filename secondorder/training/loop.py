@@ -17,6 +17,7 @@ from secondorder.training.run import Run
 from secondorder.training.setup import Data, check_fit, check_given, check_settings, dataset_of
 from secondorder.training.state import Trained
 from secondorder.training.steps import Training
+from secondorder.training.tensorboard import Tracker
 from secondorder.training.weights import Initial, OwnNetwork
 
 
@@ -34,6 +35,7 @@ def train(
     checkpoint_every: float = 30.0,
     progress: bool = True,
     workers: int = 0,
+    tracker: Tracker | None = None,
 ) -> Trained:
     """Train the network of ``run`` on ``data``; ``folder`` keeps the last good checkpoint (``checkpoint.pt``).
 
@@ -64,6 +66,7 @@ def train(
         progress: show a bar.
         workers: threads that prepare batches ahead, processes for own data (None of a loader's own: 0); they change the time,
             never the batches.
+        tracker: is told losses and epochs as they come, `TensorBoard` for example; no part of the checkpoint.
 
     Raises:
         InputError: for settings that do not fit the data, the network, the device or the number of processes, a folder that
@@ -84,5 +87,6 @@ def train(
             if resume:
                 training.resume()
             training.keep(snapshots, until)
-            training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
+            with training.followed_by(tracker if processes.is_main_process() else None):
+                training.continue_to_the_end(checkpoint_every, progress and processes.is_main_process(), workers)
         return training.trained()

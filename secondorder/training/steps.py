@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from secondorder.training.run import Run
 from secondorder.training.schedules import SCHEDULES
 from secondorder.training.setup import first_state
 from secondorder.training.state import Progress, Trained
+from secondorder.training.tensorboard import Tracker
 from secondorder.training.weights import Initial, OwnNetwork
 
 
@@ -57,6 +59,7 @@ class Training:
         self.update_curvature = getattr(self.optimizer, "update_curvature", None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "float16")
         self.progress = Progress(records={name: [] for name in observers})
+        self.tracker: Tracker | None = None
         self.unread = UnreadLosses(device)
 
     def continue_to_the_end(self, checkpoint_every: float, show: bool, workers: int) -> None:
@@ -91,6 +94,20 @@ class Training:
         if state.step in self.snapshots:
             self._save(checkpoint.snapshot_name(state.step))
         desynchronise(self.model)
+
+    @contextmanager
+    def followed_by(self, tracker: Tracker | None) -> Iterator[None]:
+        """Tell a tracker how training goes that happens inside."""
+        if tracker is None:
+            yield
+            return
+        tracker.begin(self.run)
+        self.tracker = tracker
+        try:
+            tracker.update(self.progress.history, self.progress.step_losses)
+            yield
+        finally:
+            tracker.end(self.progress.step == self.total)
 
     def keep(self, snapshots: Collection[int], until: int | None) -> None:
         """Set which states are kept and where to stop; InputError for steps that are over and were not kept, or no steps."""
@@ -210,6 +227,8 @@ class Training:
         if not math.isfinite(test.loss):
             raise self._diverged(f"the test loss is {test.loss}")
         row = state.finish_epoch(self.steps_per_epoch, run.batch_size, self.learning_rate, test)
+        if self.tracker is not None:
+            self.tracker.update(state.history, state.step_losses)
         return f"epoch {row['epoch']}/{run.epochs}, loss {row['train_loss']:.3f}, top-1 {test.top1:.1%}"
 
     def _diverged(self, what: str, under_way: bool = False) -> NonFiniteLossError:

@@ -33,6 +33,7 @@ from secondorder.curvature import (
 )
 from secondorder.curvature.operators import FactoredOperator
 from secondorder.networks import Network, frozen_at, maps_below_pooling
+from secondorder.networks.split import last_linear
 from secondorder.preconditioning import head_spectrum, varying_images
 from secondorder.training import Snapshot
 from studies.backbones import first_middle_last, shared_backbone
@@ -49,6 +50,9 @@ HEAD, ROOTS = "head's condition", ("gcp", "gcp_exact")
 RANKS = 20
 """Eigenvalues kept of a spectrum, at geometrically spaced ranks down to k."""
 LOSS = nn.CrossEntropyLoss()
+DRY_IMAGES, DRY_CLASSES = 2, 8
+MANY = 100
+"""Classes above which a dry run makes do with `DRY_CLASSES`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,26 @@ class PutOn:
 
 def measure_blocks(at: Snapshot, limits: Limits) -> Iterator[Row]:
     """Conditioning and K-FAC's fidelity, some eigenvalues of the last convolution and, of a root, the head's own condition."""
-    network, (images, labels), names = problem(at.model, drawn(at, limits.images), limits)
+    return _of_blocks(at.run.pooling, *problem(at.model, drawn(at, limits.images), limits))
+
+
+def measure_dry(at: Snapshot, limits: Limits) -> Iterator[Row]:
+    """The same for a dry run: with two images, and a classifier of `DRY_CLASSES` classes."""
+    network: Any = copy.deepcopy(at.model)
+    linear: Any = last_linear(network.classifier)
+    device = linear.weight.device
+    network.classifier = nn.Linear(linear.in_features, DRY_CLASSES, device=device)
+    images, labels = (tensor.to(device) for tensor in at.data.train.plain(torch.arange(DRY_IMAGES)))
+    return _of_blocks(at.run.pooling, *problem(network, (images, labels % DRY_CLASSES), limits))
+
+
+def dry_parts(limits: Limits, classes: int) -> float:
+    """How many such parts a measurement has: its Jacobians have a row for each image and class, and each is of all images."""
+    return (limits.images / DRY_IMAGES) ** 2 * classes / DRY_CLASSES
+
+
+def _of_blocks(pooling: str, network: Network, batch: Batch, names: dict[str, str]) -> Iterator[Row]:
+    images, labels = batch
     jacobians = output_jacobians(network, images, names.values())
     kfac = curvature_blocks(network, LOSS, (images, labels), "kfac_expand", names.values())
     for role, name in names.items():
@@ -92,11 +115,11 @@ def measure_blocks(at: Snapshot, limits: Limits) -> Iterator[Row]:
         if role == "last":
             ranks = torch.logspace(0, torch.tensor((rank + 1) // 2).float().log10(), RANKS).round().long().unique()
             yield from (row(role, EIGENVALUE, values[k - 1], index=k) for k in ranks.tolist())
-    if at.run.pooling in ROOTS:
+    if pooling in ROOTS:
         with torch.no_grad():
             features = maps_below_pooling(network, images)
         features = features[varying_images(features)]
-        found = head_spectrum(features, at.run.pooling).condition.median() if len(features) else torch.nan
+        found = head_spectrum(features, pooling).condition.median() if len(features) else torch.nan
         yield row("", HEAD, found)
 
 

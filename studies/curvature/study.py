@@ -16,7 +16,16 @@ from secondorder.training import Snapshot
 from studies.backbones import check_sharing
 from studies.checks import check_count, check_names
 from studies.curvature.claims import ACCURACY, CLAIMS
-from studies.curvature.measures import Limits, PutOn, measure_blocks, measure_hessian, measure_put_on
+from studies.curvature.measures import (
+    MANY,
+    Limits,
+    PutOn,
+    dry_parts,
+    measure_blocks,
+    measure_dry,
+    measure_hessian,
+    measure_put_on,
+)
 from studies.curvature.page import folds
 from studies.engine.plan import Measurement, Trained
 from studies.engine.records import Row
@@ -65,7 +74,9 @@ def plan(context: Context) -> Plan:
     if settings.put_on and settings.explored_seeds and not common.dry_run:
         check_sharing(settings.training.data(common), settings.training.weight_decay)
     last, limits = settings.training.steps(common), settings.limits
-    blocks = Measurement("GGN blocks", measure_blocks, limits)
+    classes = settings.training.data(common).num_classes
+    dry = (measure_dry, dry_parts(limits, classes)) if classes > MANY else None
+    blocks = Measurement("GGN blocks", measure_blocks, limits, dry=dry)
     usual = [(last, blocks), (last, Measurement(ACCURACY, stated_accuracy, settings.accuracy))]
     explored = [*usual, (0, blocks), (0, Measurement("Hessian", measure_hessian, limits))]
     if settings.put_on:

@@ -39,11 +39,10 @@ def measure(common: Common, chosen: Mapping[str, tuple[Study, Any]]) -> None:
         described = asdict(settings) | {"preset": common.preset}
         tables[name] = Table.opened(common.folder, name, plain(described), study.may_grow, common.fresh)
         plans[name] = study.plan(context)
-    processes = 1 if world_size() > 1 else common.processes
-    store = Store(common.store_folder)
+    store = Store(common.store_folder, common.tensorboard)
     others = cache(lambda: [*_others(common.folder, chosen)])
-    with executor_of(common.executor, store, processes) as executor:
-        bars = common.progress and processes == 1
+    with executor_of(common) as executor:
+        bars = common.progress and common.executor == "local" and (common.processes == 1 or world_size() > 1)
         carry_out(
             plans, tables, store, executor, others=others, fresh=common.fresh, progress=common.progress, bars=bars
         )

@@ -10,6 +10,9 @@ from secondorder.errors import InputError
 from studies.engine.records import Row
 from studies.engine.store import Subject, digest
 
+Dry = tuple[Callable[..., Iterable[Row]], float]
+"""A small part of a measurement, and how many such parts it has."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -27,8 +30,10 @@ class Measurement:
     version: int = 1
     of_training: bool = False
     """Whether it is of the training (what ``trained.json`` holds of it), not of a snapshot."""
-    dry: tuple[Callable[..., Iterable[Row]], float] | None = None
-    """A part of it that a dry run measures instead, without its data, and how many such parts it has; None: it is measured."""
+    dry: Dry | None = None
+    """What a dry run measures instead, without its data; None: the measurement."""
+    of_batch: bool = False
+    """Whether it is made on the next step's batch, so that its cost is in proportion to that."""
 
     @property
     def described(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from secondorder.atomic import write_atomically
 from secondorder.data import ImageDataset
 from secondorder.data.own import is_own
 from secondorder.errors import InputError
-from secondorder.training import Run, load_checkpoint, on_main, resolve_device, train
+from secondorder.training import Run, TensorBoard, Tracker, load_checkpoint, on_main, resolve_device, train
 from secondorder.training.checkpoint import CHECKPOINT, snapshot_name
 from secondorder.training.setup import first_model
 from secondorder.training.weights import Initial, OwnNetwork
@@ -76,8 +76,8 @@ class Subject:
 class Entry:
     """The folder of one network in the store."""
 
-    def __init__(self, folder: Path, subject: Subject) -> None:
-        self.folder, self.subject = folder, subject
+    def __init__(self, folder: Path, subject: Subject, events: Path | None = None) -> None:
+        self.folder, self.subject, self.events = folder, subject, events
 
     def ensure(self, steps: Collection[int], progress: bool = False) -> dict[str, Any]:
         """Train the network unless it is trained, with snapshots after so many steps; what ``trained.json`` holds of it.
@@ -93,6 +93,8 @@ class Entry:
         with _held(self.folder):
             if not on_main((self.folder / TRAINED).is_file):
                 self._train(self._still_to_come(steps), progress)
+            elif self.events is not None:
+                on_main(lambda: follow(self.tracker, self.subject.run, self.training()))
             training = self.training()
             if lost := on_main(lambda: [s for s in sorted(steps) if s < training["total"] and not self.has(s)]):
                 self._train_again(lost, progress)
@@ -143,7 +145,7 @@ class Entry:
     def _train(self, steps: Collection[int], progress: bool) -> None:
         run, data = self.subject.run, self.subject.data
         on_main(lambda: kept(self.folder / COMMIT, git_commit))
-        trained = self._trained_in(self.folder, steps, progress)
+        trained = self._trained_in(self.folder, steps, progress, tracker=self.tracker)
         content = {
             "format": FORMAT,
             "run": run.to_dict(),
@@ -177,7 +179,19 @@ class Entry:
         self._trained_in(again, lost, progress, until=lost[-1])
         on_main(move)
 
-    def _trained_in(self, folder: Path, steps: Collection[int], progress: bool, until: int | None = None) -> Any:
+    @property
+    def tracker(self) -> TensorBoard | None:
+        """Writes events of the training, if they are wanted, into a folder with the name of the entry."""
+        return None if self.events is None else TensorBoard(self.events, self.folder.name)
+
+    def _trained_in(
+        self,
+        folder: Path,
+        steps: Collection[int],
+        progress: bool,
+        until: int | None = None,
+        tracker: TensorBoard | None = None,
+    ) -> Any:
         subject = self.subject
         return train(
             subject.run,
@@ -189,18 +203,19 @@ class Entry:
             until=until,
             resume=True,
             progress=progress,
+            tracker=tracker,
         )
 
 
 class Store:
-    """All trained networks of a folder."""
+    """All trained networks of a folder; with `events` their trainings are written there for TensorBoard."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, events: Path | None = None) -> None:
+        self.folder, self.events = folder, events
 
     def entry(self, subject: Subject) -> Entry:
         """The entry of a network, trained or not."""
-        return Entry(self.folder / subject.name, subject)
+        return Entry(self.folder / subject.name, subject, self.events)
 
     def forget(self, name: str) -> None:
         """Remove an entry, or what was computed under a key; nothing if there is neither."""
@@ -213,6 +228,14 @@ class Store:
     def computed(self, key: str, compute: Callable[[], Any]) -> Any:
         """What is kept under a key that belongs to no network."""
         return kept(self._computed(key), compute)
+
+
+def follow(tracker: Tracker | None, run: Run, training: dict[str, Any]) -> None:
+    """Tell a tracker of a training that is over."""
+    if tracker is not None:
+        tracker.begin(run)
+        tracker.update(training["history"], training["step_losses"])
+        tracker.end(finished=True)
 
 
 def digest(settings: Any) -> str:

@@ -4,8 +4,9 @@ The same test images, evenly spaced over the split, and the same random draws se
 published sets, whatever the white of the data set.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from secondorder.robustness import corruption_error_rates, error_rate, sequence_stability, split_batches
@@ -18,6 +19,9 @@ CLEAN, CORRUPTED = "clean error", "corrupted error"
 """Top-1 errors; `layer` is the corruption, index and setting are the severity."""
 FLIPS, TOP5 = "flip probability", "top-5 distance"
 """Of a perturbation sequence, whose name is `layer`."""
+
+DRY_IMAGES = 2
+"""Test images of a dry run, which has a few."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,21 @@ def measurements(
     corruptions: tuple[str, ...], sequences: tuple[str, ...], images: int, sequence_images: int
 ) -> list[Measurement]:
     """One of clean images, one of each corruption and sequence: a study can stop, and go on, between any two of them."""
+
+    def of(name: str, measure: Callable[[Snapshot, Chosen], Iterator[Row]], chosen: Chosen) -> Measurement:
+        few = partial(_of_few, measure=measure)
+        return Measurement(name, measure, chosen, dry=(few, chosen.images / DRY_IMAGES))
+
     return [
-        Measurement("clean images", measure_clean, Chosen("", images)),
-        *(Measurement("corruption", measure_corruption, Chosen(name, images)) for name in corruptions),
-        *(Measurement("perturbation", measure_sequence, Chosen(name, sequence_images)) for name in sequences),
+        of("clean images", measure_clean, Chosen("", images)),
+        *(of("corruption", measure_corruption, Chosen(name, images)) for name in corruptions),
+        *(of("perturbation", measure_sequence, Chosen(name, sequence_images)) for name in sequences),
     ]
+
+
+def _of_few(at: Snapshot, of: Chosen, measure: Callable[[Snapshot, Chosen], Iterator[Row]]) -> Iterator[Row]:
+    """The measurement on the images of a dry run."""
+    return measure(at, replace(of, images=DRY_IMAGES))
 
 
 def _images(at: Snapshot, count: int) -> dict[str, Any]:

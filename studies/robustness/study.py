@@ -11,10 +11,10 @@ from itertools import product
 from secondorder.errors import check_known
 from secondorder.robustness import CORRUPTIONS, SEQUENCES
 from studies.checks import check_count, check_names
-from studies.engine.plan import Measurement, Trained, every
+from studies.engine.plan import Trained, every
 from studies.engine.run import Plan
 from studies.engine.study import Context, Study
-from studies.landscape import measure_descent
+from studies.landscape import descent_along
 from studies.robustness.claims import CLAIMS
 from studies.robustness.measures import measurements
 from studies.robustness.page import folds
@@ -66,7 +66,7 @@ def plan(context: Context) -> Plan:
     settings, common = context.settings, context.common
     total = settings.training.steps(common)
     wanted = measurements(settings.corruptions, settings.sequences, settings.images, settings.sequence_images)
-    descent = Measurement("descent", measure_descent, settings.rho)
+    descent = descent_along(settings.rho)
     steps = [step for step in every(settings.measure_every, total) if 2 * step >= total] if settings.rho else []
     at = (*((step, descent) for step in steps), *((total, measurement) for measurement in wanted))
     yield [

@@ -113,8 +113,8 @@ def plan(context: Context) -> Plan:
             "--detection and --dense without a data set"
         )
     root = common.data_root
-    if common.dry_run:  # of which detectors alone can be stated without their data
-        settings = replace(settings, linear=("digits",), dense=())
+    if common.dry_run:  # without data: detectors, whose images are fake, and a probe of digits if there are probes
+        settings = replace(settings, linear=("digits",) if settings.linear or not settings.detection else (), dense=())
     else:
         look_at_data(settings, root)
     names = [*settings.linear, *settings.dense, *settings.detection]
