@@ -28,6 +28,7 @@ from secondorder.curvature.matrix_free.samples import floating_tensors
 from secondorder.curvature.matrix_free.second_derivatives import gradients
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.quantities import Problem
+from secondorder.curvature.resuming.long_run import within
 from secondorder.errors import InputError
 
 READS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -66,9 +67,9 @@ class FirstParts(Jacobian):
         """Whether the batch is one part, with a graph that is kept."""
         return self.chunk >= len(self.images)
 
-    def parts(self) -> Iterator[Linearisation]:
+    def parts(self, first: int = 0) -> Iterator[Linearisation]:
         """These parts."""
-        return islice(super().parts(), self.most)
+        return islice(super().parts(first), self.most)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Rehearsal:
 def counted(meter: Meter, fakes: FakeTensorMode) -> Iterator[None]:
     """Inside, tensors have no numbers, and what is done with them is counted. InputError for a program that reads numbers."""
     try:
-        with fakes, meter:
+        with fakes, meter, within(step_of_sum=False):
             yield
     except (InputError, *READS) as error:
         cause = error if isinstance(error, READS) else error.__cause__

@@ -9,6 +9,8 @@ Index letters: N samples, n of one part, R columns, G groups, D inputs and O out
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ from secondorder.curvature.operators import (
     KroneckerOperator,
     SymmetricOperator,
 )
+from secondorder.curvature.resuming.keys import Key
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import symmetric
 
@@ -137,6 +141,14 @@ class KroneckerFactors:
         B = joint_gradient_sum(self.kind, s, self.sharing, self.block_bytes)
         self.B = B if self.B is None else self.B.add_(B)
 
+    def sums(self) -> dict[str, Any]:
+        """The sums so far, as tensors and plain values."""
+        return {"counted": self.counted, "A": self.A, "rows": self.rows, "B": self.B}
+
+    def take(self, sums: Mapping[str, Any]) -> None:
+        """Go on from such sums."""
+        self.counted, self.A, self.rows, self.B = (sums[name] for name in ("counted", "A", "rows", "B"))
+
     @property
     def kind(self) -> LayerKind:
         """What the layers do with their weight, as a multiplication of vectors by it."""
@@ -195,17 +207,32 @@ def kronecker_factors(
     N = len(jacobian.images)
     most = jacobian.block_bytes
     factors = {shared: KroneckerFactors(shared, sharing, N, wide, most) for shared, _ in layers.values()}
-    for part in jacobian.parts():
-        uses = uses_of(part.uses, layers)
-        check_reads(part, layers)
-        for shared, found in uses.items():
-            if shared in with_weight:
-                factors[shared].add_inputs(found)
-        for _, _, s in pulled_columns(part, matrix, flat(uses), most):
-            gradients = iter(s)
-            for shared, found in uses.items():
-                factors[shared].add_gradients([next(gradients) for _ in found])
+
+    def take(found: list[dict[str, Any]]) -> None:
+        for one, sums_of_one in zip(factors.values(), found, strict=True):
+            one.take(sums_of_one)
+
+    key = partial(factors_key, jacobian, matrix, layers, sharing, wide)
+    with Sums("factors", key, get=lambda: [f.sums() for f in factors.values()], set=take) as sums:
+        for part in sums.parts(jacobian):
+            uses = uses_of(part.uses, layers)
+            check_reads(part, layers)
+            for shared, found in uses.items() if sums.unit == 0 else ():
+                if shared in with_weight:
+                    factors[shared].add_inputs(found)
+            for _, _, s in pulled_columns(part, matrix, flat(uses), most, sums):
+                gradients = iter(s)
+                for shared, found in uses.items():
+                    factors[shared].add_gradients([next(gradients) for _ in found])
     return factors
+
+
+def factors_key(
+    jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]], sharing: str, wide: int
+) -> Key:
+    """What Kronecker factors are made from, as a long run notes it."""
+    settings = {"the weight sharing": sharing, "the widest input": wide, "the parameters": ", ".join(layers)}
+    return {**jacobian.fingerprint(matrix.loss), **matrix.fingerprint(), **settings}
 
 
 def uses_of(uses: Sequence[LayerUse], layers: Mapping[str, tuple[Layers, str]]) -> dict[Layers, list[LayerUse]]:

@@ -13,6 +13,7 @@ Index letters: n samples, r columns, T positions, G groups, D inputs and O outpu
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from secondorder.curvature.kronecker.blocks import (
     KroneckerFactors,
     Layers,
+    factors_key,
     flat,
     joined,
     kronecker_factors,
@@ -37,6 +39,7 @@ from secondorder.curvature.matrix_free.per_sample import over_positions
 from secondorder.curvature.matrix_free.sample_gradients import pulled_columns, slices
 from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import NonFiniteError
 
 WIDE_BASIS = 0
@@ -83,13 +86,15 @@ def ekfac_blocks(
     factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS, by_image=True)
     bases = {name: EigenbasisMoments(factors[shared], kind) for name, (shared, kind) in layers.items()}
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
-    for part in jacobian.parts():
-        uses = uses_of(part.uses, layers)
-        for _, _, s in pulled_columns(part, matrix, flat(uses), most, projected):
-            gradients = iter(s)
-            of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
-            for name, (shared, _) in layers.items():
-                bases[name].add(uses[shared], of_layers[shared], most)
+    key = partial(factors_key, jacobian, matrix, layers, "expand", WIDE_BASIS)
+    with Sums("scales", key, {name: basis.scales for name, basis in bases.items()}) as sums:
+        for part in sums.parts(jacobian):
+            uses = uses_of(part.uses, layers)
+            for _, _, s in pulled_columns(part, matrix, flat(uses), most, sums, projected):
+                gradients = iter(s)
+                of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
+                for name, (shared, _) in layers.items():
+                    bases[name].add(uses[shared], of_layers[shared], most)
     return {name: basis.block() for name, basis in bases.items()}
 
 

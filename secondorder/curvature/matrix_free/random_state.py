@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secondorder.accelerator import random_states, set_random_states, with_random_numbers
+from secondorder.accelerator import accelerator_type, random_states, set_random_states, with_random_numbers
 from secondorder.untouched import same_randomness
 
 
@@ -34,7 +34,10 @@ class RandomState:
                 seed = (int(torch.randint(2**31, ())) + part) % 2**31
                 random.seed(seed)
                 np.random.seed(seed)  # noqa: NPY002
-                torch.manual_seed(seed)
+                if accelerator_type() is None:  # without one torch.manual_seed takes as long as a small forward pass
+                    torch.default_generator.manual_seed(seed)
+                else:
+                    torch.manual_seed(seed)
             before = self._torch_states()
             yield
             numpy_same = all(np.array_equal(a, b) for a, b in zip(self.numpy, np.random.get_state(), strict=True))  # noqa: NPY002
@@ -43,6 +46,10 @@ class RandomState:
                 and numpy_same
                 and all(torch.equal(a, b) for a, b in zip(before, self._torch_states(), strict=True))
             )
+
+    def numbers(self) -> list[object]:
+        """The state as plain values and tensors."""
+        return [repr(self.python), repr(self.numpy), self.torch, *self.of_devices]
 
     def _torch_states(self) -> list[Tensor]:
         return [torch.get_rng_state(), *random_states(self.devices)]
