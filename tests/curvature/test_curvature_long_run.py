@@ -35,6 +35,10 @@ F64 = torch.float64
 Data = list[tuple[Tensor, Tensor]]
 
 
+class Interrupted(BaseException):
+    """As by Ctrl-C."""
+
+
 class Evaluations:
     """Those of all networks, outside of them: a network is left as it was. At some of them something happens."""
 
@@ -126,9 +130,15 @@ def some_of_all(model: nn.Module, data: Data) -> list[Any]:
             whole("ekfac", model, data).dense()]  # fmt: skip
 
 
+def columns(model: nn.Module, data: Data) -> list[Any]:
+    """In several units for each part of the data: of single columns, as the memory is small."""
+    ggn = whole("ggn", model, data, ["last.bias"])
+    return [ggn @ vectors(ggn, 3), whole("kfac_expand", model, data, memory=4000).dense()]
+
+
 PROGRAMS: dict[str, Callable[[nn.Module, Data], list[Any]]] = {
     program.__name__: program
-    for program in (products, spectra, one_batch, factors, matrices, products_of_others, some_of_all)
+    for program in (products, spectra, one_batch, factors, matrices, products_of_others, some_of_all, columns)
 }
 
 
@@ -161,10 +171,10 @@ def _kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def left_by_an_exception(folder: Path, every: float = 0, refused: str | None = None) -> Iterator[None]:
     """A run that is interrupted at the end, or refused in these words."""
-    expected = pytest.raises(KeyboardInterrupt) if refused is None else pytest.raises(InputError, match=refused)
+    expected = pytest.raises(Interrupted) if refused is None else pytest.raises(InputError, match=refused)
     with expected as caught, long_run(folder, progress=False, every=every):
         yield
-        raise KeyboardInterrupt
+        raise Interrupted
     assert "\n" not in str(caught.value)
 
 
@@ -175,11 +185,11 @@ def refused_at_once(folder: Path, message: str) -> None:
 
 
 def interrupt() -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def interrupted(program: str, folder: Path, at: int, every: float = 0) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run(program, folder, {at: interrupt}, every)
 
 
@@ -190,7 +200,7 @@ def test_goes_on_after_interruptions(program: str, tmp_path: Path) -> None:
     total, found = 0, []
     while not found:
         assert total < 3 * count, "no progress"
-        with suppress(KeyboardInterrupt):
+        with suppress(Interrupted):
             found = run(program, folder, {again + (count - again) // 4 + 1: interrupt})[0]
             assert same(found, truth)
             assert not folder.exists()
@@ -237,7 +247,7 @@ def test_goes_on_after_it_was_killed_several_times(tmp_path: Path, forkserver: F
 
 def test_goes_on_when_it_was_killed_while_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From some writing on the disk takes nothing more, as if the process had ended there."""
-    program, folder, writing = "some_of_all", tmp_path / "checkpoint", journal.writing_atomically
+    program, folder, writing = "columns", tmp_path / "checkpoint", journal.writing_atomically
     truth, _ = run(program, tmp_path / "other", {})
     written, last = 0, 10**9
 
@@ -250,7 +260,7 @@ def test_goes_on_when_it_was_killed_while_it_wrote(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(journal, "writing_atomically", failing)
     run(program, folder, {})
-    for last in range(1, written, written // 3):  # noqa: B007  `failing` reads it
+    for last in range(1, written, 2):  # noqa: B007  `failing` reads it
         written = 0
         with pytest.raises(
             InputError, match=r"cannot write the checkpoint .*: No space left on device; choose another"
@@ -285,6 +295,25 @@ def test_the_spectrum_takes_the_place_of_its_products(tmp_path: Path) -> None:
         assert len(files) == 2
         assert sum(path.stat().st_size for path in files) < 2e4
     assert not tmp_path.exists()
+
+
+def test_products_of_what_is_finished_are_not_written(tmp_path: Path) -> None:
+    model, data = made()
+    hessian = whole("hessian", model, data, ["last.bias"])
+    with left_by_an_exception(tmp_path, every=1e6):
+        spectral_density(hessian, "lanczos", probes=1, steps=3)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 15_000
+
+
+def test_other_settings_of_what_is_not_finished_are_refused(tmp_path: Path) -> None:
+    model, data = made()
+    hessian = whole("hessian", model, data)
+    Evaluations.count, Evaluations.at = 0, {5: interrupt}
+    with left_by_an_exception(tmp_path):
+        top_eigenvalues(hessian, 2)
+    Evaluations.at = {}
+    with left_by_an_exception(tmp_path, refused="another computation: k is 3, was 2"):
+        top_eigenvalues(hessian, 3)
 
 
 def test_memory_is_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ Index letters: N samples, n of one part, R columns, G groups, D inputs and O out
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,11 +28,11 @@ from secondorder.curvature.kronecker.storage import factor_bytes
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
-from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import sites
-from secondorder.curvature.matrix_free.sample_gradients import pulled_columns
+from secondorder.curvature.matrix_free.sample_gradients import pulled_back, pulled_columns, slices
 from secondorder.curvature.operators import (
     BlockDiagonalOperator,
     DenseOperator,
@@ -220,11 +220,36 @@ def kronecker_factors(
             for shared, found in uses.items() if sums.unit == 0 else ():
                 if shared in with_weight:
                     factors[shared].add_inputs(found)
-            for _, _, s in pulled_columns(part, matrix, flat(uses), most, sums):
+            for s in gradients_of_columns(jacobian, part, matrix, flat(uses), sums):
                 gradients = iter(s)
                 for shared, found in uses.items():
                     factors[shared].add_gradients([next(gradients) for _ in found])
     return factors
+
+
+def gradients_of_columns(
+    jacobian: Jacobian, part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], sums: Sums, extra: int = 0
+) -> Iterator[list[Tensor]]:
+    """The gradients s `[n, r, *out]` at the uses, of some columns of M's factor at a time; `extra` numbers are held for each.
+
+    Where images act on one another, a column of one image has gradients at all of them: each image has columns of its own then, R
+    for each of n. Pulled back together, columns of several images would mix, but for labels drawn independently (`mc`), whose
+    products vanish in the mean.
+    """
+    most = jacobian.block_bytes
+    if not jacobian.coupled or matrix.fisher == "mc":
+        for _, _, s in pulled_columns(part, matrix, uses, most, sums, extra):
+            yield s
+        return
+    n, K = part.z.shape
+    numbers = sum(use.output_shape.numel() for use in uses) + extra + part.z.numel()
+    for image in sums.units(range(n)):
+        one, place = slice(image, image + 1), slice(part.rows.start + image, part.rows.start + image + 1)
+        for columns in slices(matrix.count(K), numbers * part.z.itemsize, most):
+            F = matrix.columns(part.z[one], place, columns)
+            U = F.new_zeros(n, K, F.shape[-1])
+            U[one] = F
+            yield pulled_back(part, U, uses)
 
 
 def factors_key(
