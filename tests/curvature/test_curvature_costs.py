@@ -124,8 +124,10 @@ def test_matrices_by_hand() -> None:
     assert hessian.dense.flops == P * hessian.product.flops
 
 
-def test_matrices_take_the_flops_that_are_foretold() -> None:
-    make, data, name = CASES["covariance"]
+@pytest.mark.parametrize("case", ["covariance", "attention"])
+def test_matrices_take_the_flops_that_are_foretold(case: str) -> None:
+    """Also where rows are pulled back sample by sample."""
+    make, data, name = CASES[case]
     model, data = make(), data()
     block = curvature_blocks(model, CE, data, "ggn", [name])[name]
     block.dense()  # what is tried once
@@ -170,7 +172,7 @@ def test_of_a_loader_one_batch_is_read() -> None:
 )
 def test_memory_is_near_what_the_allocator_counts(head: str, quantity: str, chunk: int | None) -> None:
     model = network("cifar_resnet8", head, num_classes=10).eval()
-    data, name = (torch.randn(16, 3, 32, 32), torch.randint(10, (16,))), "features.stage1.0.conv1.weight"
+    data, name = (torch.randn(16, 3, 16, 16), torch.randint(10, (16,))), "features.stage1.0.conv1.weight"
 
     def compute() -> None:
         block = curvature_blocks(model, CE, data, quantity, [name], chunk=chunk)[name]
@@ -179,6 +181,30 @@ def test_memory_is_near_what_the_allocator_counts(head: str, quantity: str, chun
     costs = curvature_costs(model, CE, data, quantity, [name], chunk=chunk)
     foretold = max(costs.making.nbytes, costs[name].product.nbytes)
     assert foretold == pytest.approx(peak_bytes(compute, CPU), rel=0.3)
+
+
+def test_parameters_and_images_count_once() -> None:
+    """Where they are most of it."""
+    model = nn.Sequential(nn.Linear(2000, 500), nn.Tanh(), nn.Linear(500, 5))
+    data = torch.randn(30, 2000), torch.randint(5, (30,))
+
+    def compute() -> None:
+        block = curvature_blocks(model, CE, data, "ggn", ["2.weight"])["2.weight"]
+        block @ torch.ones(block.size)
+
+    costs = curvature_costs(model, CE, data, "ggn", ["2.weight"])
+    assert max(costs.making.nbytes, costs["2.weight"].product.nbytes) == pytest.approx(
+        peak_bytes(compute, CPU), rel=0.15
+    )
+
+
+def test_images_that_act_on_one_another_take_a_pull_back_for_each_column_of_each() -> None:
+    model, data = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 5)), vectors(8)
+    for quantity, fisher in (("kfac_expand", "exact"), ("ekfac", "empirical")):
+        options: dict[str, Any] = {"params": ["0.weight"], "fisher": fisher}
+        making = metered(lambda: curvature_blocks(model, CE, data, quantity, **options))  # noqa: B023
+        costs = curvature_costs(model, CE, data, quantity, **options)
+        assert costs.making.flops == pytest.approx(making, rel=0.3)
 
 
 def test_nothing_is_allocated_and_shapes_are_enough() -> None:

@@ -28,6 +28,7 @@ from secondorder.curvature import (
 from secondorder.curvature.matrix_free import memory
 from secondorder.curvature.operators import DampedOperator, DenseOperator, SymmetricOperator
 from secondorder.curvature.resuming import journal
+from secondorder.curvature.resuming.long_run import active
 from secondorder.curvature.spectrum import trace_estimate
 from secondorder.errors import InputError
 
@@ -302,7 +303,9 @@ def test_products_of_what_is_finished_are_not_written(tmp_path: Path) -> None:
     hessian = whole("hessian", model, data, ["last.bias"])
     with left_by_an_exception(tmp_path, every=1e6):
         spectral_density(hessian, "lanczos", probes=1, steps=3)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 15_000
+        run = active()
+        assert run is not None
+        assert [step.what for step, _ in run._held] == ["spectral_density"]
 
 
 def test_other_settings_of_what_is_not_finished_are_refused(tmp_path: Path) -> None:
@@ -455,6 +458,14 @@ def test_another_number_of_threads_is_refused(tmp_path: Path) -> None:
     kept(tmp_path)
     torch.set_num_threads(2)
     refused_at_once(tmp_path, r"another computation: torch.get_num_threads\(\) is 2, was 1; use another")
+
+
+@pytest.mark.parametrize("quantity", ["ggn", "hessian"])
+def test_the_product_with_other_vectors_is_refused(quantity: str, tmp_path: Path) -> None:
+    block, v = whole(quantity, *made()), torch.ones(17, dtype=F64)
+    for factor, message in ((1, None), (2, "another computation: the vectors of the product has changed")):
+        with left_by_an_exception(tmp_path, refused=message):
+            block @ (factor * v)
 
 
 def test_another_order_is_refused(tmp_path: Path) -> None:

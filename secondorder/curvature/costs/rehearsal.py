@@ -45,8 +45,9 @@ class Count(NamedTuple):
 class FirstParts(Jacobian):
     """J of a batch of which the first parts, two or one, are all that is seen. Formulas are taken for right; K is known."""
 
-    def __init__(self, *args: Any, width: int) -> None:
+    def __init__(self, *args: Any, width: int, meter: Meter) -> None:
         super().__init__(*args)
+        self._meter = meter
         self.forward_mode = self.twice_differentiable = True
         self.most = 2
         """Parts that are seen."""
@@ -66,6 +67,12 @@ class FirstParts(Jacobian):
     def kept(self) -> bool:
         """Whether the batch is one part, with a graph that is kept."""
         return self.chunk >= len(self.images)
+
+    def samples(self, count: int) -> Iterator[int]:
+        """The first of so many; what is done for it counts for all."""
+        before = self._meter.flops
+        yield from range(min(1, count))
+        self._meter.flops += (count - 1) * (self._meter.flops - before)
 
     def parts(self, first: int = 0) -> Iterator[Linearisation]:
         """These parts."""

@@ -243,7 +243,7 @@ def gradients_of_columns(
         return
     n, K = part.z.shape
     numbers = sum(use.output_shape.numel() for use in uses) + extra + part.z.numel()
-    for image in sums.units(range(n)):
+    for image in sums.units(jacobian.samples(n)):
         one, place = slice(image, image + 1), slice(part.rows.start + image, part.rows.start + image + 1)
         for columns in slices(matrix.count(K), numbers * part.z.itemsize, most):
             F = matrix.columns(part.z[one], place, columns)

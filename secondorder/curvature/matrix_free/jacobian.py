@@ -239,6 +239,10 @@ class Jacobian:
                 return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
         return next(self.parts())
 
+    def samples(self, count: int) -> Iterable[int]:
+        """The places of so many samples, which are pulled back one after the other and take as much each."""
+        return range(count)
+
     def linearised(self, rows: slice, part: int) -> Linearisation:
         """Some samples of the batch with a graph of their own."""
         return Linearisation(self.network, self.images, rows, part, self.layers)

@@ -119,7 +119,7 @@ class SampleGradients:
         for name in by_layers:
             pieces[name].copy_(self._rows(name, rows, uses, s))
         others = [name for name in self.names if name not in by_layers]
-        for i in range(m if others else 0):
+        for i in self.jacobian.samples(m if others else 0):
             rest = self._one_by_one(part, rows.start + i, F[i], others)
             for name, piece in zip(others, rest.split([pieces[name].shape[-1] for name in others], -1), strict=True):
                 pieces[name][i] = piece
