@@ -15,6 +15,7 @@ from secondorder.curvature import curvature_blocks, curvature_costs, spectral_su
 from secondorder.curvature.costs.lanczos import lanczos_counts
 from secondorder.curvature.costs.meter import Meter
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.spectrum.lanczos import SEARCH
 from secondorder.errors import InputError
 from secondorder.networks import network
 from studies.timing import peak_bytes
@@ -236,6 +237,23 @@ def test_each_gradient_of_a_grouped_convolution_takes_as_much_as_the_convolution
         assert meter.flops == 2 * 2 * 8 * 9 * 25
         y.sum().backward()
     assert meter.flops == 3 * 2 * 2 * 8 * 9 * 25
+
+
+def test_vectors_and_steps_of_lanczos_by_hand() -> None:
+    with Meter() as meter:
+        torch.randn(3, 4) @ torch.randn(4)
+    assert meter.flops == 2 * 3 * 4
+    least = lanczos_counts(400, 10**6)[0]
+    assert least.single == sum(k + 1 + SEARCH + k for k in (10, 1, 1))  # with k residuals
+
+
+def test_columns_of_a_part_share_its_graph() -> None:
+    model, data = perceptron(), vectors(8)
+    block = curvature_blocks(model, CE, data, "hessian", ["2.bias"], chunk=4)["2.bias"]
+    block @ torch.ones(5)
+    cost = curvature_costs(model, CE, data, "hessian", ["2.bias"], chunk=4)["2.bias"]
+    assert cost.dense.flops == pytest.approx(counted(block.dense), rel=0.02)
+    assert cost.dense.flops < 5 * cost.product.flops
 
 
 class Counting(SymmetricOperator):

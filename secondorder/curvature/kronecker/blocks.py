@@ -127,7 +127,11 @@ class KroneckerFactors:
 
     def add_inputs(self, uses: Sequence[LayerUse]) -> None:
         """Add the inputs of all uses of the layers in one part of the batch to the sums of A."""
-        kind, inputs = self.kind, [use.input for use in uses]
+        kind, inputs = self.kind, [use.input for use in uses if len(use.input)]
+        if not inputs:  # an expert that no image is sent to
+            zero = uses[0].input.new_zeros(kind.groups, kind.inputs, kind.inputs)
+            self.A = zero if self.A is None and self.rows is None else self.A
+            return
         positions = sum(kind.positions(x) for x in inputs) if self.sharing == "expand" else 1
         self.counted += sum(len(x) * kind.positions(x) for x in inputs) if self.sharing == "expand" else len(inputs[0])
         if self.wide < kind.inputs > self.samples * positions:
@@ -138,7 +142,11 @@ class KroneckerFactors:
 
     def add_gradients(self, s: Sequence[Tensor]) -> None:
         """Add gradients `[n, r, *out]` of some columns at the outputs of all uses of the layers to the sum of B."""
-        B = joint_gradient_sum(self.kind, s, self.sharing, self.block_bytes)
+        kind, some = self.kind, [g for g in s if len(g)]
+        if some:
+            B = joint_gradient_sum(kind, some, self.sharing, self.block_bytes)
+        else:
+            B = s[0].new_zeros(kind.groups, kind.outputs, kind.outputs)
         self.B = B if self.B is None else self.B.add_(B)
 
     def sums(self) -> dict[str, Any]:
@@ -160,7 +168,7 @@ class KroneckerFactors:
         if self.rows is not None:
             return [FactoredOperator(rows) for rows in torch.cat(self.rows, -2) / math.sqrt(self.counted)]
         assert self.A is not None
-        return [DenseOperator(a) for a in self.A / self.counted]
+        return [DenseOperator(a) for a in self.A / max(1, self.counted)]
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
