@@ -18,11 +18,18 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     Killed at any moment or out of space (OSError), the old content is intact; only a kill leaves a partial file, which the
     next writing replaces. One process at a time may write a path: see `exclusive`.
     """
+    with writing_atomically(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its place on exit as by `write_atomically`; not after an exception."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # a pipe left there would be waited for, a link followed
     try:
         with partial.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -187,6 +187,9 @@ def test_data_sets_and_structures_in_curvature() -> None:
     v = torch.randn(one.size)
     torch.testing.assert_close(ns["whole"] @ v, one @ v, rtol=1e-3, atol=1e-5 * float((one @ v).abs().max()))
     assert ns["of_factors"].size == one.size
+    assert torch.equal(ns["resumed"], ns["whole"] @ torch.ones(one.size))
+    assert torch.equal(ns["kept"] @ v, ns["of_factors"] @ v)
+    assert not ns["folder"].exists()
     assert list(ns["of_both"]) == list(ns["of_logits"])
     assert not bool(ns["of_logits"]["lengths.weight"].dense().any())
     assert bool(ns["of_both"]["lengths.weight"].dense().any())

@@ -6,6 +6,7 @@ jacobians     `output_jacobians`: GGN blocks whose small eigenvalues count, in f
 costs         `curvature_costs`: FLOPs, memory and seconds of all this before it is computed
 saving        `save_curvature`, `load_curvature`: operators, blocks and spectra in files
 operators     what a block is: a symmetric operator: products, dense matrix, eigenvalues, a SciPy view
+resuming      `long_run`: progress of all this, and going on after a process was killed
 spectrum      eigenvalues, densities, traces and condition numbers of an operator, each with its error
 fidelity      how well an approximate block fits the exact one
 backpack      BackPACK's quantities through covariance heads and the paper's networks
@@ -20,6 +21,7 @@ from secondorder.curvature.matrix_free.loss_curvature import SumOverSamples
 from secondorder.curvature.operators import DampedOperator, damped_inverse
 from secondorder.curvature.output_jacobians import OutputJacobians, half_rank_condition, output_jacobians
 from secondorder.curvature.quantities import QUANTITIES, CurvatureBlocks
+from secondorder.curvature.resuming import long_run
 from secondorder.curvature.saving import load_curvature, save_curvature
 from secondorder.curvature.spectrum import (
     SpectralDensity,
@@ -55,6 +57,7 @@ __all__ = [
     "half_rank_condition",
     "kronecker_parameters",
     "load_curvature",
+    "long_run",
     "output_jacobians",
     "relative_difference",
     "save_curvature",

@@ -11,7 +11,8 @@
     diagonal            the diagonal of the GGN
 
 For the Kronecker-factored quantities `fisher` says what B is made of: the exact Hessian H, labels that the model draws (mc),
-or the given labels (empirical).
+or the given labels (empirical). Of images that act on one another (batch norm in training mode) B has the gradients of each
+column of each image, at all images: N times as many pull-backs, but for mc.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

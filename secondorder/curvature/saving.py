@@ -11,7 +11,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -75,12 +75,17 @@ def save_curvature(file: str | os.PathLike[str], value: object) -> None:
         InputError: for what cannot be saved, naming the way out, and where the file cannot be written.
     """
     content = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, "content": _encoded(value, {})}, content)
+    write_file(content, FORMAT, VERSION, value)
     path = _path(file)
     try:
         write_atomically(path, content.getbuffer())
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another file") from error
+
+
+def write_file(file: BinaryIO, format: str, version: int, value: object) -> None:
+    """Write a value as `save_curvature` does, under the name of a format and its version. InputError for what cannot be saved."""
+    torch.save({"format": format, "version": version, "content": _encoded(value, {})}, file)
 
 
 def load_curvature(file: str | os.PathLike[str], map_location: str | torch.device | None = None) -> Any:
@@ -99,6 +104,14 @@ def load_curvature(file: str | os.PathLike[str], map_location: str | torch.devic
         device = None if map_location is None else torch.device(map_location)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"map_location must be a device such as 'cpu', or None, got {short(map_location)}") from error
+    return read_file(path, FORMAT, VERSION, device, "not written by save_curvature, or is damaged", "save it again")
+
+
+def read_file(path: Path, format: str, version: int, device: torch.device | None, otherwise: str, way_out: str) -> Any:
+    """What `write_file` has written into a file, its tensors on a device, None for their own.
+
+    Raises InputError as `load_curvature`, in the words `otherwise` and `way_out` for what is nothing of the kind.
+    """
     try:
         content = read_regular(path)
     except (OSError, ValueError) as error:
@@ -108,19 +121,17 @@ def load_curvature(file: str | os.PathLike[str], map_location: str | torch.devic
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        if not isinstance(saved, dict) or saved.get("format") != format:
             raise ValueError("it has other content")
-        if saved.get("version") != VERSION:
-            raise ValueError(f"version {saved.get('version')!r:.20} instead of {VERSION}")
+        if saved.get("version") != version:
+            raise ValueError(f"version {saved.get('version')!r:.20} instead of {version}")
         return _decoded(saved["content"])
     except Exception as error:  # a damaged file can fail anywhere in the unpickler, and in what is made of it
         if "map_location" in str(error):  # torch names the way out on its second line
             raise InputError(f"{str(path)!r} is of a device that is not here; use map_location='cpu'") from error
         objects = isinstance(error, pickle.UnpicklingError)  # torch tells how to load code from a file
         why = "it holds other objects" if objects else f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(
-            f"{str(path)!r} was not written by save_curvature, or is damaged ({why}); save it again"
-        ) from error
+        raise InputError(f"{str(path)!r} was {otherwise} ({why}); {way_out}") from error
 
 
 def _path(file: str | os.PathLike[str]) -> Path:

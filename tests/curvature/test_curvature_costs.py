@@ -15,6 +15,7 @@ from secondorder.curvature import curvature_blocks, curvature_costs, spectral_su
 from secondorder.curvature.costs.lanczos import lanczos_counts
 from secondorder.curvature.costs.meter import Meter
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.spectrum.lanczos import SEARCH
 from secondorder.errors import InputError
 from secondorder.networks import network
 from studies.timing import peak_bytes
@@ -124,8 +125,10 @@ def test_matrices_by_hand() -> None:
     assert hessian.dense.flops == P * hessian.product.flops
 
 
-def test_matrices_take_the_flops_that_are_foretold() -> None:
-    make, data, name = CASES["covariance"]
+@pytest.mark.parametrize("case", ["covariance", "attention"])
+def test_matrices_take_the_flops_that_are_foretold(case: str) -> None:
+    """Also where rows are pulled back sample by sample."""
+    make, data, name = CASES[case]
     model, data = make(), data()
     block = curvature_blocks(model, CE, data, "ggn", [name])[name]
     block.dense()  # what is tried once
@@ -170,7 +173,7 @@ def test_of_a_loader_one_batch_is_read() -> None:
 )
 def test_memory_is_near_what_the_allocator_counts(head: str, quantity: str, chunk: int | None) -> None:
     model = network("cifar_resnet8", head, num_classes=10).eval()
-    data, name = (torch.randn(16, 3, 32, 32), torch.randint(10, (16,))), "features.stage1.0.conv1.weight"
+    data, name = (torch.randn(16, 3, 16, 16), torch.randint(10, (16,))), "features.stage1.0.conv1.weight"
 
     def compute() -> None:
         block = curvature_blocks(model, CE, data, quantity, [name], chunk=chunk)[name]
@@ -179,6 +182,30 @@ def test_memory_is_near_what_the_allocator_counts(head: str, quantity: str, chun
     costs = curvature_costs(model, CE, data, quantity, [name], chunk=chunk)
     foretold = max(costs.making.nbytes, costs[name].product.nbytes)
     assert foretold == pytest.approx(peak_bytes(compute, CPU), rel=0.3)
+
+
+def test_parameters_and_images_count_once() -> None:
+    """Where they are most of it."""
+    model = nn.Sequential(nn.Linear(2000, 500), nn.Tanh(), nn.Linear(500, 5))
+    data = torch.randn(30, 2000), torch.randint(5, (30,))
+
+    def compute() -> None:
+        block = curvature_blocks(model, CE, data, "ggn", ["2.weight"])["2.weight"]
+        block @ torch.ones(block.size)
+
+    costs = curvature_costs(model, CE, data, "ggn", ["2.weight"])
+    assert max(costs.making.nbytes, costs["2.weight"].product.nbytes) == pytest.approx(
+        peak_bytes(compute, CPU), rel=0.15
+    )
+
+
+def test_images_that_act_on_one_another_take_a_pull_back_for_each_column_of_each() -> None:
+    model, data = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 5)), vectors(8)
+    for quantity, fisher in (("kfac_expand", "exact"), ("ekfac", "empirical")):
+        options: dict[str, Any] = {"params": ["0.weight"], "fisher": fisher}
+        making = metered(lambda: curvature_blocks(model, CE, data, quantity, **options))  # noqa: B023
+        costs = curvature_costs(model, CE, data, quantity, **options)
+        assert costs.making.flops == pytest.approx(making, rel=0.3)
 
 
 def test_nothing_is_allocated_and_shapes_are_enough() -> None:
@@ -210,6 +237,23 @@ def test_each_gradient_of_a_grouped_convolution_takes_as_much_as_the_convolution
         assert meter.flops == 2 * 2 * 8 * 9 * 25
         y.sum().backward()
     assert meter.flops == 3 * 2 * 2 * 8 * 9 * 25
+
+
+def test_vectors_and_steps_of_lanczos_by_hand() -> None:
+    with Meter() as meter:
+        torch.randn(3, 4) @ torch.randn(4)
+    assert meter.flops == 2 * 3 * 4
+    least = lanczos_counts(400, 10**6)[0]
+    assert least.single == sum(k + 1 + SEARCH + k for k in (10, 1, 1))  # with k residuals
+
+
+def test_columns_of_a_part_share_its_graph() -> None:
+    model, data = perceptron(), vectors(8)
+    block = curvature_blocks(model, CE, data, "hessian", ["2.bias"], chunk=4)["2.bias"]
+    block @ torch.ones(5)
+    cost = curvature_costs(model, CE, data, "hessian", ["2.bias"], chunk=4)["2.bias"]
+    assert cost.dense.flops == pytest.approx(counted(block.dense), rel=0.02)
+    assert cost.dense.flops < 5 * cost.product.flops
 
 
 class Counting(SymmetricOperator):

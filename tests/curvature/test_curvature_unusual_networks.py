@@ -107,3 +107,36 @@ def test_complex_parameters_are_refused() -> None:
         with pytest.raises(InputError, match=r"parameter w is torch.complex64; curvature is that of real"):
             curvature_blocks(Complex(), CE, points(), quantity)
     assert curvature_blocks(Complex(), CE, points(), "kfac_expand", ["last.weight"]).whole.size == 3 * CLASSES
+
+
+class Experts(nn.Module):
+    """Each image by one of two experts, of which the second gets none."""
+
+    def __init__(self, expert: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = expert(), expert(), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = x.flatten(1).sum(1) > 1e3, x.new_zeros(len(x), 8)
+        for places, expert in ((~chosen, self.first), (chosen, self.second)):
+            index = places.nonzero()[:, 0]
+            out = out.index_add(0, index, expert(x[index]).flatten(1))
+        return self.last(out.tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_layer_that_gets_no_image_has_zero_factors(kind: str) -> None:
+    made: Callable[[], nn.Module] = (lambda: nn.Conv2d(1, 2, 2)) if kind == "convolution" else (lambda: nn.Linear(4, 8))
+    model, loss = Experts(made).double(), nn.CrossEntropyLoss()
+    data = torch.randn(4, *((1, 3, 3) if kind == "convolution" else (4,))).double(), torch.randint(CLASSES, (4,))
+    names = ["first.weight", "second.weight", "second.bias"]
+    blocks = curvature_blocks(model, loss, data, "kfac_expand", names)
+    alone = nn.Sequential(model.first, nn.Flatten(), nn.Tanh(), model.last)
+    truth = curvature_blocks(alone, loss, data, "kfac_expand", ["0.weight"])["0.weight"].dense()
+    assert relative(blocks["first.weight"].dense(), truth) <= 1e-12
+    assert not bool(blocks["second.weight"].dense().any())
+    assert not bool(blocks["second.bias"].dense().any())
+    with pytest.raises(
+        InputError, match=r"second\.weight is called with inputs whose first dimension is not the image"
+    ):
+        curvature_blocks(model, loss, data, "ekfac", names)

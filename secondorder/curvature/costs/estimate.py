@@ -50,37 +50,70 @@ class Cost:
         return f"{self.flops:.3g} FLOPs, {self.nbytes / GIB:.3g} GiB{seconds}"
 
 
-@dataclass(frozen=True)
 class BlockCosts:
-    """What one block takes, after `making`.
+    """What one block `[P, P]` takes, after `making`; each number is counted when it is asked for.
 
-    Args:
-        size: P, the number of rows.
-        matrix_bytes: of the dense matrix alone.
-        product: a product with one vector.
-        dense: the dense matrix.
-        method: of `spectral_summary` with its defaults, "exact" or "lanczos".
-        summary, summary_most: the least and the most that a summary takes, equal for "exact": how soon Lanczos converges is not
-            known before.
-        products: vectors that "lanczos" multiplies, at least and at most; 0 for "exact".
+    Two are equal when all their numbers are.
     """
 
-    size: int
-    matrix_bytes: int
-    product: Cost
-    dense: Cost
-    method: str
-    summary: Cost
-    summary_most: Cost
-    products: tuple[int, int]
+    def __init__(self, programs: Programs, rate: float | None) -> None:
+        self._programs, self._rate = programs, rate
+        self.size = programs.operator.size
+        """P, the number of rows."""
+        self.matrix_bytes = self.size**2 * programs.operator.dtype.itemsize
+        """Bytes of the dense matrix alone."""
+
+    @cached_property
+    def product(self) -> Cost:
+        """A product with one vector."""
+        return self._cost(self._programs.product)
+
+    @cached_property
+    def dense(self) -> Cost:
+        """The dense matrix."""
+        return self._cost(self._programs.dense)
+
+    @property
+    def method(self) -> str:
+        """That of `spectral_summary` with its defaults, "exact" or "lanczos"."""
+        return "exact" if self._programs.is_exact else "lanczos"
+
+    @cached_property
+    def summary(self) -> Cost:
+        """The least that a spectral summary takes: how soon Lanczos converges is not known before."""
+        return self._cost(self._programs.eigenvalues if self._programs.is_exact else self._programs.lanczos[0])
+
+    @cached_property
+    def summary_most(self) -> Cost:
+        """The most that a spectral summary takes, the same for "exact"."""
+        return self.summary if self._programs.is_exact else self._cost(self._programs.lanczos[1])
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Vectors that "lanczos" multiplies, at least and at most; 0 for "exact"."""
+        return (0, 0) if self._programs.is_exact else self._programs.lanczos_products
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockCosts) and self._numbers() == other._numbers()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
         summary = f"{self.summary}" if self.method == "exact" else f"{self.summary} to {self.summary_most}"
         return f"{self.size} rows; a product {self.product}; dense {self.dense}; summary ({self.method}) {summary}"
 
+    def _numbers(self) -> tuple[object, ...]:
+        return (
+            *(self.size, self.matrix_bytes, self.product, self.dense),
+            *(self.method, self.summary, self.summary_most, self.products),
+        )
+
+    def _cost(self, count: Count) -> Cost:
+        return Cost.of(count, self._rate)
+
 
 class CurvatureCosts(Mapping[str, BlockCosts]):
-    """`BlockCosts` of each parameter by its name, counted when it is asked for, and of all parameters at once (`whole`)."""
+    """`BlockCosts` of each parameter by its name, and of all parameters at once (`whole`)."""
 
     def __init__(self, rehearsal: Rehearsal, quantity: str, rate: float | None) -> None:
         self._rehearsal, self._rate = rehearsal, rate
@@ -110,19 +143,7 @@ class CurvatureCosts(Mapping[str, BlockCosts]):
         return len(self._blocks)
 
     def _of(self, operator: SymmetricOperator) -> BlockCosts:
-        programs = Programs(self._rehearsal, operator)
-        exact = programs.is_exact
-        least, most = (programs.eigenvalues,) * 2 if exact else programs.lanczos
-        return BlockCosts(
-            size=operator.size,
-            matrix_bytes=operator.size**2 * operator.dtype.itemsize,
-            product=Cost.of(programs.product, self._rate),
-            dense=Cost.of(programs.dense, self._rate),
-            method="exact" if exact else "lanczos",
-            summary=Cost.of(least, self._rate),
-            summary_most=Cost.of(most, self._rate),
-            products=(0, 0) if exact else programs.lanczos_products,
-        )
+        return BlockCosts(Programs(self._rehearsal, operator), self._rate)
 
 
 def curvature_costs(

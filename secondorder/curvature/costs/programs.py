@@ -13,6 +13,7 @@ from secondorder.curvature.matrix_free.gauss_newton import GaussNewtonOperator
 from secondorder.curvature.matrix_free.memory import budget
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.quantities import CurvatureBlocks, Problem, Quantity
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.curvature.spectrum.exact import EXACT_SIZE, decomposition_size, is_stored
 from secondorder.curvature.spectrum.products import PROBES, STEPS, affordable
 
@@ -85,7 +86,7 @@ class Programs:
 
         def rows(problem: Problem) -> None:
             for name in A.names:
-                for _ in _of(problem, [name]).gradients.blocks():
+                for _ in _of(problem, [name]).gradients.blocks(Sums("rows", dict)):
                     pass
 
         one, _ = self.rehearsal.count_columns(rows)

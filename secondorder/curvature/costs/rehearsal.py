@@ -28,6 +28,7 @@ from secondorder.curvature.matrix_free.samples import floating_tensors
 from secondorder.curvature.matrix_free.second_derivatives import gradients
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.quantities import Problem
+from secondorder.curvature.resuming.long_run import within
 from secondorder.errors import InputError
 
 READS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -44,8 +45,9 @@ class Count(NamedTuple):
 class FirstParts(Jacobian):
     """J of a batch of which the first parts, two or one, are all that is seen. Formulas are taken for right; K is known."""
 
-    def __init__(self, *args: Any, width: int) -> None:
+    def __init__(self, *args: Any, width: int, meter: Meter) -> None:
         super().__init__(*args)
+        self._meter = meter
         self.forward_mode = self.twice_differentiable = True
         self.most = 2
         """Parts that are seen."""
@@ -66,9 +68,15 @@ class FirstParts(Jacobian):
         """Whether the batch is one part, with a graph that is kept."""
         return self.chunk >= len(self.images)
 
-    def parts(self) -> Iterator[Linearisation]:
+    def samples(self, count: int) -> Iterator[int]:
+        """The first of so many; what is done for it counts for all."""
+        before = self._meter.flops
+        yield from range(min(1, count))
+        self._meter.flops += (count - 1) * (self._meter.flops - before)
+
+    def parts(self, first: int = 0) -> Iterator[Linearisation]:
         """These parts."""
-        return islice(super().parts(), self.most)
+        return islice(super().parts(first), self.most)
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class Rehearsal:
 def counted(meter: Meter, fakes: FakeTensorMode) -> Iterator[None]:
     """Inside, tensors have no numbers, and what is done with them is counted. InputError for a program that reads numbers."""
     try:
-        with fakes, meter:
+        with fakes, meter, within(step_of_sum=False):
             yield
     except (InputError, *READS) as error:
         cause = error if isinstance(error, READS) else error.__cause__

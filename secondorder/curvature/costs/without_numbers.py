@@ -23,7 +23,7 @@ from secondorder.curvature.matrix_free.memory import budget
 from secondorder.curvature.matrix_free.network_outputs import NetworkOutputs, Output
 from secondorder.curvature.matrix_free.output_matrix import output_matrix
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY
-from secondorder.curvature.matrix_free.samples import Samples
+from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.streamed import CUT
 from secondorder.curvature.matrix_free.trial import trial_count
 from secondorder.curvature.quantities import QUANTITIES, Problem
@@ -120,6 +120,7 @@ def rehearsal(
     frozen.differentiates_images = data.first.requires_grad
     layers, extent = watched_layers(row, frozen), data.extent
     images = _mapped(data.first.inputs, lambda t: _without_numbers(t, extent.samples, frozen.device, fakes))
+    meter.ignore([*tensors_of(images), *frozen.weights.values(), *frozen.constants.values()])  # which are in `held`
     with counted(meter, fakes):
         _, probe = evaluated(frozen, images, layers)
     frozen.random.drawn = meter.drawn
@@ -132,9 +133,8 @@ def rehearsal(
     check_loss_kind(quantity, curvature, loss)
     matrix = output_matrix(curvature, row.fisher or fisher, samples, 0, extent.samples, available)
     size, block_bytes = sizes(row, frozen, probe, matrix, extent, chunk, available, why)
-    jacobian = FirstParts(
-        frozen, images, size, probe.coupling is not None, layers, block_bytes, width=probe.outputs.numel()
-    )
+    coupled, width = probe.coupling is not None, probe.outputs.numel()
+    jacobian = FirstParts(frozen, images, size, coupled, layers, block_bytes, width=width, meter=meter)
     held = extent.nbytes + copied_bytes(frozen) + matrix.noise_bytes
     made = Rehearsal(Problem(jacobian, curvature, matrix, memory), meter, fakes, held)
     outputs_of_layers = sum(shape[1:].numel() for shapes in probe.shapes.values() for shape in shapes)

@@ -7,8 +7,10 @@ Index letters: N samples, n of one part, R columns, G groups, D inputs and O out
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,11 @@ from secondorder.curvature.kronecker.storage import factor_bytes
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
-from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import sites
-from secondorder.curvature.matrix_free.sample_gradients import pulled_columns
+from secondorder.curvature.matrix_free.sample_gradients import pulled_back, pulled_columns, slices
 from secondorder.curvature.operators import (
     BlockDiagonalOperator,
     DenseOperator,
@@ -38,6 +40,8 @@ from secondorder.curvature.operators import (
     KroneckerOperator,
     SymmetricOperator,
 )
+from secondorder.curvature.resuming.keys import Key
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import symmetric
 
@@ -123,7 +127,11 @@ class KroneckerFactors:
 
     def add_inputs(self, uses: Sequence[LayerUse]) -> None:
         """Add the inputs of all uses of the layers in one part of the batch to the sums of A."""
-        kind, inputs = self.kind, [use.input for use in uses]
+        kind, inputs = self.kind, [use.input for use in uses if len(use.input)]
+        if not inputs:  # an expert that no image is sent to
+            zero = uses[0].input.new_zeros(kind.groups, kind.inputs, kind.inputs)
+            self.A = zero if self.A is None and self.rows is None else self.A
+            return
         positions = sum(kind.positions(x) for x in inputs) if self.sharing == "expand" else 1
         self.counted += sum(len(x) * kind.positions(x) for x in inputs) if self.sharing == "expand" else len(inputs[0])
         if self.wide < kind.inputs > self.samples * positions:
@@ -134,8 +142,20 @@ class KroneckerFactors:
 
     def add_gradients(self, s: Sequence[Tensor]) -> None:
         """Add gradients `[n, r, *out]` of some columns at the outputs of all uses of the layers to the sum of B."""
-        B = joint_gradient_sum(self.kind, s, self.sharing, self.block_bytes)
+        kind, some = self.kind, [g for g in s if len(g)]
+        if some:
+            B = joint_gradient_sum(kind, some, self.sharing, self.block_bytes)
+        else:
+            B = s[0].new_zeros(kind.groups, kind.outputs, kind.outputs)
         self.B = B if self.B is None else self.B.add_(B)
+
+    def sums(self) -> dict[str, Any]:
+        """The sums so far, as tensors and plain values."""
+        return {"counted": self.counted, "A": self.A, "rows": self.rows, "B": self.B}
+
+    def take(self, sums: Mapping[str, Any]) -> None:
+        """Go on from such sums."""
+        self.counted, self.A, self.rows, self.B = (sums[name] for name in ("counted", "A", "rows", "B"))
 
     @property
     def kind(self) -> LayerKind:
@@ -148,7 +168,7 @@ class KroneckerFactors:
         if self.rows is not None:
             return [FactoredOperator(rows) for rows in torch.cat(self.rows, -2) / math.sqrt(self.counted)]
         assert self.A is not None
-        return [DenseOperator(a) for a in self.A / self.counted]
+        return [DenseOperator(a) for a in self.A / max(1, self.counted)]
 
     @property
     def gradient(self) -> list[SymmetricOperator]:
@@ -195,17 +215,57 @@ def kronecker_factors(
     N = len(jacobian.images)
     most = jacobian.block_bytes
     factors = {shared: KroneckerFactors(shared, sharing, N, wide, most) for shared, _ in layers.values()}
-    for part in jacobian.parts():
-        uses = uses_of(part.uses, layers)
-        check_reads(part, layers)
-        for shared, found in uses.items():
-            if shared in with_weight:
-                factors[shared].add_inputs(found)
-        for _, _, s in pulled_columns(part, matrix, flat(uses), most):
-            gradients = iter(s)
-            for shared, found in uses.items():
-                factors[shared].add_gradients([next(gradients) for _ in found])
+
+    def take(found: list[dict[str, Any]]) -> None:
+        for one, sums_of_one in zip(factors.values(), found, strict=True):
+            one.take(sums_of_one)
+
+    key = partial(factors_key, jacobian, matrix, layers, sharing, wide)
+    with Sums("factors", key, get=lambda: [f.sums() for f in factors.values()], set=take) as sums:
+        for part in sums.parts(jacobian):
+            uses = uses_of(part.uses, layers)
+            check_reads(part, layers)
+            for shared, found in uses.items() if sums.unit == 0 else ():
+                if shared in with_weight:
+                    factors[shared].add_inputs(found)
+            for s in gradients_of_columns(jacobian, part, matrix, flat(uses), sums):
+                gradients = iter(s)
+                for shared, found in uses.items():
+                    factors[shared].add_gradients([next(gradients) for _ in found])
     return factors
+
+
+def gradients_of_columns(
+    jacobian: Jacobian, part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], sums: Sums, extra: int = 0
+) -> Iterator[list[Tensor]]:
+    """The gradients s `[n, r, *out]` at the uses, of some columns of M's factor at a time; `extra` numbers are held for each.
+
+    Where images act on one another, a column of one image has gradients at all of them: each image has columns of its own then, R
+    for each of n. Pulled back together, columns of several images would mix, but for labels drawn independently (`mc`), whose
+    products vanish in the mean.
+    """
+    most = jacobian.block_bytes
+    if not jacobian.coupled or matrix.fisher == "mc":
+        for _, _, s in pulled_columns(part, matrix, uses, most, sums, extra):
+            yield s
+        return
+    n, K = part.z.shape
+    numbers = sum(use.output_shape.numel() for use in uses) + extra + part.z.numel()
+    for image in sums.units(jacobian.samples(n)):
+        one, place = slice(image, image + 1), slice(part.rows.start + image, part.rows.start + image + 1)
+        for columns in slices(matrix.count(K), numbers * part.z.itemsize, most):
+            F = matrix.columns(part.z[one], place, columns)
+            U = F.new_zeros(n, K, F.shape[-1])
+            U[one] = F
+            yield pulled_back(part, U, uses)
+
+
+def factors_key(
+    jacobian: Jacobian, matrix: OutputMatrix, layers: Mapping[str, tuple[Layers, str]], sharing: str, wide: int
+) -> Key:
+    """What Kronecker factors are made from, as a long run notes it."""
+    settings = {"the weight sharing": sharing, "the widest input": wide, "the parameters": ", ".join(layers)}
+    return {**jacobian.fingerprint(matrix.loss), **matrix.fingerprint(), **settings}
 
 
 def uses_of(uses: Sequence[LayerUse], layers: Mapping[str, tuple[Layers, str]]) -> dict[Layers, list[LayerUse]]:

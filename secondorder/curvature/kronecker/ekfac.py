@@ -6,13 +6,16 @@ b_i a_j are replaced by the exact second moments of the projected gradients of s
 
     scales_ij = sum_rn (Q_B^T (sum_t s_rnt a_nt^T) Q_A)_ij^2,
 
-which brings the block nearer to the exact one in Frobenius norm than any other diagonal in this basis, K-FAC's included.
+of images that act on one another (batch norm in training mode) with the sum over n inside of the square and columns of each image
+of its own (`gradients_of_columns`). This brings the block nearer to the exact one in Frobenius norm than any other diagonal in
+this basis, K-FAC's included.
 
 Index letters: n samples, r columns, T positions, G groups, D inputs and O outputs of a layer (of a group).
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +23,9 @@ from torch import Tensor
 from secondorder.curvature.kronecker.blocks import (
     KroneckerFactors,
     Layers,
+    factors_key,
     flat,
+    gradients_of_columns,
     joined,
     kronecker_factors,
     kronecker_layers,
@@ -34,9 +39,10 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import over_positions
-from secondorder.curvature.matrix_free.sample_gradients import pulled_columns, slices
+from secondorder.curvature.matrix_free.sample_gradients import slices
 from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import NonFiniteError
 
 WIDE_BASIS = 0
@@ -55,8 +61,12 @@ class EigenbasisMoments:
             self.Q_A = self.Q_B.new_ones(len(self.Q_B), 1, 1)
         self.scales = self.Q_B.new_zeros(*self.Q_B.shape[:2], self.Q_A.shape[-1])
 
-    def add(self, uses: Sequence[LayerUse], s: Sequence[Tensor], most_bytes: int) -> None:
-        """The gradients `[n, r, *out]` of some columns at the outputs of the uses, at most so many bytes at a time."""
+    def add(self, uses: Sequence[LayerUse], s: Sequence[Tensor], most_bytes: int, coupled: bool) -> None:
+        """The gradients `[n, r, *out]` of some columns at the outputs of the uses, at most so many bytes at a time.
+
+        Of images that act on one another (`coupled`), those of a column belong together: n counts positions.
+        """
+        whole = self.scales.new_zeros(s[0].shape[1], *self.scales.shape) if coupled else None
         n, r = s[0].shape[:2]
         numbers = r * self.scales.numel() + sum(_vectors(use, use.input[:1]).numel() for use in uses)
         for rows in slices(n, numbers * s[0].itemsize, most_bytes):
@@ -69,7 +79,12 @@ class EigenbasisMoments:
                     term = over_positions(left, self.Q_A.mT @ _vectors(use, use.input[rows]))
                 projected = term if projected is None else projected + term
             assert projected is not None
-            self.scales += projected.square().sum((0, 1))
+            if whole is None:
+                self.scales += projected.square().sum((0, 1))
+            else:
+                whole += projected.sum(0)
+        if whole is not None:
+            self.scales += whole.square().sum(0)
 
     def block(self) -> SymmetricOperator:
         """The EKFAC block of the parameter, one `EigenbasisOperator` a group, block diagonal over several."""
@@ -83,13 +98,15 @@ def ekfac_blocks(
     factors = kronecker_factors(jacobian, matrix, layers, "expand", WIDE_BASIS, by_image=True)
     bases = {name: EigenbasisMoments(factors[shared], kind) for name, (shared, kind) in layers.items()}
     most, projected = jacobian.block_bytes, max(basis.scales.numel() for basis in bases.values())
-    for part in jacobian.parts():
-        uses = uses_of(part.uses, layers)
-        for _, _, s in pulled_columns(part, matrix, flat(uses), most, projected):
-            gradients = iter(s)
-            of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
-            for name, (shared, _) in layers.items():
-                bases[name].add(uses[shared], of_layers[shared], most)
+    key = partial(factors_key, jacobian, matrix, layers, "expand", WIDE_BASIS)
+    with Sums("scales", key, {name: basis.scales for name, basis in bases.items()}) as sums:
+        for part in sums.parts(jacobian):
+            uses = uses_of(part.uses, layers)
+            for s in gradients_of_columns(jacobian, part, matrix, flat(uses), sums, projected):
+                gradients = iter(s)
+                of_layers = {shared: [next(gradients) for _ in found] for shared, found in uses.items()}
+                for name, (shared, _) in layers.items():
+                    bases[name].add(uses[shared], of_layers[shared], most, jacobian.coupled)
     return {name: basis.block() for name, basis in bases.items()}
 
 

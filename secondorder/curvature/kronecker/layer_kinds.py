@@ -24,11 +24,11 @@ class Linear(LayerKind):
 
     def input_vectors(self, x: Tensor) -> Tensor:
         """a `[N, 1, T, D]`: the inputs themselves, by position."""
-        return x.reshape(len(x), 1, -1, x.shape[-1])
+        return x.reshape(len(x), 1, math.prod(x.shape[1:-1]), x.shape[-1])  # also of no samples
 
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
         """g `[*, 1, T, O]`: the gradients at the output, by position."""
-        return s.reshape(*s.shape[:leading], 1, -1, s.shape[-1])
+        return s.reshape(*s.shape[:leading], 1, math.prod(s.shape[leading:-1]), s.shape[-1])
 
 
 class TransposedLinear(Linear):

@@ -4,13 +4,19 @@ A hook on a gradient may clip or normalise it, or add noise, and a checkpoint th
 is evaluated again: such a pass is the derivative of no function.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.graph import graph_nodes
 from secondorder.curvature.matrix_free.trial import random_like
 from secondorder.errors import InputError, failures_of
 from secondorder.untouched import same_randomness
+
+ROUNDING = 2**10
+"""Units of rounding of what arrives at a parameter that sums of it may be off."""
 
 
 def check_backward(network: FrozenNetwork, z: Tensor) -> None:
@@ -28,11 +34,38 @@ def check_backward(network: FrozenNetwork, z: Tensor) -> None:
     size = max((float(t.abs().max()) for t in (*terms, *whole) if t.numel()), default=0.0)
     differences = (a - b for a, b in zip(terms, whole, strict=True) if a.numel())
     error = max((float(d.abs().max()) for d in differences), default=0.0)
-    if drawn or error > torch.finfo(z.dtype).eps ** 0.5 * size:
+    eps = torch.finfo(z.dtype).eps
+    if drawn or (error > eps**0.5 * size and error > ROUNDING * eps * _arriving(network, z, u + v)):
         raise InputError(
             "the backward pass of the network is not linear (a hook that clips a gradient) or draws random numbers (a checkpoint "
             "with preserve_rng_state=False), and so the derivative of no function; leave that out"
         )
+
+
+def _arriving(network: FrozenNetwork, z: Tensor, u: Tensor) -> float:
+    """The largest number in what arrives at the functions of parameters, of which their gradients are sums.
+
+    In these everything may cancel out but rounding, as for a bias before batch norm in training mode.
+    """
+    largest = 0.0
+
+    def note(gradients: Sequence[Tensor | None]) -> None:
+        nonlocal largest
+        largest = max(largest, *(float(g.abs().max()) for g in gradients if g is not None and g.numel()))
+
+    weights = {id(w) for w in network.weights.values()}
+    reading = [
+        node
+        for node in graph_nodes([z])
+        if any(id(getattr(function, "variable", None)) in weights for function, _ in node.next_functions)
+    ]
+    handles = [node.register_prehook(note) for node in reading]
+    try:
+        _pulled_back(network, z, u)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
 
 
 def _pulled_back(network: FrozenNetwork, z: Tensor, u: Tensor) -> list[Tensor]:

@@ -21,6 +21,8 @@ from secondorder.curvature.matrix_free.batches import Batch, batch_of, joined_ba
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.samples import Samples, SampleTree, tensors_of
 from secondorder.curvature.matrix_free.trial import ALL, trial_samples
+from secondorder.curvature.resuming.keys import Key, digest
+from secondorder.curvature.resuming.long_run import watched
 from secondorder.errors import InputError
 
 WAY_OUT = "use shuffle=False and no random transforms, or list(loader) for one draw of them"
@@ -44,7 +46,7 @@ class BatchStream:
         self._current: tuple[slice, Batch] | None = None
         few: Batch | None = None
         kind: object = None
-        for number, batch in enumerate(self._read()):
+        for number, batch in enumerate(watched(self._read(), "checksums of the data", _length(data))):
             batch.check(network)
             self._checksums.append(checksum(batch))
             self._starts.append(self._starts[-1] + len(batch))
@@ -69,9 +71,19 @@ class BatchStream:
         return self.part(rows).inputs
 
     @property
+    def sizes(self) -> list[int]:
+        """The number of samples of each batch."""
+        return [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+
+    @property
     def largest(self) -> int:
         """The number of samples of the largest batch."""
-        return max(end - start for start, end in zip(self._starts, self._starts[1:], strict=False))
+        return max(self.sizes)
+
+    def fingerprint(self) -> Key:
+        """Sizes and checksums of all batches, as a long run notes them."""
+        batches = zip(self.sizes, self._checksums, strict=True)
+        return {"the number of batches": self.count} | {f"batch {i}": digest(both) for i, both in enumerate(batches)}
 
     @property
     def count(self) -> int:
@@ -171,6 +183,14 @@ def check_readable(data: Any) -> None:
             raise InputError(f"the DataLoader draws its samples at random ({type(sampler).__name__}); {WAY_OUT}")
         if isinstance(sampler, DistributedSampler):
             raise InputError("the DataLoader has a DistributedSampler: a part of the data; use one of all samples")
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    """The number of batches, where the data tell it."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def checksum(batch: Batch) -> int:

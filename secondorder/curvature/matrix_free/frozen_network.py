@@ -16,6 +16,7 @@ from secondorder.curvature.matrix_free.plain_functions import PlainFunctions, ne
 from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.curvature.matrix_free.samples import Samples, arguments_of, floating_tensors
 from secondorder.curvature.matrix_free.trial import all_finite, has_numbers
+from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import InputError, NonFiniteError, check_known
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.pooling import AdaptiveChannelDropout
@@ -82,6 +83,7 @@ class FrozenNetwork:
         """Whether the images require gradients, as a network does that differentiates its outputs with respect to them."""
         first = next(iter(self.weights.values()))
         self.device, self.dtype = first.device, first.dtype
+        self._fingerprint: Key | None = None
         self._versions = [(name, p, p._version) for name, p in named.items()]
 
     @property
@@ -162,6 +164,20 @@ class FrozenNetwork:
         for name in written:
             state[name].detach().copy_(own[name])
         return written
+
+    def fingerprint(self) -> Key:
+        """What f is made from, as a long run notes it: modules, modes, parameters, buffers, random numbers if it draws any."""
+        if self._fingerprint is None:
+            tensors = {f"parameter {name}": w for name, w in {**self.weights, **self.constants}.items()}
+            tensors |= {f"buffer {name}": b for name, b in self.buffers.items()}
+            modes = [self._modules.modes[module] for module in self.module.modules()]
+            self._fingerprint = {
+                "the network": digest([repr(self.module), modes]),
+                "the chosen parameters": digest(list(self.weights)),
+                **{name: digest(tensor) for name, tensor in tensors.items()},
+            }
+        random = {"the random state": digest(self.random.numbers())} if self.random.drawn else {}
+        return self._fingerprint | random
 
     def check_unchanged(self) -> None:
         """InputError when a parameter was written into since the construction, as far as PyTorch tells (not by `.data`)."""

@@ -13,6 +13,8 @@ from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
 from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
 from secondorder.curvature.operators.symmetric import check_bytes, mirror_, norm_at_any_scale
+from secondorder.curvature.resuming.keys import Key, digest
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import full_precision
 
@@ -37,13 +39,25 @@ class GaussNewtonOperator(SymmetricOperator):
         self.gradients = SampleGradients(jacobian, matrix, self.names)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        if self.jacobian.forward_mode is None:
-            self.jacobian.forward_mode = forward_mode_is_right(self.jacobian.trial())
         result = torch.zeros_like(V)
-        for part in self.jacobian.parts():
-            for k in range(V.shape[1]):
-                result[:, k] += self._product(part, V[:, k])
+        with Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1]) as sums:
+            if self.jacobian.forward_mode is None and not sums.finished:
+                self.jacobian.forward_mode = forward_mode_is_right(self.jacobian.trial())
+            for part in sums.parts(self.jacobian):
+                for k in sums.units(range(V.shape[1])):
+                    result[:, k] += self._product(part, V[:, k])
         return result
+
+    def fingerprint(self) -> Key:
+        """What the matrix is made from, as a long run notes it."""
+        return {
+            **self.jacobian.fingerprint(self.matrix.loss),
+            **self.matrix.fingerprint(),
+            "the parameters of the block": ", ".join(self.names),
+        }
+
+    def _key(self, V: Tensor | None = None) -> Key:
+        return self.fingerprint() | ({} if V is None else {"the vectors of the product": digest(V)})
 
     def _product(self, part: Linearisation, v: Tensor) -> Tensor:
         tangents = shaped(v, self.jacobian.network, self.names)
@@ -61,8 +75,8 @@ class GaussNewtonOperator(SymmetricOperator):
             needed, available, f"a factor of {N * R} x {self.size}", "use products (operator @ v), or a smaller block"
         )
         rows = torch.empty(N, R, self.size, dtype=self.dtype, device=self.device)
-        with full_precision(rows):
-            for samples, columns, block in self.gradients.blocks():
+        with full_precision(rows), Sums("rows", self._key, {"rows": rows}) as sums:
+            for samples, columns, block in self.gradients.blocks(sums):
                 rows[samples, columns] = block
         return rows.flatten(0, 1)
 
@@ -82,11 +96,13 @@ class GaussNewtonOperator(SymmetricOperator):
         """
         self._check_factored()
         check_bytes(len(self.jacobian.images) * self.columns, self.dtype, limit)
-        blocks = [GaussNewtonOperator(self.jacobian, self.matrix, [name], self.memory) for name in self.names]
-        factors = (block.rows() for block in blocks)
-        first = next(factors)
-        with full_precision(first):
-            return sum((rows @ rows.mT for rows in factors), start=first @ first.mT)
+        gram: Tensor | None = None
+        for name in self.names:
+            rows = GaussNewtonOperator(self.jacobian, self.matrix, [name], self.memory).rows()
+            with full_precision(rows):
+                gram = rows @ rows.mT if gram is None else gram + rows @ rows.mT
+        assert gram is not None
+        return gram
 
     def dense(self, limit: int = DENSE_LIMIT) -> Tensor:
         """The matrix itself `[P, P]`, exactly symmetric. Raises InputError when it takes more than `limit` bytes."""
@@ -94,8 +110,8 @@ class GaussNewtonOperator(SymmetricOperator):
         if not self.matrix.factored or self.products_are_fewer():
             return super().dense(limit)
         matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        with full_precision(matrix):
-            for _, _, block in self.gradients.blocks():
+        with full_precision(matrix), Sums("dense", self._key, {"matrix": matrix}) as sums:
+            for _, _, block in self.gradients.blocks(sums):
                 rows = block.flatten(0, 1)
                 matrix.addmm_(rows.mT, rows)
         return mirror_(matrix)
@@ -105,8 +121,8 @@ class GaussNewtonOperator(SymmetricOperator):
         if not self.matrix.factored:
             return super().diagonal()
         diagonal = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        with full_precision(diagonal):
-            for _, _, block in self.gradients.blocks():
+        with full_precision(diagonal), Sums("diagonal", self._key, {"diagonal": diagonal}) as sums:
+            for _, _, block in self.gradients.blocks(sums):
                 diagonal += block.square().sum((0, 1))
         return diagonal
 

@@ -10,6 +10,8 @@ from secondorder.curvature.matrix_free.second_derivatives import check_network
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.resuming.keys import Key, digest
+from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import NonFiniteError, failures_of
 
 COLUMNS, SMALL_NETWORK = 16, 10_000
@@ -27,17 +29,19 @@ class HessianOperator(SymmetricOperator):
         self.names = list(names)
 
     def _matmat(self, V: Tensor) -> Tensor:
-        if not self.jacobian.twice_differentiable:
-            with failures_of("a second derivative of this network"):
-                check_network(self.jacobian)
-            self.jacobian.twice_differentiable = True
         result = torch.zeros_like(V)
-        for part in self.jacobian.parts():
-            for columns in self._groups(V.shape[1]):
-                tangents = batched(V[:, columns], self.jacobian.network, self.names)
-                result[:, columns] += torch.cat(
-                    [H.reshape(len(H), -1) for H in part.hessian_products(self.loss, tangents)], 1
-                ).mT
+        key = lambda: self.fingerprint() | {"the vectors of the product": digest(V)}  # noqa: E731
+        with Sums("product", key, {"result": result}, vectors=V.shape[1]) as sums:
+            if not self.jacobian.twice_differentiable and not sums.finished:
+                with failures_of("a second derivative of this network"):
+                    check_network(self.jacobian)
+                self.jacobian.twice_differentiable = True
+            for part in sums.parts(self.jacobian):
+                for columns in sums.units(self._groups(V.shape[1])):
+                    tangents = batched(V[:, columns], self.jacobian.network, self.names)
+                    result[:, columns] += torch.cat(
+                        [H.reshape(len(H), -1) for H in part.hessian_products(self.loss, tangents)], 1
+                    ).mT
         if all_finite(V) and not all_finite(result):
             raise NonFiniteError(
                 "a product with the Hessian is not finite: a second derivative of the network or loss is infinite or none there "
@@ -45,9 +49,13 @@ class HessianOperator(SymmetricOperator):
             )
         return result
 
+    def fingerprint(self) -> Key:
+        """What the matrix is made from, as a long run notes it."""
+        return {**self.jacobian.fingerprint(self.loss), "the parameters of the block": ", ".join(self.names)}
+
     def _groups(self, count: int) -> list[slice]:
         """Columns that are multiplied at once: in small networks the time goes into the number of calls."""
         network = self.jacobian.network
         parameters = sum(w.numel() for w in (*network.weights.values(), *network.constants.values()))
         size = COLUMNS if parameters <= SMALL_NETWORK else 1
-        return [slice(start, start + size) for start in range(0, count, size)]
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -21,10 +21,14 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
-from secondorder.curvature.matrix_free.samples import Samples
+from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
+from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import failures_of
+
+SHOWN = 64
+"""Outputs by which a long run knows a network again."""
 
 
 class Linearisation:
@@ -196,19 +200,31 @@ class Jacobian:
         self.twice_differentiable = False
         """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._kept: Linearisation | None = None
+        self._fingerprint: Key | None = None
 
     @property
     def width(self) -> int:
         """K, the numbers in the outputs of a sample."""
         return next(self.parts()).z.shape[1]
 
-    def parts(self) -> Iterator[Linearisation]:
-        """The linearised parts in the order of the samples. InputError when the network's parameters have changed."""
+    @property
+    def part_count(self) -> int:
+        """How many parts the batch has."""
+        return -(-len(self.images) // self.chunk)
+
+    def parts(self, first: int = 0) -> Iterator[Linearisation]:
+        """The linearised parts in the order of the samples, from the part number `first` on.
+
+        InputError when the network's parameters have changed.
+        """
         self.network.check_unchanged()
         N = len(self.images)
         if self.chunk < N:
-            for part, start in enumerate(range(0, N, self.chunk)):
+            for part in range(first, self.part_count):
+                start = part * self.chunk
                 yield self.linearised(slice(start, min(start + self.chunk, N)), part)
+            return
+        if first > 0:
             return
         if self._kept is None:
             self._kept = self.linearised(slice(0, N), 0)
@@ -223,9 +239,30 @@ class Jacobian:
                 return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
         return next(self.parts())
 
+    def samples(self, count: int) -> Iterable[int]:
+        """The places of so many samples, which are pulled back one after the other and take as much each."""
+        return range(count)
+
     def linearised(self, rows: slice, part: int) -> Linearisation:
         """Some samples of the batch with a graph of their own."""
         return Linearisation(self.network, self.images, rows, part, self.layers)
+
+    def fingerprint(self, loss: LossParts) -> Key:
+        """What J and a loss are made from, as a long run notes it, with some outputs and the loss of the first part."""
+        if self._fingerprint is None:
+            first = next(self.parts())
+            value = loss.part(first.rows).value(first.z).detach()
+            self._fingerprint = {
+                **self.network.fingerprint(),
+                **self._data_fingerprint(),
+                "chunk": self.chunk,
+                "the outputs": first.z.flatten()[:SHOWN].clone(),
+                "the loss": value.reshape(1),
+            }
+        return self._fingerprint | {"the loss's settings and labels": digest(loss.settings)}
+
+    def _data_fingerprint(self) -> Key:
+        return {"the images": digest(tensors_of(self.images))}  # type: ignore[arg-type]
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from secondorder.curvature.resuming.long_run import kept
 from secondorder.errors import InputError, check_number
 
 SHARE = 0.8
@@ -37,7 +38,8 @@ def available_memory(device: torch.device) -> int:
 def budget(memory: int | None, device: torch.device) -> int:
     """The user's budget in bytes, by default a share of what is available. InputError unless it is a positive number."""
     if memory is None:
-        return int(SHARE * available_memory(device))
+        # A run that goes on divides its data as it did before.
+        return kept("memory", dict, lambda: int(SHARE * available_memory(device)))
     check_number("memory", memory, 0, math.inf, "(]", hint="; in bytes, or None (what is available)")
     return int(min(memory, UNLIMITED))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.memory import check_memory
 from secondorder.curvature.matrix_free.separable_losses import ALL, LossParts, SeparableLoss
 from secondorder.curvature.matrix_free.streamed import StreamedLoss, StreamedNoise
+from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import MOST, check_seed, check_whole
 
 FISHERS = ("exact", "mc", "empirical")
@@ -60,10 +61,18 @@ class OutputMatrix:
         """Bytes of the random numbers of `mc`, of the whole batch."""
         return 0 if self.noise is None else self.noise.nbytes
 
+    def fingerprint(self) -> Key:
+        """What tells M from others of the same loss, as a long run notes it."""
+        return {"fisher": self.fisher, "the random labels": None if self.noise is None else digest(_states(self.noise))}
+
     @property
     def factored(self) -> bool:
         """Whether columns F are known; otherwise there are products only."""
         return self.loss.factored
+
+
+def _states(noise: Tensor | StreamedNoise) -> object:
+    return noise.states if isinstance(noise, StreamedNoise) else noise
 
 
 def output_matrix(loss: LossParts, fisher: str, samples: int, seed: int, count: int, available: int) -> OutputMatrix:

@@ -44,5 +44,9 @@ class RandomState:
                 and all(torch.equal(a, b) for a, b in zip(before, self._torch_states(), strict=True))
             )
 
+    def numbers(self) -> list[object]:
+        """The state as plain values and tensors."""
+        return [repr(self.python), repr(self.numpy), self.torch, *self.of_devices]
+
     def _torch_states(self) -> list[Tensor]:
         return [torch.get_rng_state(), *random_states(self.devices)]

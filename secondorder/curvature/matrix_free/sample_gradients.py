@@ -14,6 +14,7 @@ from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded, without_batch
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
+from secondorder.curvature.resuming.sums import Sums
 
 
 class SampleGradients:
@@ -28,13 +29,13 @@ class SampleGradients:
         self.sites = sites(network.module, {name: network.parameters[name] for name in names})
         self._right: list[str] | None = None
 
-    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Samples, columns, and their rows `[m, r, P]`."""
-        for part in self.jacobian.parts():
+    def blocks(self, sums: Sums) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Samples, columns, and their rows `[m, r, P]`, those which are not in the sums."""
+        for part in sums.parts(self.jacobian):
             by_layers = self.by_layers(part)
             uses = self._uses(part, by_layers)
             P, most = sum(self.sizes), self.jacobian.block_bytes
-            for columns, F, s in pulled_columns(part, self.matrix, uses, most, P):
+            for columns, F, s in pulled_columns(part, self.matrix, uses, most, sums, P):
                 numbers = F.shape[-1] * P + max(map(unfolded, uses), default=0)
                 for rows in slices(len(F), numbers * F.itemsize, most):
                     block = self._block(part, rows, F[rows], by_layers, uses, s)
@@ -118,7 +119,7 @@ class SampleGradients:
         for name in by_layers:
             pieces[name].copy_(self._rows(name, rows, uses, s))
         others = [name for name in self.names if name not in by_layers]
-        for i in range(m if others else 0):
+        for i in self.jacobian.samples(m if others else 0):
             rest = self._one_by_one(part, rows.start + i, F[i], others)
             for name, piece in zip(others, rest.split([pieces[name].shape[-1] for name in others], -1), strict=True):
                 pieces[name][i] = piece
@@ -134,14 +135,14 @@ class SampleGradients:
 
 
 def pulled_columns(
-    part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], most_bytes: int, extra: int = 0
+    part: Linearisation, matrix: OutputMatrix, uses: Sequence[LayerUse], most_bytes: int, sums: Sums, extra: int = 0
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
     """Some columns F `[n, K, r]` of a matrix, as many as fit into `most_bytes`, and their gradients `[n, r, *out]` at the uses.
 
-    `extra` numbers more are held for each column.
+    Those which are not in the sums. `extra` numbers more are held for each column.
     """
     numbers = sum(use.output_shape.numel() for use in uses) + extra + 2 * part.z.numel()
-    for columns in slices(matrix.count(part.z.shape[1]), numbers * part.z.itemsize, most_bytes):
+    for columns in sums.units(slices(matrix.count(part.z.shape[1]), numbers * part.z.itemsize, most_bytes)):
         F = matrix.columns(part.z, part.rows, columns)
         yield columns, F, pulled_back(part, F, uses)
 

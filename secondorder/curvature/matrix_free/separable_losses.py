@@ -48,6 +48,11 @@ class LossParts(ABC):
     factored = False
     """Whether columns F are known."""
 
+    @property
+    def settings(self) -> object:
+        """What tells this loss, its labels and its normalisation from others."""
+        return self
+
     @abstractmethod
     def part(self, rows: slice) -> "LossCurvature":
         """The loss of some samples of the batch, with the normalisation of the whole batch."""

@@ -16,6 +16,8 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
 from secondorder.curvature.matrix_free.loss_curvature import Loss, as_it_is, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.separable_losses import LossCurvature, LossParts, SeparableLoss, Totals
 from secondorder.curvature.matrix_free.trial import trial_samples
+from secondorder.curvature.resuming.keys import Key
+from secondorder.curvature.resuming.long_run import watched
 from secondorder.errors import InputError
 
 CUT = "over several batches the result would depend on how the data are cut; use eval(), or give one batch of all data"
@@ -33,7 +35,7 @@ class StreamedLoss(LossParts):
         self._present: tuple[Batch, LossCurvature] | None = None
         self.totals: Totals | None = Totals(1, 1.0)
         divisor = 0.0
-        for _, batch in stream.batches():
+        for _, batch in watched(stream.batches(), "normalisation of the loss", stream.count):
             made = self._of(batch)
             if not made.separable:
                 raise InputError(
@@ -45,6 +47,11 @@ class StreamedLoss(LossParts):
         self.of_few = self._of(stream.few)
         """The loss of a few samples, with the normalisation of all."""
         self.factored = self.of_few.factored
+
+    @property
+    def settings(self) -> object:
+        """The loss and what a mean of it is divided by; its labels are the stream's."""
+        return self._loss, self.totals
 
     def part(self, rows: slice) -> LossCurvature:
         """The summands of some samples of one batch, with the normalisation of the data set."""
@@ -66,14 +73,15 @@ class StreamedNoise:
 
     def __init__(self, loss: StreamedLoss, samples: int, source: torch.Generator) -> None:
         self._loss, self._samples = loss, samples
-        self._states: list[Tensor] = []
+        self.states: list[Tensor] = []
+        """Of the random numbers, for each batch."""
         self._present: tuple[int, Tensor] | None = None
         self.nbytes = 0
-        for rows, _ in loss.stream.batches():
-            self._states.append(source.get_state())
+        for rows, _ in watched(loss.stream.batches(), "random labels", loss.stream.count):
+            self.states.append(source.get_state())
             drawn = self._drawn(rows, source)
             self.nbytes = max(self.nbytes, drawn.nbytes)
-        self.nbytes += sum(state.nbytes for state in self._states)
+        self.nbytes += sum(state.nbytes for state in self.states)
         self.shape = torch.Size([len(loss.stream), *drawn.shape[1:]])
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -81,7 +89,7 @@ class StreamedNoise:
         number = stream.number(rows)
         if self._present is None or self._present[0] != number:
             source = torch.Generator()
-            source.set_state(self._states[number])
+            source.set_state(self.states[number])
             whole = stream.within(rows)
             start = rows.start - whole.start
             self._present = number, self._drawn(slice(start, start + len(stream.whole(rows))), source)
@@ -117,15 +125,30 @@ class StreamedJacobian(Jacobian):
         """K, the numbers in the outputs of a sample."""
         return self._width
 
-    def parts(self) -> Iterator[Linearisation]:
-        """The linearised parts in the order of the samples. InputError when parameters or data have changed."""
+    @property
+    def part_count(self) -> int:
+        """How many parts all batches have."""
+        return sum(-(-size // self.chunk) for size in self.stream.sizes)
+
+    def parts(self, first: int = 0) -> Iterator[Linearisation]:
+        """The linearised parts in the order of the samples, from the part number `first` on; batches before it are read only.
+
+        InputError when parameters or data have changed.
+        """
         self.network.check_unchanged()
+        number = 0
         for rows, _ in self.stream.batches():
             for start in range(rows.start, rows.stop, self.chunk):
+                number += 1
+                if number <= first:
+                    continue
                 part = self.linearised(slice(start, min(start + self.chunk, rows.stop)), 0)
                 if self.network.random.drawn:
                     raise InputError(f"the network draws random numbers for some of the data; {CUT}")
                 yield part
+
+    def _data_fingerprint(self) -> Key:
+        return self.stream.fingerprint()
 
     def trial(self, most: int | None = None) -> Linearisation:
         """Few samples to try formulas on, at most `most` so many."""

@@ -1,5 +1,6 @@
 """Symmetric linear operators: a matrix that is known by what it does to vectors."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 
@@ -8,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import InputError, NonFiniteError, check_number
 from secondorder.matrix_power.transforms import full_precision
 
@@ -77,6 +79,22 @@ class SymmetricOperator(ABC):
         From the dense matrix where there is no cheaper way: InputError when that takes more than DENSE_LIMIT bytes.
         """
         return norm_at_any_scale(self.dense())
+
+    def fingerprint(self) -> Key:
+        """What the matrix is made from, as a `long_run` notes it.
+
+        That of an operator of this package are its own arguments; of any other a product with one vector.
+        """
+        key: Key = {"the operator": type(self).__name__, "its size": self.size, "its number format": str(self.dtype)}
+        if not type(self).__module__.startswith("secondorder."):
+            v = torch.randn(self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            return key | {"a product with the operator": self @ v.to(self.device, self.dtype)}
+        for name in inspect.signature(type(self)).parameters:
+            parts = getattr(self, name)
+            for number, part in enumerate(parts if isinstance(parts, list) else [parts]):
+                of_part = part.fingerprint() if isinstance(part, SymmetricOperator) else {"": digest(part)}
+                key |= {f"{name} {number} {item}": value for item, value in of_part.items()}
+        return key
 
     def linear_operator(self) -> LinearOperator:
         """This operator for SciPy: products with NumPy vectors and matrices, computed on this operator's device."""

@@ -9,12 +9,12 @@ Index letters: P rows of the operator, K probes, M nodes.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.resuming.long_run import planned, resumable
 from secondorder.curvature.spectrum.counting_bounds import CountingBounds
 from secondorder.curvature.spectrum.density_curve import SCALES, DensityCurve, cumulative, density_curve
 from secondorder.curvature.spectrum.estimate import Estimate, between, exact, half_sampling, jackknife, mean
@@ -35,7 +35,7 @@ from secondorder.curvature.spectrum.products import (
     norm,
     refuse_memory,
 )
-from secondorder.curvature.spectrum.quadrature import joined, lanczos_quadrature
+from secondorder.curvature.spectrum.quadrature import Quadrature, joined, lanczos_quadrature
 from secondorder.errors import InputError
 
 
@@ -175,6 +175,7 @@ def exact_density(eigenvalues: Tensor, zero: float) -> SpectralDensity:
     return SpectralDensity(values, torch.ones_like(values), zero)
 
 
+@resumable
 def spectral_density(
     operator: SymmetricOperator,
     method: str = "auto",
@@ -229,14 +230,28 @@ def spectral_density(
     together = affordable(probes * (steps + 4), operator, memory) // (steps + 4)
     if together < 1:
         raise refuse_memory(steps + 4, operator, memory, "take fewer steps, a smaller block, or raise memory")
-    run = partial(lanczos_quadrature, operator, steps=steps, without=without, source=source)
-    seen = joined([run(min(together, probes - start)) for start in range(0, probes, together)])
+    runs, state = [], source.get_state()
+    for start in range(0, probes, together):
+        run, state = _lanczos(operator, min(together, probes - start), steps, without, state)
+        runs.append(run)
+    seen = joined(runs)
     nodes = torch.cat([apart.expand(probes, -1), seen.nodes], 1)
     weights = torch.cat([seen.weights.new_ones(probes, len(apart)), rest * seen.weights], 1)
     scale = float(nodes.abs().max())
     slack = 10 * max(BREAKDOWN, torch.finfo(operator.dtype).eps) * scale + residual
     bounds = CountingBounds(seen, apart, rest, slack)
     return SpectralDensity(nodes, weights, zero * scale, bounds)
+
+
+@resumable
+def _lanczos(
+    operator: SymmetricOperator, probes: int, steps: int, without: Tensor, state: Tensor
+) -> tuple[Quadrature, Tensor]:
+    """The quadrature of some probes, drawn from the state of a generator, and its state after that."""
+    planned(probes * steps)
+    source = torch.Generator()
+    source.set_state(state)
+    return lanczos_quadrature(operator, probes, steps, without, source), source.get_state()
 
 
 def _with_other_ends(density: SpectralDensity, bounds: CountingBounds) -> list[tuple[Tensor, Tensor]]:

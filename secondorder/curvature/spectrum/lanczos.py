@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.resuming.long_run import planned, resumable
 from secondorder.curvature.spectrum.krylov_basis import KrylovBasis, RitzPairs
 from secondorder.curvature.spectrum.products import (
     MAX_ITERATIONS,
@@ -54,6 +55,7 @@ class TopEigenvalues:
     products: int
 
 
+@resumable
 def top_eigenvalues(
     operator: SymmetricOperator,
     k: int,
@@ -97,6 +99,7 @@ def top_eigenvalues(
     block = min(block, operator.size)
     if max_iterations * block < k:
         raise InputError(f"{max_iterations} products of {block} vectors cannot give {k} eigenvalues; raise either")
+    planned(min(operator.size, k + 1 + SEARCH) + k)
     basis = KrylovBasis(operator, _capacity(operator, k, block, memory), block, generator(seed))
     pairs = _search(basis, k, ORDERS[which], tolerance, max_iterations)
     return _result(basis, k, pairs, tolerance)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from secondorder.curvature.operators import SymmetricOperator
+from secondorder.curvature.resuming.long_run import resumable
 from secondorder.curvature.spectrum import spectral_statistics as statistics
 from secondorder.curvature.spectrum.density import SpectralDensity, exact_density, spectral_density
 from secondorder.curvature.spectrum.estimate import Estimate, exact
@@ -85,6 +86,7 @@ class SpectralSummary:
         return row
 
 
+@resumable
 def spectral_summary(
     operator: SymmetricOperator,
     method: str = "auto",
