@@ -34,6 +34,7 @@ from secondorder.curvature.operators import (
 )
 from secondorder.curvature.output_jacobians import OutputJacobians
 from secondorder.curvature.quantities import CurvatureBlocks
+from secondorder.curvature.resuming.journal import FILES
 from secondorder.curvature.spectrum import (
     DensityCurve,
     DiagonalEstimate,
@@ -190,3 +191,6 @@ def _decoded(content: Any) -> Any:
         return content
     fields = {name: _decoded(value) for name, value in content["fields"].items()}
     return fields if content["kind"] == MAPPING else KINDS[content["kind"]](**fields)
+
+
+FILES.update(write=write_file, read=read_file)

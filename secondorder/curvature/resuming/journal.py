@@ -6,7 +6,7 @@ result (RECORD), or what there is of one (BEGUN). The record of 0.3 takes the pl
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ RUN: Place = (-1,)
 """Where stands what all records depend on."""
 LOCK = ".lock"
 NAME = re.compile(rf"\d+\.records|{re.escape(LOCK)}|\.\d+\.records\.partial")
+FILES: dict[str, Callable[..., Any]] = {}
+"""How files are written and read: by `secondorder.curvature.saving`, which knows all that can be saved and imports this one."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,11 @@ class Journal:
 
     def write(self, records: Sequence[Record]) -> None:
         """Write records, and forget all that they take the place of. InputError where they cannot be written."""
-        from secondorder.curvature.saving import write_file  # here, because it imports all that can be saved
-
         if not records:
             return
         try:
             with writing_atomically(self._path(self._last + 1)) as file:
-                write_file(file, FORMAT, VERSION, [fields_of(record) for record in records])
+                FILES["write"](file, FORMAT, VERSION, [fields_of(record) for record in records])
         except OSError as error:
             raise self._unusable(error) from error
         self._note(self._last + 1, records)
@@ -107,12 +107,10 @@ class Journal:
         self._remove(before - {*self._files.values()})
 
     def _records(self, number: int) -> list[Record]:
-        from secondorder.curvature.saving import read_file
-
         if self._read[0] != number:
             way_out = "delete it: what it had is computed anew"
             words = "not written by long_run, or is damaged"
-            found = read_file(self._path(number), FORMAT, VERSION, None, words, way_out)
+            found = FILES["read"](self._path(number), FORMAT, VERSION, None, words, way_out)
             self._read = number, [Record(tuple(place), *rest) for place, *rest in found]
         return self._read[1]
 
