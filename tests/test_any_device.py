@@ -23,10 +23,13 @@ PARTS = {
 }
 """What takes some ten seconds each."""
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch cannot make a device out of Python: torch.utils.backend_registration lacks the hook",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch cannot make a device out of Python: torch.utils.backend_registration lacks the hook",
+    ),
+]
 
 
 def test_every_file_has_its_part() -> None:

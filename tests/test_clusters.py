@@ -23,6 +23,8 @@ from studies.engine.store import Store, Subject
 from studies.jobs import Map
 from studies.settings import Common
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def by_value() -> Iterator[None]:

@@ -38,7 +38,7 @@ class Measures:
     dampings: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     """Dampings of K-FAC whose directions are compared, relative to a block's scale, besides the optimiser's 0.01."""
     natural_gradient: bool = False
-    """Whether directions are compared with the exact natural gradient, too: some 70 passes over the images, longer than many a training."""
+    """Whether directions are compared with the exact natural gradient, too: some 70 passes over the images."""
     precision: Literal["float32", "float64"] = "float64"
     """Number format of curvature and fitted classifiers; heads are measured in float64, directions of gradients in float32."""
 
