@@ -85,8 +85,9 @@ def test_what_is_under_way_is_cancelled_when_nobody_asks_for_the_rest(tmp_path: 
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_exit_leaves_no_outcome(tmp_path: Path) -> None:
+def test_an_exit_leaves_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is how submitit ends a job that it requeues."""
+    monkeypatch.chdir(tmp_path)  # as a job does
 
     def leaves() -> None:
         sys.exit(1)

@@ -11,6 +11,7 @@ from fuzz.judge import judged
 from secondorder.errors import InputError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
 def test_no_call_is_a_fault(area: str) -> None:
     verdicts = [judged(area, 0, index, AREAS[area].generate) for index in range(AREAS[area].calls)]

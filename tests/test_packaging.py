@@ -17,6 +17,7 @@ import pytest
 from secondorder import __main__ as command
 from secondorder import __version__
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
 NAME = f"secondorder-{__version__}"

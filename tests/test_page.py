@@ -418,9 +418,14 @@ TARGET = dataclasses.replace(folds()[0], title="A title", controls=controls("dig
 CHANGED = dict(poisoned(TARGET))
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The page of the target as it is."""
+    return written(tmp_path_factory.mktemp("plain"), landscape=lambda _: [TARGET])[0]
+
+
 @pytest.mark.parametrize("place", CHANGED)
-def test_every_text_of_a_fold_is_shown_as_text(tmp_path: Path, place: str) -> None:
-    plain, _ = written(tmp_path / "plain", landscape=lambda _: [TARGET])
+def test_every_text_of_a_fold_is_shown_as_text(tmp_path: Path, plain: Any, place: str) -> None:
     page, _ = written(tmp_path / "odd" / "er", landscape=lambda _: [CHANGED[place]])
     if place.endswith(("claim.name", "outcome", "dataset", "study")):  # other rows, columns, controls and links
         return

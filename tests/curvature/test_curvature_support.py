@@ -63,6 +63,7 @@ def test_supports_says_what_running_finds() -> None:
             assert supports(network, quantity) == (table.loc[layer, quantity] != "refused"), (layer, quantity)
 
 
+@pytest.mark.slow
 def test_networks() -> None:
     table = support_of_networks()
     assert list(table.index) == NETWORKS
