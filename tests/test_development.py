@@ -17,7 +17,8 @@ def test_every_task_trains_with_every_optimiser(task: str, optimizer: str, monke
     monkeypatch.setattr(development, "EARLY", 0)
     settings = {"task": task, "optimizer": optimizer, "rate": RATES[optimizer][0], "seed": 1}
     first, *again = (
-        {row["quantity"]: row["value"] for row in development.run(settings)} for _ in range(2 if task == "group norm" else 1)
+        {row["quantity"]: row["value"] for row in development.run(settings)}
+        for _ in range(2 if task == "group norm" else 1)
     )
     assert again in ([], [first])
     assert all(math.isfinite(value) and value > 0 for value in first.values())

@@ -108,7 +108,8 @@ def curvature(records: pd.DataFrame, origin: Provenance) -> Fold:
         method=[
             "Ratios are those to a plain forward and backward pass in the same repeat. The floor is the larger of the operations "
             "that a quantity cannot do without, at the rate of a large matrix product, and of the activations it reads or "
-            "writes, at the rate of a large copy; both rates are measured in the same repeats."
+            "writes, at that of a large copy; both rates are measured in the same repeats. But for the kept graph each is of "
+            "a new block, whose network and loss are tried on a few images first: of a small batch that is the larger part."
         ],
         provenance=origin,
         page="performance",

@@ -104,12 +104,18 @@ def _turned(cases: Sequence[Judged]) -> list[Picture]:
     """What the gradient of GCP has of each way to turn that of GAP."""
     if not cases:
         return []
-    rows = [row | {"P": case.claim.name.partition(": ")[2]} for case in cases for row in case_rows(case)]
+    named = {case.claim.name.partition(": ")[2]: case for case in cases}
+    rows = [row | {"P": P} for P, case in named.items() for row in case_rows(case)]
     figure = Forest("P", x_label="partial correlation of g_GCP with P g_GAP given g_GAP").draw(pd.DataFrame(rows))
-    most = max(cases, key=lambda case: case.estimate.seen[0] if case.estimate else -1.0).claim.name.partition(": ")[2]
+    beyond = [P for P, case in named.items() if case.estimate and case.estimate.seen[1] > case.claim.compare.zone[1]]
+    said = (
+        f"more than the margin of {', '.join(beyond)}"
+        if beyond
+        else "more than the margin of none of these for certain"
+    )
     caption = (
-        f"Beyond the gradient of GAP, that of GCP has most of what {most} makes of it. K-FAC's P and its powers at damping "
-        f"{DAMPING:g}; Muon: U Vᵀ of g_GAP = U diag(s) Vᵀ. Points are seeds, lines 95 % intervals, grey is the margin."
+        f"Beyond the gradient of GAP, that of GCP has {said}. K-FAC's P and its powers at damping {DAMPING:g}; Muon: U Vᵀ of "
+        "g_GAP = U diag(s) Vᵀ. Points are seeds, lines 95 % intervals, grey is the margin."
     )
     return [Picture("preconditioning_turned", caption, figure)]
 

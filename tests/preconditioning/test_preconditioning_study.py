@@ -164,7 +164,10 @@ def test_folds_say_what_came_out() -> None:
     assert "is 0.250" in directions.sentences[0]
     assert "= 0.200" in directions.sentences[0]
     assert "100 % lie above" in directions.pictures[1].caption
-    assert "has most of what P^1/2 makes of it" in directions.pictures[2].caption
+    assert "more than the margin of K-FAC's P, P^1/4, P^1/2, Muon." in directions.pictures[2].caption
+    little = folds(results(made_up(partial=0.05)))[1].pictures[2].caption
+    assert "more than the margin of P^1/4, P^1/2." in little
+    assert "of none of these for certain" in folds(results(made_up(partial=-0.2)))[1].pictures[2].caption
     assert len(directions.shown_controls) == len(CONTROLS)
     assert "no preconditioner 0.85" in passes.sentences[0]
     assert "100 % of the blocks" in curvature.pictures[0].caption
