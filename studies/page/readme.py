@@ -20,7 +20,9 @@ def results_table(reports: Path) -> str:
     lines = [f"| | claim | {head} |", "| --- " * (2 + len(FOLDERS)) + "|"]
     for claim in PRIMARY:
         cells = [found.get(claim.name, Outcome(claim.name, 0, "", NOT_MEASURED)) for found in outcomes.values()]
-        words = [f"**{cell.outcome}**, {cell.numbers}, {cell.seeds}" if cell.numbers else cell.outcome for cell in cells]
+        words = [
+            f"**{cell.outcome}**, {cell.numbers}, {cell.seeds}" if cell.numbers else cell.outcome for cell in cells
+        ]
         lines.append(f"| {claim.primary} | {claim.statement} | {' | '.join(words)} |")
     return "\n".join([*map(_sentence, places.values(), outcomes.values()), "", *lines])
 
