@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from secondorder import __version__
+from secondorder.accelerator import accelerators
 
 FOR_USERS = ("studies", "slurm", "ray", "tensorboard")
 """Extras that are no tools of those who work on the package."""
@@ -17,7 +18,7 @@ FOR_USERS = ("studies", "slurm", "ray", "tensorboard")
 def report() -> Iterator[str]:
     """Lines for a user who has just installed the package."""
     yield f"secondorder {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    yield f"devices: {', '.join(devices())}"
+    yield f"devices: {', '.join([f'cpu ({torch.get_num_threads()} threads)', *map(str, accelerators())])}"
     for extra in FOR_USERS:
         lacking = missing(extra)
         if lacking:
@@ -31,15 +32,6 @@ def report() -> Iterator[str]:
             "studies: not installed with the package; in a clone, or in its unpacked source distribution (secondorder-"
             f"{__version__}.tar.gz): pip install -e '.[studies]' && python -m studies"
         )
-
-
-def devices() -> list[str]:
-    """The processor with its threads, and the accelerators that torch sees, as ``--device`` and ``Run.device`` take them."""
-    found = [f"cpu ({torch.get_num_threads()} threads)"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        found.append(f"{kind} ({torch.accelerator.device_count()})")
-    return found
 
 
 def missing(extra: str) -> list[str] | None:

@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+from secondorder.accelerator import seed_random_numbers
+
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # torch.manual_seed writes down the whole stack for every kind of device that does not exist
-    torch.default_generator.manual_seed(0)
-    if torch.accelerator.is_available():
-        torch.manual_seed(0)
+    seed_random_numbers(0)
     yield
     torch.set_num_threads(threads)
 
