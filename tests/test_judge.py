@@ -1,5 +1,6 @@
 """Claims judged: outcomes, Holm's correction, the table, and the nine primary claims."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -166,6 +167,25 @@ def test_censored_values_decide_nothing() -> None:
     case = only([claim()], table)
     assert (case.outcome, case.seeds_needed) == (UNDECIDED, None)
     assert "Censored seeds: 1" in case.sentence
+
+
+def test_values_that_claims_share_are_computed_once_for_each_study() -> None:
+    asked: list[str] = []
+
+    def values(of: pd.DataFrame) -> pd.DataFrame:
+        asked.append(of.study.iloc[0])
+        return of
+
+    studies = {"landscape": -0.5, "curvature": 0.5}
+    found = pd.concat([records(ratios([log, log + 0.01]), study=study) for study, log in studies.items()])
+    claims = [
+        dataclasses.replace(claim(f"{study} {n}", study=study, primary=0), values=values)
+        for study in studies
+        for n in (1, 2)
+    ]
+    estimates = [case.estimate.value for case in judge(claims, found) if case.estimate is not None]
+    assert estimates == pytest.approx(np.exp([-0.495, -0.495, 0.505, 0.505]))
+    assert asked == ["landscape", "curvature"]
 
 
 def test_no_records_and_no_study() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
 from secondorder.curvature import QUANTITIES, curvature_blocks, kronecker_parameters
+from secondorder.curvature.matrix_free.random_state import RandomState
 from secondorder.errors import InputError
 from secondorder.pooling import pooling_head
 
@@ -301,3 +302,17 @@ def test_lists_and_dictionaries_of_a_module() -> None:
         assert relative(whole @ w, truth @ w) <= 1e-12
     assert model.calls == [1.0]
     assert not model.memory
+
+
+def test_every_part_draws_numbers_of_its_own_and_the_same_each_time() -> None:
+    state = RandomState()
+
+    def drawn(part: int) -> list[float]:
+        torch.rand(5)  # the present state does not matter
+        with state.replayed(part):
+            return [float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+    first = [drawn(part) for part in range(3)]
+    assert first == [drawn(part) for part in range(3)]
+    for library in zip(*first, strict=True):
+        assert len(set(library)) == 3
