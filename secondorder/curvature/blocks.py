@@ -1,7 +1,8 @@
 """The curvature of a network's loss, parameter by parameter, as symmetric linear operators: a quantity of `quantities`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from secondorder.curvature.matrix_free.batch_parts import Probe, part_size, prob
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.batches import Batch, checked_batch, is_batch
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
+from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.loss_check import check_loss
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, AnyLoss, Loss, known, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, BLOCK_COPIES, budget
@@ -73,7 +75,8 @@ def curvature_blocks(
         memory: bytes that may be used; None: most of what is available.
 
     Raises:
-        InputError: for input that does not fit, and before anything is computed when the memory does not suffice.
+        InputError: for input that does not fit, and before anything is computed when the memory does not suffice. What a network
+            does that has no derivative, or no second one, is refused by the first computation that would go wrong.
     """
     check_known("quantity", quantity, QUANTITIES)
     check_known("fisher", fisher, FISHERS)
@@ -85,10 +88,11 @@ def curvature_blocks(
     available = budget(memory, frozen.device)
     probe = probed(frozen, data.few.inputs, layers, available)
     loss = outputs.loss_of_one(loss)
-    curvature, why = loss_parts(data, loss, probe, frozen)
+    curvature = loss_parts(data, loss, probe, frozen)
     check_loss_kind(quantity, curvature, loss)
     matrix = output_matrix(curvature, row.fisher or fisher, samples, seed, len(data), available)
     extent = Extent.of(data)
+    why = partial(coupling, probe, frozen, loss, curvature.separable)
     size, block_bytes = sizes(row, frozen, probe, matrix, extent, chunk, available, why)
     jacobian = jacobian_of(frozen, data, probe, size, layers, block_bytes)
     with full_precision(tensors_of(data.few.inputs)[0]):
@@ -128,7 +132,7 @@ def sizes(
     extent: Extent,
     chunk: int | None,
     available: int,
-    why: str | None,
+    why: Callable[[], str | None],
 ) -> tuple[int, int]:
     """Samples that are evaluated at once, and bytes of a block of rows. InputError for what does not fit."""
     fixed = row.fixed(network, probe, extent.samples) + matrix.noise_bytes + extent.nbytes + copied_bytes(network)
@@ -166,22 +170,17 @@ def jacobian_of(
     """The Jacobian J of the outputs of one batch, or of a data set read batch by batch, `chunk` samples at a time."""
     if isinstance(data, BatchStream):
         return StreamedJacobian(network, data, chunk, layers, block_bytes, probe.outputs.numel())
-    return Jacobian(network, data.inputs, chunk, probe.coupling is not None, layers, block_bytes)
+    coupled = lambda: probe.coupling is not None  # noqa: E731
+    return Jacobian(network, data.inputs, chunk, coupled, layers, block_bytes, probe.part)
 
 
-def loss_parts(
-    data: Batch | BatchStream, loss: Loss, probe: Probe, network: FrozenNetwork
-) -> tuple[LossParts, str | None]:
-    """The loss as a sum over samples, and why the batch cannot be divided, or None.
-
-    InputError for a data set where there is a reason.
-    """
+def loss_parts(data: Batch | BatchStream, loss: Loss, probe: Probe, network: FrozenNetwork) -> LossParts:
+    """The loss as a sum over samples. InputError for a data set that cannot be divided."""
     if not isinstance(data, BatchStream):
-        made = loss_curvature(loss, torch.Size([len(data), *probe.outputs]), data.labels, probe.dtype)
-        return made, coupling(probe, network, loss, made.separable)
+        return loss_curvature(loss, torch.Size([len(data), *probe.outputs]), data.labels, probe.dtype)
     if why := coupling(probe, network, loss, separable=True):
         raise InputError(f"{why}; {CUT}")
-    return StreamedLoss(data, loss, probe.outputs, probe.dtype), None
+    return StreamedLoss(data, loss, probe.outputs, probe.dtype)
 
 
 def check_any_loss(loss: LossParts, jacobian: Jacobian, few: Batch) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from secondorder.curvature import curvature_blocks
+from secondorder.curvature.operators import SymmetricOperator
 from secondorder.errors import InputError
 
 CE = nn.CrossEntropyLoss()
@@ -65,12 +66,18 @@ def test_random_masks_are_those_of_the_batch_whatever_the_memory(kind: str) -> N
         assert max(relative(part, parts[0]) for part in parts) <= 1e-12
 
 
+def product(operator: SymmetricOperator) -> Tensor:
+    return operator @ torch.ones(operator.size, dtype=F64)
+
+
 def test_outputs_that_change_by_themselves_are_refused() -> None:
     source = torch.Generator().manual_seed(0)
     model = network(Noise(lambda x: torch.rand(x.shape, generator=source, dtype=x.dtype)))
     for quantity in ("ggn", "hessian", "diagonal"):
         with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
-            curvature_blocks(model, CE, data(), quantity)
+            product(curvature_blocks(model, CE, data(), quantity).whole)
+    with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
+        curvature_blocks(model, CE, data(), "ggn").whole.dense()
 
 
 # ----------------------------------------------------------------------------------------- nothing is written, or mixed

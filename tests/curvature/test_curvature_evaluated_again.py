@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secondorder.curvature import curvature_blocks
+from secondorder.curvature.operators import SymmetricOperator
 from secondorder.errors import InputError
 
 CE = nn.CrossEntropyLoss()
@@ -91,14 +92,22 @@ NO_DERIVATIVES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def product(operator: SymmetricOperator) -> Tensor:
+    return operator @ torch.ones(operator.size, dtype=operator.dtype)
+
+
 @pytest.mark.parametrize("kind", NO_DERIVATIVES)
 @pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal"])
 def test_backward_passes_that_are_no_derivative_are_refused(kind: str, quantity: str) -> None:
     torch.manual_seed(3)
     model, batch, state = NO_DERIVATIVES[kind](), rows(), torch.get_rng_state()
     with pytest.raises(InputError, match=r"backward pass .* is not linear .* leave that out"):
-        curvature_blocks(model, CE, batch, quantity)
+        product(curvature_blocks(model, CE, batch, quantity).whole)
     assert torch.equal(state, torch.get_rng_state())
+    if quantity == "ggn":
+        with pytest.raises(InputError, match=r"backward pass .* is not linear .* leave that out"):
+            curvature_blocks(model, CE, batch, quantity).whole.dense()
+        assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_hook_that_is_linear_is_the_derivative() -> None:

@@ -117,7 +117,7 @@ def test_products_are_refused_where_neither_mode_gives_them() -> None:
 
 def test_a_backward_pass_that_is_not_linear_is_refused() -> None:
     with pytest.raises(InputError, match="the backward pass of the network is not linear"):
-        curvature_blocks(around(_Clipped.apply), CE, rows(), "ggn")
+        curvature_blocks(around(_Clipped.apply), CE, rows(), "ggn").whole @ torch.ones(63).double()
 
 
 def test_forward_mode_is_used_where_it_is_right() -> None:

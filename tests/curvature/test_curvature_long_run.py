@@ -236,7 +236,7 @@ def test_goes_on_after_it_was_killed_several_times(tmp_path: Path, forkserver: F
     deaths = 0
     while not result.exists():
         assert deaths < 9, "no progress"
-        process = forkserver.Process(target=killed_at, args=(program, folder, again + (count - again) // 4 + 1, result))
+        process = forkserver.Process(target=killed_at, args=(program, folder, again + (count - again) // 6 + 1, result))
         process.start()
         process.join(120)
         assert process.exitcode in (0, -signal.SIGKILL)

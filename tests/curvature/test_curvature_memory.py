@@ -69,7 +69,7 @@ def test_the_probe_measures_what_a_sample_keeps_for_its_graph() -> None:
 def test_parts_are_as_large_as_the_memory_allows(
     chunk: int | None, available: int, coupling: str | None, expected: int
 ) -> None:
-    assert part_size(10, chunk, 90, 100, available, coupling) == expected
+    assert part_size(10, chunk, 90, 100, available, lambda: coupling) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_parts_are_as_large_as_the_memory_allows(
 )
 def test_what_does_not_fit_is_refused(chunk: int | None, available: int, coupling: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        part_size(10, chunk, 90, 100, available, coupling)
+        part_size(10, chunk, 90, 100, available, lambda: coupling)
 
 
 @pytest.mark.parametrize("quantity", ["ggn", "hessian", "kfac_expand", "ekfac", "diagonal"])
@@ -110,8 +110,8 @@ def test_too_little_memory_is_refused_before_the_batch_is_evaluated() -> None:
         InputError, match=r"needs about \S+ GiB, 9\.31e-06 GiB are available; use a smaller chunk or fewer"
     ):
         curvature_blocks(model, CE, data, "ggn", memory=10_000)
-    # the probe, once more, its images with gradients, each in other company, the first alone
-    assert evaluated == [2, 2, 2, 2, 2, 1]
+    # the probe, its images with gradients, each in other company, the first alone
+    assert evaluated == [2, 2, 2, 2, 1]
     whole = curvature_blocks(model, CE, data, "ggn", memory=28_000).whole
     with pytest.raises(InputError, match="a factor of 18 x 202 needs about"):
         whole.rows()  # type: ignore[attr-defined]

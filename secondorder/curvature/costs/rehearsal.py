@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import (
 )
 
 from secondorder.curvature.costs.meter import Meter
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, along
+from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.linearisation import Linearisation, along
 from secondorder.curvature.matrix_free.memory import BLOCK_COPIES
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.samples import floating_tensors
 from secondorder.curvature.matrix_free.second_derivatives import gradients
+from secondorder.curvature.matrix_free.trial import FEW, trial_count
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.quantities import Problem
 from secondorder.curvature.resuming.long_run import within
@@ -147,9 +149,13 @@ class Rehearsal:
 
         return self.count(product)[0]
 
-    def count_trial(self, few: int, twice: bool) -> Count:
-        """What it takes to try formulas on so many samples: how images act on outputs, J^T u, J v or, if `twice`, H v."""
+    def count_trial(self, few: int, apart: bool, products: bool, twice: bool) -> Count:
+        """What it takes to try formulas on few samples: J^T u, and for `products` J v or, if `twice`, H v.
+
+        Where samples are to be taken `apart`, how they act on outputs is asked of `few`.
+        """
         network, names = self.jacobian.network, list(self.jacobian.network.weights)
+        tried = FEW if twice else trial_count(len(self.jacobian.images), self.jacobian.chunk)
 
         def coupling() -> None:
             x = self.jacobian.images[:few].detach()
@@ -157,11 +163,19 @@ class Rehearsal:
             z = network.outputs(x)
             if inputs and z.requires_grad:
                 _ = [torch.autograd.grad(z, inputs, z, retain_graph=True, allow_unused=True) for _ in range(2)]
+            _ = [network.outputs(x) for _ in range(2)]  # in other company
 
         def trial() -> None:
-            with torch.enable_grad():
-                coupling()
-            part = Linearisation(network, self.jacobian.images, slice(0, few), 0, self.jacobian.layers)
+            if apart:
+                with torch.enable_grad():
+                    coupling()
+            if twice or not products:  # whether it is linear
+                part = Linearisation(network, self.jacobian.images, slice(0, FEW), 0, self.jacobian.layers)
+                _ = [part.pull_back(part.z, names) for _ in range(3)]
+            part = Linearisation(network, self.jacobian.images, slice(0, tried), 0, self.jacobian.layers)
+            if not products:  # whether sums over layers are right
+                _ = [part.pull_back(part.z, names) for _ in range(3)]
+                return
             v = dict(zip(names, part.pull_back(part.z, names), strict=True))
             if twice:
                 with torch.enable_grad():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from secondorder.curvature.matrix_free.output_matrix import output_matrix
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY
 from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.streamed import CUT
-from secondorder.curvature.matrix_free.trial import trial_count
+from secondorder.curvature.matrix_free.trial import FEW, trial_count
 from secondorder.curvature.quantities import QUANTITIES, Problem
 from secondorder.errors import InputError
 from secondorder.untouched import same_randomness
@@ -122,14 +123,14 @@ def rehearsal(
     images = _mapped(data.first.inputs, lambda t: _without_numbers(t, extent.samples, frozen.device, fakes))
     meter.ignore([*tensors_of(images), *frozen.weights.values(), *frozen.constants.values()])  # which are in `held`
     with counted(meter, fakes):
-        _, probe = evaluated(frozen, images, layers)
+        probe = evaluated(frozen, images, slice(FEW), layers)
     frozen.random.drawn = meter.drawn
     available, loss = budget(memory, frozen.device), outputs.loss_of_one(loss)
     labels = _labels(data.first.labels, min(extent.samples, 2 * extent.largest), loss, frozen.device)
     curvature = loss_curvature(loss, torch.Size([len(labels), *probe.outputs]), labels, probe.dtype)
-    why = coupling(probe, frozen, loss, curvature.separable)
-    if why and data.several:
-        raise InputError(f"{why}; {CUT}")
+    why = partial(coupling, probe, frozen, loss, curvature.separable)
+    if data.several and (reason := why()):
+        raise InputError(f"{reason}; {CUT}")
     check_loss_kind(quantity, curvature, loss)
     matrix = output_matrix(curvature, row.fisher or fisher, samples, 0, extent.samples, available)
     size, block_bytes = sizes(row, frozen, probe, matrix, extent, chunk, available, why)
@@ -140,7 +141,8 @@ def rehearsal(
     outputs_of_layers = sum(shape[1:].numel() for shapes in probe.shapes.values() for shape in shapes)
     made.column_bytes = size * (outputs_of_layers + 2 * probe.outputs.numel()) * probe.dtype.itemsize
     few = trial_count(min(len(labels), extent.samples), available // max(1, probe.sample_bytes), COMPANY)
-    made.trials = made.count_trial(few, twice=quantity == "hessian")
+    apart = size < extent.samples or (row.stored and not (row.kronecker and matrix.fisher == "mc"))
+    made.trials = made.count_trial(few, apart, products=not row.stored, twice=quantity == "hessian")
     return made
 
 

@@ -28,8 +28,9 @@ from secondorder.curvature.kronecker.storage import factor_bytes
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.curvature.matrix_free.batch_parts import Probe
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork, unwrapped
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
+from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import sites
 from secondorder.curvature.matrix_free.sample_gradients import pulled_back, pulled_columns, slices
@@ -210,6 +211,7 @@ def kronecker_factors(
     A is kept as rows when its input is wider than `wide` and than the number of rows. `by_image` says that sums over the
     positions of an image are needed, as they are for `reduce`.
     """
+    jacobian.check_backward()
     check_calls(jacobian, layers, by_image or sharing == "reduce")
     with_weight = {shared for shared, kind in layers.values() if kind == "weight"}
     N = len(jacobian.images)
@@ -245,7 +247,7 @@ def gradients_of_columns(
     products vanish in the mean.
     """
     most = jacobian.block_bytes
-    if not jacobian.coupled or matrix.fisher == "mc":
+    if matrix.fisher == "mc" or not jacobian.coupled:
         for _, _, s in pulled_columns(part, matrix, uses, most, sums, extra):
             yield s
         return

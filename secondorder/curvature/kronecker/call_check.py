@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.kronecker.layer_kinds import layer_kind
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
+from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.per_sample import without_batch
 from secondorder.curvature.matrix_free.sample_gradients import pulled_back
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.curvature.matrix_free.graph import custom_functions
-from secondorder.curvature.matrix_free.jacobian import Linearisation
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError, first_line
+from secondorder.untouched import same_randomness
 
 SURE, POSSIBLE = 0.7, 0.4
 """Powers of the rounding unit: below the first no formula is wrong, 4 times what networks with covariance heads show in float32
@@ -57,16 +59,27 @@ class AdjointTest:
         return error / size
 
 
-def forward_mode_is_right(part: Linearisation) -> bool:
-    """Whether J v is to be taken from forward mode, or else from reverse mode; InputError where neither is the adjoint of J^T."""
+def forward_mode_is_right(part: Linearisation, check: Callable[[], None]) -> bool:
+    """Whether J v is to be taken from forward mode, or else from reverse mode; InputError where neither is the adjoint of J^T.
+
+    `check` tells of what else may be the cause.
+    """
     if not part.graph.requires_grad:
         return True
-    eps, test = torch.finfo(part.z.dtype).eps, AdjointTest(part)
+    with same_randomness():
+        # A backward pass that draws random numbers shall not happen to draw those of the forward pass.
+        seed_random_numbers(0)
+        state, test = torch.get_rng_state(), AdjointTest(part)
+        drawn = not torch.equal(state, torch.get_rng_state())
+    if drawn:
+        check()
+    eps = torch.finfo(part.z.dtype).eps
     if not all(bool(g.isfinite().all()) for g in test.gradients.values()):
         return True  # there is nothing to be compared, and no product will be finite
     forward = test.mismatch(part.push_forward)
     if forward <= eps**SURE:
         return True
+    check()
     reverse = test.mismatch(part.push_forward_by_reverse)
     if min(forward, reverse) <= eps**POSSIBLE:  # rounding of ill-conditioned functions
         return forward <= reverse

@@ -1,25 +1,23 @@
 """How many samples of a batch are evaluated at once: measured on a probe of the batch, bounded by the memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.graph import check_checkpoints, graph_nodes, saved_tensors, short_formats
-from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.graph import check_checkpoints, saved_tensors, short_formats
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
 from secondorder.curvature.matrix_free.samples import Samples, check_call, described
-from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
+from secondorder.curvature.matrix_free.trial import FEW, trial_samples
 from secondorder.errors import InputError, check_whole
-
-PROBE = 2  # samples; the fewest with which training-mode batch norm works and samples can interact
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,24 @@ class Probe:
     """What two samples tell about a batch: shape of one sample's outputs, bytes of its graph, what couples samples.
 
     Args:
+        part: the two samples, linearised.
         shapes: of the outputs of each use of the layers that were asked for.
+        told: what couples samples, as far as kinds of modules tell.
+        ask: the same, as far as numbers tell.
     """
 
+    part: Linearisation
     outputs: torch.Size
     dtype: torch.dtype
     sample_bytes: int
-    coupling: str | None
     shapes: Mapping[nn.Module, list[torch.Size]]
+    told: str | None
+    ask: Callable[["Probe"], str | None] | None = None
+
+    @cached_property
+    def coupling(self) -> str | None:
+        """Why samples cannot be evaluated apart, or None: asked when it matters, which it does not for products with all."""
+        return self.told or (self.ask(self) if self.ask else None)
 
 
 def probed(
@@ -43,63 +51,66 @@ def probed(
     layers: Mapping[nn.Module, nn.Module | None] | None = None,
     available: int | None = None,
 ) -> Probe:
-    """Evaluate and differentiate the network on a few samples of a batch, as many as `available` bytes allow."""
+    """Evaluate the network on two samples; how samples are coupled is asked of as few as `available` bytes allow."""
     available = budget(None, network.device) if available is None else available
-    x = images[:PROBE].detach()
-    z, probe = evaluated(network, images, layers or {})
-    network.check_finite(z, x)
-    if past := captured(z, network.parameters):
+
+    def ask(probe: Probe) -> str | None:
+        few = trial_samples(images, available // max(1, probe.sample_bytes), COMPANY)
+        return sample_coupling(network, images[few])
+
+    probe = evaluated(network, images, trial_samples(images, FEW), layers or {}, ask)
+    if past := captured(probe.part.graph, network.parameters):
         raise InputError(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
-    with torch.enable_grad():  # for derivatives within the network
-        check_repeated(network.outputs(x).detach(), z.detach())
-    check_backward(network, z)
-    few = trial_samples(images, available // max(1, probe.sample_bytes), COMPANY)
-    return probe if probe.coupling else replace(probe, coupling=sample_coupling(network, images[few]))
+    return probe
 
 
 def evaluated(
-    network: FrozenNetwork, images: Samples, layers: Mapping[nn.Module, nn.Module | None]
-) -> tuple[Tensor, Probe]:
-    """Outputs of two samples, and what can be told of them without their numbers: of coupling what kinds of modules tell.
+    network: FrozenNetwork,
+    images: Samples,
+    rows: slice | Tensor,
+    layers: Mapping[nn.Module, nn.Module | None],
+    ask: Callable[[Probe], str | None] | None = None,
+) -> Probe:
+    """What the outputs of few samples tell, those in the given rows; without `ask` what can be told without their numbers.
 
     InputError for a network that fails, or whose outputs have no curvature.
     """
-    x = images[:PROBE].detach()
+    few = images[rows].detach()
     try:
-        with torch.enable_grad(), tracked(network.parameters.values()):
-            z, uses, saved_bytes = _evaluated(network, x, layers)
+        with tracked(network.parameters.values()):
+            part, saved_bytes = _linearised(network, few, layers)
     except InputError:
         raise
     except TypeError:
-        if not isinstance(x, Tensor):
-            check_call(network.module, x)
+        if not isinstance(few, Tensor):
+            check_call(network.module, few)
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise InputError(f"the network fails for images {described(images)}: {_first_line(error)}") from error
-    if not z.is_floating_point():
-        raise InputError(f"the network returns {z.dtype}; curvature needs outputs of real floating-point numbers")
-    if z.numel() == 0:
-        raise InputError(f"the network returns shape {list(z.shape)} for {len(x)} images: no outputs, no curvature")
-    nodes = graph_nodes([z])
-    check_checkpoints(nodes)
-    if short := short_formats(nodes):
+    if not part.z.is_floating_point():
+        raise InputError(f"the network returns {part.z.dtype}; curvature needs outputs of real floating-point numbers")
+    if part.z.numel() == 0:
+        shape = [len(few), *part.outputs]
+        raise InputError(f"the network returns shape {shape} for {len(few)} images: no outputs, no curvature")
+    check_checkpoints(part.nodes)
+    if short := short_formats(part.nodes):
         raise InputError(
             f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
         )
     shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in layers}
-    for use in uses:
+    for use in part.uses:
         shapes[use.layer].append(use.output_shape)
-    sample_bytes = saved_bytes // len(x) + x[:1].nbytes
-    return z, Probe(z.shape[1:], z.dtype, sample_bytes, network.couples_samples(), shapes)
+    sample_bytes = saved_bytes // len(few) + few[:1].nbytes
+    return Probe(part, part.outputs, part.z.dtype, sample_bytes, shapes, network.couples_samples(), ask)
 
 
-def _evaluated(
+def _linearised(
     network: FrozenNetwork, x: Samples, layers: Mapping[nn.Module, nn.Module | None]
-) -> tuple[Tensor, list[LayerUse], int]:
-    """Outputs, uses of the layers, and the bytes that the graph holds beside the parameters."""
+) -> tuple[Linearisation, int]:
+    """The samples, linearised, and the bytes that their graph holds beside the parameters."""
     known = {t.untyped_storage()._cdata for t in (*network.weights.values(), *network.constants.values())}
     saved: dict[int, int] = {}
 
@@ -115,15 +126,15 @@ def _evaluated(
 
     try:
         with saved_tensors_hooks(note, keep):
-            z, uses = network.outputs_and_uses(x, None, 0, layers)
+            part = Linearisation(network, x, slice(None), 0, layers)
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
         # A derivative by torch.func within the network rules out such hooks: what it has kept is read from the nodes.
-        z, uses = network.outputs_and_uses(x, None, 0, layers)
-        for tensor in saved_tensors(graph_nodes([z])):
+        part = Linearisation(network, x, slice(None), 0, layers)
+        for tensor in saved_tensors(part.nodes):
             note(tensor)
-    return z, uses, sum(saved.values())
+    return part, sum(saved.values())
 
 
 def part_size(
@@ -132,30 +143,30 @@ def part_size(
     sample_bytes: float,
     fixed_bytes: float,
     available: int,
-    coupling: str | None,
+    coupling: Callable[[], str | None],
     reserve: int = 0,
 ) -> int:
     """Samples in one part of a batch: `chunk`, by default as many as `available` bytes allow.
 
     A part takes `sample_bytes` for each of its samples and `fixed_bytes` however small it is; `coupling` says why a batch
-    cannot be divided; where it can, the default leaves `reserve` bytes. Raises InputError when it would have to be, and when
-    the memory does not suffice.
+    cannot be divided, and is asked where it would be; where it can, the default leaves `reserve` bytes. Raises InputError when
+    it would have to be, and when the memory does not suffice.
     """
     if chunk is not None:
         check_whole("chunk", chunk, hint="; or None (as many samples as the memory allows)")
-    if coupling and chunk is not None and chunk < samples:
-        raise InputError(f"chunk={chunk} would change the result: {coupling}; use chunk=None")
     if chunk is not None:
+        if chunk < samples and (why := coupling()):
+            raise InputError(f"chunk={chunk} would change the result: {why}; use chunk=None")
         size = min(chunk, samples)
-    elif coupling or fixed_bytes + samples * sample_bytes <= available - reserve:
+    elif fixed_bytes + samples * sample_bytes <= available - reserve or coupling():
         size = samples
     else:
         size = max(1, int((available - reserve - fixed_bytes) // sample_bytes))
-    way_out = (
-        f"{coupling}, so use a smaller batch" if coupling and size > 1 else "use a smaller chunk or fewer parameters"
-    )
     needed = fixed_bytes + size * sample_bytes
-    check_memory(needed, available, f"this curvature with {size} of {samples} samples at a time", way_out)
+    if needed > available:
+        why = coupling() if size > 1 else None
+        way_out = f"{why}, so use a smaller batch" if why else "use a smaller chunk or fewer parameters"
+        check_memory(needed, available, f"this curvature with {size} of {samples} samples at a time", way_out)
     return size
 
 

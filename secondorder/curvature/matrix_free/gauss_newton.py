@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secondorder.curvature.matrix_free.adjoint_check import forward_mode_is_right
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened, shaped
+from secondorder.curvature.matrix_free.jacobian import Jacobian, flattened, shaped
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
@@ -42,7 +43,8 @@ class GaussNewtonOperator(SymmetricOperator):
         result = torch.zeros_like(V)
         with Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1]) as sums:
             if self.jacobian.forward_mode is None and not sums.finished:
-                self.jacobian.forward_mode = forward_mode_is_right(self.jacobian.trial())
+                trial = self.jacobian.trial()
+                self.jacobian.forward_mode = forward_mode_is_right(trial, self.jacobian.check_backward)
             for part in sums.parts(self.jacobian):
                 for k in sums.units(range(V.shape[1])):
                     result[:, k] += self._product(part, V[:, k])

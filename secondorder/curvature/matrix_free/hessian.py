@@ -34,6 +34,7 @@ class HessianOperator(SymmetricOperator):
         with Sums("product", key, {"result": result}, vectors=V.shape[1]) as sums:
             if not self.jacobian.twice_differentiable and not sums.finished:
                 with failures_of("a second derivative of this network"):
+                    self.jacobian.check_backward()
                     check_network(self.jacobian)
                 self.jacobian.twice_differentiable = True
             for part in sums.parts(self.jacobian):

@@ -1,183 +1,35 @@
-"""Products with the Jacobian J = df/dw of a network's outputs, its transpose, and with the Hessian of a loss.
+"""The Jacobian J = df/dw of the outputs of N samples, part by part.
 
-Index letters: N samples, n of them in one part, K outputs of a sample, R columns. One `Linearisation` holds the graph of one
-part of the batch, so that repeated products do not evaluate the network again; a batch that is too large for the memory is
-evaluated part by part, anew for every product.
+One `Linearisation` holds the graph of one part of the batch; a batch that is too large for the memory is evaluated part by part,
+anew for every product.
 """
 
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.graph import Node
 
+from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
-from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
-from secondorder.curvature.matrix_free.trial import check_repeated, trial_samples
+from secondorder.curvature.matrix_free.trial import FEW, check_repeated, trial_samples
 from secondorder.curvature.resuming.keys import Key, digest
-from secondorder.errors import failures_of
 
 SHOWN = 64
 """Outputs by which a long run knows a network again."""
 
 
-class Linearisation:
-    """Outputs z = f(w) `[n, K]` of the samples `rows` of a batch, with the graph that leads to them from w."""
-
-    def __init__(
-        self,
-        network: FrozenNetwork,
-        images: Samples | BatchStream,
-        rows: slice,
-        part: int = 0,
-        layers: Mapping[nn.Module, nn.Module | None] | None = None,
-    ) -> None:
-        self.network = network
-        self.images = images[rows]
-        self.rows = rows
-        self.part = part
-        with torch.enable_grad():
-            z, self.uses = network.outputs_and_uses(self.images, None, part, layers or {})
-            self.graph = z.flatten(1) if z.ndim > 1 else z[:, None]
-        network.check_finite(z, self.images, part)
-        self.z = self.graph.detach()
-        self._adjoint: tuple[Tensor, dict[str, Tensor]] | None = None
-        self._gradient: dict[str, Tensor] | None = None
-        self._batches: bool | None = None
-
-    @cached_property
-    def nodes(self) -> dict[Node, None]:
-        """The nodes of the autograd graph of this part's outputs, in a dict without values."""
-        return graph_nodes([self.graph])
-
-    def used_elsewhere(self, layers: Mapping[str, Iterable[nn.Module]]) -> list[str]:
-        """The parameters that the graph reads more often than calls of their layers do, whose uses have been recorded."""
-        reads, calls = leaf_uses(self.nodes), Counter(use.layer for use in self.uses if use.output.node in self.nodes)
-        weights = self.network.weights
-        return [name for name, own in layers.items() if reads[id(weights[name])] > sum(calls[m] for m in set(own))]
-
-    def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
-        """J^T U for U `[n, K]`, one tensor for each named parameter."""
-        weights = [self.network.weights[name] for name in names]
-        if not self.graph.requires_grad:
-            return [torch.zeros_like(w) for w in weights]
-        with self.network.in_place(), failures_of("a derivative of this network"):
-            return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
-
-    def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
-        """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
-        if not self.graph.requires_grad:
-            return [U.new_zeros(use.output_shape) for use in uses]
-        edges = [use.output for use in uses]
-        with self.network.in_place(), failures_of("a derivative of this network"):
-            gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
-        return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
-
-    def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
-        """J v `[n, K]` for a tangent of each named parameter, by forward mode: one evaluation without a graph."""
-        weights = dict(self.network.weights)
-        with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's own call
-            for name, tangent in tangents.items():
-                weights[name] = forward_ad.make_dual(weights[name].detach(), tangent)
-            z, tangent = forward_ad.unpack_dual(self.network.outputs(self.images, weights, self.part))
-        check_repeated(z.reshape(self.z.shape), self.z)
-        return torch.zeros_like(self.z) if tangent is None else tangent.detach().reshape(self.z.shape)
-
-    def push_forward_by_reverse(self, tangents: Mapping[str, Tensor]) -> Tensor:
-        """J v `[n, K]` as d/du <J^T u, v>, for networks without forward mode: needs about twice the graph's memory."""
-        if not self.graph.requires_grad:
-            return torch.zeros_like(self.z)
-        if self._adjoint is None:
-            u = torch.zeros_like(self.z, requires_grad=True)
-            with torch.enable_grad(), self.network.in_place():
-                gradient = torch.autograd.grad(
-                    self.graph, list(self.network.weights.values()), u, create_graph=True, materialize_grads=True
-                )
-            self._adjoint = u, dict(zip(self.network.weights, gradient, strict=True))
-        u, gradients = self._adjoint
-        with self.network.in_place():
-            return along(gradients, tangents, [u])[0]
-
-    def hessian_products(self, loss: LossParts, tangents: Mapping[str, Tensor]) -> list[Tensor]:
-        """H v for the loss of these samples and R tangents v `[R, ...]` of named parameters: as many tensors `[R, ...]`.
-
-        By differentiating the gradient, whose graph is kept, along all v at once, or one after the other where a network
-        has a function that cannot be batched.
-        """
-        if not self.graph.requires_grad:
-            return [torch.zeros_like(t) for t in tangents.values()]
-        if self._gradient is None:
-            with torch.enable_grad():
-                value = loss.part(self.rows).value(self.graph)
-            weights = list(self.network.weights.values())
-            with self.network.in_place():
-                gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
-            self._gradient = dict(zip(self.network.weights, gradient, strict=True))
-        inputs = [self.network.weights[name] for name in tangents]
-        with self.network.in_place(), failures_of("a second derivative of this network and loss"):
-            if len(next(iter(tangents.values()))) > 1 and self._batches is not False:
-                found = self._batched_products(tangents, inputs)
-                if found is not None:
-                    return found
-            return self._single_products(tangents, inputs)
-
-    def _single_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        assert self._gradient is not None
-        count = len(next(iter(tangents.values())))
-        columns = [along(self._gradient, {k: t[r] for k, t in tangents.items()}, inputs) for r in range(count)]
-        return [torch.stack(column) for column in zip(*columns, strict=True)]
-
-    def _batched_products(self, tangents: Mapping[str, Tensor], inputs: list[Tensor]) -> list[Tensor] | None:
-        """All at once; None when a function of the network has no rule for that, or one that is wrong for the first tangent."""
-        assert self._gradient is not None
-        try:
-            found = along(self._gradient, tangents, inputs, batched=True)
-        except RuntimeError:  # of a function without a batching rule
-            self._batches = False
-            return None
-        if self._batches is None:
-            first = self._single_products({k: t[:1] for k, t in tangents.items()}, inputs)
-            self._batches = not self.network.has_numbers or self._equal(found, first)
-        return found if self._batches else None
-
-    def _equal(self, found: Sequence[Tensor], first: Sequence[Tensor]) -> bool:
-        """Whether the first of several products is the single one."""
-        error = sum(float((a[:1] - b).square().sum()) for a, b in zip(found, first, strict=True)) ** 0.5
-        size = sum(float(b.square().sum()) for b in first) ** 0.5
-        return error <= torch.finfo(self.z.dtype).eps ** 0.5 * size
-
-
-def along(
-    gradients: Mapping[str, Tensor], tangents: Mapping[str, Tensor], inputs: list[Tensor], batched: bool = False
-) -> list[Tensor]:
-    """The derivative with respect to the inputs of sum_name <gradient, tangent>, of all tangents `[R, ...]` if `batched`."""
-    rows = next(iter(tangents.values())).shape[:1] if batched else ()
-    reached = [name for name in tangents if gradients[name].requires_grad]
-    found: Sequence[Tensor | None] = [None] * len(inputs)
-    if reached:
-        outputs, directions = [gradients[name] for name in reached], [tangents[name] for name in reached]
-        found = torch.autograd.grad(
-            outputs, inputs, directions, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-    return [t.new_zeros(*rows, *t.shape) if g is None else g for g, t in zip(found, inputs, strict=True)]
-
-
 class Jacobian:
     """J of a batch of N images in parts of `chunk` samples; a single part is evaluated once and kept.
 
-    `coupled` says that samples of the batch act on one another, `layers` are those whose uses are recorded, `block_bytes` may
-    be held at one time beside the graph.
+    `coupled` says whether samples of the batch act on one another, or tells when it is asked, `layers` are those whose uses are
+    recorded, `block_bytes` may be held at one time beside the graph, `few` are two samples that have been linearised already.
     """
 
     def __init__(
@@ -185,22 +37,30 @@ class Jacobian:
         network: FrozenNetwork,
         images: Samples | BatchStream,
         chunk: int,
-        coupled: bool = False,
+        coupled: bool | Callable[[], bool] = False,
         layers: Mapping[nn.Module, nn.Module | None] | None = None,
         block_bytes: int = BLOCK_BYTES,
+        few: Linearisation | None = None,
     ) -> None:
         self.network = network
         self.images = images
         self.chunk = chunk
-        self.coupled = coupled
+        self._coupled = coupled
         self.layers = layers or {}
         self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
         """Whether forward mode gives the same J as reverse mode (`adjoint_check`); None: not known yet."""
         self.twice_differentiable = False
         """Whether second derivatives have been found to be right (`second_derivatives`)."""
+        self._few = few
         self._kept: Linearisation | None = None
+        self._backward_is_linear = False
         self._fingerprint: Key | None = None
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether samples of the batch act on one another. For products it does not matter, and is not asked."""
+        return self._coupled() if callable(self._coupled) else self._coupled
 
     @property
     def width(self) -> int:
@@ -227,6 +87,7 @@ class Jacobian:
         if first > 0:
             return
         if self._kept is None:
+            self._few = None
             self._kept = self.linearised(slice(0, N), 0)
         yield self._kept
 
@@ -234,10 +95,23 @@ class Jacobian:
         """Few images to try formulas on, at `most` so many; all where there are no more, or the network does not take few."""
         assert not isinstance(self.images, BatchStream)
         chosen = trial_samples(self.images, self.chunk if most is None else most)
+        if self._few is not None and len(chosen) == len(self._few.z):
+            return self._few
         if len(chosen) < len(self.images):
             with suppress(RuntimeError, ValueError, IndexError):
                 return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
         return next(self.parts())
+
+    def check_backward(self) -> None:
+        """InputError unless outputs are the same in every evaluation and J^T is linear: for what is made of J^T u alone.
+
+        Products J^T M J v are tried by forward mode (`adjoint_check`), which tells as much.
+        """
+        if not self._backward_is_linear and self.network.has_numbers:
+            few = self.trial(FEW)
+            check_repeated(self.network.outputs(few.images, part=few.part).reshape(few.z.shape).detach(), few.z)
+            check_backward(few)
+            self._backward_is_linear = True
 
     def samples(self, count: int) -> Iterable[int]:
         """The places of so many samples, which are pulled back one after the other and take as much each."""

@@ -17,6 +17,7 @@ from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.errors import failures_of
+from secondorder.untouched import same_randomness
 
 COUPLED = "the network lets images act on one another's outputs"
 COMPANY = 4
@@ -56,7 +57,7 @@ def _gradients_are_mixed(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
         random_like(z, source),
         sample_scales(z.detach()[(...,) + (0,) * (z.ndim - 1)], source, min(len(x), DIFFERENT)),
     )
-    with network.in_place(), failures_of("a derivative of this network"):
+    with network.in_place(), same_randomness(), failures_of("a derivative of this network"):
         alike, scaled = (
             torch.autograd.grad(z, numbers, s, retain_graph=True, allow_unused=True) for s in (u, _by_sample(c, z) * u)
         )

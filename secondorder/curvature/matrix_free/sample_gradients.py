@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, flattened
+from secondorder.curvature.matrix_free.jacobian import Jacobian, flattened
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded, without_batch
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
@@ -31,6 +32,8 @@ class SampleGradients:
 
     def blocks(self, sums: Sums) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, columns, and their rows `[m, r, P]`, those which are not in the sums."""
+        if not sums.finished:
+            self.jacobian.check_backward()
         for part in sums.parts(self.jacobian):
             by_layers = self.by_layers(part)
             uses = self._uses(part, by_layers)

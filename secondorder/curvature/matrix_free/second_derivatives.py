@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.graph import custom_functions, graph_nodes
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation, along
-from secondorder.curvature.matrix_free.trial import inner, random_like
+from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.linearisation import Linearisation, along
+from secondorder.curvature.matrix_free.trial import FEW, inner, random_like
 from secondorder.errors import InputError
 
 Gradient = Callable[[Mapping[str, Tensor]], list[Tensor]]
@@ -26,7 +27,6 @@ Gradient = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 ONCE = "torch::autograd::Error"
 """The node that stands for a backward pass which cannot be differentiated."""
-IMAGES = 2
 SYMMETRIC = 0.4
 """Power of the rounding unit above which no rounding is to blame."""
 STEPS = (1e-7, 1e-8)
@@ -37,7 +37,7 @@ DIFFERENCE, NOISE = 1e-4, 1e-5
 
 def check_network(jacobian: Jacobian) -> None:
     """InputError where the second derivative of the network with respect to its parameters is wrong, tried on two images."""
-    trial = jacobian.trial(IMAGES)
+    trial = jacobian.trial(FEW)
     if custom_functions(trial.nodes):
         with suppress(RuntimeError, TypeError):  # a network, or a device, without numbers of 64 bits
             trial = _in_double(trial)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.batches import Batch
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.jacobian import Jacobian, Linearisation
+from secondorder.curvature.matrix_free.jacobian import Jacobian
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.loss_curvature import Loss, as_it_is, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.separable_losses import LossCurvature, LossParts, SeparableLoss, Totals
 from secondorder.curvature.matrix_free.trial import trial_samples

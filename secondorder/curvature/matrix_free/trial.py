@@ -9,7 +9,8 @@ from secondorder.curvature.matrix_free.samples import Samples, floating_tensors,
 from secondorder.errors import InputError
 
 ALL, FEW, SHARE = 8, 2, 32
-"""Images: of so many formulas are tried on all, of more on one in 32, but two."""
+"""Images: of so many formulas are tried on all, of more on one in 32, but two: the fewest with which batch norm works in training
+mode and images can act on one another."""
 
 
 def has_numbers(x: Tensor) -> bool:
