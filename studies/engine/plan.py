@@ -37,7 +37,7 @@ class Measurement:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What tells measurements apart."""
+        """Name, version and settings, which tell measurements apart."""
         plain = is_dataclass(self.settings) and not isinstance(self.settings, type)
         settings = asdict(self.settings) if plain else self.settings
         return {"measurement": self.name, "version": self.version, "settings": settings}

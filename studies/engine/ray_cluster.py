@@ -60,7 +60,7 @@ class RayScheduler:
         return ""
 
     def cancel(self, handles: Collection[Any]) -> None:
-        """Kill their processes."""
+        """Kill the processes of these jobs, as far as Ray finds them."""
         for handle in handles:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.cancel(handle, force=True)

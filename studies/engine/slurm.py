@@ -82,7 +82,7 @@ class SubmititScheduler:
         return {job: last_line(job.exception()) for job in over}
 
     def cancel(self, handles: Collection[Any]) -> None:
-        """scancel."""
+        """Cancel these jobs by scancel, as far as Slurm answers."""
         for job in handles:
             with contextlib.suppress(Exception):  # it is over, or Slurm does not answer
                 job.cancel(check=False)

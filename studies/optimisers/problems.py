@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Optimiser and head, by which messages name the problem."""
         return f"{self.optimizer}, {self.head or deep.NETWORK}"
 
     @property
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def lattice(self) -> Lattice:
-        """What is tuned."""
+        """The settings that are tried, of this optimiser and kind of network."""
         return (LATTICES if self.head else DEEP_LATTICES)[self.optimizer]
 
     @property

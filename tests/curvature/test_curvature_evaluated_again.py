@@ -97,7 +97,7 @@ def product(operator: SymmetricOperator) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", NO_DERIVATIVES)
-@pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal"])
+@pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal", "kfac_expand"])
 def test_backward_passes_that_are_no_derivative_are_refused(kind: str, quantity: str) -> None:
     torch.manual_seed(3)
     model, batch, state = NO_DERIVATIVES[kind](), rows(), torch.get_rng_state()

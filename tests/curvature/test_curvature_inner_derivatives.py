@@ -118,6 +118,22 @@ def test_products(function: Forward) -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("function", [adapted, first])
+def test_blocks_of_single_parameters(function: Forward) -> None:
+    """Also where the network differentiates with respect to all of them."""
+    net, data = Inner(function).double(), points()
+    G, H = reverse_ggn(net, CE, (data[0].clone(), data[1])), true_hessian(net, data)
+    start = 0
+    for name, p in net.named_parameters():
+        place = slice(start, start := start + p.numel())
+        for quantity, truth in (("ggn", G), ("hessian", H)):
+            block = curvature_blocks(net, CE, data, quantity, [name]).whole
+            assert (block.dense() - truth[place, place]).norm() <= 1e-10 * truth.norm()
+            v = torch.randn(p.numel()).double()
+            assert (block @ v - truth[place, place] @ v).norm() <= 1e-10 * truth.norm() * v.norm()
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:Using backward", "ignore:The .grad attribute")
 def test_a_gradient_that_is_accumulated() -> None:
     net, data = Inner(backwards).double(), points()

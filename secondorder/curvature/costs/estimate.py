@@ -70,7 +70,7 @@ class BlockCosts:
 
     @cached_property
     def dense(self) -> Cost:
-        """The dense matrix."""
+        """Making the dense matrix, by rows or by products."""
         return self._cost(self._programs.dense)
 
     @property
@@ -128,7 +128,7 @@ class CurvatureCosts(Mapping[str, BlockCosts]):
 
     @cached_property
     def whole(self) -> BlockCosts:
-        """All parameters at once."""
+        """Costs of the block of all parameters at once."""
         return self._of(self._blocks.whole)
 
     def __getitem__(self, name: str) -> BlockCosts:

@@ -20,7 +20,7 @@ class LanczosCount(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Vectors that are multiplied."""
+        """How many vectors Lanczos and the trace estimate multiply the operator with."""
         return self.single + self.runs * self.probes
 
 

@@ -41,7 +41,7 @@ class Programs:
 
     @cached_property
     def product(self) -> Count:
-        """A v."""
+        """What a product A v with one vector takes."""
         return self._product(1)
 
     def products(self, K: int) -> float:
@@ -57,7 +57,7 @@ class Programs:
 
     @cached_property
     def dense(self) -> Count:
-        """The matrix `[P, P]`."""
+        """What making the matrix `[P, P]` takes, by rows or by products as the operator would."""
         A = self.operator
         if self.stored:
             return self.rehearsal.count(lambda: A.dense(math.inf))[0]  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class FirstParts(Jacobian):
 
     @property
     def seen(self) -> int:
-        """n."""
+        """n, the samples of the parts that are seen."""
         return min(self.most * self.chunk, len(self.images))
 
     @property
@@ -77,7 +77,7 @@ class FirstParts(Jacobian):
         self._meter.flops += (count - 1) * (self._meter.flops - before)
 
     def parts(self, first: int = 0) -> Iterator[Linearisation]:
-        """These parts."""
+        """The linearised parts that are seen, from the part number `first` on."""
         return islice(super().parts(first), self.most)
 
 
@@ -192,7 +192,7 @@ class Rehearsal:
 
     @property
     def parts(self) -> float:
-        """N / n."""
+        """N / n, how often the parts that are seen make the batch."""
         return len(self.jacobian.images) / self.jacobian.seen
 
 

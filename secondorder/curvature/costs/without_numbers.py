@@ -39,7 +39,7 @@ class NothingDrawn:
         self.drawn = False
 
     def replayed(self, part: int = 0) -> nullcontext[None]:
-        """Nothing to be replayed."""
+        """A context in which random numbers are what they are: those of a part need no state."""
         return nullcontext()
 
 

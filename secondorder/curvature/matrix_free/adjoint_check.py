@@ -69,10 +69,7 @@ def forward_mode_is_right(part: Linearisation, check: Callable[[], None]) -> boo
     with same_randomness():
         # A backward pass that draws random numbers shall not happen to draw those of the forward pass.
         seed_random_numbers(0)
-        state, test = torch.get_rng_state(), AdjointTest(part)
-        drawn = not torch.equal(state, torch.get_rng_state())
-    if drawn:
-        check()
+        test = AdjointTest(part)
     eps = torch.finfo(part.z.dtype).eps
     if not all(bool(g.isfinite().all()) for g in test.gradients.values()):
         return True  # there is nothing to be compared, and no product will be finite

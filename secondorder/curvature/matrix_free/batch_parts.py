@@ -89,6 +89,8 @@ def evaluated(
             check_call(network.module, few)
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if "does not require grad" in str(error) and network.differentiates_constants():
+            return evaluated(network, images, rows, layers, ask)
         raise InputError(f"the network fails for images {described(images)}: {_first_line(error)}") from error
     if not part.z.is_floating_point():
         raise InputError(f"the network returns {part.z.dtype}; curvature needs outputs of real floating-point numbers")

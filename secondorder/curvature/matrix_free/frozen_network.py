@@ -86,6 +86,16 @@ class FrozenNetwork:
         self._fingerprint: Key | None = None
         self._versions = [(name, p, p._version) for name, p in named.items()]
 
+    def differentiates_constants(self) -> bool:
+        """Let parameters that were not chosen require gradients, for a network that differentiates with respect to its own.
+
+        False: they do already. As long as they do not, graphs are smaller.
+        """
+        constants = [p for p in self.constants.values() if p.is_floating_point() and not p.requires_grad]
+        for p in constants:
+            p.requires_grad_()
+        return bool(constants)
+
     @property
     def has_numbers(self) -> bool:
         """Whether its parameters hold numbers, and formulas can be tried on it."""

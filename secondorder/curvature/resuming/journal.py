@@ -92,7 +92,7 @@ class Journal:
             self.write([Record(RUN, RECORD, "the run", key, None)])
 
     def clear(self) -> None:
-        """Remove all records."""
+        """Remove the files of all records from the folder."""
         self._remove(set(self._files.values()))
         self._files = {}
 

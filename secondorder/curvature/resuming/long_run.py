@@ -48,7 +48,7 @@ class Step:
 
 
 class LongRun:
-    """See `long_run`."""
+    """What `long_run` gives: the steps that are under way, their records in a folder, progress bars."""
 
     def __init__(self, folder: Path | None, progress: bool, every: float) -> None:
         self.progress, self.every = progress, every

@@ -22,11 +22,11 @@ class Parts(Protocol[P]):
     """What gives parts of data in order, from the part number `first` on."""
 
     def parts(self, first: int = 0) -> Iterator[P]:
-        """The parts."""
+        """The parts of the data in order, from the part number `first` on."""
 
     @property
     def part_count(self) -> int:
-        """How many there are."""
+        """How many parts the data have."""
 
 
 class Sums:
