@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from secondorder.errors import InputError
 from studies.engine.command import write_pages
 from studies.judge.estimates import Mean
+from studies.judge.sentences import in_words
 from studies.page import Fold, Page, Picture, Provenance, Table, outcome_of, outcomes_table, read_outcomes, write_page
 from studies.study import STUDIES
 
@@ -317,6 +318,23 @@ def test_data_sets_of_the_folders_beside_it(tmp_path: Path) -> None:
     assert again[0] == dataclasses.replace(outcome_of(folds("cifar10")[0].judged[0]), estimate=again[0].estimate,
                                            low=again[0].low, high=again[0].high)  # fmt: skip
     assert again[0].estimate == pytest.approx(outcome_of(folds("cifar10")[0].judged[0]).estimate)
+
+
+def test_a_sentence_says_what_came_out_and_where(tmp_path: Path) -> None:
+    """One where the data sets agree, else one for each that has an outcome, never the claim itself."""
+    written(
+        tmp_path / "cifar10",
+        landscape=lambda _: folds("cifar10"),
+        curvature=lambda _: folds("cifar10", 4, ["curvature"]),
+    )
+    _, markdown = written(tmp_path / "digits", landscape=lambda _: folds())
+    supported, differs, _, elsewhere = (row[-1] for row in first_table(markdown)[:4])
+    judged = {data: judged_claims(data, 4) for data in ("digits", "cifar10")}
+    assert supported == judged["digits"][0].sentence
+    assert differs.startswith(f"digits: {judged['digits'][1].sentence} CIFAR-10: The interval is neither")
+    assert elsewhere == f"CIFAR-10: {in_words(CLAIMS[3], OUTCOMES['cifar10'][3])}"
+    assert not any(claim.statement in row[-1] for claim, row in zip(CLAIMS, first_table(markdown), strict=True))
+    assert "Of the claims measured on digits and CIFAR-10, outcomes agree on 1 and differ on 2." in markdown
 
 
 DAMAGE: dict[str, Callable[[Path, pd.DataFrame], object]] = {

@@ -25,9 +25,8 @@ def sentence(claim: Claim, outcome: str, estimate: Estimate, seeds: int | None, 
 
     `seeds` would decide it; `lost` says why it is undecided though its interval decides it.
     """
-    plain = PLAIN_EQUIVALENCE if claim.compare.claimed == WITHIN else PLAIN
     explained = outcome == UNDECIDED and (lost or not estimate.has_interval)  # by another sentence
-    texts = [claim.says.get(outcome) or ("" if explained else plain[outcome])]
+    texts = [claim.says.get(outcome, "") if explained else in_words(claim, outcome)]
     if estimate.censored:
         texts.append(f"Censored seeds: {estimate.censored}, so the value is a bound without an interval.")
     elif not estimate.has_interval:
@@ -36,11 +35,15 @@ def sentence(claim: Claim, outcome: str, estimate: Estimate, seeds: int | None, 
     if outcome == UNDECIDED and estimate.has_interval:
         texts.append(_power(seeds, estimate.networks))
     if estimate.left_out:
-        noun = "seed" if estimate.left_out == 1 else "seeds"
-        texts.append(
-            f"Without {estimate.left_out} {noun} that have a value missing, not finite or at the end of its scale."
-        )
+        seeds_have = "1 seed that has" if estimate.left_out == 1 else f"{estimate.left_out} seeds that have"
+        texts.append(f"Without {seeds_have} a value missing, not finite or at the end of its scale.")
     return " ".join(text for text in texts if text)
+
+
+def in_words(claim: Claim, outcome: str) -> str:
+    """What the claim says of an outcome or, failing that, a plain sentence."""
+    plain = PLAIN_EQUIVALENCE if claim.compare.claimed == WITHIN else PLAIN
+    return claim.says.get(outcome) or plain[outcome]
 
 
 def not_measured(claim: Claim) -> str:

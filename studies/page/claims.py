@@ -1,7 +1,7 @@
 """The first table of a page: what came out for each primary claim on each data set, and the figure of all of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import pandas as pd
 from studies.draw import Forest, forest_row, in_margins, seed_rows
 from studies.draw.palette import LABELS, label
 from studies.judge import NOT_MEASURED, Claim, Judged
+from studies.judge.sentences import in_words
 from studies.page.outcomes import Outcome
 from studies.page.parts import Fold, Page, Picture
 
@@ -67,13 +68,36 @@ def claim_rows(page: Page, judged: Sequence[Judged], outcomes: Sequence[Outcome]
         said = [item for item in judged if item.claim.name == name and item.sentence]
         command = page.commands.get(name, "")
         if any(cell.outcome != NOT_MEASURED for cell in cells):
-            sentence, command = next((item.sentence for item in said if item.estimate is not None), claim.statement), ""
+            own = {item.dataset: item.sentence for item in said if item.estimate is not None}
+            sentence, command = _sentence(claim, cells, own), ""
         elif command:
             sentence = "Not measured; this would:"
         else:
             sentence = said[0].sentence if said else "Not measured: no study measures it yet."
         rows.append(ClaimRow(claim, cells, sentence, command))
     return rows
+
+
+def _sentence(claim: Claim, cells: Sequence[Outcome], own: Mapping[str, str]) -> str:
+    """What came out: one sentence where all data sets agree, that of this page's if it has one, else one for each data set."""
+    measured = [cell for cell in cells if cell.outcome != NOT_MEASURED]
+    sentences = {cell.dataset: own.get(cell.dataset) or in_words(claim, cell.outcome) for cell in measured}
+    if len(measured) == len(cells) and len({cell.outcome for cell in cells}) == 1:
+        return next((own[name] for name in sentences if name in own), next(iter(sentences.values())))
+    return " ".join(f"{label(name)}: {text}" for name, text in sentences.items())
+
+
+def agreement(rows: Sequence[ClaimRow]) -> str:
+    """What all data sets agree on, of the claims that were measured on each; "" where no claim was measured on several."""
+    everywhere = [row for row in rows if len(row.cells) > 1 and all(c.outcome != NOT_MEASURED for c in row.cells)]
+    if not everywhere:
+        return ""
+    parts = []
+    for same, verb in ((True, "agree on"), (False, "differ on")):
+        found = [str(row.claim.primary) for row in everywhere if (len({c.outcome for c in row.cells}) == 1) is same]
+        parts += [f"{verb} {', '.join(found)}"] if found else []
+    names = " and ".join(label(cell.dataset) for cell in everywhere[0].cells)
+    return f"Of the claims measured on {names}, outcomes {' and '.join(parts)}."
 
 
 def overview(rows: Sequence[ClaimRow]) -> Fold | None:

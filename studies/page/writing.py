@@ -12,7 +12,7 @@ from studies.draw import mini
 from studies.draw.frame import save
 from studies.draw.palette import OUTCOME_COLORS
 from studies.messages import one_line
-from studies.page.claims import OVERVIEW, claim_rows, columns, overview
+from studies.page.claims import OVERVIEW, agreement, claim_rows, columns, overview
 from studies.page.outcomes import FILE, Outcome, beside, outcome_of, outcomes_table
 from studies.page.parts import INDEX, PERFORMANCE, Fold, Page
 from studies.page.rendering import render
@@ -111,6 +111,7 @@ def _write_pages(folder: Path, page: Page, folds: Sequence[Fold], failed: Sequen
     common = {
         "page": page,
         "rows": rows,
+        "agreement": agreement(rows),
         "columns": columns(outcomes),
         "lines": [*failed, *lines],
         "with_page": {file.parent.name for file in folder.resolve().parent.glob("*/index.html")},
