@@ -1,7 +1,9 @@
 """What a dry run states: operations and memory that are counted, networks that several studies want, and scaling to the whole."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from secondorder.networks import network
 from secondorder.training import Run, snapshot, train
+from secondorder.training.checkpoint import CHECKPOINT
 from studies.backbones import evenly_spaced
 from studies.curvature.measures import Limits, dry_parts, measure_dry
 from studies.curvature.study import STUDY as CURVATURE
@@ -72,6 +75,46 @@ def test_what_is_alike_is_measured_once_and_half_precision_keeps_half() -> None:
     kept = 4 * cost.parameters + cost.state
     assert half.memory - kept == pytest.approx((cost.memory - kept) / 2, rel=0.05)
     assert cost.gpu_seconds == pytest.approx(4 * (cost.memory - kept) / step_costs.BANDWIDTH)  # small layers
+
+
+def test_what_the_optimiser_takes_is_not_scaled_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(run: Run, data: Any, folder: str, progress: bool) -> Any:
+        (Path(folder) / CHECKPOINT).touch()
+        return SimpleNamespace(history=[{"seconds": 5.0}, {"seconds": 8.0}], model=nn.Linear(2, 2))
+
+    monkeypatch.setattr(step_costs, "CPU_PIXELS", 8 * 64)
+    monkeypatch.setattr(step_costs, "train", trained)
+    monkeypatch.setattr(step_costs, "_counted", lambda *_: (1.0, 1.0))
+    for updates, seconds in (([9.0, 1.0], 1 + 2 * 4), ([9.0, 0.0], 3 * 4), ([0.0, 9.0], 3)):
+        monkeypatch.setattr(step_costs, "_optimizer_seconds", lambda updates=updates: nullcontext(updates))
+        step_costs._step_cost.cache_clear()
+        assert step_costs.step_cost(RUN, "off").seconds == seconds
+    step_costs._step_cost.cache_clear()
+
+
+def test_seconds_of_an_optimisers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without those of one within another, and none of one that evaluates the network."""
+    model = nn.Linear(2, 2)
+
+    class Around(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            inner.step()
+            if evaluates:
+                model(torch.ones(1, 2))
+
+    inner, outer = (kind(model.parameters(), lr=0.1) for kind in (torch.optim.SGD, Around))
+    clock = iter((0.0, 1.0, 7.0, 10.0, 11.0, 12.0, 20.0, 25.0, 26.0))
+    monkeypatch.setattr(step_costs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with step_costs._optimizer_seconds() as seconds:
+        evaluates = False
+        outer.step()  # begins at 0, the inner one at 1, ends at 7
+        evaluates = True
+        outer.step()
+        evaluates = False
+        model(torch.ones(1, 2))
+        inner.step()
+    inner.step()
+    assert seconds == [7.0, 0.0, 8.0]
 
 
 def test_large_layers_are_bound_by_operations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """What a training step costs: measured here, and counted for a GPU whose peak rate is stated.
 
-A step of B images is taken with as many as this device has room for, and scaled. Counted are the floating-point operations of
+A step of B images is taken with as many as this device has room for, and scaled, but for what the optimiser's `step` takes, which
+does not depend on B. Counted are the floating-point operations of
 the forward and backward passes (2 for a multiplication with an addition), and the bytes that the forward pass keeps for the
 backward pass; with the weights, their gradients and the optimiser's state these are the memory of a step.
 """
 
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from secondorder.data import ImageDataset
@@ -81,15 +85,16 @@ def step_cost(run: Run, amp: str) -> StepCost:
 @cache
 def _step_cost(run: Run, amp: str) -> StepCost:
     taken, fake = small(run)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _optimizer_seconds() as updates:
         trained = train(taken, fake, folder, progress=False)
         state = (Path(folder) / CHECKPOINT).stat().st_size
     seconds = float(trained.history[1]["seconds"]) - float(trained.history[0]["seconds"])  # the first step is slow
     flops, saved = _counted(taken, fake)
     parameters = sum(p.numel() for p in trained.model.parameters())
     flops, saved = flops * run.batch_size, saved * run.batch_size * (1 if amp == "off" else 0.5)
+    update = min(updates[-1], seconds)
     return StepCost(
-        seconds * run.batch_size / taken.batch_size,
+        update + (seconds - update) * run.batch_size / taken.batch_size,
         taken.batch_size,
         parameters,
         flops,
@@ -97,6 +102,38 @@ def _step_cost(run: Run, amp: str) -> StepCost:
         4 * parameters + state + saved,
         state,
     )
+
+
+@contextmanager
+def _optimizer_seconds() -> Iterator[list[float]]:
+    """Seconds of each call of an optimiser's `step` inside; 0 of one that evaluates the network, as it depends on the images."""
+    seconds: list[float] = []
+    began: list[float] = []
+    evaluated: list[bool] = []
+
+    def begin(*_: object) -> None:
+        began.append(time.perf_counter())
+
+    def end(*_: object) -> None:
+        start = began.pop()
+        if not began:  # that of another optimiser around it
+            seconds.append(0.0 if evaluated else time.perf_counter() - start)
+            evaluated.clear()
+
+    def note(*_: object) -> None:
+        if began:
+            evaluated.append(True)
+
+    handles = (
+        register_optimizer_step_pre_hook(begin),
+        register_optimizer_step_post_hook(end),
+        register_module_forward_pre_hook(note),
+    )
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _counted(run: Run, data: ImageDataset) -> tuple[float, float]:
