@@ -109,6 +109,22 @@ def test_singd_refuses_scaled_losses(data: ImageDataset) -> None:
         OPTIMIZERS["singd"](initial_network(dataclasses.replace(run, device="cpu", amp="off"), data), run)
 
 
+def test_singd_preconditions_wide_inputs_by_a_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secondorder.training.optimizers.WIDE", 30)
+    run = dataclasses.replace(RUN, optimizer="singd")
+    model = torch.nn.Sequential(
+        torch.nn.Linear(29, 30), torch.nn.Tanh(), torch.nn.Linear(30, 5), torch.nn.BatchNorm1d(5)
+    )
+    optimizer = OPTIMIZERS["singd"](model, run)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(8, 29)).square().mean().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {*map(id, model.parameters())}
+    kinds = [type(K).__name__ for K in optimizer.parts[0].Ks.values()]  # type: ignore[attr-defined]
+    assert kinds == ["DenseMatrix", "DiagonalMatrix"]  # 30 and 31 inputs with the bias
+
+
 def test_a_state_names_no_foreign_class() -> None:
     from singd.structures.dense import DenseMatrix
 
