@@ -184,8 +184,8 @@ def singd(model: nn.Module, run: OptimizerSettings) -> torch.optim.Optimizer:
     """Inverse-free K-FAC of the empirical Fisher (Lin et al. 2024), and SGD for what it leaves out (batch norm); of singd.
 
     The step of its preconditioner is normalised unless the options say otherwise, which its authors advise for early training.
-    The preconditioner of inputs wider than WIDE is diagonal: a matrix of the 32,896 that a classifier has behind GCP of 256 channels
-    takes 4 GiB, and there are several.
+    The preconditioner of inputs wider than WIDE is diagonal: a matrix of the 32,896 that a classifier has behind GCP of 256
+    channels takes 4 GiB, and there are several.
     """
     with needed_by("optimizer 'singd'"):
         from singd.optim.optimizer import SINGD
