@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.jacobian import Jacobian, batched
-from secondorder.curvature.matrix_free.second_derivatives import check_network
+from secondorder.curvature.matrix_free.second_derivatives import check_functions, check_network
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import SymmetricOperator
@@ -38,6 +38,7 @@ class HessianOperator(SymmetricOperator):
                     check_network(self.jacobian)
                 self.jacobian.twice_differentiable = True
             for part in sums.parts(self.jacobian):
+                check_functions(self.jacobian, part)
                 for columns in sums.units(self._groups(V.shape[1])):
                     tangents = batched(V[:, columns], self.jacobian.network, self.names)
                     result[:, columns] += torch.cat(
