@@ -134,6 +134,25 @@ def test_hooks_that_clip_large_or_drop_small_gradients_only_are_refused() -> Non
                 curvature_blocks(around(function), CE, data, quantity).whole @ torch.ones(63).double()
 
 
+def noisy(x: Tensor) -> Tensor:
+    x = x.tanh()
+    if x.requires_grad:
+        x.register_hook(lambda g: g + torch.rand_like(g))
+    return x
+
+
+def test_random_numbers_of_another_expert_s_backward_pass_are_put_back() -> None:
+    model, data, state = Experts(noisy).double(), images(), torch.get_rng_state()
+    for quantity in ("ggn", "hessian"):
+        whole = curvature_blocks(model, CE, data, quantity).whole
+        with pytest.raises(InputError, match="draws random numbers"):
+            whole @ torch.ones(whole.size).double()
+        assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(InputError, match="draws random numbers"):
+        curvature_blocks(model, CE, data, "diagonal")
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def far_apart(x: Tensor) -> Tensor:
     return torch.cat([x[:5], x[5:] + x[:-5]]) if len(x) > 5 else 1 * x
 

@@ -21,6 +21,7 @@ from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError, first_line
 from secondorder.matrix_power.transforms import full_precision
+from secondorder.untouched import same_randomness
 
 
 class GaussNewtonOperator(SymmetricOperator):
@@ -45,7 +46,8 @@ class GaussNewtonOperator(SymmetricOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         result = torch.zeros_like(V)
-        with Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1]) as sums:
+        sums_of = Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1])
+        with same_randomness(), sums_of as sums:  # a backward pass may draw
             if self.jacobian.forward_mode is None and not sums.finished:
                 trial = self.jacobian.trial()
                 self.jacobian.forward_mode = forward_mode_is_right(trial, self.jacobian.check_backward)
