@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from secondorder.curvature.costs.meter import Meter
+from secondorder.curvature.matrix_free.backward_check import SCALES
 from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.linearisation import Linearisation, along
 from secondorder.curvature.matrix_free.memory import BLOCK_COPIES
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.sample_coupling import splits
 from secondorder.curvature.matrix_free.samples import floating_tensors
 from secondorder.curvature.matrix_free.second_derivatives import gradients
 from secondorder.curvature.matrix_free.trial import FEW, trial_count
@@ -163,15 +165,22 @@ class Rehearsal:
             z = network.outputs(x)
             if inputs and z.requires_grad:
                 _ = [torch.autograd.grad(z, inputs, z, retain_graph=True, allow_unused=True) for _ in range(2)]
-            _ = [network.outputs(x) for _ in range(2)]  # in other company
+            for _ in splits(len(x)):  # in other company
+                network.outputs(x)
 
         def trial() -> None:
-            if apart:
+            if apart and not self.jacobian.coupled:  # as modules have not told
                 with torch.enable_grad():
                     coupling()
             if twice or not products:  # whether it is linear
                 part = Linearisation(network, self.jacobian.images, slice(0, FEW), 0, self.jacobian.layers)
-                _ = [part.pull_back(part.z, names) for _ in range(3)]
+                _ = [part.pull_back(part.z, names) for _ in range(3 + len(SCALES))]
+                whole = next(self.jacobian.parts())
+                if FEW < len(self.jacobian.images) <= self.jacobian.chunk:
+                    _ = [whole.pull_back(whole.z, names) for _ in range(3)]
+                if not (products or self.jacobian.coupled):  # whether images act on one another in layers
+                    for part in self.jacobian.parts():
+                        _ = [part.output_gradients(part.z, part.uses) for _ in range(2)]
             part = Linearisation(network, self.jacobian.images, slice(0, tried), 0, self.jacobian.layers)
             if not products:  # whether sums over layers are right
                 _ = [part.pull_back(part.z, names) for _ in range(3)]

@@ -4,6 +4,7 @@ A hook on a gradient may clip or normalise it, or add noise, and a checkpoint th
 is evaluated again: such a pass is the derivative of no function.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,12 @@ from secondorder.untouched import same_randomness
 
 ROUNDING = 2**10
 """Units of rounding of what arrives at a parameter that sums of it may be off."""
+SCALES = (2.0**30, 2.0**-30)
+"""Powers of two, which change no rounding: what clips or drops gradients from some size on does so at one of them."""
 
 
-def check_backward(part: Linearisation) -> None:
-    """InputError unless J^T (u + v) = J^T u + J^T v for random u and v at the outputs of some samples."""
+def check_backward(part: Linearisation, scales: Sequence[float] = SCALES) -> None:
+    """InputError unless J^T (u + v) = J^T u + J^T v, and J^T (c u) = c J^T u, for random u and v at outputs of some samples."""
     if not part.graph.requires_grad:
         return
     source, names = torch.Generator().manual_seed(0), list(part.network.weights)
@@ -29,16 +32,30 @@ def check_backward(part: Linearisation) -> None:
         both = zip(part.pull_back(u, names), part.pull_back(v, names), strict=True)
         terms = [a + b for a, b in both]  # not in place: a gradient may be u itself
         whole = part.pull_back(u + v, names)
+        size = _largest([*terms, *whole])
+        error = _difference(terms, whole)
+        limits = torch.finfo(part.z.dtype)
+        for scale in scales:
+            if limits.tiny / limits.eps < size * scale < limits.max * limits.eps:
+                error = max(error, _difference([t / scale for t in part.pull_back(scale * (u + v), names)], whole))
         drawn = not torch.equal(before, torch.get_rng_state())
-    size = max((float(t.abs().max()) for t in (*terms, *whole) if t.numel()), default=0.0)
-    differences = (a - b for a, b in zip(terms, whole, strict=True) if a.numel())
-    error = max((float(d.abs().max()) for d in differences), default=0.0)
-    eps = torch.finfo(part.z.dtype).eps
+    eps = limits.eps
     if drawn or (error > eps**0.5 * size and error > ROUNDING * eps * _arriving(part, u + v)):
         raise InputError(
             "the backward pass of the network is not linear (a hook that clips a gradient) or draws random numbers (a checkpoint "
             "with preserve_rng_state=False), and so the derivative of no function; leave that out"
         )
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude in tensors, 0 without any; one that is not finite is that of no product, and left out."""
+    sizes = [float(t.abs().max()) for t in tensors if t.numel()]
+    return max(filter(math.isfinite, sizes), default=0.0)
+
+
+def _difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest magnitude of the differences of as many tensors."""
+    return _largest([a - b for a, b in zip(some, others, strict=True)])
 
 
 def _arriving(part: Linearisation, u: Tensor) -> float:
@@ -50,7 +67,7 @@ def _arriving(part: Linearisation, u: Tensor) -> float:
 
     def note(gradients: Sequence[Tensor | None]) -> None:
         nonlocal largest
-        largest = max(largest, *(float(g.abs().max()) for g in gradients if g is not None and g.numel()))
+        largest = max(largest, _largest([g for g in gradients if g is not None]))
 
     weights = {id(w) for w in part.network.weights.values()}
     reading = [

@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.curvature.matrix_free.adjoint_check import forward_mode_is_right
+from secondorder.curvature.matrix_free.adjoint_check import forward_mode_is_right, no_adjoint
+from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.jacobian import Jacobian, flattened, shaped
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
+from secondorder.curvature.matrix_free.product_check import ProductCheck
 from secondorder.curvature.matrix_free.sample_gradients import SampleGradients
+from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import DENSE_LIMIT, FactoredOperator, SymmetricOperator
 from secondorder.curvature.operators.symmetric import check_bytes, mirror_, norm_at_any_scale
 from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.curvature.resuming.sums import Sums
-from secondorder.errors import InputError
+from secondorder.errors import InputError, first_line
 from secondorder.matrix_power.transforms import full_precision
+from secondorder.untouched import same_randomness
 
 
 class GaussNewtonOperator(SymmetricOperator):
@@ -38,10 +42,12 @@ class GaussNewtonOperator(SymmetricOperator):
         self.names = list(names)
         self.memory = memory
         self.gradients = SampleGradients(jacobian, matrix, self.names)
+        self.check = ProductCheck()
 
     def _matmat(self, V: Tensor) -> Tensor:
         result = torch.zeros_like(V)
-        with Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1]) as sums:
+        sums_of = Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1])
+        with same_randomness(), sums_of as sums:  # a backward pass may draw
             if self.jacobian.forward_mode is None and not sums.finished:
                 trial = self.jacobian.trial()
                 self.jacobian.forward_mode = forward_mode_is_right(trial, self.jacobian.check_backward)
@@ -62,10 +68,26 @@ class GaussNewtonOperator(SymmetricOperator):
         return self.fingerprint() | ({} if V is None else {"the vectors of the product": digest(V)})
 
     def _product(self, part: Linearisation, v: Tensor) -> Tensor:
-        tangents = shaped(v, self.jacobian.network, self.names)
-        push = part.push_forward if self.jacobian.forward_mode else part.push_forward_by_reverse
-        MJv = self.matrix.product(part.z, push(tangents), part.rows)
-        return flattened(part.pull_back(MJv, self.names))
+        """J^T M J v of a part, J v by the mode that was found right, or by reverse mode where that is wrong for this part."""
+        tangents, failures = shaped(v, self.jacobian.network, self.names), []
+        first = bool(self.jacobian.forward_mode)
+        for forward in (True, False) if first else (False,):
+            try:
+                Jv = (part.push_forward if forward else part.push_forward_by_reverse)(tangents)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as failure:
+                failures.append(first_line(failure))
+                continue
+            MJv = self.matrix.product(part.z, Jv, part.rows)
+            gradients = part.pull_back(MJv, self.names)
+            holds = self.check.holds(part, MJv, Jv, dict(zip(self.names, gradients, strict=True)), tangents)
+            if holds and (forward is first or all(map(all_finite, gradients))):
+                self.jacobian.forward_mode = forward
+                return flattened(gradients)
+        if not failures:
+            check_backward(part)
+        raise no_adjoint(part, failures)
 
     def rows(self) -> Tensor:
         """The exact factor `[N R, P]`: rows^T rows is the matrix. InputError when it does not fit into the memory."""

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
+from secondorder.curvature.matrix_free.sample_coupling import COUPLED, layers_mix
 from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
 from secondorder.curvature.matrix_free.trial import FEW, check_repeated, trial_samples
 from secondorder.curvature.resuming.keys import Key, digest
+from secondorder.errors import InputError
 
 SHOWN = 64
 """Outputs by which a long run knows a network again."""
@@ -50,6 +53,8 @@ class Jacobian:
         self.block_bytes = block_bytes
         self.forward_mode: bool | None = None
         """Whether forward mode gives the same J as reverse mode (`adjoint_check`); None: not known yet."""
+        self.tried_functions: set[str] = set()
+        """Autograd Functions of others whose second derivatives have been tried."""
         self.twice_differentiable = False
         """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._few = few
@@ -105,13 +110,32 @@ class Jacobian:
     def check_backward(self) -> None:
         """InputError unless outputs are the same in every evaluation and J^T is linear: for what is made of J^T u alone.
 
-        Products J^T M J v are tried by forward mode (`adjoint_check`), which tells as much.
+        Products J^T M J v are tried by forward mode (`adjoint_check`, `product_check`), which tells as much.
         """
         if not self._backward_is_linear and self.network.has_numbers:
             few = self.trial(FEW)
             check_repeated(self.network.outputs(few.images, part=few.part).reshape(few.z.shape).detach(), few.z)
             check_backward(few)
+            if len(few.z) < len(self.images) <= self.chunk:  # whose graph is kept
+                check_backward(next(self.parts()), scales=())
             self._backward_is_linear = True
+
+    def check_apart(self, part: Linearisation, uses: Sequence[LayerUse]) -> None:
+        """Notice images that act on one another in calls of layers of a part, which few of them may not have shown.
+
+        InputError where the batch is divided.
+        """
+        if not self.coupled and layers_mix(part, uses):
+            self.found_coupled()
+
+    def found_coupled(self) -> None:
+        """Images act on one another. InputError where the batch is divided."""
+        if self.chunk < len(self.images) or isinstance(self.images, BatchStream):
+            raise InputError(
+                f"a division of the batch into parts of {self.chunk} would change the result: {COUPLED}; use chunk=None and "
+                "one batch"
+            )
+        self.__dict__["coupled"] = True
 
     def samples(self, count: int) -> Iterable[int]:
         """The places of so many samples, which are pulled back one after the other and take as much each."""

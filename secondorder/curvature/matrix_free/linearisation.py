@@ -116,7 +116,7 @@ class Linearisation:
             with torch.enable_grad():
                 value = loss.part(self.rows).value(self.graph)
             weights = list(self.network.weights.values())
-            with self.network.in_place():
+            with self.network.in_place(), failures_of("a derivative of this network and loss"):
                 gradient = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
             self._gradient = dict(zip(self.network.weights, gradient, strict=True))
         inputs = [self.network.weights[name] for name in tangents]

@@ -5,8 +5,9 @@ pass needs them, too: what `torch.utils.checkpoint` has dropped is made by the m
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,12 +35,10 @@ class ModuleState:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, the modules hold these tensors in place of theirs, in their modes, without backward hooks.
 
-        Then attributes, and lists and dictionaries among them, are as before: what a forward pass remembers is forgotten.
+        Then attributes, and lists, dictionaries and plain objects within them, are as before: what a forward pass remembers is
+        forgotten.
         """
-        before = [
-            (m, dict(m.__dict__), [(c, c.copy()) for c in m.__dict__.values() if type(c) in CONTAINERS])
-            for m in self.modes
-        ]
+        before = [(m, dict(m.__dict__), _held(m.__dict__.values())) for m in self.modes]
         scripted = [(held, name, held[name]) for held, name, _ in self._places if not isinstance(held, dict)]
         try:
             for module, mode in self.modes.items():
@@ -55,6 +54,30 @@ class ModuleState:
                     _put_back(container, contents)
             for held, name, tensor in scripted:
                 held[name] = tensor
+
+
+def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The containers and the attributes of plain objects that are reached from some values, each with a copy."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(values)
+    while waiting:
+        held = waiting.pop()
+        if not isinstance(held, CONTAINERS) and _is_plain(held):
+            held = held.__dict__
+        if type(held) in CONTAINERS and id(held) not in found:
+            found[id(held)] = held, held.copy()
+            waiting += held.values() if isinstance(held, dict) else held
+    return list(found.values())
+
+
+def _is_plain(held: Any) -> bool:
+    """Whether something is an object of a class that somebody has written in Python, for a network of their own."""
+    kind = type(held)
+    return (
+        isinstance(getattr(held, "__dict__", None), dict)
+        and not isinstance(held, (type, ModuleType, nn.Module, Tensor, FunctionType))
+        and kind.__module__.partition(".")[0] not in ("torch", "numpy", "builtins")
+    )
 
 
 def _put_back(container: Any, contents: Any) -> None:

@@ -8,14 +8,16 @@ pair of images and the others for what a network hides from gradients (detach, w
     alone        nor when there are no others
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.layer_uses import LayerUse
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
-from secondorder.curvature.matrix_free.trial import random_like, sample_scales
+from secondorder.curvature.matrix_free.trial import has_numbers, random_like, sample_scales
 from secondorder.errors import failures_of
 from secondorder.untouched import same_randomness
 
@@ -68,6 +70,19 @@ def _gradients_are_mixed(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
     )
 
 
+def layers_mix(part: Linearisation, uses: Sequence[LayerUse]) -> bool:
+    """Whether gradients at an image's outputs reach other images in calls of layers, asked of all images of a part."""
+    n, source = len(part.z), torch.Generator().manual_seed(0)
+    called = [use for use in uses if use.output_shape[0] == n]
+    if n < 2 or not called or not part.network.has_numbers:
+        return False
+    u = random_like(part.z, source)
+    c = sample_scales(u[:, 0], source, min(n, DIFFERENT))
+    with same_randomness():
+        alike, scaled = (part.output_gradients(s, called) for s in (u, _by_sample(c, u) * u))
+    return any(_differ(g, h / _by_sample(c, h), u.dtype) for g, h in zip(alike, scaled, strict=True))
+
+
 def _by_sample(c: Tensor, x: Tensor) -> Tensor:
     """One number for each sample `[n]`, for products with x `[n, ...]`."""
     return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -81,7 +96,7 @@ def _differ(alike: Tensor, scaled: Tensor, dtype: torch.dtype) -> bool:
 
 def _company_matters(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
     """Whether outputs change with the other images, each of which is replaced by one of those that stay."""
-    for stay in splits(len(x), complete=not x.is_floating_point()):
+    for stay in splits(len(x)):
         kept = torch.tensor(stay, device=tensors_of(x)[0].device)
         places = torch.arange(len(x), device=kept.device)
         places[~kept] = places[kept][places[: len(x) - sum(stay)] % sum(stay)]
@@ -98,18 +113,18 @@ def _matters_alone(network: FrozenNetwork, z: Tensor, x: Samples) -> str | None:
     again = _evaluated(network, x[:1])
     if again is None:
         return "the network cannot be evaluated for a single image"
-    return None if _close(again, z[:1], torch.finfo(z.dtype).eps ** 0.25 * z.abs().max()) else COUPLED
+    return None if same_alone(again, z[:1]) else COUPLED
 
 
-def splits(count: int, complete: bool) -> Iterator[list[bool]]:
-    """Who stays: those whose place has an odd number of ones in binary, then the others.
+def same_alone(alone: Tensor, z: Tensor) -> bool:
+    """Whether outputs of images evaluated without the others are those with them, up to the rounding of other kernels."""
+    return not has_numbers(z) or _close(alone, z, torch.finfo(z.dtype).eps ** 0.25 * z.abs().max())
 
-    Neighbours of which the first has an even place are separated, and halves of the batch. If `complete`, so are all two places,
-    by each binary digit.
-    """
-    digits = range((count - 1).bit_length() if complete else 0)
-    for mask in (-1, *(2**k for k in digits)):
-        stay = [(n & mask).bit_count() % 2 == 1 for n in range(count)]
+
+def splits(count: int) -> Iterator[list[bool]]:
+    """Who stays: those whose place has a certain binary digit, then the others; all digits separate every two places."""
+    for digit in range((count - 1).bit_length()):
+        stay = [bool(n >> digit & 1) for n in range(count)]
         yield stay
         yield [not one for one in stay]
 

@@ -14,6 +14,7 @@ from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.per_sample import PER_SAMPLE, sites, unfolded, without_batch
+from secondorder.curvature.matrix_free.sample_coupling import same_alone
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.curvature.resuming.sums import Sums
 
@@ -29,12 +30,17 @@ class SampleGradients:
         self.sizes = [network.weights[name].numel() for name in names]
         self.sites = sites(network.module, {name: network.parameters[name] for name in names})
         self._right: list[str] | None = None
+        self._apart: set[int] = set()
+        """The first samples of parts in which images have been found not to act on one another."""
 
     def blocks(self, sums: Sums) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, columns, and their rows `[m, r, P]`, those which are not in the sums."""
         if not sums.finished:
             self.jacobian.check_backward()
         for part in sums.parts(self.jacobian):
+            if part.rows.start not in self._apart:
+                self.jacobian.check_apart(part, self._uses(part, self.names))
+                self._apart.add(part.rows.start)
             by_layers = self.by_layers(part)
             uses = self._uses(part, by_layers)
             P, most = sum(self.sizes), self.jacobian.block_bytes
@@ -49,8 +55,10 @@ class SampleGradients:
 
         Those with rules that are right, and that the network reads in calls of their layers only.
         """
+        if self.jacobian.coupled:
+            return []
         if self._right is None:
-            self._right = [] if self.jacobian.coupled else self._tried()
+            self._right = self._tried()
         known = [name for name in self._right if self._has_rules(part, name)]
         elsewhere = part.used_elsewhere({name: [layer for layer, _ in self.sites[name]] for name in known})
         return [name for name in known if name not in elsewhere]
@@ -132,8 +140,11 @@ class SampleGradients:
         """Rows `[r, P]` of one sample for its columns `[K, r]`, from a graph of its own where that is the same."""
         index = part.rows.start + sample
         graph = self.jacobian.linearised(slice(index, index + 1), part.part) if self._alone else part
+        if graph is not part and not same_alone(graph.z, part.z[sample : sample + 1]):
+            self.jacobian.found_coupled()
+            graph = part
         U = torch.zeros(F.shape[1], *graph.z.shape, dtype=F.dtype, device=F.device)
-        U[:, 0 if self._alone else sample] = F.mT
+        U[:, sample if graph is part else 0] = F.mT
         return torch.stack([flattened(graph.pull_back(u, names)) for u in U])
 
 

@@ -38,6 +38,19 @@ DIFFERENCE, NOISE = 1e-4, 1e-5
 def check_network(jacobian: Jacobian) -> None:
     """InputError where the second derivative of the network with respect to its parameters is wrong, tried on two images."""
     trial = jacobian.trial(FEW)
+    _check_part(trial)
+    jacobian.tried_functions |= set(custom_functions(trial.nodes))
+
+
+def check_functions(jacobian: Jacobian, part: Linearisation) -> None:
+    """The same for a part of the batch with autograd Functions that the two images have not come by, an expert's for one."""
+    functions = set(custom_functions(part.nodes))
+    if jacobian.network.has_numbers and not functions <= jacobian.tried_functions:
+        _check_part(part)
+        jacobian.tried_functions |= functions
+
+
+def _check_part(trial: Linearisation) -> None:
     if custom_functions(trial.nodes):
         with suppress(RuntimeError, TypeError):  # a network, or a device, without numbers of 64 bits
             trial = _in_double(trial)
