@@ -151,10 +151,10 @@ class Rehearsal:
 
         return self.count(product)[0]
 
-    def count_trial(self, few: int, apart: bool, products: bool, twice: bool) -> Count:
+    def count_trial(self, few: int, apart: bool, whole: bool, products: bool, twice: bool) -> Count:
         """What it takes to try formulas on few samples: J^T u, and for `products` J v or, if `twice`, H v.
 
-        Where samples are to be taken `apart`, how they act on outputs is asked of `few`.
+        Where samples are to be taken `apart`, how they act on outputs is asked of `few`; `whole`: and of all samples, in layers.
         """
         network, names = self.jacobian.network, list(self.jacobian.network.weights)
         tried = FEW if twice else trial_count(len(self.jacobian.images), self.jacobian.chunk)
@@ -175,10 +175,7 @@ class Rehearsal:
             if twice or not products:  # whether it is linear
                 part = Linearisation(network, self.jacobian.images, slice(0, FEW), 0, self.jacobian.layers)
                 _ = [part.pull_back(part.z, names) for _ in range(3 + len(SCALES))]
-                whole = next(self.jacobian.parts())
-                if FEW < len(self.jacobian.images) <= self.jacobian.chunk:
-                    _ = [whole.pull_back(whole.z, names) for _ in range(3)]
-                if not (products or self.jacobian.coupled):  # whether images act on one another in layers
+                if whole and not self.jacobian.coupled:  # whether images act on one another in layers
                     for part in self.jacobian.parts():
                         _ = [part.output_gradients(part.z, part.uses) for _ in range(2)]
             part = Linearisation(network, self.jacobian.images, slice(0, tried), 0, self.jacobian.layers)

@@ -141,8 +141,9 @@ def rehearsal(
     outputs_of_layers = sum(shape[1:].numel() for shapes in probe.shapes.values() for shape in shapes)
     made.column_bytes = size * (outputs_of_layers + 2 * probe.outputs.numel()) * probe.dtype.itemsize
     few = trial_count(min(len(labels), extent.samples), available // max(1, probe.sample_bytes), COMPANY)
-    apart = size < extent.samples or (row.stored and not (row.kronecker and matrix.fisher == "mc"))
-    made.trials = made.count_trial(few, apart, products=not row.stored, twice=quantity == "hessian")
+    whole = row.stored and not (row.kronecker and matrix.fisher == "mc")
+    apart = whole or size < extent.samples
+    made.trials = made.count_trial(few, apart, whole, products=not row.stored, twice=quantity == "hessian")
     return made
 
 

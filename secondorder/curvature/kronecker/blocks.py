@@ -227,6 +227,7 @@ def kronecker_factors(
         for part in sums.parts(jacobian):
             uses = uses_of(part.uses, layers)
             check_reads(part, layers)
+            jacobian.check_part(part)
             if matrix.fisher != "mc":
                 jacobian.check_apart(part, flat(uses))
             for shared, found in uses.items() if sums.unit == 0 else ():

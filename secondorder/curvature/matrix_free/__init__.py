@@ -12,5 +12,6 @@ What is taken for granted of a network is asked of the network itself, on a few 
 do not act on one another (`sample_coupling`), that its backward pass is linear (`backward_check`), that forward mode gives the J
 of the backward pass (`adjoint_check`), that second derivatives are right (`second_derivatives`), that neither it nor the loss
 reads parameters past their modules (`captured_parameters`, `graph`, `loss_check`). What needs no further evaluation is asked of
-the whole batch, too: products (`product_check`), and layers that rows and factors are taken from.
+the whole batch, too: products (`product_check`), layers that rows and factors are taken from, and the backward pass where there
+are hooks (`gradient_hooks`) or Functions of a user.
 """

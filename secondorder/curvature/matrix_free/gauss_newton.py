@@ -80,8 +80,10 @@ class GaussNewtonOperator(SymmetricOperator):
                 failures.append(first_line(failure))
                 continue
             MJv = self.matrix.product(part.z, Jv, part.rows)
+            random_state = torch.get_rng_state()
             gradients = part.pull_back(MJv, self.names)
-            holds = self.check.holds(part, MJv, Jv, dict(zip(self.names, gradients, strict=True)), tangents)
+            named = dict(zip(self.names, gradients, strict=True))
+            holds = self.check.holds(part, MJv, Jv, named, tangents, random_state)
             if holds and (forward is first or all(map(all_finite, gradients))):
                 self.jacobian.forward_mode = forward
                 return flattened(gradients)

@@ -39,6 +39,7 @@ class HessianOperator(SymmetricOperator):
                     check_network(self.jacobian)
                 self.jacobian.twice_differentiable = True
             for part in sums.parts(self.jacobian):
+                self.jacobian.check_part(part)
                 check_functions(self.jacobian, part)
                 for columns in sums.units(self._groups(V.shape[1])):
                     tangents = batched(V[:, columns], self.jacobian.network, self.names)

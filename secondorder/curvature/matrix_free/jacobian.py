@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.graph import custom_functions
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
@@ -60,6 +61,8 @@ class Jacobian:
         self._few = few
         self._kept: Linearisation | None = None
         self._backward_is_linear = False
+        self._linear_parts: set[int] = set()
+        """The first samples of the parts in which it has been found to be so."""
         self._fingerprint: Key | None = None
 
     @cached_property
@@ -116,9 +119,14 @@ class Jacobian:
             few = self.trial(FEW)
             check_repeated(self.network.outputs(few.images, part=few.part).reshape(few.z.shape).detach(), few.z)
             check_backward(few)
-            if len(few.z) < len(self.images) <= self.chunk:  # whose graph is kept
-                check_backward(next(self.parts()), scales=())
             self._backward_is_linear = True
+
+    def check_part(self, part: Linearisation) -> None:
+        """The same for a part of which few images may not tell: J^T is linear but for hooks and Functions of a user."""
+        if part.rows.start not in self._linear_parts and self.network.has_numbers:
+            if part.hooked or custom_functions(part.nodes):
+                check_backward(part, scales=())
+            self._linear_parts.add(part.rows.start)
 
     def check_apart(self, part: Linearisation, uses: Sequence[LayerUse]) -> None:
         """Notice images that act on one another in calls of layers of a part, which few of them may not have shown.

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.gradient_hooks import noted_hooks
 from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.samples import Samples
@@ -39,11 +40,13 @@ class Linearisation:
         self.images = images[rows]
         self.rows = rows
         self.part = part
-        with torch.enable_grad():
+        with torch.enable_grad(), noted_hooks() as hooks:
             z, self.uses = network.outputs_and_uses(self.images, None, part, layers or {})
             self.graph = z.flatten(1) if z.ndim > 1 else z[:, None]
         self.z = self.graph.detach()
         network.check_finite(self.z, self.images, part)
+        self.hooked = bool(hooks)
+        """Whether the network has registered hooks on gradients."""
         self.outputs = z.shape[1:]
         """The shape of one sample's outputs."""
         self._adjoint: tuple[Tensor, dict[str, Tensor]] | None = None

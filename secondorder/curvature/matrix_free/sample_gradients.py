@@ -38,6 +38,7 @@ class SampleGradients:
         if not sums.finished:
             self.jacobian.check_backward()
         for part in sums.parts(self.jacobian):
+            self.jacobian.check_part(part)
             if part.rows.start not in self._apart:
                 self.jacobian.check_apart(part, self._uses(part, self.names))
                 self._apart.add(part.rows.start)
