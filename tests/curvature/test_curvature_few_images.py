@@ -262,6 +262,25 @@ def test_what_a_network_remembers_of_few_images_is_forgotten(place: str) -> None
     assert relative(dense, G) <= 1e-12
 
 
+def test_large_containers_are_copied_but_not_looked_into() -> None:
+    looked: list[str] = []
+
+    class Word:
+        @property
+        def __dict__(self) -> dict[str, int]:  # type: ignore[override]
+            looked.append("at")
+            return {}
+
+    model, data = around(torch.tanh), rows()
+    model.vocabulary = {n: Word() for n in range(100)}  # type: ignore[assignment]
+    model.few = [Word()]  # type: ignore[assignment]
+    G = reverse_ggn(model, CE, data)
+    assert relative(curvature_blocks(model, CE, data, "ggn").whole.dense(), G) <= 1e-12
+    times = len(looked)
+    assert 0 < times < 100  # of the one word, once for each evaluation
+    assert len(model.vocabulary) == 100  # type: ignore[arg-type]
+
+
 def test_what_is_changed_in_place_is_refused_in_a_line() -> None:
     def doubled(x: Tensor) -> Tensor:
         x = x.exp()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 CONTAINERS = (dict, OrderedDict, list, set, deque)
 """What modules hold parameters, buffers and parts in, and things of their own."""
+SMALL, DEEP = 64, 3
+"""Entries up to which containers and objects are looked into, and how far: a vocabulary or a trainer remembers no images."""
 
 
 class ModuleState:
@@ -57,24 +59,29 @@ class ModuleState:
 
 
 def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """The containers and the attributes of plain objects that are reached from some values, each with a copy."""
+    """The containers among some values, and those and attributes of plain objects that small ones hold, each with a copy."""
     found: dict[int, tuple[Any, Any]] = {}
     waiting = list(values)
-    while waiting:
-        held = waiting.pop()
-        if not isinstance(held, CONTAINERS) and _is_plain(held):
-            held = held.__dict__
-        if type(held) in CONTAINERS and id(held) not in found:
-            found[id(held)] = held, held.copy()
-            waiting += held.values() if isinstance(held, dict) else held
+    for _ in range(DEEP):
+        inner: list[Any] = []
+        for held in waiting:
+            if _is_plain(held):
+                held = held.__dict__
+            if type(held) in CONTAINERS and id(held) not in found:
+                found[id(held)] = held, held.copy()
+                if len(held) <= SMALL:
+                    inner += held.values() if isinstance(held, dict) else held
+        waiting = inner
     return list(found.values())
 
 
 def _is_plain(held: Any) -> bool:
-    """Whether something is an object of a class that somebody has written in Python, for a network of their own."""
+    """Whether something is a small object of a class that somebody has written in Python, for a network of their own."""
     kind = type(held)
+    attributes = getattr(held, "__dict__", None)
     return (
-        isinstance(getattr(held, "__dict__", None), dict)
+        isinstance(attributes, dict)
+        and len(attributes) <= SMALL
         and not isinstance(held, (type, ModuleType, nn.Module, Tensor, FunctionType))
         and kind.__module__.partition(".")[0] not in ("torch", "numpy", "builtins")
     )
