@@ -1,4 +1,4 @@
-"""What the few images that formulas are tried on do not show: other experts, larger batches, sizes, what a network remembers."""
+"""What the few images that formulas are tried on do not show: other experts, larger batches, sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -153,6 +153,42 @@ def test_random_numbers_of_another_expert_s_backward_pass_are_put_back() -> None
     assert torch.equal(state, torch.get_rng_state())
 
 
+def drawing(x: Tensor) -> Tensor:
+    x = x.tanh()
+    if x.requires_grad:
+        x.register_hook(lambda g: g + 0 * torch.rand_like(g))
+    return x
+
+
+def test_random_numbers_that_change_nothing_are_refused_too() -> None:
+    model, data, state = Experts(drawing).double(), images(), torch.get_rng_state()
+    whole = curvature_blocks(model, CE, data, "ggn").whole
+    with pytest.raises(InputError, match="draws random numbers"):
+        whole @ torch.ones(whole.size).double()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 1 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("function", [clipped, _Clipped.apply])
+@pytest.mark.parametrize("quantity", ["diagonal", "kfac_expand", "hessian"])
+def test_backward_passes_of_large_batches_that_are_not_linear(
+    function: Callable[[Tensor], Tensor], quantity: str
+) -> None:
+    model = around(lambda x: function(x) if len(x) > 4 else x.tanh())
+    for chunk in (None, 6):
+        with pytest.raises(InputError, match=r"is not linear|not those of its gradient|not symmetric"):
+            curvature_blocks(model, CE, rows(12), quantity, chunk=chunk).whole @ torch.ones(63).double()
+
+
 def far_apart(x: Tensor) -> Tensor:
     return torch.cat([x[:5], x[5:] + x[:-5]]) if len(x) > 5 else 1 * x
 
@@ -176,6 +212,12 @@ def test_images_that_act_on_one_another_in_large_batches_only(coupling: Callable
     model = nn.Sequential(Unknown(6, 4), By(coupling), nn.Tanh(), nn.Linear(4, CLASSES)).double()
     dense = curvature_blocks(model, CE, data, "ggn").whole.dense()
     assert relative(dense, reverse_ggn(model, CE, data)) <= 1e-12
+
+
+def test_a_division_that_changes_the_result_is_noticed_late() -> None:
+    for quantity in ("diagonal", "kfac_expand"):
+        with pytest.raises(InputError, match="a division of the batch into parts of 8 would change the result"):
+            curvature_blocks(around(far_apart), CE, rows(16), quantity, chunk=8)
 
 
 class Unknown(nn.Module):
@@ -225,60 +267,6 @@ def test_a_parameter_with_an_infinite_derivative_hides_no_other_one() -> None:
     assert relative(block @ v, G @ v) <= 1e-12
     with pytest.raises(InputError, match="is not linear"):
         curvature_blocks(Infinite(clipped).double(), CE, data, "ggn")["first.weight"].dense()
-
-
-class Notes:
-    """What a network has seen."""
-
-    mean: Tensor | None = None
-
-
-@pytest.mark.parametrize("place", ["nested", "object"])
-def test_what_a_network_remembers_of_few_images_is_forgotten(place: str) -> None:
-    class Remembering(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(6, 4), nn.Linear(4, CLASSES)
-            self.seen: dict[str, dict[str, Tensor]] = {"first": {}}
-            self.notes = Notes()
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)
-            if place == "nested":
-                h = h - self.seen["first"].setdefault("mean", h.detach().mean(0))
-            else:
-                self.notes.mean = h.detach().mean(0) if self.notes.mean is None else self.notes.mean
-                h = h - self.notes.mean
-            return self.last(h.tanh())  # type: ignore[no-any-return]
-
-    model, data = Remembering().double(), rows(9)
-    whole = curvature_blocks(model, CE, data, "ggn").whole
-    assert not model.seen["first"]
-    assert model.notes.mean is None
-    v = torch.randn(whole.size).double()
-    product, dense = whole @ v, whole.dense()
-    G = reverse_ggn(model, CE, data)
-    assert relative(product, G @ v) <= 1e-12
-    assert relative(dense, G) <= 1e-12
-
-
-def test_large_containers_are_copied_but_not_looked_into() -> None:
-    looked: list[str] = []
-
-    class Word:
-        @property
-        def __dict__(self) -> dict[str, int]:  # type: ignore[override]
-            looked.append("at")
-            return {}
-
-    model, data = around(torch.tanh), rows()
-    model.vocabulary = {n: Word() for n in range(100)}  # type: ignore[assignment]
-    model.few = [Word()]  # type: ignore[assignment]
-    G = reverse_ggn(model, CE, data)
-    assert relative(curvature_blocks(model, CE, data, "ggn").whole.dense(), G) <= 1e-12
-    times = len(looked)
-    assert 0 < times < 100  # of the one word, once for each evaluation
-    assert len(model.vocabulary) == 100  # type: ignore[arg-type]
 
 
 def test_what_is_changed_in_place_is_refused_in_a_line() -> None:
