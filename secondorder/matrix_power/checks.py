@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secondorder.errors import InputError, NonFiniteError, check_known, check_number, check_whole
+from secondorder.matrix_power.decomposition import symmetric_eigenvalues
 from secondorder.matrix_power.transforms import inside_transform, known_shape
 from secondorder.matrix_power.units import unit
 
@@ -58,7 +59,7 @@ def check_values(S: Tensor) -> None:
     shift = relative + (S.abs().amax((-2, -1), keepdim=True) == 0).to(S.dtype)
     failed = torch.linalg.cholesky_ex(S + shift * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)).info != 0
     if failed.any():
-        lowest = (torch.linalg.eigvalsh(S) * c[..., 0])[failed].min()
+        lowest = (symmetric_eigenvalues(S) * c[..., 0])[failed].min()
         raise InputError(
             f"needs positive semi-definite matrices, got an eigenvalue of {lowest:.3g}; add a multiple of I"
         )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from secondorder.matrix_power.decomposition import symmetric_eigen
 from secondorder.matrix_power.precision import full_precision
 from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
 from secondorder.matrix_power.transforms import mapped_first, primals, symmetric
@@ -48,7 +49,7 @@ def eigenvalues(S: Tensor) -> tuple[Tensor, Tensor]:
 
     Expects a matrix that is not finite to have NaN as its first entry (`units`).
     """
-    return torch.linalg.eigh(S.masked_fill(S[..., :1, :1].isnan(), 0))
+    return symmetric_eigen(S.masked_fill(S[..., :1, :1].isnan(), 0))
 
 
 def null_directions(lam: Tensor, size: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power.covariance import covariance_matrix
+from secondorder.matrix_power.decomposition import symmetric_eigen
 from secondorder.matrix_power.exporting import spectral_or_recorded
 from secondorder.matrix_power.newton_schulz import (
     CONVERGED_STEPS,
@@ -202,7 +203,7 @@ class Spectral(MatrixFunction):
 
 def _negative_part(S: Tensor) -> Tensor:
     """U diag(max(-lam, 0)) U^T, what a symmetric matrix lacks to be PSD."""
-    lam, U = torch.linalg.eigh(S.masked_fill(S[..., :1, :1].isnan(), 0))
+    lam, U = symmetric_eigen(S.masked_fill(S[..., :1, :1].isnan(), 0))
     return (U * lam.clamp_max(0).neg()[..., None, :]) @ U.mT
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.errors import check_known
+from secondorder.matrix_power.decomposition import symmetric_eigenvalues
 from secondorder.matrix_power.scalar_functions import Logarithm, Power, SquareRoot
 from secondorder.matrix_power.spectrum import MatrixFunction, NewtonSchulz, Spectral
 from secondorder.pooling import PoolingHead, RandomLift, pooling_head
@@ -40,7 +41,7 @@ class MeanFunction:
             torch.finfo(u.dtype).tiny
         )  # of unit length: a product beyond float64 has no eigenvalues
         K = u[:, :, None] * u[:, None, :] + (1 - 2 * u.square()).diag_embed()
-        eigenvalues = torch.linalg.eigvalsh(Q.mT @ K @ Q).clamp_min(0)  # K is a sum of squares
+        eigenvalues = symmetric_eigenvalues(Q.mT @ K @ Q).clamp_min(0)  # K is a sum of squares
         return ((1 + (self.lift.scale * length).square() * eigenvalues) / M).sqrt().flip(-1)
 
 

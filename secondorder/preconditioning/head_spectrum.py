@@ -32,6 +32,7 @@ from secondorder.accelerator import check_float64
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.errors import InputError, NonFiniteError, check_flag, check_known
 from secondorder.matrix_power import upper_triangle
+from secondorder.matrix_power.decomposition import symmetric_eigenvalues
 from secondorder.matrix_power.scalar_functions import Logarithm
 from secondorder.matrix_power.spectral import null_directions
 from secondorder.matrix_power.spectrum import MatrixFunction, Spectral
@@ -160,7 +161,7 @@ def _normalised_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"the features of image {image} are the same at all positions: no covariance; leave it out")
     Xn = Xc / norm
     small = Xn.mT @ Xn if Xn.shape[2] < Xn.shape[1] else Xn @ Xn.mT
-    a = torch.linalg.eigvalsh(small)
+    a = symmetric_eigenvalues(small)
     return pad(a, (Xn.shape[1] - a.shape[-1], 0)), (scale[..., 0, 0] * norm[..., 0]).square() / Xn.shape[2]
 
 

@@ -44,6 +44,7 @@ from secondorder.curvature.matrix_free.trial import all_finite
 from secondorder.curvature.operators import EigenbasisOperator, FactoredOperator, SymmetricOperator
 from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import NonFiniteError
+from secondorder.matrix_power.decomposition import symmetric_eigen
 
 WIDE_BASIS = 0
 """Inputs above which A is kept as rows if there are fewer of them: a basis of their span is all that is needed."""
@@ -128,7 +129,7 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
     """Those of a symmetric matrix. NonFiniteError where it has none in its number format."""
     with suppress(torch.linalg.LinAlgError):
         if all_finite(matrix):
-            return torch.linalg.eigh(matrix).eigenvectors
+            return symmetric_eigen(matrix)[1]
     raise NonFiniteError(
         f"a Kronecker factor {list(matrix.shape)} with numbers up to {float(matrix.abs().max()):.2g} has no eigenbasis in "
         f"{matrix.dtype}; scale the images, or use float64"

@@ -20,6 +20,7 @@ from secondorder.curvature.operators.symmetric import check_bytes, mirror_, norm
 from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError, first_line
+from secondorder.matrix_power.decomposition import symmetric_eigenvalues
 from secondorder.matrix_power.transforms import full_precision
 from secondorder.untouched import same_randomness
 
@@ -159,7 +160,7 @@ class GaussNewtonOperator(SymmetricOperator):
         """
         if not self.gram_is_smaller():
             return super().eigenvalues(limit)
-        values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
+        values = symmetric_eigenvalues(self.gram(limit)).clamp_min(0)
         return F.pad(values, (self.size - len(values), 0))
 
     def frobenius_norm(self) -> Tensor:

@@ -1,6 +1,5 @@
 """A positive semi-definite matrix given by a factor."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from secondorder.curvature.operators.symmetric import (
     norm_at_any_scale,
 )
 from secondorder.errors import InputError
+from secondorder.matrix_power.decomposition import symmetric_eigenvalues
 
 
 class FactoredOperator(SymmetricOperator):
@@ -59,7 +59,7 @@ class FactoredOperator(SymmetricOperator):
 
         Raises InputError when the smaller Gram matrix takes more than `limit` bytes.
         """
-        values = torch.linalg.eigvalsh(self.gram(limit)).clamp_min(0)
+        values = symmetric_eigenvalues(self.gram(limit)).clamp_min(0)
         return F.pad(values, (self.size - len(values), 0))
 
     def frobenius_norm(self) -> Tensor:

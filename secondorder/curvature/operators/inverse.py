@@ -15,6 +15,7 @@ from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.curvature.operators.kronecker import KroneckerOperator
 from secondorder.curvature.operators.symmetric import DENSE_LIMIT, SymmetricOperator, check_bytes, decomposed
 from secondorder.errors import InputError, NonFiniteError, check_number, check_whole
+from secondorder.matrix_power.decomposition import symmetric_eigen
 
 
 class InverseOperator(SymmetricOperator):
@@ -72,7 +73,7 @@ class WoodburyOperator(SymmetricOperator):
     @classmethod
     def of(cls, factor: FactoredOperator, damping: float) -> "WoodburyOperator":
         """(R^T R + lambda I)^-1 of a factored operator R^T R and lambda = `damping` > 0, by decomposing R R^T `[R, R]`."""
-        values, vectors = torch.linalg.eigh(factor.rows @ factor.rows.mT)
+        values, vectors = symmetric_eigen(factor.rows @ factor.rows.mT)
         return cls(factor.rows, vectors, 1 / (values.clamp_min(0) + damping), damping)
 
     def _matmat(self, V: Tensor) -> Tensor:

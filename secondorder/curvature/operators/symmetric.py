@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import InputError, NonFiniteError, check_number
+from secondorder.matrix_power.decomposition import symmetric_eigen, symmetric_eigenvalues
 from secondorder.matrix_power.transforms import full_precision
 
 DENSE_LIMIT = 2 * 2**30  # bytes of a dense matrix that nobody asked for in so many words
@@ -71,7 +72,7 @@ class SymmetricOperator(ABC):
 
     def eigenvalues(self, limit: int = DENSE_LIMIT) -> Tensor:
         """All P eigenvalues in ascending order. Raises InputError when they need a dense matrix above `limit` bytes."""
-        return torch.linalg.eigvalsh(self.dense(limit))
+        return symmetric_eigenvalues(self.dense(limit))
 
     def frobenius_norm(self) -> Tensor:
         """|A|_F, the root of the sum of all squared entries, a scalar tensor.
@@ -122,7 +123,7 @@ def decomposed(operator: SymmetricOperator, what: str) -> tuple[Tensor, Tensor]:
     matrix = operator.dense()
     if not torch.isfinite(matrix).all():
         raise NonFiniteError(f"{what} {list(matrix.shape)} contains NaN or infinity")
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = symmetric_eigen(matrix)
     return values, vectors
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from secondorder.accelerator import check_float64
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.products import gaussian, norm, product
+from secondorder.matrix_power.decomposition import symmetric_eigen
 
 BREAKDOWN = 1e-13  # relative length below which a new direction is rounding error
 
@@ -78,7 +79,7 @@ class KrylovBasis:
     def ritz(self) -> RitzPairs:
         """The eigenpairs of A on the span of the multiplied vectors, ascending, with their residual norms."""
         T = self.T[: self.done, : self.done]
-        values, Y = torch.linalg.eigh((T + T.mT) / 2)
+        values, Y = symmetric_eigen((T + T.mT) / 2)
         coupling = self.T[self.done : self.count, : self.done]  # (A Q - Q T) in the newest vectors
         return RitzPairs(values, Y, norm(coupling @ Y, 0) if len(coupling) else values.new_zeros(len(values)))
 

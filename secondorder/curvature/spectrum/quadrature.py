@@ -13,6 +13,7 @@ from torch import Tensor
 from secondorder.curvature.operators import SymmetricOperator
 from secondorder.curvature.spectrum.krylov_basis import BREAKDOWN
 from secondorder.curvature.spectrum.products import gaussian, norm, product
+from secondorder.matrix_power.decomposition import symmetric_eigen
 
 HUGE = 1e150
 """A value of a polynomial that may be squared without overflow."""
@@ -101,6 +102,6 @@ def _gauss(diagonal: Tensor, off_diagonal: Tensor) -> Quadrature:
     """Eigenvalues of tridiagonal matrices and the squared first entries of their eigenvectors (Golub & Welsch 1969)."""
     beside = off_diagonal[:, :-1]
     T = diagonal.diag_embed() + beside.diag_embed(1) + beside.diag_embed(-1)
-    nodes, vectors = torch.linalg.eigh(T)
+    nodes, vectors = symmetric_eigen(T)
     residuals = vectors[:, -1].abs() * off_diagonal[:, -1:]
     return Quadrature(nodes, vectors[:, 0].square(), residuals, diagonal, off_diagonal)

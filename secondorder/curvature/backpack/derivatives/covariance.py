@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.backpack.derivatives.base import Derivatives, SignedFactors, inputs
+from secondorder.matrix_power.decomposition import symmetric_eigen
 from secondorder.pooling.covariance import positions
 from secondorder.pooling.layout import LAYOUTS
 
@@ -37,7 +38,7 @@ class CovarianceDerivatives(Derivatives):
         """
         x = inputs(module)
         M = positions(x, _layout(module)).shape[-1]
-        s, U = torch.linalg.eigh(g + g.mT)
+        s, U = symmetric_eigen(g + g.mT)
         P = torch.eye(M, dtype=x.dtype, device=x.device) - 1 / M
         factors = []
         for sign in (1.0, -1.0):

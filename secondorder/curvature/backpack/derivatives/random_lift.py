@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from secondorder.curvature.backpack.derivatives.base import Derivatives, SignedFactors, inputs
+from secondorder.matrix_power.decomposition import symmetric_eigen
 from secondorder.pooling import RandomLift
 
 
@@ -42,7 +43,7 @@ class RandomLiftDerivatives(Derivatives):
         h is ascending, so that the k of one sign are an end of the spectrum.
         """
         Q, scale, _ = _constants(module, g)
-        h, U = torch.linalg.eigh(_symmetric(module, g))
+        h, U = symmetric_eigen(_symmetric(module, g))
         factors = []
         for sign in (1.0, -1.0):
             weight = (scale * sign * h).clamp_min(0)
