@@ -20,7 +20,7 @@ def symmetric_eigen(S: Tensor) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         pass
     else:
-        if inside_transform() or exporting() or is_fake(S) or _finite(U):
+        if S.is_meta or is_fake(S) or inside_transform() or exporting() or _finite(U):
             return lam, U
     if S.ndim == 2:
         return _otherwise(S)
