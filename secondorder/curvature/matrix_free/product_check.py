@@ -14,7 +14,6 @@ from torch import Tensor
 
 from secondorder.curvature.matrix_free.adjoint_check import POSSIBLE
 from secondorder.curvature.matrix_free.linearisation import Linearisation
-from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.curvature.operators.symmetric import norm_at_any_scale
 
@@ -32,9 +31,10 @@ class PulledBack:
 
 
 class ProductCheck:
-    """The check of the products of one operator, which keeps J^T u for a random u at as many parts as a block has room for."""
+    """The check of one operator's products; it keeps J^T u for a random u at one part, or as many as fit into `most_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 0) -> None:
+        self._most_bytes = most_bytes
         self._random: dict[int, PulledBack] = {}
         """By the part's first sample."""
 
@@ -72,7 +72,7 @@ class ProductCheck:
             pulled = dict(zip(names, part.pull_back(u, names), strict=True))
             size = _norm({name: g for name, g in pulled.items() if bool(g.isfinite().all())})
             nbytes = u.nbytes + sum(g.nbytes for g in pulled.values())
-            if (len(self._random) + 1) * nbytes > BLOCK_BYTES:
+            if (len(self._random) + 1) * nbytes > self._most_bytes:
                 self._random.clear()
             self._random[first] = PulledBack(u, pulled, size)
         return self._random[first]
