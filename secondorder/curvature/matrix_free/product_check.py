@@ -23,7 +23,7 @@ ROUNDING = 2**10
 
 @dataclass(frozen=True)
 class PulledBack:
-    """A random u at a part of a batch, J^T u by name, and |J^T u|."""
+    """A random u at a part of a batch, J^T u by name, and |J^T u| of all parameters: those of a block may have rounding only."""
 
     u: Tensor
     gradients: Mapping[str, Tensor]
@@ -69,8 +69,10 @@ class ProductCheck:
         first = part.rows.start
         if first not in self._random:
             u = random_like(part.z, torch.Generator().manual_seed(0))
-            pulled = dict(zip(names, part.pull_back(u, names), strict=True))
-            size = _norm({name: g for name, g in pulled.items() if bool(g.isfinite().all())})
+            weights = list(part.network.weights)
+            whole = dict(zip(weights, part.pull_back(u, weights), strict=True))
+            size = _norm({name: g for name, g in whole.items() if bool(g.isfinite().all())})
+            pulled = {name: whole[name] for name in names}
             nbytes = u.nbytes + sum(g.nbytes for g in pulled.values())
             if (len(self._random) + 1) * nbytes > self._most_bytes:
                 self._random.clear()
