@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secondorder.curvature.matrix_free.captured_parameters import captured, tracked
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.graph import check_checkpoints, saved_tensors, short_formats
+from secondorder.curvature.matrix_free.graph import check_nodes, saved_tensors
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.sample_coupling import COMPANY, sample_coupling
@@ -97,11 +97,7 @@ def evaluated(
     if part.z.numel() == 0:
         shape = [len(few), *part.outputs]
         raise InputError(f"the network returns shape {shape} for {len(few)} images: no outputs, no curvature")
-    check_checkpoints(part.nodes)
-    if short := short_formats(part.nodes):
-        raise InputError(
-            f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
-        )
+    check_nodes(part.nodes)
     shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in layers}
     for use in part.uses:
         shapes[use.layer].append(use.output_shape)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parameter import UninitializedParameter
 
 from secondorder.curvature.matrix_free.graph import graph_nodes
@@ -132,13 +133,19 @@ class FrozenNetwork:
                 self._written += written
                 return self.outputs_and_uses(images, weights, part, layers)
         if self._plain is None and isinstance(outputs, Tensor) and outputs.requires_grad:
-            self._plain = needed_by(graph_nodes([outputs]))
-            if self._plain:
+            self._plain = {}
+            if self.replaces_functions(graph_nodes([outputs])):
                 return self.outputs_and_uses(images, weights, part, layers)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(images):
             got = f"shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(f"the network returns {got} for {len(images)} images; it must return one tensor [N, ...]")
         return outputs, uses
+
+    def replaces_functions(self, nodes: Iterable[Node]) -> bool:
+        """Have the functions of PyTorch replaced from now on that a graph asks for (`plain_functions`); whether any are new."""
+        needed = {f: plain for f, plain in needed_by(nodes).items() if f not in (self._plain or {})}
+        self._plain = {**(self._plain or {}), **needed}
+        return bool(needed)
 
     @contextmanager
     def in_place(self, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:

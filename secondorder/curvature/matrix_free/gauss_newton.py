@@ -43,7 +43,8 @@ class GaussNewtonOperator(SymmetricOperator):
         self.names = list(names)
         self.memory = memory
         self.gradients = SampleGradients(jacobian, matrix, self.names)
-        self.check = ProductCheck()
+        share = self.size / sum(w.numel() for w in network.weights.values())
+        self.check = ProductCheck(int(jacobian.block_bytes * share))
 
     def _matmat(self, V: Tensor) -> Tensor:
         result = torch.zeros_like(V)

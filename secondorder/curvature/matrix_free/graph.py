@@ -58,6 +58,15 @@ def check_checkpoints(nodes: Iterable[Node]) -> None:
         )
 
 
+def check_nodes(nodes: Iterable[Node]) -> None:
+    """InputError for a graph that has no curvature, or none that is right: of reentrant checkpoints, in short formats."""
+    check_checkpoints(nodes)
+    if short := short_formats(nodes):
+        raise InputError(
+            f"the network computes in {short[0]}, too short for curvature; leave autocast or conversions out of its forward pass"
+        )
+
+
 def short_formats(nodes: Iterable[Node]) -> list[torch.dtype]:
     """The floating-point numbers of fewer than 32 bits that a graph computes in."""
     formats = {entry.dtype for node in nodes for entry in getattr(node, "_input_metadata", ())}

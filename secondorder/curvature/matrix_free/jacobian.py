@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.graph import custom_functions
+from secondorder.curvature.matrix_free.graph import check_nodes, custom_functions
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
@@ -63,6 +63,8 @@ class Jacobian:
         self._backward_is_linear = False
         self._linear_parts: set[int] = set()
         """The first samples of the parts in which it has been found to be so."""
+        self._looked_at: set[int] = set()
+        """The first samples of the parts whose graphs have been looked at."""
         self._fingerprint: Key | None = None
 
     @cached_property
@@ -125,7 +127,7 @@ class Jacobian:
         """The same for a part of which few images may not tell: J^T is linear but for hooks and Functions of a user."""
         if part.rows.start not in self._linear_parts and self.network.has_numbers:
             if part.hooked or custom_functions(part.nodes):
-                check_backward(part, scales=())
+                check_backward(part)
             self._linear_parts.add(part.rows.start)
 
     def check_apart(self, part: Linearisation, uses: Sequence[LayerUse]) -> None:
@@ -150,8 +152,17 @@ class Jacobian:
         return range(count)
 
     def linearised(self, rows: slice, part: int) -> Linearisation:
-        """Some samples of the batch with a graph of their own."""
-        return Linearisation(self.network, self.images, rows, part, self.layers)
+        """Some samples of the batch with a graph of their own.
+
+        InputError for one that has no right curvature, as of an expert that the few samples of the trials have not come by.
+        """
+        made = Linearisation(self.network, self.images, rows, part, self.layers)
+        if rows.start not in self._looked_at and self.network.has_numbers:
+            check_nodes(made.nodes)
+            if self.network.replaces_functions(made.nodes):
+                return self.linearised(rows, part)
+            self._looked_at.add(rows.start)
+        return made
 
     def fingerprint(self, loss: LossParts) -> Key:
         """What J and a loss are made from, as a long run notes it, with some outputs and the loss of the first part."""

@@ -45,7 +45,7 @@ class Linearisation:
             self.graph = z.flatten(1) if z.ndim > 1 else z[:, None]
         self.z = self.graph.detach()
         network.check_finite(self.z, self.images, part)
-        self.hooked = bool(hooks)
+        self.hooked = hooks.registered
         """Whether the network has registered hooks on gradients."""
         self.outputs = z.shape[1:]
         """The shape of one sample's outputs."""

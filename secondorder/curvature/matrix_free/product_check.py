@@ -1,12 +1,13 @@
 """Whether products with J and J^T are adjoint in the whole batch, of which `adjoint_check` has tried few images.
 
 A network may do with other images what it does not with those: use another expert, leave saturation, see a larger batch. Every
-product J^T M J v has u = M J v with (J^T u) . v = u . (J v), which costs nothing to look at. Where u is as good as 0 at a sample,
-as J v would be that forward mode does not see, or M takes it, a random u is tried once, by one pull-back more.
+product J^T M J v has u = M J v with (J^T u) . v = u . (J v), which costs nothing to look at. Where J v or u is as good as 0, as
+J v would be where forward mode does not see a part of J, or M takes it, a random u is tried, too, by one pull-back more.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,16 +15,28 @@ from torch import Tensor
 from secondorder.curvature.matrix_free.adjoint_check import POSSIBLE
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.trial import inner, random_like
+from secondorder.curvature.operators.symmetric import norm_at_any_scale
 
 ROUNDING = 2**10
 """Rounding units of |J| |u| |v| that are no difference: all that is left where everything cancels out."""
 
 
-class ProductCheck:
-    """What has been found out about the parts of a batch, by their first sample."""
+@dataclass(frozen=True)
+class PulledBack:
+    """A random u at a part of a batch, J^T u by name, and |J^T u| of all parameters: those of a block may have rounding only."""
 
-    def __init__(self) -> None:
-        self._sizes: dict[int, float] = {}
+    u: Tensor
+    gradients: Mapping[str, Tensor]
+    size: float
+
+
+class ProductCheck:
+    """The check of one operator's products; it keeps J^T u for a random u at one part, or as many as fit into `most_bytes`."""
+
+    def __init__(self, most_bytes: int = 0) -> None:
+        self._most_bytes = most_bytes
+        self._random: dict[int, PulledBack] = {}
+        """By the part's first sample."""
 
     def holds(
         self,
@@ -45,43 +58,48 @@ class ProductCheck:
         size = _norm(v)
         if size == 0:
             return True
-        first, of_u = part.rows.start, float(u.norm())
-        if first not in self._sizes:
-            if _reaches_all(u) and _equal(u, of_u, Jv, gradients, v, _norm(gradients) * size):
-                return True
-            if not self._tried(part, Jv, v, size):
-                return False
-        return _equal(u, of_u, Jv, gradients, v, self._sizes[first] * of_u * size)
+        if _reaches_all(u, Jv, part.outputs) and _equal(u, Jv, gradients, v, _norm(gradients) * size):
+            return True
+        random = self._random_at(part, list(v))
+        return _equal(random.u, Jv, random.gradients, v, random.size * size) and _equal(
+            u, Jv, gradients, v, random.size * float(norm_at_any_scale(u)) * size
+        )
 
-    def _tried(self, part: Linearisation, Jv: Tensor, v: Mapping[str, Tensor], size: float) -> bool:
-        random = random_like(part.z, torch.Generator().manual_seed(0))
-        names = list(part.network.weights)
-        pulled = dict(zip(names, part.pull_back(random, names), strict=True))
-        whole = _norm({name: g for name, g in pulled.items() if bool(g.isfinite().all())})
-        if not _equal(random, 1.0, Jv, pulled, v, whole * size):
-            return False
-        self._sizes[part.rows.start] = whole
-        return True
-
-
-def _reaches_all(u: Tensor) -> bool:
-    """Whether u is not negligible at any sample, where J v = 0 would go unnoticed."""
-    sizes = u.square().sum(1)
-    return bool(sizes.min() > torch.finfo(u.dtype).eps * sizes.max())
+    def _random_at(self, part: Linearisation, names: list[str]) -> PulledBack:
+        first = part.rows.start
+        if first not in self._random:
+            u = random_like(part.z, torch.Generator().manual_seed(0))
+            weights = list(part.network.weights)
+            whole = dict(zip(weights, part.pull_back(u, weights), strict=True))
+            size = _norm({name: g for name, g in whole.items() if bool(g.isfinite().all())})
+            pulled = {name: whole[name] for name in names}
+            nbytes = u.nbytes + sum(g.nbytes for g in pulled.values())
+            if (len(self._random) + 1) * nbytes > self._most_bytes:
+                self._random.clear()
+            self._random[first] = PulledBack(u, pulled, size)
+        return self._random[first]
 
 
-def _equal(
-    u: Tensor, size: float, Jv: Tensor, gradients: Mapping[str, Tensor], v: Mapping[str, Tensor], largest: float
-) -> bool:
-    """Whether both sides are the same but for rounding: u . J v is of the size `size` |J v|, and at most `largest`."""
+def _reaches_all(u: Tensor, Jv: Tensor, outputs: torch.Size) -> bool:
+    """Whether J v is zero at no output, and u = M J v negligible at no position of a sample, whose outputs `[K, ...]` are.
+
+    What J v lacked there would go unnoticed.
+    """
+    sizes = torch.linalg.vector_norm(u.reshape(len(u), *(outputs or (1,))), dim=1)
+    return bool((Jv != 0).all() and sizes.min() > torch.finfo(u.dtype).eps ** 0.5 * sizes.max())
+
+
+def _equal(u: Tensor, Jv: Tensor, gradients: Mapping[str, Tensor], v: Mapping[str, Tensor], largest: float) -> bool:
+    """Whether both sides are the same but for rounding: u . J v is of the size |u| |J v|, and at most `largest`."""
     terms = torch.stack([inner(gradients[name], v[name]) for name in v])
     error = float((inner(u, Jv) - terms.sum()).abs())
     if not math.isfinite(error):
         return True  # nor is the product
     eps = torch.finfo(u.dtype).eps
-    return error <= max(eps**POSSIBLE * float(size * Jv.norm() + terms.norm()), ROUNDING * eps * largest)
+    size = float(norm_at_any_scale(u)) * float(norm_at_any_scale(Jv)) + float(norm_at_any_scale(terms))
+    return error <= max(eps**POSSIBLE * size, ROUNDING * eps * largest, torch.finfo(terms.dtype).tiny)
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     """The norm of all tensors as one vector."""
-    return math.hypot(*(float(t.norm()) for t in tensors.values()))
+    return math.hypot(*(float(norm_at_any_scale(t)) for t in tensors.values()))
