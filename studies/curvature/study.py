@@ -123,5 +123,5 @@ STUDY = Study(
     plan=plan,
     claims=CLAIMS,
     folds=folds,
-    may_grow=("heads", "networks"),
+    may_grow=("heads", "networks", "explored_seeds"),
 )
