@@ -86,7 +86,7 @@ def curvature_blocks(
     layers = watched_layers(row, frozen)
     data = checked_data(batch, frozen)
     available = budget(memory, frozen.device)
-    probe = probed(frozen, data.few.inputs, layers, available)
+    probe, few = probed(frozen, data.few.inputs, layers, available)
     loss = outputs.loss_of_one(loss)
     curvature = loss_parts(data, loss, probe, frozen)
     check_loss_kind(quantity, curvature, loss)
@@ -94,7 +94,7 @@ def curvature_blocks(
     extent = Extent.of(data)
     why = partial(coupling, probe, frozen, loss, curvature.separable)
     size, block_bytes = sizes(row, frozen, probe, matrix, extent, chunk, available, why)
-    jacobian = jacobian_of(frozen, data, probe, size, layers, block_bytes)
+    jacobian = jacobian_of(frozen, data, probe, few, size, layers, block_bytes)
     with full_precision(tensors_of(data.few.inputs)[0]):
         check_any_loss(curvature, jacobian, data.few)
         return row.build(Problem(jacobian, curvature, matrix, memory))
@@ -163,15 +163,20 @@ def jacobian_of(
     network: FrozenNetwork,
     data: Batch | BatchStream,
     probe: Probe,
+    few: Linearisation,
     chunk: int,
     layers: Mapping[nn.Module, nn.Module | None],
     block_bytes: int,
 ) -> Jacobian:
-    """The Jacobian J of the outputs of one batch, or of a data set read batch by batch, `chunk` samples at a time."""
+    """The Jacobian J of the outputs of one batch, or of a data set read batch by batch, `chunk` samples at a time.
+
+    Where memory has room for a whole batch, formulas are tried on the few samples that the probe has linearised.
+    """
     if isinstance(data, BatchStream):
         return StreamedJacobian(network, data, chunk, layers, block_bytes, probe.outputs.numel())
     coupled = lambda: probe.coupling is not None  # noqa: E731
-    return Jacobian(network, data.inputs, chunk, coupled, layers, block_bytes, probe.part)
+    kept = few if chunk >= len(data) else None
+    return Jacobian(network, data.inputs, chunk, coupled, layers, block_bytes, kept)
 
 
 def loss_parts(data: Batch | BatchStream, loss: Loss, probe: Probe, network: FrozenNetwork) -> LossParts:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from secondorder.matrix_power.covariance import covariance_matrix
-from secondorder.matrix_power.decomposition import symmetric_eigen
 from secondorder.matrix_power.exporting import spectral_or_recorded
 from secondorder.matrix_power.newton_schulz import (
     CONVERGED_STEPS,
@@ -29,7 +28,7 @@ from secondorder.matrix_power.newton_schulz import (
     polynomial,
 )
 from secondorder.matrix_power.scalar_functions import Logarithm, ScalarFunction
-from secondorder.matrix_power.spectral import divided_differences, left_out, null_directions
+from secondorder.matrix_power.spectral import divided_differences, eigenvalues, left_out, null_directions
 from secondorder.matrix_power.transforms import exporting
 from secondorder.matrix_power.units import power, unit
 
@@ -203,7 +202,7 @@ class Spectral(MatrixFunction):
 
 def _negative_part(S: Tensor) -> Tensor:
     """U diag(max(-lam, 0)) U^T, what a symmetric matrix lacks to be PSD."""
-    lam, U = symmetric_eigen(S.masked_fill(S[..., :1, :1].isnan(), 0))
+    lam, U = eigenvalues(S)
     return (U * lam.clamp_max(0).neg()[..., None, :]) @ U.mT
 
 

@@ -109,7 +109,7 @@ ALONE: dict[str, Callable[[], nn.Module]] = {head: lambda head=head: chain(head)
 def test_images_that_do_not_act_on_one_another_may_be_divided(name: str, dtype: torch.dtype) -> None:
     model, x = ALONE[name]().to(dtype), batch(CE, 6)[0].to(dtype)
     x[0], x[2] = 0, 1e3 * x[2]
-    assert probed(FrozenNetwork(model), x).coupling is None
+    assert probed(FrozenNetwork(model), x)[0].coupling is None
 
 
 def test_networks_that_take_no_other_number_of_images() -> None:

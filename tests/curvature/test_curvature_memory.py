@@ -1,10 +1,13 @@
 """Memory: estimates, budgets, refusals before anything is computed, and a peak that is bounded."""
 
+import gc
 import re
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from secondorder.curvature import QUANTITIES, curvature_blocks
 from secondorder.curvature.kronecker.storage import factor_sizes
 from secondorder.curvature.matrix_free.batch_parts import part_size, probed
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES, GIB, available_memory, budget, check_memory
 from secondorder.errors import InputError
 
@@ -48,7 +52,7 @@ def test_refusals_name_both_numbers_and_the_way_out() -> None:
 
 def test_the_probe_measures_what_a_sample_keeps_for_its_graph() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(100, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3))
-    probe = probed(FrozenNetwork(model), torch.randn(8, 100))
+    probe, _ = probed(FrozenNetwork(model), torch.randn(8, 100))
     assert probe.outputs == (3,)
     assert probe.coupling is None
     assert probe.sample_bytes == 4 * (100 + 50 + 30 + 100)  # inputs of the linear layers, outputs of tanh, the image
@@ -92,7 +96,7 @@ def test_little_memory_divides_the_batch_and_changes_nothing(quantity: str) -> N
     whole = curvature_blocks(model, CE, data, quantity)
     v = torch.randn(whole.whole.size).double()
     network, row = FrozenNetwork(model), QUANTITIES[quantity]
-    probe = probed(network, data[0], dict.fromkeys(model.modules()))
+    probe, _ = probed(network, data[0], dict.fromkeys(model.modules()))
     samples = 2.5 * (row.graphs * probe.sample_bytes + 9 * 3 * 8)
     copies = sum(t.nbytes for t in (*data, *model.parameters()))
     memory = int((row.fixed(network, probe, 6) + copies + samples) / 0.75)  # a quarter is left for rows
@@ -100,6 +104,25 @@ def test_little_memory_divides_the_batch_and_changes_nothing(quantity: str) -> N
     if quantity in ("ggn", "hessian"):
         assert divided.whole.jacobian.chunk == 2  # type: ignore[attr-defined]
     assert relative(divided.whole @ v, whole.whole @ v) <= 1e-11
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_few_samples_that_formulas_were_tried_on_are_not_held(
+    chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Linearisation]] = []
+    linearise = Linearisation.__init__
+
+    def noted(self: Linearisation, *args: Any, **options: Any) -> None:
+        made.append(weakref.ref(self))
+        linearise(self, *args, **options)
+
+    monkeypatch.setattr(Linearisation, "__init__", noted)
+    whole = curvature_blocks(chain("gcp"), CE, batch(CE, 12), "ggn", chunk=chunk).whole
+    whole @ torch.ones(whole.size).double()
+    assert len(made) > 1
+    gc.collect()
+    assert [len(part().z) for part in made if part() is not None] == ([12] if chunk is None else [])  # type: ignore[union-attr]
 
 
 def test_too_little_memory_is_refused_before_the_batch_is_evaluated() -> None:

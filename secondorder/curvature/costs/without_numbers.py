@@ -123,7 +123,7 @@ def rehearsal(
     images = _mapped(data.first.inputs, lambda t: _without_numbers(t, extent.samples, frozen.device, fakes))
     meter.ignore([*tensors_of(images), *frozen.weights.values(), *frozen.constants.values()])  # which are in `held`
     with counted(meter, fakes):
-        probe = evaluated(frozen, images, slice(FEW), layers)
+        probe, _ = evaluated(frozen, images, slice(FEW), layers)
     frozen.random.drawn = meter.drawn
     available, loss = budget(memory, frozen.device), outputs.loss_of_one(loss)
     labels = _labels(data.first.labels, min(extent.samples, 2 * extent.largest), loss, frozen.device)

@@ -229,7 +229,7 @@ def kronecker_factors(
             check_reads(part, layers)
             jacobian.check_part(part)
             if matrix.fisher != "mc":
-                jacobian.check_apart(part, flat(uses))
+                jacobian.check_apart(part)
             for shared, found in uses.items() if sums.unit == 0 else ():
                 if shared in with_weight:
                     factors[shared].add_inputs(found)

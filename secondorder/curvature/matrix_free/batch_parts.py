@@ -25,13 +25,11 @@ class Probe:
     """What two samples tell about a batch: shape of one sample's outputs, bytes of its graph, what couples samples.
 
     Args:
-        part: the two samples, linearised.
         shapes: of the outputs of each use of the layers that were asked for.
         told: what couples samples, as far as kinds of modules tell.
         ask: the same, as far as numbers tell.
     """
 
-    part: Linearisation
     outputs: torch.Size
     dtype: torch.dtype
     sample_bytes: int
@@ -50,21 +48,21 @@ def probed(
     images: Samples,
     layers: Mapping[nn.Module, nn.Module | None] | None = None,
     available: int | None = None,
-) -> Probe:
-    """Evaluate the network on two samples; how samples are coupled is asked of as few as `available` bytes allow."""
+) -> tuple[Probe, Linearisation]:
+    """What two samples tell, and these, linearised; how samples are coupled is asked of as few as `available` bytes allow."""
     available = budget(None, network.device) if available is None else available
 
     def ask(probe: Probe) -> str | None:
         few = trial_samples(images, available // max(1, probe.sample_bytes), COMPANY)
         return sample_coupling(network, images[few])
 
-    probe = evaluated(network, images, trial_samples(images, FEW), layers or {}, ask)
-    if past := captured(probe.part.graph, network.parameters):
+    probe, part = evaluated(network, images, trial_samples(images, FEW), layers or {}, ask)
+    if past := captured(part.graph, network.parameters):
         raise InputError(
             f"the network reads parameter {past[0]} past its module, from a list or a closure, where it is taken for a constant; "
             "read it as an attribute of its module"
         )
-    return probe
+    return probe, part
 
 
 def evaluated(
@@ -73,8 +71,8 @@ def evaluated(
     rows: slice | Tensor,
     layers: Mapping[nn.Module, nn.Module | None],
     ask: Callable[[Probe], str | None] | None = None,
-) -> Probe:
-    """What the outputs of few samples tell, those in the given rows; without `ask` what can be told without their numbers.
+) -> tuple[Probe, Linearisation]:
+    """What few samples tell, those in the given rows, and these, linearised; without `ask` what needs no numbers of them.
 
     InputError for a network that fails, or whose outputs have no curvature.
     """
@@ -102,7 +100,7 @@ def evaluated(
     for use in part.uses:
         shapes[use.layer].append(use.output_shape)
     sample_bytes = saved_bytes // len(few) + few[:1].nbytes
-    return Probe(part, part.outputs, part.z.dtype, sample_bytes, shapes, network.couples_samples(), ask)
+    return Probe(part.outputs, part.z.dtype, sample_bytes, shapes, network.couples_samples(), ask), part
 
 
 def _linearised(

@@ -15,7 +15,6 @@ from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import check_nodes, custom_functions
-from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.sample_coupling import COUPLED, layers_mix
@@ -63,6 +62,8 @@ class Jacobian:
         self._backward_is_linear = False
         self._linear_parts: set[int] = set()
         """The first samples of the parts in which it has been found to be so."""
+        self._parts_apart: set[int] = set()
+        """The first samples of the parts in whose layers images have been found not to act on one another, or have."""
         self._looked_at: set[int] = set()
         """The first samples of the parts whose graphs have been looked at."""
         self._fingerprint: Key | None = None
@@ -124,19 +125,21 @@ class Jacobian:
             self._backward_is_linear = True
 
     def check_part(self, part: Linearisation) -> None:
-        """The same for a part of which few images may not tell: J^T is linear but for hooks and Functions of a user."""
+        """InputError unless J^T is linear at a part, where few images may not tell: with hooks and Functions of a user."""
         if part.rows.start not in self._linear_parts and self.network.has_numbers:
             if part.hooked or custom_functions(part.nodes):
                 check_backward(part)
             self._linear_parts.add(part.rows.start)
 
-    def check_apart(self, part: Linearisation, uses: Sequence[LayerUse]) -> None:
+    def check_apart(self, part: Linearisation) -> None:
         """Notice images that act on one another in calls of layers of a part, which few of them may not have shown.
 
         InputError where the batch is divided.
         """
-        if not self.coupled and layers_mix(part, uses):
-            self.found_coupled()
+        if not self.coupled and part.rows.start not in self._parts_apart:
+            if layers_mix(part):
+                self.found_coupled()
+            self._parts_apart.add(part.rows.start)
 
     def found_coupled(self) -> None:
         """Images act on one another. InputError where the batch is divided."""

@@ -8,13 +8,12 @@ pair of images and the others for what a network hides from gradients (detach, w
     alone        nor when there are no others
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
-from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.samples import Samples, floating_tensors, tensors_of
 from secondorder.curvature.matrix_free.trial import has_numbers, random_like, sample_scales
@@ -70,10 +69,10 @@ def _gradients_are_mixed(network: FrozenNetwork, z: Tensor, x: Samples) -> bool:
     )
 
 
-def layers_mix(part: Linearisation, uses: Sequence[LayerUse]) -> bool:
-    """Whether gradients at an image's outputs reach other images in calls of layers, asked of all images of a part."""
+def layers_mix(part: Linearisation) -> bool:
+    """Whether gradients at an image's outputs reach other images in recorded calls of layers, asked of all images of a part."""
     n, source = len(part.z), torch.Generator().manual_seed(0)
-    called = [use for use in uses if use.output_shape[0] == n]
+    called = [use for use in part.uses if use.output_shape[0] == n]
     if n < 2 or not called or not part.network.has_numbers:
         return False
     u = random_like(part.z, source)

@@ -30,8 +30,6 @@ class SampleGradients:
         self.sizes = [network.weights[name].numel() for name in names]
         self.sites = sites(network.module, {name: network.parameters[name] for name in names})
         self._right: list[str] | None = None
-        self._apart: set[int] = set()
-        """The first samples of parts in which images have been found not to act on one another."""
 
     def blocks(self, sums: Sums) -> Iterator[tuple[slice, slice, Tensor]]:
         """Samples, columns, and their rows `[m, r, P]`, those which are not in the sums."""
@@ -39,9 +37,7 @@ class SampleGradients:
             self.jacobian.check_backward()
         for part in sums.parts(self.jacobian):
             self.jacobian.check_part(part)
-            if part.rows.start not in self._apart:
-                self.jacobian.check_apart(part, self._uses(part, self.names))
-                self._apart.add(part.rows.start)
+            self.jacobian.check_apart(part)
             by_layers = self.by_layers(part)
             uses = self._uses(part, by_layers)
             P, most = sum(self.sizes), self.jacobian.block_bytes
