@@ -97,7 +97,7 @@ def source_text(length: int = 32) -> tuple[Samples, Samples, int]:
 
 @cache
 def digits() -> tuple[Samples, Samples]:
-    """scikit-learn's digits."""
+    """Training and test images of scikit-learn's digits, with labels."""
     data = load_dataset("digits")
     train, test = (split.plain(torch.arange(len(split))) for split in (data.train, data.test))
     return train, test
@@ -143,7 +143,7 @@ def cancer(generator: torch.Generator) -> Task:
 
 
 def characters(generator: torch.Generator) -> Task:
-    """A small transformer."""
+    """A small transformer that foretells the next character of source text."""
     train, test, vocabulary = source_text()
     return train, test, Characters(vocabulary, train[0].shape[1])
 

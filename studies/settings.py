@@ -54,7 +54,7 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Common:
-    """Settings of every study."""
+    """Settings that every study has, whichever it is."""
 
     preset: Preset = "quick"
     """Size of everything: smoke (seconds, for tests), quick (minutes, digits), cifar10 (hours a study), paper

@@ -56,7 +56,7 @@ def _in_order(results: Results) -> pd.DataFrame:
 
 
 def reached(results: Results) -> Iterator[str]:
-    """How many networks count."""
+    """How many networks reach the stated accuracy, and count."""
     table = accuracies(results.records)
     if table.empty:
         return

@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def numbers(self) -> str:
-        """``0.85 [0.79, 0.92]``."""
+        """Estimate and interval in words, as in ``0.85 [0.79, 0.92]``."""
         return estimate_words(self.estimate, self.low, self.high)
 
     @property

@@ -52,7 +52,7 @@ PRODUCT_OPERATIONS, COPY_BYTES = 2 * PRODUCT_SIZE**3, 2 * 4 * 16 * PRODUCT_SIZE*
 
 
 def cost_network(channels: int = 32) -> nn.Sequential:
-    """3-c-c-P-2c-2c-P-GCP-linear as leaf modules."""
+    """The network that is timed, 3-c-c-P-2c-2c-P-GCP-linear for c = `channels`, as leaf modules."""
     wide = 2 * channels
     layers: list[nn.Module] = []
     for place, (inputs, outputs) in enumerate(pairwise((3, channels, channels, wide, wide))):

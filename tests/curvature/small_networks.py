@@ -89,6 +89,17 @@ def reverse_ggn(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], data
     return J.mT @ H @ J
 
 
+def reverse_hessian(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+    """The Hessian by differentiating the gradient, of any network, also of one that `torch.func` cannot take."""
+    parameters = list(model.parameters())
+    g = torch.autograd.grad(loss(model(data[0]), data[1]), parameters, create_graph=True, materialize_grads=True)
+    rows = [
+        torch.autograd.grad(one, parameters, retain_graph=True, materialize_grads=True)
+        for one in torch.cat([t.flatten() for t in g])
+    ]
+    return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+
+
 class By(nn.Module):
     """A function as a layer."""
 

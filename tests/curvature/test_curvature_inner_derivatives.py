@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_networks import CLASSES, relative, reverse_ggn
+from small_networks import CLASSES, relative, reverse_ggn, reverse_hessian
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -92,21 +92,10 @@ def points() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 2).double(), torch.randint(CLASSES, (3,))
 
 
-def true_hessian(net: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    """By differentiating the gradient."""
-    w = list(net.parameters())
-    g = torch.autograd.grad(CE(net(data[0].clone()), data[1]), w, create_graph=True, materialize_grads=True)
-    rows = [
-        torch.autograd.grad(one, w, retain_graph=True, materialize_grads=True)
-        for one in torch.cat([t.flatten() for t in g])
-    ]
-    return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_products(function: Forward) -> None:
     net, data = Inner(function).double(), points()
-    G, H = reverse_ggn(net, CE, (data[0].clone(), data[1])), true_hessian(net, data)
+    G, H = reverse_ggn(net, CE, (data[0].clone(), data[1])), reverse_hessian(net, CE, (data[0].clone(), data[1]))
     V = torch.randn(len(G), 2).double()
     ggn, hessian = (curvature_blocks(net, CE, data, quantity).whole for quantity in ("ggn", "hessian"))
     assert relative(ggn @ V, G @ V) <= 1e-10
@@ -122,7 +111,7 @@ def test_products(function: Forward) -> None:
 def test_blocks_of_single_parameters(function: Forward) -> None:
     """Also where the network differentiates with respect to all of them."""
     net, data = Inner(function).double(), points()
-    G, H = reverse_ggn(net, CE, (data[0].clone(), data[1])), true_hessian(net, data)
+    G, H = reverse_ggn(net, CE, (data[0].clone(), data[1])), reverse_hessian(net, CE, (data[0].clone(), data[1]))
     start = 0
     for name, p in net.named_parameters():
         place = slice(start, start := start + p.numel())
@@ -139,7 +128,7 @@ def test_a_gradient_that_is_accumulated() -> None:
     net, data = Inner(backwards).double(), points()
     twin = Inner(first).double()
     twin.load_state_dict(net.state_dict())
-    H = true_hessian(twin, data)
+    H = reverse_hessian(twin, CE, (data[0].clone(), data[1]))
     assert relative(curvature_blocks(net, CE, data, "hessian").whole.dense(), H) <= 1e-10
     assert all(p.grad is None for p in net.parameters())
 

@@ -1,73 +1,15 @@
 """Products with a Jacobian that forward and reverse mode do not agree about: those of the backward pass, or refused."""
 
-from typing import Any
-
 import pytest
 import torch
+from own_functions import BrokenForwardMode, Clipped, OwnForwardMode, Sine, WrongForwardMode
 from small_networks import around, relative, reverse_ggn, rows
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from secondorder.curvature import curvature_blocks
 from secondorder.errors import InputError
 
 CE = nn.CrossEntropyLoss()
-
-
-class Sine(torch.autograd.Function):
-    """sin, whose derivative cannot be differentiated again, and without forward mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        return x.sin()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0].cos()
-
-
-class _OwnForwardMode(Sine):
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return t * ctx.saved_tensors[0].cos()
-
-
-class _WrongForwardMode(torch.autograd.Function):
-    """sin with a wrong derivative in forward mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * ctx.saved_tensors[0].cos()
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        return 1.01 * t
-
-
-class _BrokenForwardMode(_WrongForwardMode):
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        raise RuntimeError("not in forward mode")
-
-
-class _Clipped(torch.autograd.Function):
-    """The identity with a backward pass that is not linear."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g.clamp(-0.1, 0.1)
 
 
 def normed(x: Tensor) -> Tensor:
@@ -87,9 +29,9 @@ ONE_WAY = {
     "no_grad": normed,
     "detach": lambda x: x / x.detach().norm(dim=1, keepdim=True),
     "hook": hooked,
-    "wrong forward mode": _WrongForwardMode.apply,
-    "broken forward mode": _BrokenForwardMode.apply,
-    "once differentiable, own forward mode": _OwnForwardMode.apply,
+    "wrong forward mode": WrongForwardMode.apply,
+    "broken forward mode": BrokenForwardMode.apply,
+    "once differentiable, own forward mode": OwnForwardMode.apply,
 }
 """Functions whose derivative is not the same in forward mode, or not in reverse mode of reverse mode."""
 
@@ -117,7 +59,7 @@ def test_products_are_refused_where_neither_mode_gives_them() -> None:
 
 def test_a_backward_pass_that_is_not_linear_is_refused() -> None:
     with pytest.raises(InputError, match="the backward pass of the network is not linear"):
-        curvature_blocks(around(_Clipped.apply), CE, rows(), "ggn").whole @ torch.ones(63).double()
+        curvature_blocks(around(Clipped.apply), CE, rows(), "ggn").whole @ torch.ones(63).double()
 
 
 def test_forward_mode_is_used_where_it_is_right() -> None:

@@ -5,8 +5,9 @@ from threading import Event, Thread
 
 import pytest
 import torch
-from small_networks import CLASSES, relative, reverse_ggn
-from test_curvature_few_images import CE, Experts, _NoTangent, clipped, images
+from experts import Experts, clipped, experts, images, routed
+from own_functions import NoTangent
+from small_networks import By, relative, reverse_ggn, reverse_hessian
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -15,20 +16,7 @@ from secondorder.curvature import SumOverSamples, curvature_blocks
 from secondorder.curvature.matrix_free.gradient_hooks import noted_hooks
 from secondorder.errors import InputError
 
-
-class SmallBy(nn.Module):
-    """Large images by one expert, others by a module."""
-
-    def __init__(self, small: nn.Module) -> None:
-        super().__init__()
-        self.large, self.small, self.last = nn.Linear(6, 4), small, nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        large, out = x.norm(dim=1) > 5, x.new_zeros(len(x), 4)
-        out = out.index_add(0, large.nonzero()[:, 0], self.large(x[large]).tanh())
-        if not bool(large.all()):
-            out = out.index_add(0, (~large).nonzero()[:, 0], self.small(x[~large]))
-        return self.last(out)  # type: ignore[no-any-return]
+CE = nn.CrossEntropyLoss()
 
 
 def summed(z: Tensor, y: Tensor) -> Tensor:
@@ -38,7 +26,7 @@ def summed(z: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_products_are_right_after_those_with_vectors_that_tell_less(chunk: int | None) -> None:
     """Basis vectors of the large images' expert are right in forward mode, those of the other one zero."""
-    model, data = Experts(_NoTangent.apply).double(), images()
+    model, data = experts(NoTangent.apply).double(), images()
     G = reverse_ggn(model, CE, data)
     whole = curvature_blocks(model, CE, data, "ggn", chunk=chunk).whole
     assert relative(whole @ torch.eye(len(G)).double(), G) <= 1e-12
@@ -54,10 +42,7 @@ class TwoOutputs(nn.Module):
         self.all, self.large, self.small = nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        large, out = x.norm(dim=1) > 5, x.new_zeros(len(x), 1)
-        out = out.index_add(0, large.nonzero()[:, 0], self.large(x[large]))
-        if not bool(large.all()):
-            out = out.index_add(0, (~large).nonzero()[:, 0], _NoTangent.apply(self.small(x[~large])))
+        out = routed(x, self.large, nn.Sequential(self.small, By(NoTangent.apply)), 1)
         return torch.cat([self.all(x), out], 1)
 
 
@@ -69,7 +54,7 @@ def test_products_are_right_for_one_of_several_outputs() -> None:
 
 @pytest.mark.parametrize("scale", [1e-170, 1e-300, 1e200])
 def test_products_of_tiny_and_huge_losses(scale: float) -> None:
-    model, data = Experts(torch.tanh).double(), images()
+    model, data = experts(torch.tanh).double(), images()
     v = torch.randn(71).double()
     product = curvature_blocks(model, lambda z, y: scale * CE(z, y), data, "ggn").whole @ v
     assert relative(product / scale, reverse_ggn(model, CE, data) @ v) <= 1e-12
@@ -88,22 +73,14 @@ class Normed(nn.Module):
 
 
 def test_functions_of_another_expert_with_wrong_derivatives_are_replaced() -> None:
-    truth, layer = SmallBy(Normed()).double(), weight_norm(nn.Linear(6, 4))
-    model = SmallBy(nn.Sequential(layer, nn.Tanh())).double()
+    truth, layer = Experts(Normed()).double(), weight_norm(nn.Linear(6, 4))
+    model = Experts(nn.Sequential(layer, nn.Tanh())).double()
     for own, other in zip(model.parameters(), truth.parameters(), strict=True):
         own.data.copy_(other.data)
     data = images()
     for chunk in (None, 4):
         H = curvature_blocks(model, CE, data, "hessian", chunk=chunk).whole
-        assert relative(H.dense(), reverse_hessian(truth, data)) <= 1e-12
-
-
-def reverse_hessian(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
-    """The Hessian by differentiating the gradient, of networks that look at numbers."""
-    parameters = list(model.parameters())
-    g = torch.autograd.grad(CE(model(data[0]), data[1]), parameters, create_graph=True)
-    rows = [torch.autograd.grad(one, parameters, retain_graph=True) for t in g for one in t.flatten()]
-    return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+        assert relative(H.dense(), reverse_hessian(truth, CE, data)) <= 1e-12
 
 
 class Short(nn.Linear):
@@ -120,7 +97,7 @@ class Reentrant(nn.Linear):
 @pytest.mark.parametrize("small", [Short, Reentrant])
 @pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal"])
 def test_what_another_expert_computes_without_curvature_is_refused(small: type[nn.Linear], quantity: str) -> None:
-    model = SmallBy(small(6, 4)).double()
+    model = Experts(small(6, 4)).double()
     with pytest.raises(InputError, match=r"bfloat16, too short|use_reentrant=True"):
         product(model, quantity)
 
@@ -135,7 +112,7 @@ def test_hooks_of_another_expert_that_clip_large_gradients_only_are_refused() ->
         return 1e6 * CE(z, y)
 
     function: Callable[[Tensor], Tensor] = lambda x: clipped(x, 50)  # noqa: E731
-    hessian = curvature_blocks(Experts(function).double(), large, images(), "hessian").whole
+    hessian = curvature_blocks(experts(function).double(), large, images(), "hessian").whole
     with pytest.raises(InputError, match="is not linear"):
         hessian @ torch.ones(hessian.size).double()
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from own_functions import Sine as OnceDifferentiable
 from small_networks import around, chain, relative, rows
-from test_curvature_jacobian_modes import Sine as OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
