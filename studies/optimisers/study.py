@@ -87,5 +87,5 @@ STUDY = Study(
     plan=plan,
     claims=CLAIMS,
     folds=folds,
-    may_grow=("heads", "optimizers", "others", "control_seeds", "other_seeds"),
+    may_grow=("heads", "optimizers", "others", "control_seeds", "other_seeds", "autoencoder"),
 )

@@ -1,44 +1,15 @@
 """Losses with several labels for each sample, and sums over samples of one's own, against derivatives by torch."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from labelled_losses import CASES, CLASSES, F64, LABELLED, TARGETS, C, D, N, drawn, segmentation
+from small_networks import true_ggn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from secondorder.curvature import SumOverSamples, curvature_blocks
 from secondorder.curvature.matrix_free.loss_curvature import AnyLoss, loss_curvature
 from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
 from secondorder.errors import InputError
-
-N, C, D = 4, 3, (2, 2)
-F64 = torch.float64
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-CLASSES = drawn(N, *D, seed=1).mul(3).long().abs() % C
-IGNORED = CLASSES.clone().index_fill_(0, torch.tensor([1]), -100)
-SHARES = drawn(N, C, *D, seed=2).softmax(1)
-TARGETS = drawn(N, C, *D, seed=3).sigmoid()
-WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=F64)
-CASES: dict[str, tuple[Any, Tensor]] = {
-    "classes": (nn.CrossEntropyLoss(), CLASSES),
-    "sum": (nn.CrossEntropyLoss(reduction="sum"), CLASSES),
-    "ignored": (nn.CrossEntropyLoss(), IGNORED),
-    "weights, smoothing": (nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.2), IGNORED),
-    "probabilities": (nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.1), SHARES),
-    "function": (F.cross_entropy, CLASSES),
-    "binary": (nn.BCEWithLogitsLoss(), TARGETS),
-    "binary sum": (nn.BCEWithLogitsLoss(reduction="sum"), TARGETS.round()),
-    "binary weights": (nn.BCEWithLogitsLoss(weight=WEIGHTS[:, None, None], pos_weight=WEIGHTS[:2]), TARGETS),
-    "binary function": (F.binary_cross_entropy_with_logits, TARGETS),
-}
-LABELLED = pytest.mark.parametrize("case", CASES)
 
 
 def of(case: str) -> tuple[SeparableLoss, Tensor, Tensor]:
@@ -105,32 +76,11 @@ def test_gradients_are_those_of_the_loss(case: str) -> None:
     )
 
 
-def segmentation() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, C, 1)).double()
-
-
-def dense(network: nn.Module, loss: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    """J^T M J by torch."""
-    names, shapes = zip(*((name, p.shape) for name, p in network.named_parameters()), strict=True)
-    flat = torch.cat([p.detach().flatten() for p in network.parameters()])
-
-    def outputs(w: Tensor) -> Tensor:
-        parts = w.split([shape.numel() for shape in shapes])
-        weights = {name: part.view(shape) for name, shape, part in zip(names, shapes, parts, strict=True)}
-        return torch.func.functional_call(network, weights, (batch[0],))
-
-    z = outputs(flat).detach()
-    J = torch.func.jacrev(outputs)(flat).flatten(0, -2)
-    M = torch.func.hessian(lambda u: loss(u.view_as(z), batch[1]))(z.flatten())
-    return J.T @ M @ J
-
-
 @LABELLED
 def test_quantities_of_a_segmentation(case: str) -> None:
     loss, labels = CASES[case]
     network, batch = segmentation(), (drawn(N, 2, *D, seed=7), labels)
-    truth = dense(network, loss, batch)
+    truth = true_ggn(network, loss, batch)
     for chunk in (None, 3):
         ggn = curvature_blocks(network, loss, batch, "ggn", chunk=chunk).whole
         torch.testing.assert_close(ggn.dense(), truth, rtol=1e-10, atol=1e-14)
@@ -160,7 +110,7 @@ def pairwise(z: Tensor, y: Tensor) -> Tensor:
 def test_a_sum_of_ones_own_is_divided() -> None:
     network = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     batch = drawn(6, 5), drawn(6, seed=8).abs()
-    truth = dense(network, pairwise, batch)
+    truth = true_ggn(network, pairwise, batch)
     for quantity in ("ggn", "hessian"):
         whole, parts = (
             curvature_blocks(network, loss, batch, quantity, chunk=chunk).whole.dense()
@@ -180,7 +130,7 @@ def test_targets_beyond_0_and_1_have_products_alone() -> None:
     loss = nn.BCEWithLogitsLoss(pos_weight=torch.full((4,), 2.0, dtype=F64))
     assert isinstance(loss_curvature(loss, torch.Size([3, 4]), batch[1], F64), AnyLoss)
     found = curvature_blocks(network, loss, batch, "ggn").whole
-    torch.testing.assert_close(found.dense(), dense(network, loss, batch), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found.dense(), true_ggn(network, loss, batch), rtol=1e-10, atol=1e-14)
     with pytest.raises(InputError, match="'diagonal' needs"):
         curvature_blocks(network, loss, batch, "diagonal")
 
@@ -190,7 +140,7 @@ def test_probabilities_below_0_have_products_alone(places: tuple[int, ...]) -> N
     """As weights of either sign on the classes have (advantages of a policy): the loss is not convex."""
     network = segmentation() if places else nn.Linear(5, C).double()
     batch = drawn(N, 2, *places, seed=7) if places else drawn(N, 5, seed=7), drawn(N, C, *places, seed=2)
-    truth = dense(network, nn.CrossEntropyLoss(), batch)
+    truth = true_ggn(network, nn.CrossEntropyLoss(), batch)
     assert float(torch.linalg.eigvalsh(truth)[0]) < -1e-3
     found = curvature_blocks(network, nn.CrossEntropyLoss(), batch, "ggn").whole
     torch.testing.assert_close(found.dense(), truth, rtol=1e-10, atol=1e-14)

@@ -14,6 +14,7 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from secondorder.curvature.backpack.conversion import Twin
+from secondorder.curvature.backpack.criterion import mc_samples
 from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC
 from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.backpack.merging import MERGES
@@ -63,7 +64,7 @@ def chunk_size(
     sizes: list[Size],
     extension: BackpropExtension,
     images: Tensor,
-    classes: int,
+    outputs: int,
     chunk: int | None = None,
     memory: int | None = None,
 ) -> int:
@@ -79,7 +80,7 @@ def chunk_size(
         if whole and chunk < N:
             raise InputError(f"chunk {chunk}: {quantity} cannot be put together from chunks; use chunk=None")
         return min(chunk, N)
-    whole_batch, per_sample = numbers_needed(sizes, extension, classes, N)
+    whole_batch, per_sample = numbers_needed(sizes, extension, outputs, N)
     fixed, each = whole_batch * images.dtype.itemsize, per_sample * images.dtype.itemsize
     available, least = budget(memory, images.device), N if whole else 1
     way_out = "use smaller images or batches or a Monte-Carlo quantity, or pass chunk to try all the same"
@@ -87,13 +88,13 @@ def chunk_size(
     return N if whole else min(N, (available - fixed) // each)
 
 
-def numbers_needed(sizes: list[Size], extension: BackpropExtension, classes: int, N: int) -> tuple[int, int]:
+def numbers_needed(sizes: list[Size], extension: BackpropExtension, outputs: int, N: int) -> tuple[int, int]:
     """Estimates of the numbers that are needed for the batch as a whole, and for each sample that is run at a time.
 
     The former are results that keep the samples apart, twice, as chunks are put together; and for averages (KFRA) the
     matrices [D_in, D_in] before, after and at work. The latter are all inputs and outputs, and the worst module's columns.
     """
-    columns = first_columns(extension, classes)
+    columns = first_columns(extension, outputs)
     kept = columns if isinstance(extension, SQUARE_ROOTS) else int(isinstance(extension, PER_SAMPLE))
     results = worst = 0
     for size in reversed(sizes):
@@ -107,11 +108,11 @@ def numbers_needed(sizes: list[Size], extension: BackpropExtension, classes: int
     return results, sum(size.inputs + size.outputs for size in sizes) + worst
 
 
-def first_columns(extension: BackpropExtension, classes: int) -> int:
-    """The number of columns V of the loss's root: classes, or Monte-Carlo samples; 1 where nothing is propagated."""
+def first_columns(extension: BackpropExtension, outputs: int) -> int:
+    """The number of columns V of the loss's root: `outputs` of a sample, or Monte-Carlo samples; 1 where nothing goes back."""
     if kind_of(extension) is None:
         return 1
-    return int(getattr(extension, "_mc_samples", classes))
+    return mc_samples(extension) or outputs
 
 
 def residual_columns(size: Size, draws: int | None) -> int:

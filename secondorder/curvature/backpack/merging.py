@@ -1,8 +1,8 @@
 """The quantity of a batch from the quantities of its chunks: the table `MERGES`, a rule for each kind of quantity.
 
-With n of the batch's N samples in a chunk, its loss has the weight w = n/N in a mean loss and w = 1 in a sum. What is
-linear in the loss is added with w, what is quadratic in gradients with w^2, square roots of the loss's Hessian with
-sqrt(w); averages over the samples, such as the input factor of K-FAC, are weighted with n/N whatever the loss.
+The losses of the chunks add up to that of the batch, whose divisor is inside them. So what belongs to the loss or to single
+samples is added or put side by side; averages over the samples, such as the input factor of K-FAC, are weighted with n/N,
+the chunk's share of the samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,36 +24,35 @@ class Part:
     """What one chunk of n samples gave for one parameter."""
 
     value: Any
-    gradient: Tensor  # of the chunk's loss
+    gradient: Tensor  # of the chunk's part of the loss
     samples: int  # n
     share: float  # n/N
-    weight: float  # w
 
 
 Merge = Callable[[Sequence[Part]], Any]
 
 
-def added(parts: Sequence[Part], power: float = 1) -> Tensor:
-    """sum_c w_c^power q_c over the chunks c: a quantity that adds, each chunk's value q_c times a power of its weight."""
-    return torch.stack([part.weight**power * part.value for part in parts]).sum(0)
+def added(parts: Sequence[Part]) -> Tensor:
+    """sum_c q_c over the chunks c."""
+    return torch.stack([part.value for part in parts]).sum(0)
 
 
-def joined(parts: Sequence[Part], power: float = 1, dim: int = 0) -> Tensor:
-    """The samples of all chunks along `dim`, each chunk times w_c^power."""
-    return torch.cat([part.weight**power * part.value for part in parts], dim)
+def joined(parts: Sequence[Part], dim: int = 0) -> Tensor:
+    """The samples of all chunks along `dim`."""
+    return torch.cat([part.value for part in parts], dim)
 
 
 def variance(parts: Sequence[Part]) -> Tensor:
     """Variance over all samples: the mean of the chunks' variances plus the variance of their means."""
-    means = [part.weight * part.gradient / part.samples for part in parts]
+    means = [part.gradient / part.samples for part in parts]
     total = sum((part.share * mean for part, mean in zip(parts, means, strict=True)), torch.zeros_like(means[0]))
-    within = sum(part.share * part.weight**2 * part.value for part in parts)
+    within = sum(part.share * part.value for part in parts)
     return within + sum(part.share * (mean - total) ** 2 for part, mean in zip(parts, means, strict=True))
 
 
 def kronecker(parts: Sequence[Part]) -> list[Any]:
-    """Factors [B, A] of a weight or [B] of a bias: B = sum_c w_c B_c, A = sum_c n_c/N A_c."""
-    output = torch.stack([part.weight * part.value[0] for part in parts]).sum(0)
+    """Factors [B, A] of a weight or [B] of a bias: B = sum_c B_c, A = sum_c n_c/N A_c."""
+    output = torch.stack([part.value[0] for part in parts]).sum(0)
     return [output, *(averaged(parts, i) for i in range(1, len(parts[0].value)))]
 
 
@@ -66,14 +65,14 @@ def averaged(parts: Sequence[Part], index: int) -> Tensor | FactoredOperator:
 
 
 def product(parts: Sequence[Part]) -> Callable[[Tensor], Tensor]:
-    """The matrix product mat `[V, *parameter]` -> sum_c w_c (G_c mat)."""
-    return lambda mat: torch.stack([part.weight * part.value(mat) for part in parts]).sum(0)
+    """The matrix product mat `[V, *parameter]` -> sum_c G_c mat."""
+    return lambda mat: torch.stack([part.value(mat) for part in parts]).sum(0)
 
 
 MERGES: dict[type, Merge] = {
     extensions.BatchGrad: joined,
-    extensions.BatchL2Grad: partial(joined, power=2),
-    extensions.SumGradSquared: partial(added, power=2),
+    extensions.BatchL2Grad: joined,
+    extensions.SumGradSquared: added,
     extensions.Variance: variance,
     extensions.DiagGGNExact: added,
     extensions.DiagGGNMC: added,
@@ -83,8 +82,8 @@ MERGES: dict[type, Merge] = {
     extensions.BatchDiagGGNMC: joined,
     extensions.BatchDiagHessian: joined,
     BatchDiagHessianMC: joined,
-    extensions.SqrtGGNExact: partial(joined, power=0.5, dim=1),
-    extensions.SqrtGGNMC: partial(joined, power=0.5, dim=1),
+    extensions.SqrtGGNExact: partial(joined, dim=1),
+    extensions.SqrtGGNMC: partial(joined, dim=1),
     extensions.KFAC: kronecker,
     extensions.KFLR: kronecker,
     WeightSharingKFAC: kronecker,

@@ -14,7 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from secondorder.accelerator import seed_random_numbers
 from secondorder.curvature.backpack.chunks import chunk_size, run_once
-from secondorder.curvature.backpack.conversion import Twin, backpack_network, extend_leaves, fresh_leaf
+from secondorder.curvature.backpack.conversion import Twin, backpack_network, extend_leaves
+from secondorder.curvature.backpack.criterion import Criterion, check_loss, loss_of
 from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.backpack.merging import MERGES, Part, product
 from secondorder.curvature.backpack.refusals import (
@@ -24,12 +25,12 @@ from secondorder.curvature.backpack.refusals import (
     check_finite,
     check_images,
     check_leaves,
-    check_loss,
-    check_targets,
 )
 from secondorder.curvature.backpack.registration import register
 from secondorder.curvature.blocks import curvature_blocks
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
+from secondorder.curvature.matrix_free.loss_curvature import Loss
+from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
 from secondorder.curvature.operators.symmetric import SymmetricOperator
 from secondorder.errors import InputError, check_seed
 from secondorder.untouched import same_randomness
@@ -39,7 +40,7 @@ PRODUCTS = {Kind.GGN_PRODUCT: "ggn", Kind.HESSIAN_PRODUCT: "hessian"}
 
 def backpack_quantity(
     network: nn.Module,
-    loss: nn.Module,
+    loss: Loss,
     batch: tuple[Tensor, Tensor],
     extension: BackpropExtension,
     *,
@@ -56,14 +57,16 @@ def backpack_quantity(
         network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
             (in the same memory) and copies of the buffers, so that values, ``.grad``, hooks, modes and attributes of the network
             stay as they are. Each chunk starts from the present buffers.
-        loss: nn.CrossEntropyLoss or nn.MSELoss, mean or sum.
-        batch: images `[N, ...]` and labels `[N]` or targets `[N, K]`.
+        loss: nn.CrossEntropyLoss, with class weights, ignored labels and smoothing, nn.BCEWithLogitsLoss or nn.MSELoss, or
+            their functions of `torch.nn.functional`; mean or sum. BackPACK's own curvature of losses is not used.
+        batch: images `[N, ...]`, and labels or targets as the loss takes them for the outputs, `[N, K]` or `[N, C, ...]`.
         extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
             mat `[V, *parameter]` -> `[V, *parameter]`; networks with branches, where BackPACK's lose the cross terms, get
             exact matrix-free ones.
         chunk: so many samples at a time; the result is that of the whole batch. None: as many as memory allows.
         memory: bytes that may be used, by an estimate. None: most of what is free.
-        seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was.
+        seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was. Labels that are drawn do
+            not depend on `chunk`; the random columns of DiagHessianMC do.
 
     Raises:
         InputError: for everything that would be wrong; see `refusals`.
@@ -79,14 +82,14 @@ def backpack_quantity(
         with same_randomness():  # what the checks draw does not count
             expected = first_outputs(network, images)
             outputs, sizes = run_once(twin, images[:1])
-        check_targets(loss, expected, targets)
         check_same_outputs(network, expected, outputs)
+        criterion = loss_of(loss, torch.Size([len(images), *outputs.shape[1:]]), targets, images.dtype)
         kind = kind_of(extension)
         if kind is not None and kind in PRODUCTS and twin.branching() is not None:
             return matrix_free(network, loss, (images, targets), PRODUCTS[kind], chunk, memory)
-        size = chunk_size(sizes, extension, images, outputs.shape[1], chunk, memory)
-        pieces = zip(images.split(size), targets.split(size), strict=True)
-        parts = [run(network, loss, piece, extension, len(images)) for piece in pieces]
+        size = chunk_size(sizes, extension, images, outputs[0].numel(), chunk, memory)
+        pieces = [slice(first, first + size) for first in range(0, len(images), size)]
+        parts = [run(network, criterion.part(piece), images[piece], extension, len(images)) for piece in pieces]
     return merged(parts, extension)
 
 
@@ -124,9 +127,9 @@ def first_outputs(network: nn.Module, images: Tensor) -> Tensor:
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the network cannot run on images of shape {list(images.shape)}: {reason}") from error
-    if outputs.ndim != 2:
+    if outputs.ndim < 2:
         raise InputError(
-            f"the network returns shape {list(outputs.shape)} for one image; curvature needs outputs [N, K]"
+            f"the network returns shape {list(outputs.shape)} for one image; curvature needs outputs [N, K] or [N, C, ...]"
         )
     return outputs
 
@@ -150,17 +153,14 @@ def check_same_outputs(network: nn.Module, expected: Tensor, outputs: Tensor) ->
 
 
 def run(
-    network: nn.Module, loss: nn.Module, piece: tuple[Tensor, Tensor], extension: BackpropExtension, total: int
+    network: nn.Module, loss: SeparableLoss, images: Tensor, extension: BackpropExtension, total: int
 ) -> dict[str, Part]:
     """The quantity of one chunk for each parameter that has one, by the parameter's name in the network."""
     twin = private_twin(network)
     parameters = own_parameters(twin)
-    images, targets = piece
-    criterion = extend_leaves(fresh_leaf(loss))
-    share = len(images) / total
-    weight = share if loss.reduction == "mean" else 1.0
+    criterion = extend_leaves(Criterion(loss))
     with quiet():
-        value = criterion(twin(images), targets)
+        value = criterion(twin(images))
         check_finite(list(twin.leaves()), value.detach())
         try:
             with backpack(extension):
@@ -171,7 +171,7 @@ def run(
         finally:
             extension.saved_quantities = SavedQuantities()  # nothing of this batch stays in the user's extension
     return {
-        name: Part(getattr(parameter, extension.savefield), parameter.grad, len(images), share, weight)
+        name: Part(getattr(parameter, extension.savefield), parameter.grad, len(images), len(images) / total)
         for name, parameter in parameters.items()
         if parameter.grad is not None and hasattr(parameter, extension.savefield)
     }
@@ -227,7 +227,7 @@ def detached(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 def matrix_free(
     network: nn.Module,
-    loss: nn.Module,
+    loss: Loss,
     batch: tuple[Tensor, Tensor],
     quantity: str,
     chunk: int | None,

@@ -1,4 +1,4 @@
-"""What BackPACK would silently get wrong, refused by name: networks, quantities, losses and batches."""
+"""What BackPACK would silently get wrong, refused by name: networks, quantities and batches."""
 
 from typing import Any
 
@@ -120,21 +120,6 @@ def check_branches(branch: str | None, extension: BackpropExtension) -> None:
         )
 
 
-def check_loss(loss: nn.Module) -> None:
-    """InputError for a loss other than nn.CrossEntropyLoss and nn.MSELoss, and for options that BackPACK cannot do.
-
-    Label smoothing is fine: it moves the gradient, which autograd computes, and leaves the Hessian as it is.
-    """
-    if type(loss) not in (nn.CrossEntropyLoss, nn.MSELoss):
-        raise InputError(f"loss {loss!r}: must be nn.CrossEntropyLoss() or nn.MSELoss()")
-    if loss.reduction not in ("mean", "sum"):
-        raise InputError(f"loss with reduction={loss.reduction!r}: must be 'mean' or 'sum'")
-    if getattr(loss, "weight", None) is not None:
-        raise InputError("loss with class weights: BackPACK has no curvature for them; use weight=None")
-    if getattr(loss, "ignore_index", -100) != -100:
-        raise InputError(f"loss with ignore_index={loss.ignore_index}: leave such samples out of the batch instead")
-
-
 def check_images(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The images and targets. InputError for anything but two tensors of N >= 1 samples that fit the network's dtype."""
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
@@ -159,28 +144,6 @@ def check_images(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tens
     if not images.isfinite().all():
         raise NonFiniteError("the images contain NaN or infinite values")
     return images, targets
-
-
-def check_targets(loss: nn.Module, outputs: Tensor, targets: Tensor) -> None:
-    """InputError unless the outputs are `[N, K]` and the targets fit them and the loss; `outputs` may be of fewer samples."""
-    if outputs.ndim != 2:
-        raise InputError(
-            f"the network's outputs have shape [N, {str(list(outputs.shape[1:]))[1:]}: curvature needs [N, K]"
-        )
-    classes = outputs.shape[1]
-    if isinstance(loss, nn.MSELoss):
-        if targets.shape[1:] != outputs.shape[1:] or targets.dtype != outputs.dtype:
-            raise InputError(
-                f"targets of shape {list(targets.shape)} and {targets.dtype}: MSELoss needs [N, {classes}] {outputs.dtype}"
-            )
-        return
-    if targets.ndim != 1 or targets.dtype != torch.int64:
-        raise InputError(
-            f"targets of shape {list(targets.shape)} and {targets.dtype}: CrossEntropyLoss needs labels [N] torch.int64"
-        )
-    if int(targets.min()) < 0 or int(targets.max()) >= classes:
-        wrong = int(targets.min()) if int(targets.min()) < 0 else int(targets.max())
-        raise InputError(f"label {wrong}: must be in 0, ..., {classes - 1} for a network of {classes} outputs")
 
 
 def check_finite(leaves: list[tuple[str, nn.Module]], value: Tensor) -> None:

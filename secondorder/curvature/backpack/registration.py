@@ -16,6 +16,7 @@ from secondorder.curvature.backpack.branches import (
     Sum,
     SumRow,
 )
+from secondorder.curvature.backpack.criterion import Criterion, CriterionRow
 from secondorder.curvature.backpack.derivatives.base import Derivatives
 from secondorder.curvature.backpack.derivatives.batch_norm import BatchNormDerivatives
 from secondorder.curvature.backpack.derivatives.covariance import CovarianceDerivatives
@@ -101,6 +102,7 @@ def register(extension: Extension) -> Extension:
             _set(extension, module, row, replace=module in REPLACED)
     if kind is None:
         return extension
+    _set(extension, Criterion, CriterionRow(), replace=False)
     for module, derivatives in DERIVATIVES.items():
         estimated = hasattr(extension, "draws") and not isinstance(derivatives, LinearMap | BatchNormDerivatives)
         _set(extension, module, Row(derivatives), replace=estimated or module in REPLACED)

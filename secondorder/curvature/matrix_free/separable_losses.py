@@ -89,6 +89,10 @@ class SeparableLoss(LossCurvature):
         """What a mean of the losses of these samples would be divided by: numbers, or weights of the labels that count."""
 
     @abstractmethod
+    def part(self, rows: slice) -> "SeparableLoss":
+        """The loss of some samples of the batch, with the normalisation of the whole batch."""
+
+    @abstractmethod
     def root(self, z: Tensor, columns: slice = ALL) -> Tensor:
         """F `[N, K, K]` with F_n F_n^T = M_n at outputs z `[N, K]`, or the R columns `[N, K, R]` of a slice."""
 
