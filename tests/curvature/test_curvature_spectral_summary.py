@@ -157,10 +157,12 @@ def test_lanczos_within_its_errors(spectrum: str) -> None:
         rounding = 1e-12  # a share that is zero, and its error, are whatever a sum of rounded terms leaves
         assert abs(value - want[name]) <= 4 * error + 1e-6 * abs(want[name]) + rounding, name
         assert error <= 0.2 * abs(want[name]) + 1e-3, name
-    for name in ("median_condition", "trace_quantile_condition"):
-        value, error = getattr(found, name)
-        assert abs(value - want[name]) <= 5 * error + 0.02 * want[name], name
-        assert error <= 0.2 * want[name], name
+    value, error = found.trace_quantile_condition
+    assert abs(value - want["trace_quantile_condition"]) <= 5 * error + 0.02 * want["trace_quantile_condition"]
+    assert error <= 0.2 * want["trace_quantile_condition"]
+    value, error = found.median_condition  # between bounds: steps are few below where the spectrum decays
+    assert abs(value - want["median_condition"]) <= min(error, 0.1 * value)
+    assert error <= (0.5 if spectrum == "decaying" else 0.2) * want["median_condition"]
     assert 0.1 < found.condition.value / want["condition"] < 10
 
 

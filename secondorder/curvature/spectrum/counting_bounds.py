@@ -57,11 +57,6 @@ class CountingBounds:
         (low, high), (below, above) = (f(ends).chunk(2, 1) for f in (self.quadrature.up_to, self.quadrature.unseen))
         return Interval((low - below).clamp_min(0), (high + above).clamp_max(1))
 
-    def unseen(self, x: float) -> Tensor:
-        """The mass `[K]`, at most 1, of each probe of which Lanczos cannot tell whether its magnitude is above x >= 0."""
-        points = torch.tensor([x + self.slack, -x - self.slack], dtype=torch.float64)
-        return self.quadrature.unseen(points).sum(1).clamp_max(1)
-
     def up_to(self, x: Tensor) -> Interval:
         """Bounds `[X]` of the number of eigenvalues <= x at each point of x `[X]`, wider by a standard error of the probes."""
         return self._numbers(self.shares(x), x[:, None] - self.apart)

@@ -86,18 +86,6 @@ class SpectralDensity:
             return exact(of_probes(torch.tensor([0])))
         return (jackknife if smooth else half_sampling)(of_probes, len(self.nodes))
 
-    def statistic_of_range(self, function: Callable[[Tensor, Tensor], float]) -> Estimate:
-        """A quantile of the magnitudes above `zero`, averaged over probes.
-
-        A function of (eigenvalues `[M]`, their numbers `[M]`). Its error includes how it changes with the mass of which Lanczos
-        cannot tell on which side of `zero` it lies.
-        """
-        value, error = self.statistic(function, smooth=False)
-        if self.bounds is None or math.isnan(value):
-            return Estimate(value, error)
-        others = [function(nodes, numbers) for nodes, numbers in _with_other_ends(self, self.bounds)]
-        return Estimate(value, error + max(math.inf if math.isnan(other) else abs(other - value) for other in others))
-
     def moment(self, power: int) -> Estimate:
         """tr A^power: 0 gives P, 1 the trace, 2 the squared Frobenius norm. InputError for a negative power."""
         check_count("power", power, least=0)
@@ -252,22 +240,6 @@ def _lanczos(
     source = torch.Generator()
     source.set_state(state)
     return lanczos_quadrature(operator, probes, steps, without, source), source.get_state()
-
-
-def _with_other_ends(density: SpectralDensity, bounds: CountingBounds) -> list[tuple[Tensor, Tensor]]:
-    """Nodes and numbers when the mass that may be on the other side of `zero` is there, and when it is just above `zero`."""
-    x, zero = density.nodes.abs(), max(density.zero, bounds.slack)
-    unseen = bounds.rest * bounds.unseen(zero)[:, None]
-    moved = []
-    for side, place in ((x > zero, 0.0), (x > zero, zero), (x <= zero, zero)):
-        order = torch.where(side, x, math.inf).argsort(1)
-        numbers, on_side = density.weights.gather(1, order), side.gather(1, order)
-        before = torch.where(on_side, numbers, 0).cumsum(1) - numbers
-        taken = torch.where(on_side, (unseen - before).clamp_min(0).minimum(numbers), 0)
-        nodes = torch.cat([density.nodes.gather(1, order), torch.full_like(unseen, math.nextafter(place, math.inf))], 1)
-        left = torch.cat([numbers - taken, taken.sum(1, keepdim=True)], 1)
-        moved.append((nodes.flatten(), left.flatten() / len(nodes)))
-    return moved
 
 
 def _deflated(operator: SymmetricOperator, count: int, seed: int, memory: int | None) -> tuple[Tensor, float, Tensor]:
