@@ -111,15 +111,8 @@ def landscape_plane(
         # the origin is the last: it alone leaves random numbers used up, so that the next batch draws others
         points = [*((a, b) for a in x.double().tolist() for b in y.double().tolist()), (0.0, 0.0)]
         values = _losses(model, loss, batches, points, partial(_place, named, origin, (d, e)), reduction)
-    lengths, cosine = _lengths_and_cosine(d, e)
-    return LandscapePlane(
-        x=x.double().cpu(),
-        y=y.double().cpu(),
-        loss=values[:-1].view(len(x), len(y)),
-        loss_at_origin=float(values[-1]),
-        lengths=lengths,
-        cosine=cosine,
-    )
+    losses = values[:-1].view(len(x), len(y))
+    return LandscapePlane(x.double().cpu(), y.double().cpu(), losses, float(values[-1]), *_lengths_and_cosine(d, e))
 
 
 def _losses(

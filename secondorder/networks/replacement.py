@@ -82,11 +82,10 @@ def replace_pooling(
     if last_stride is not None:
         set_last_stride(features, last_stride)
     options = {"activation": activation_after_reduction(features), **pooling_options}
-    rate = last_dropout(old) if dropout is None else dropout
     classes = classes_of(old, model) if num_classes is None else num_classes
     with undrawn_if_refused():
         head, width = make_head(pooling, parts.shape, parts.split.layout, reduced_channels, options)
-        classifier = linear(width, classes, rate)
+        classifier = linear(width, classes, last_dropout(old) if dropout is None else dropout)
     weight = next(nn.Sequential(stem, features).parameters(), torch.empty(0))
     for new in (head, classifier):
         new.to(weight.device, weight.dtype).train(model.training)

@@ -75,19 +75,15 @@ def detector(
     """
     check_known("task", task, TASKS)
     check_known("kind", kind, KINDS)
-    for name, value in (("classes", classes), ("width", width), ("hidden", hidden), ("roi_size", roi_size)):
-        check_whole(name, value)
+    _check_sizes(classes=classes, width=width, hidden=hidden, roi_size=roi_size)
     if kind == "fcos" and (task == "masks" or anchors is not None or width % GROUPS):
         raise InputError(f"kind 'fcos' has no masks and no anchors, and a width that is a multiple of {GROUPS}")
     pyramid = FeaturePyramid(network, width, adaptation=adaptation, frozen=frozen)
-    from torchvision.models import detection
-
+    made = _torchvision(kind, task)
     given = _of_images(pyramid, normalisation or IMAGENET, image_size)
     if kind == "fcos":
-        made = detection.FCOS
         given |= {"num_classes": classes + 1} | _points(pyramid)
     else:
-        made = detection.MaskRCNN if task == "masks" else detection.FasterRCNN
         given |= {"num_classes": None} | _regions(pyramid, classes + 1, task, hidden, roi_size, anchors)
     _check_options(made, options, given)
     model = made(pyramid, **given, **options)
@@ -100,6 +96,20 @@ def detector(
 def unresized(image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Image and target as they are, in place of torchvision's resizing."""
     return image, target
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        check_whole(name, value)
+
+
+def _torchvision(kind: str, task: str) -> type[Any]:
+    """Torchvision's class."""
+    from torchvision.models import detection
+
+    if kind == "fcos":
+        return detection.FCOS
+    return detection.MaskRCNN if task == "masks" else detection.FasterRCNN
 
 
 def _of_images(

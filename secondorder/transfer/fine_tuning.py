@@ -50,11 +50,7 @@ def fine_tune(
         InputError: for values out of range, a model without parameters to train, and data that are no `CocoDataset`.
         NonFiniteError: for a loss that is not a finite number, naming epoch and step.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        check_whole(name, value)
-    check_number("learning_rate", learning_rate, 0, math.inf, "()")
-    check_number("momentum", momentum, 0, 1, "[)")
-    check_number("weight_decay", weight_decay, 0, math.inf)
+    _check_settings(epochs, batch_size, learning_rate, momentum, weight_decay)
     check_seed(seed)
     _check_data(data)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,6 +78,14 @@ def fine_tune(
                 summed += loss.item() * len(rows)
             losses.append(summed / len(data))
     return losses
+
+
+def _check_settings(epochs: int, batch_size: int, learning_rate: float, momentum: float, weight_decay: float) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        check_whole(name, value)
+    check_number("learning_rate", learning_rate, 0, math.inf, "()")
+    check_number("momentum", momentum, 0, 1, "[)")
+    check_number("weight_decay", weight_decay, 0, math.inf)
 
 
 def _step(loss: Tensor, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -198,14 +198,7 @@ def spectral_density(
         InputError: for bad arguments and too little memory.
         NonFiniteError: for a product that is not finite.
     """
-    check_operator(operator)
-    check_count("probes", probes)
-    check_count("steps", steps)
-    check_count("deflate", deflate, least=0)
-    if zero is not None:
-        check_threshold("zero", zero)
-    if deflate >= operator.size:
-        raise InputError(f"deflate must be less than the number of rows, {operator.size}, got {deflate}")
+    _check_arguments(operator, probes, steps, deflate, zero)
     source = generator(seed)
     values = known_eigenvalues(operator, method)
     if values is not None:
@@ -229,6 +222,17 @@ def spectral_density(
     slack = 10 * max(BREAKDOWN, torch.finfo(operator.dtype).eps) * scale + residual
     bounds = CountingBounds(seen, apart, rest, slack)
     return SpectralDensity(nodes, weights, zero * scale, bounds)
+
+
+def _check_arguments(operator: SymmetricOperator, probes: int, steps: int, deflate: int, zero: float | None) -> None:
+    check_operator(operator)
+    check_count("probes", probes)
+    check_count("steps", steps)
+    check_count("deflate", deflate, least=0)
+    if zero is not None:
+        check_threshold("zero", zero)
+    if deflate >= operator.size:
+        raise InputError(f"deflate must be less than the number of rows, {operator.size}, got {deflate}")
 
 
 @resumable
