@@ -99,14 +99,6 @@ def workers(processes: int, attempts: int = ATTEMPTS) -> Iterator[Map]:
             pool.close()
 
 
-def map_jobs(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], processes: int, attempts: int = ATTEMPTS
-) -> Iterator[Result]:
-    """function(*a) for each a, in order, by processes of its own: see `workers`."""
-    with workers(processes, attempts) as jobs:
-        yield from jobs(function, arguments)
-
-
 class _Processes:
     """The processes of a pool of loky's, and their end."""
 

@@ -28,11 +28,18 @@ from jobs_to_map import (
 )
 from terminal import signals_of_a_terminal
 
-from studies.jobs import LostJobError, _Queue, job_name, map_jobs
+from studies.jobs import ATTEMPTS, LostJobError, _Queue, job_name, workers
 
 ROOT = Path(__file__).parent.parent
 LONG = 100.0
 """Seconds after which a wait has failed, whatever else the machine does."""
+
+
+def map_jobs(
+    function: Callable[..., Any], arguments: list[tuple[Any, ...]], processes: int, attempts: int = ATTEMPTS
+) -> Iterator[Any]:
+    with workers(processes, attempts) as jobs:
+        yield from jobs(function, arguments)
 
 
 def test_what_every_process_imports_is_light() -> None:
@@ -189,7 +196,7 @@ PARENT = """
 import sys, time, os
 from pathlib import Path
 import torch
-from studies.jobs import map_jobs
+from studies.jobs import workers
 
 def works(folder, number):
     (Path(folder) / f"{number}.pid").write_text(str(os.getpid()))
@@ -198,7 +205,8 @@ def works(folder, number):
 if __name__ == "__main__":
     try:
         print("begun", flush=True)
-        list(map_jobs(works, [(sys.argv[1], 0), (sys.argv[1], 1)], 2))
+        with workers(2) as jobs:
+            list(jobs(works, [(sys.argv[1], 0), (sys.argv[1], 1)]))
     except KeyboardInterrupt:
         sys.exit(130)
 """

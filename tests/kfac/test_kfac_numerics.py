@@ -1,6 +1,7 @@
 """Every rung of the ladder of decompositions, and that no input, however bad, gives numbers that are not finite."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,9 +9,19 @@ from torch import Tensor
 
 from secondorder.curvature.relative_damping import min_scale
 from secondorder.kfac.inverses import EVENTS, KINDS, NO_CURVATURE, Factors, Identity, Inverse, build, invert
-from secondorder.kfac.inverses.numerics import Problem, all_finite, eigen, inverses, solutions
+from secondorder.kfac.inverses.numerics import Eigen, Problem, all_finite, solutions
 
 G, D, O, R = 2, 6, 3, 4  # noqa: E741
+
+
+def eigen(matrices: Sequence[Tensor], report: Counter[str]) -> list[Eigen | None]:
+    found = solutions([Problem(S) for S in matrices], report)
+    return [None if pair is None else (pair[0], pair[1]) for pair in found]
+
+
+def inverses(matrices: Sequence[Tensor], shifts: Sequence[Tensor], report: Counter[str]) -> list[Tensor | None]:
+    found = solutions([Problem(S, shift) for S, shift in zip(matrices, shifts, strict=True)], report)
+    return [None if inverse is None else inverse[0] for inverse in found]
 
 
 def factors(form: str = "dense", dtype: torch.dtype = torch.float64) -> Factors:

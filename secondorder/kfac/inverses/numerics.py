@@ -69,18 +69,6 @@ def solutions(problems: Sequence[Problem], report: Counter[str]) -> list[Result 
     return [found[i] for i in range(len(problems))]
 
 
-def eigen(matrices: Sequence[Tensor], report: Counter[str]) -> list[Eigen | None]:
-    """The eigendecomposition of each of the positive semi-definite matrices `[G, n, n]`, None where all attempts failed."""
-    found = solutions([Problem(S) for S in matrices], report)
-    return [None if pair is None else (pair[0], pair[1]) for pair in found]
-
-
-def inverses(matrices: Sequence[Tensor], shifts: Sequence[Tensor], report: Counter[str]) -> list[Tensor | None]:
-    """(S + shift I)^-1 of each positive semi-definite S `[G, n, n]` and shift `[G, 1, 1]`, None where all attempts failed."""
-    found = solutions([Problem(S, shift) for S, shift in zip(matrices, shifts, strict=True)], report)
-    return [None if inverse is None else inverse[0] for inverse in found]
-
-
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Whether the numbers of each tensor, and their sum, are finite; one synchronisation for all."""
     return torch.stack([tensor.sum().isfinite() for tensor in tensors]).tolist() if tensors else []
