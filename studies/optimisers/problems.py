@@ -52,7 +52,7 @@ class Cell:
         """Of records that are of no single training."""
         training = self.context.settings.training
         network, schedule = (training.network, training.schedule) if self.head else (deep.NETWORK, "cosine")
-        labels = {"network": network, "dataset": training.dataset, "schedule": schedule, "seed": TUNING_SEED}
+        labels = labels_of_all(self.context) | {"network": network, "schedule": schedule}
         return labels | {"head": self.head, "optimizer": self.optimizer}
 
     @property
@@ -114,6 +114,12 @@ class Cell:
 def _pixels(common: Common, settings: AutoencoderSettings) -> torch.Tensor:
     images = Training(dataset=settings.dataset, train_limit=settings.images).data(common)
     return deep.pixels(images, settings).to(common.torch_device)
+
+
+def labels_of_all(context: Context) -> dict[str, Any]:
+    """Of records that are of all trainings; the data set by the name that those of a training have."""
+    training = context.settings.training
+    return {"network": training.network, "dataset": training.data(context.common).name, "seed": TUNING_SEED}
 
 
 def cells(context: Context) -> list[Cell]:

@@ -18,14 +18,14 @@ from studies.engine.run import Plan
 from studies.engine.study import Context, Study
 from studies.optimisers.claims import CLAIMS, TARGET
 from studies.optimisers.folds import folds
-from studies.optimisers.problems import PRIMARY, Cell, cells, costs, final_loss
-from studies.optimisers.settings import PRESETS, SEEDS, TUNING_SEED, Settings
+from studies.optimisers.problems import PRIMARY, Cell, cells, costs, final_loss, labels_of_all
+from studies.optimisers.settings import PRESETS, SEEDS, Settings
 from studies.optimisers.tuning import STARTS, Search
 
 
 def plan(context: Context) -> Plan:
     """Trials until every search is at its end, the reported seeds with the tuned settings, and then their timing."""
-    settings, training = context.settings, context.settings.training
+    settings = context.settings
     if context.common.dry_run:
         yield [
             cell.task(cell.lattice.values((0, 0)) or {}, seed, trial)
@@ -37,11 +37,10 @@ def plan(context: Context) -> Plan:
         return
     searches = yield from _tuning(cells(context), settings)
     tuned = {cell: search.chosen(cell.name, settings.extensions) for cell, search in searches.items()}
-    labels = {"network": training.network, "dataset": training.dataset, "seed": TUNING_SEED}
     yield [
         *(cell.task(values, seed, trial=False) for cell, values in tuned.items() for seed in cell.seeds),
         *(Computed(Measurement("tuning", tuning_rows, s.summary), cell.labels) for cell, s in searches.items()),
-        Computed(Measurement("targets", target_rows, list(settings.targets)), labels),
+        Computed(Measurement("targets", target_rows, list(settings.targets)), labels_of_all(context)),
     ]
     yield [costs({cell: values for cell, values in tuned.items() if cell.head in (*PRIMARY, "")})]
 

@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from image_sets import CIFAR10_CLASSES, TRAIN, WRITERS, write_jpeg_archives, write_jpeg_folders
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from secondorder.data import jpeg as jpeg_module
 from secondorder.data import load_dataset
+from studies.__main__ import main
+from studies.engine.records import read_records
 
 
 def equal(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
@@ -77,3 +80,15 @@ def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").touch()
     monkeypatch.setenv("SECONDORDER_CACHE", str(tmp_path / "file" / "cache"))  # a folder below a file cannot be made
     assert len(load_dataset("cifar10_jpeg", tmp_path).train) == TRAIN
+
+
+def test_all_records_of_a_study_are_of_the_set_that_was_found(tmp_path: Path) -> None:
+    """Asked for is `cifar10`: claims are judged on the records of one name."""
+    write_jpeg_archives(tmp_path)
+    flags = f"--preset smoke --dataset cifar10 --data-root {tmp_path} --train-limit 16 --batch-size 8 --targets 100"
+    flags += f" --others --autoencoder.arms --no-progress --processes 1 --out {tmp_path / 'out'}"
+    assert main(["optimisers", *flags.split()]) == 0
+    records, _ = read_records(tmp_path / "out", "optimisers")
+    assert records.dataset.unique().tolist() == ["cifar10_jpeg"]
+    claims = pd.read_csv(tmp_path / "out" / "claims.csv")
+    assert claims[claims.primary == 6].outcome.tolist() != ["not measured"]
