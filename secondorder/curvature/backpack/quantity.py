@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from backpack import backpack
+from backpack import backpack, disable
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from secondorder.curvature.backpack.refusals import (
     check_finite,
     check_images,
     check_leaves,
+    check_subsampling,
 )
 from secondorder.curvature.backpack.registration import register
 from secondorder.curvature.blocks import curvature_blocks
@@ -61,8 +62,8 @@ def backpack_quantity(
             their functions of `torch.nn.functional`; mean or sum. BackPACK's own curvature of losses is not used.
         batch: images `[N, ...]`, and labels or targets as the loss takes them for the outputs, `[N, K]` or `[N, C, ...]`.
         extension: an instance, with or without `register`. Its result's format is BackPACK's. GGNMP and HMP give functions
-            mat `[V, *parameter]` -> `[V, *parameter]`; networks with branches, where BackPACK's lose the cross terms, get
-            exact matrix-free ones.
+            mat `[V, *parameter]` -> `[V, *parameter]` as long as the network's parameters stay as they are; networks with
+            branches, where BackPACK's lose the cross terms, get exact matrix-free ones.
         chunk: so many samples at a time; the result is that of the whole batch. None: as many as memory allows.
         memory: bytes that may be used, by an estimate. None: most of what is free.
         seed: of Monte-Carlo quantities; None: from the present random state, which is left as it was. Labels that are drawn do
@@ -78,18 +79,23 @@ def backpack_quantity(
     twin = private_twin(network)
     images, targets = check_images(network, batch)
     check_twin(twin, extension)
+    check_subsampling(extension, len(images))
+    frozen = FrozenNetwork(network)
     with surroundings(images, seed):
         with same_randomness():  # what the checks draw does not count
-            expected = first_outputs(network, images)
+            expected = first_outputs(frozen, images)
             outputs, sizes = run_once(twin, images[:1])
         check_same_outputs(network, expected, outputs)
         criterion = loss_of(loss, torch.Size([len(images), *outputs.shape[1:]]), targets, images.dtype)
         kind = kind_of(extension)
         if kind is not None and kind in PRODUCTS and twin.branching() is not None:
-            return matrix_free(network, loss, (images, targets), PRODUCTS[kind], chunk, memory)
+            multiply = matrix_free(network, loss, (images, targets), PRODUCTS[kind], chunk, memory)
+            return {name: as_product(multiply[name], frozen, name) for name in multiply}
         size = chunk_size(sizes, extension, images, outputs[0].numel(), chunk, memory)
         pieces = [slice(first, first + size) for first in range(0, len(images), size)]
         parts = [run(network, criterion.part(piece), images[piece], extension, len(images)) for piece in pieces]
+    if kind in PRODUCTS:
+        return {name: as_product(product([part[name] for part in parts]), frozen, name) for name in parts[0]}
     return merged(parts, extension)
 
 
@@ -103,31 +109,33 @@ def check_twin(twin: Twin, extension: BackpropExtension) -> None:
 def surroundings(images: Tensor, seed: int | None = None) -> Iterator[None]:
     """The state of the process in which BackPACK runs, undone on exit.
 
-    Its default dtype is that of the images, for BackPACK makes tensors of the default dtype; no autocast, gradients on; the
-    random state is the present one, or of this seed.
+    Its default dtype is that of the images, for BackPACK makes tensors of the default dtype; no autocast, gradients on, and so is
+    BackPACK; the random state is the present one, or of this seed.
     """
-    default = torch.get_default_dtype()
+    default, stores = torch.get_default_dtype(), disable.store_io
     with same_randomness(), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         if seed is not None:
             seed_random_numbers(seed)
         torch.set_default_dtype(images.dtype)
+        disable.store_io = True
         try:
             yield
         finally:
             torch.set_default_dtype(default)
+            disable.store_io = stores
 
 
-def first_outputs(network: nn.Module, images: Tensor) -> Tensor:
+def first_outputs(network: FrozenNetwork, images: Tensor) -> Tensor:
     """The network's own outputs for the first image, without a graph or a trace. InputError when it cannot run on it."""
     try:
         with torch.no_grad():
-            outputs = FrozenNetwork(network).outputs(images[:1])
+            outputs = network.outputs(images[:1])
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the network cannot run on images of shape {list(images.shape)}: {reason}") from error
-    if outputs.ndim < 2:
+    if outputs.ndim < 2 or outputs.numel() == 0:
         raise InputError(
             f"the network returns shape {list(outputs.shape)} for one image; curvature needs outputs [N, K] or [N, C, ...]"
         )
@@ -207,18 +215,27 @@ def quiet() -> Iterator[None]:
 
 def merged(parts: list[dict[str, Part]], extension: BackpropExtension) -> dict[str, Any]:
     """The quantity of the batch from those of its chunks."""
-    if kind_of(extension) in PRODUCTS:
-        return {name: detached(product([part[name] for part in parts])) for name in parts[0]}
     if len(parts) == 1:
         return {name: part.value for name, part in parts[0].items()}
     return {name: MERGES[type(extension)]([part[name] for part in parts]) for name in parts[0]}
 
 
-def detached(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The product without a graph, run in the surroundings of its chunk."""
+def as_product(multiply: Callable[[Tensor], Tensor], frozen: FrozenNetwork, name: str) -> Callable[[Tensor], Tensor]:
+    """The product with one parameter's block without a graph, run in the surroundings of its chunk.
+
+    It raises InputError for anything but mat `[V, *parameter]`, V >= 1, of the parameter's dtype, and when a parameter has been
+    changed: the products use them where they are.
+    """
+    w = frozen.parameters[name].detach()
 
     def matrix_product(mat: Tensor) -> Tensor:
         """G mat `[V, *parameter]`."""
+        frozen.check_unchanged()
+        if mat.ndim != w.ndim + 1 or mat.shape[1:] != w.shape or len(mat) == 0 or mat.dtype != w.dtype:
+            raise InputError(
+                f"mat of shape {list(mat.shape)} ({mat.dtype}): the product with {name} needs [V, {str(list(w.shape))[1:]} "
+                f"({w.dtype}), V of at least 1"
+            )
         with surroundings(mat), torch.no_grad():
             return multiply(mat)
 
