@@ -86,10 +86,10 @@ def test_numbers_of_monte_carlo_samples(extension: Callable[..., BackpropExtensi
         backpack_quantity(network, loss, batch, extension(mc_samples=samples))
 
 
-@pytest.mark.parametrize("chosen", [[4], [-5], [1.5], [True, False, True, True], 2, "ab", torch.tensor([0, 4])])
+@pytest.mark.parametrize("chosen", [[], [4], [-5], [1.5], [True, False, True, True], (0, 1), 2, "ab", torch.tensor(1)])
 @pytest.mark.parametrize("extension", [extensions.SqrtGGNExact, extensions.BatchGrad])
 def test_samples_that_are_none(extension: Callable[..., BackpropExtension], chosen: Any) -> None:
-    """A mask was taken for the numbers 1, 0, 1, 1."""
+    """A mask was taken for the numbers 1, 0, 1, 1, and pairs for an index of samples and channels."""
     network, loss, batch = problem()
     with pytest.raises(InputError, match=r"subsampling .*: must be a list of whole numbers in 0, ..., 3, samples of"):
         backpack_quantity(network, loss, batch, extension(subsampling=chosen))

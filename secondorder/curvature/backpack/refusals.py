@@ -103,10 +103,10 @@ def check_extension(extension: object) -> BackpropExtension:
 
 
 def check_subsampling(extension: BackpropExtension, N: int) -> None:
-    """InputError for a subsampling that does not name samples of a batch of N."""
+    """InputError for a subsampling that does not name samples of a batch of N; a tuple would index several dimensions."""
     chosen: Any = getattr(extension, "get_subsampling", lambda: None)()
     numbers = chosen.tolist() if hasattr(chosen, "tolist") else chosen
-    if chosen is None or (isinstance(numbers, list | tuple | range) and all(_names_sample(n, N) for n in numbers)):
+    if chosen is None or (isinstance(numbers, list) and numbers and all(_names_sample(n, N) for n in numbers)):
         return
     raise InputError(
         f"subsampling {short(chosen)}: must be a list of whole numbers in 0, ..., {N - 1}, samples of the batch"
