@@ -11,6 +11,7 @@ from labelled_losses import CASES, F64, D, N, drawn, segmentation
 from torch import Tensor, nn
 
 from secondorder.curvature.backpack.quantity import backpack_quantity
+from secondorder.curvature.backpack.twins import TWINS, children
 from secondorder.errors import InputError
 
 
@@ -93,3 +94,18 @@ def test_samples_that_are_none(extension: Callable[..., BackpropExtension], chos
     network, loss, batch = problem()
     with pytest.raises(InputError, match=r"subsampling .*: must be a list of whole numbers in 0, ..., 3, samples of"):
         backpack_quantity(network, loss, batch, extension(subsampling=chosen))
+
+
+class Flat(nn.Sequential):
+    """Layers that return all outputs of an image side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(1)
+
+
+@pytest.mark.parametrize("more", [[], [nn.Dropout(0.5)]])
+def test_a_twin_with_outputs_of_another_shape(more: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TWINS, Flat, children)
+    network, targets = Flat(nn.Conv2d(2, 3, 1), *more).double(), drawn(N, 12)
+    with pytest.raises(InputError, match="twin of this Flat gives other outputs; check the rows of TWINS"):
+        backpack_quantity(network, nn.MSELoss(), (drawn(N, 2, *D), targets), extensions.BatchGrad())
