@@ -235,3 +235,16 @@ def test_backpack_disabled() -> None:
         found = backpack_quantity(network, loss, batch, extensions.DiagGGNExact())
         assert not disable.should_store_io()
     assert_equal(found, backpack_quantity(network, loss, batch, extensions.DiagGGNExact()), network)
+
+
+@pytest.mark.parametrize("extension", EXACT)
+@pytest.mark.parametrize("images_too", [False, True])
+def test_channels_last(images_too: bool, extension: Callable[[], BackpropExtension]) -> None:
+    """Kernels of 1 x 1, whose strides are both row-major and `channels_last`, among them."""
+    network, loss, (images, labels) = problem("segmentation: weights, smoothing")
+    expected = backpack_quantity(network, loss, (images, labels), extension())
+    network.to(memory_format=torch.channels_last)
+    kept = images.to(memory_format=torch.channels_last) if images_too else images
+    strides = [p.stride() for p in network.parameters()]
+    assert_equal(backpack_quantity(network, loss, (kept, labels), extension(), chunk=3), expected, network)
+    assert strides == [p.stride() for p in network.parameters()]

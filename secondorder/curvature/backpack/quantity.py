@@ -56,8 +56,8 @@ def backpack_quantity(
 
     Args:
         network: anything that `backpack_network` can rewrite. It is not touched: the twin that is run has parameters of its own
-            (in the same memory) and copies of the buffers, so that values, ``.grad``, hooks, modes and attributes of the network
-            stay as they are. Each chunk starts from the present buffers.
+            (in the same memory, unless they are `channels_last`) and copies of the buffers, so that values, ``.grad``, hooks,
+            modes and attributes of the network stay as they are. Each chunk starts from the present buffers.
         loss: nn.CrossEntropyLoss, with class weights, ignored labels and smoothing, nn.BCEWithLogitsLoss or nn.MSELoss, or
             their functions of `torch.nn.functional`; mean or sum. BackPACK's own curvature of losses is not used.
         batch: images `[N, ...]`, and labels or targets as the loss takes them for the outputs, `[N, K]` or `[N, C, ...]`.
@@ -80,7 +80,7 @@ def backpack_quantity(
     images, targets = check_images(network, batch)
     check_twin(twin, extension)
     check_subsampling(extension, len(images))
-    frozen = FrozenNetwork(network)
+    frozen, images = FrozenNetwork(network), row_major(images)
     with surroundings(images, seed):
         with same_randomness():  # what the checks draw does not count
             expected = first_outputs(frozen, images)
@@ -194,13 +194,19 @@ def private_twin(network: nn.Module) -> Twin:
 
 
 def own_parameters(twin: Twin) -> dict[str, nn.Parameter]:
-    """Give the twin parameters of its own in the memory of the network's, by name in the network's order."""
+    """Give the twin row-major parameters of its own, where possible in the memory of the network's, by name in its order."""
     owned: dict[str, nn.Parameter] = {}
     for _, leaf in twin.leaves():
         for name, parameter in leaf.named_parameters(recurse=False):
-            owned[twin.names[parameter]] = own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            owned[twin.names[parameter]] = own = nn.Parameter(row_major(parameter.detach()), parameter.requires_grad)
             setattr(leaf, name, own)
     return {name: owned[name] for name in twin.names.values() if name in owned}
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor, or a row-major copy of it: BackPACK takes views of activations, which are `channels_last` if a factor is."""
+    plain = torch.empty(tensor.shape, device="meta").stride() == tensor.stride()
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
