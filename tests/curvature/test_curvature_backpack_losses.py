@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backpack import backpack, extend, extensions
+from backpack import backpack, disable, extend, extensions
 from backpack.extensions.backprop_extension import BackpropExtension
 from labelled_losses import CASES, F64, D, N, drawn, segmentation
 from quantity_values import EXACT, RANDOM, assert_equal
@@ -198,3 +198,53 @@ def test_equal_to_backpack_where_it_knows_the_loss(
     theirs = {name: getattr(p, extension().savefield) for name, p in network.named_parameters()}
     with torch.no_grad():
         assert_equal(ours, theirs, network)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "binary, weights", "squared error"])
+@pytest.mark.parametrize("extension", [extensions.BatchGrad, extensions.DiagGGNExact, extensions.HMP])
+def test_graphs_of_the_batch_are_left_alone(name: str, extension: Callable[[], BackpropExtension]) -> None:
+    """Targets and images that somebody else's parameters made: neither gets a gradient, and chunks can go back twice."""
+    network, loss, (images, targets) = problem(f"gcp: {name}")
+    leaves = images.clone().requires_grad_(), targets.clone().requires_grad_()
+    data = tuple(leaf * torch.ones(1, dtype=F64) for leaf in leaves)
+    found = backpack_quantity(network, loss, data, extension(), chunk=2)
+    assert all(leaf.grad is None for leaf in leaves)
+    assert_equal(found, backpack_quantity(network, loss, (images, targets), extension()), network)
+    with torch.inference_mode():
+        data = images.clone(), targets.clone()
+    assert_equal(found, backpack_quantity(network, loss, data, extension()), network)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Identity])
+def test_averages_at_the_last_activation(activation: type[nn.Module]) -> None:
+    """KFRA of outputs `[N, C, H, W]` that come from an activation: B = sum_t of the averaged J^T M J at equal positions."""
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), activation()).double()
+    images, loss, labels = drawn(N, 2, *D, seed=7), *CASES["weights, smoothing"]
+    y = network[0](images).detach()
+    M = torch.func.hessian(lambda z: loss(z, labels))(network[1](y)).flatten(4).flatten(0, 3).view(N, 12, N, 12)
+    J = torch.stack([torch.func.jacrev(network[1])(one).reshape(12, 12) for one in y])
+    H = (J.mT @ sum(M[n, :, n] for n in range(N)) @ J).mean(0).view(3, 4, 3, 4)
+    B = backpack_quantity(network, loss, (images, labels), extensions.KFRA())["0.weight"][0]
+    assert relative(B, torch.einsum("itjt->ij", H)) <= 1e-12
+
+
+def test_backpack_disabled() -> None:
+    """A network of the user's that keeps no inputs is none of our business."""
+    network, loss, batch = problem("gcp: class weights, ignored")
+    with disable():
+        found = backpack_quantity(network, loss, batch, extensions.DiagGGNExact())
+        assert not disable.should_store_io()
+    assert_equal(found, backpack_quantity(network, loss, batch, extensions.DiagGGNExact()), network)
+
+
+@pytest.mark.parametrize("extension", EXACT)
+@pytest.mark.parametrize("images_too", [False, True])
+def test_channels_last(images_too: bool, extension: Callable[[], BackpropExtension]) -> None:
+    """Kernels of 1 x 1, whose strides are both row-major and `channels_last`, among them."""
+    network, loss, (images, labels) = problem("segmentation: weights, smoothing")
+    expected = backpack_quantity(network, loss, (images, labels), extension())
+    network.to(memory_format=torch.channels_last)
+    kept = images.to(memory_format=torch.channels_last) if images_too else images
+    strides = [p.stride() for p in network.parameters()]
+    assert_equal(backpack_quantity(network, loss, (kept, labels), extension(), chunk=3), expected, network)
+    assert strides == [p.stride() for p in network.parameters()]

@@ -18,7 +18,7 @@ from torch.nn.modules.loss import _Loss
 from secondorder.curvature.backpack.kinds import Kind, kind_of
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, Loss, known, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
-from secondorder.errors import InputError
+from secondorder.errors import InputError, short
 
 Product = Callable[[Tensor], Tensor]
 
@@ -39,8 +39,13 @@ class Criterion(_Loss):  # by this base class BackPACK tells that nothing comes 
 
 def check_loss(loss: Loss) -> None:
     """InputError for a loss whose curvature is not known in closed form."""
+    if isinstance(loss, type):
+        raise InputError(f"loss {loss.__name__} is a class; pass an instance: {loss.__name__}()")
     if not known(loss):
-        raise InputError(f"loss {loss!r}: must be {KNOWN}; for other losses use curvature_blocks, which is matrix-free")
+        raise InputError(
+            f"loss {short(loss)}: must be {KNOWN}, without a forward or hooks of its own and weights that require gradients; for "
+            "other losses use curvature_blocks, which is matrix-free"
+        )
 
 
 def loss_of(loss: Loss, shape: torch.Size, targets: Tensor, dtype: torch.dtype) -> SeparableLoss:
@@ -88,13 +93,13 @@ def _square_root(extension: BackpropExtension, loss: SeparableLoss, z: Tensor) -
 
 
 def _average(extension: BackpropExtension, loss: SeparableLoss, z: Tensor) -> Tensor:
-    """sum_n M_n `[*out, *out]`, which for a mean is the average of the samples' own."""
+    """sum_n M_n `[K, K]`, which for a mean is the average of the samples' own."""
     flat = z.flatten(1)
     total = z.new_zeros(flat.shape[1], flat.shape[1])
     for n in range(len(z)):
         (F,) = loss.part(slice(n, n + 1)).root(flat[n : n + 1])
         total.addmm_(F, F.T)
-    return total.reshape(z.shape[1:] + z.shape[1:])
+    return total
 
 
 def _hessian_factors(extension: BackpropExtension, loss: SeparableLoss, z: Tensor) -> dict[str, list]:

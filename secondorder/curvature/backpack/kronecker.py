@@ -15,7 +15,7 @@ from typing import Any
 from backpack.extensions import KFAC, KFLR, KFRA
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.module_extension import ModuleExtension
-from backpack.extensions.secondorder.hbp.conv2d import HBPConv2d
+from backpack.extensions.secondorder.hbp.convnd import HBPConvNd
 from backpack.extensions.secondorder.hbp.linear import HBPLinear
 from torch import Tensor, nn
 
@@ -56,8 +56,8 @@ class WeightSharingKFLR(KFLR):
 class _Factors:
     """The factors of a layer as rows of BackPACK; goes before the row of the layer, which propagates."""
 
-    def __init__(self, sharing: str) -> None:
-        super().__init__()
+    def __init__(self, sharing: str, *dimensions: int) -> None:
+        super().__init__(*dimensions)
         self.sharing = sharing
 
     def weight(self, extension: BackpropExtension, module: Any, g_inp: tuple, g_out: tuple, s: Tensor) -> list:
@@ -79,11 +79,14 @@ class LinearFactors(_Factors, HBPLinear):
     """The row of a linear layer for K-FAC and KFLR: its factors [B, A] of the weight and [B] of the bias."""
 
 
-class ConvolutionFactors(_Factors, HBPConv2d):
-    """The row of a convolution, with any number of groups, for K-FAC and KFLR: [B, A] of the weight and [B] of the bias."""
+class ConvolutionFactors(_Factors, HBPConvNd):
+    """The row of a convolution of 1, 2 or 3 `dimensions`, with any number of groups, for K-FAC and KFLR.
+
+    [B, A] of the weight and [B] of the bias.
+    """
 
 
-class AveragedConvolutionFactors(HBPConv2d):
+class AveragedConvolutionFactors(HBPConvNd):
     """The row of a convolution for KFRA: the expand factors of an averaged matrix H `[O T, O T]` at the output.
 
     B_ij = sum_t H[(i, t), (j, t)],    A as for K-FAC; the bias keeps its exact sum over pairs of positions.
@@ -100,11 +103,11 @@ class AveragedConvolutionFactors(HBPConv2d):
         return [B, input_factor(module, module.input0.detach(), "expand")]
 
 
-def convolution_row(extension: BackpropExtension) -> ModuleExtension | None:
-    """The row of Conv2d for K-FAC, KFLR and KFRA; None for other extensions, whose own is right."""
+def convolution_row(extension: BackpropExtension, dimensions: int) -> ModuleExtension | None:
+    """The row of a convolution of so many dimensions for K-FAC, KFLR and KFRA; None for other extensions."""
     if isinstance(extension, KFRA):
-        return AveragedConvolutionFactors()
-    return ConvolutionFactors(_sharing(extension)) if isinstance(extension, KFAC | KFLR) else None
+        return AveragedConvolutionFactors(dimensions)
+    return ConvolutionFactors(_sharing(extension), dimensions) if isinstance(extension, KFAC | KFLR) else None
 
 
 def linear_row(extension: BackpropExtension) -> ModuleExtension | None:
@@ -113,13 +116,17 @@ def linear_row(extension: BackpropExtension) -> ModuleExtension | None:
 
 
 def _share(extension: BackpropExtension, name: str, sharing: str) -> None:
-    """Set savefield and rows, so that the factors are right without `register`, too."""
+    """Set savefield and rows, so that the factors are right without `register`, too; transposed convolutions have none."""
     if sharing not in SHARINGS:
         raise unknown("weight sharing", sharing, SHARINGS)
     extension.sharing = sharing
     extension.savefield = f"{name}_{sharing}"
-    extension.set_module_extension(nn.Conv2d, ConvolutionFactors(sharing), overwrite=True)
+    for dimensions, convolution in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
+        extension.set_module_extension(convolution, ConvolutionFactors(sharing, dimensions), overwrite=True)
     extension.set_module_extension(nn.Linear, LinearFactors(sharing), overwrite=True)
+    rows = extension._BackpropExtension__module_extensions  # BackPACK has no public way to take one out
+    for transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        del rows[transposed]
 
 
 def _sharing(extension: BackpropExtension) -> str:

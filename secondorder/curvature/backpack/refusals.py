@@ -1,5 +1,6 @@
 """What BackPACK would silently get wrong, refused by name: networks, quantities and batches."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from secondorder.curvature.backpack.kinds import Kind, kind_of
-from secondorder.errors import InputError, NonFiniteError
+from secondorder.errors import InputError, NonFiniteError, check_whole, short
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
 
 EVAL = "call .eval() on it (or on the network) first"
@@ -87,13 +88,34 @@ def check_batch_norm(name: str, module: _BatchNorm) -> None:
 
 
 def check_extension(extension: object) -> BackpropExtension:
-    """The extension. InputError for a class instead of an instance, and for anything else (PCHMP: by `kind_of`)."""
+    """The extension. InputError for a class instead of an instance, and for anything else (PCHMP: by `kind_of`).
+
+    And for a number of Monte-Carlo samples that is none.
+    """
     if isinstance(extension, type) and issubclass(extension, BackpropExtension):
         raise InputError(f"extension {extension.__name__} is a class; pass an instance: {extension.__name__}()")
     if not isinstance(extension, BackpropExtension):
         raise InputError(f"extension {extension!r}: must be a BackPACK extension, e.g. backpack.extensions.KFAC()")
     kind_of(extension)
+    if hasattr(extension, "_mc_samples"):
+        check_whole("mc_samples", extension._mc_samples)
     return extension
+
+
+def check_subsampling(extension: BackpropExtension, N: int) -> None:
+    """InputError for a subsampling that does not name samples of a batch of N; a tuple would index several dimensions."""
+    chosen: Any = getattr(extension, "get_subsampling", lambda: None)()
+    numbers = chosen.tolist() if hasattr(chosen, "tolist") else chosen
+    if chosen is None or (isinstance(numbers, list) and numbers and all(_names_sample(n, N) for n in numbers)):
+        return
+    raise InputError(
+        f"subsampling {short(chosen)}: must be a list of whole numbers in 0, ..., {N - 1}, samples of the batch"
+    )
+
+
+def _names_sample(number: object, N: int) -> bool:
+    """Whether this is the index of one of N samples; negative ones count from the end."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and -N <= int(number) < N
 
 
 def check_leaves(leaves: list[tuple[str, nn.Module]], extension: BackpropExtension) -> None:
@@ -121,7 +143,10 @@ def check_branches(branch: str | None, extension: BackpropExtension) -> None:
 
 
 def check_images(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The images and targets. InputError for anything but two tensors of N >= 1 samples that fit the network's dtype."""
+    """The images and targets, without the graphs they may have, into which the backward pass would go on.
+
+    InputError for anything but two tensors of N >= 1 samples that fit the network's dtype.
+    """
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise InputError("batch: must be a pair of tensors (images, targets)")
     if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -143,6 +168,7 @@ def check_images(network: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tens
         raise InputError(f"targets are on {targets.device}, images on {images.device}; use targets.to(images.device)")
     if not images.isfinite().all():
         raise NonFiniteError("the images contain NaN or infinite values")
+    images, targets = (part.clone() if part.is_inference() else part.detach() for part in (images, targets))
     return images, targets
 
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from backpack.extensions.backprop_extension import BackpropExtension
+from backpack.extensions.firstorder.batch_l2_grad import convnd, convtransposend
 from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
@@ -63,7 +64,12 @@ PARAMETER_KINDS = (Kind.HESSIAN_FACTORS, Kind.GGN_PRODUCT, Kind.HESSIAN_PRODUCT)
 """Kinds for which the parameters of batch normalisation have curvature; BackPACK has those with square roots, K-FAC none."""
 
 ROWS: dict[type[nn.Module], Callable[[BackpropExtension], ModuleExtension | None]] = {
-    nn.Conv2d: lambda extension: norms_row(extension) or convolution_row(extension),
+    nn.Conv1d: lambda extension: norms_row(extension, convnd.BatchL2Conv1d()) or convolution_row(extension, 1),
+    nn.Conv2d: lambda extension: norms_row(extension, convnd.BatchL2Conv2d()) or convolution_row(extension, 2),
+    nn.Conv3d: lambda extension: norms_row(extension, convnd.BatchL2Conv3d()) or convolution_row(extension, 3),
+    nn.ConvTranspose1d: lambda extension: norms_row(extension, convtransposend.BatchL2ConvTranspose1d()),
+    nn.ConvTranspose2d: lambda extension: norms_row(extension, convtransposend.BatchL2ConvTranspose2d()),
+    nn.ConvTranspose3d: lambda extension: norms_row(extension, convtransposend.BatchL2ConvTranspose3d()),
     nn.Linear: linear_row,
     nn.BatchNorm2d: lambda extension: BatchNormRow() if kind_of(extension) in PARAMETER_KINDS else None,
     Sum: lambda extension: SumRow(),
@@ -71,8 +77,9 @@ ROWS: dict[type[nn.Module], Callable[[BackpropExtension], ModuleExtension | None
 }
 """Module with parameters or several inputs -> its row for an extension, or None where the general or BackPACK's row serves."""
 
-REPLACED = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-"""Modules whose row in BackPACK we replace: wrong Kronecker factors, too wide ones, and pooling in the default type only."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+REPLACED = (*CONVOLUTIONS, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+"""Modules whose row in BackPACK we replace: wrong norms, wrong or too wide Kronecker factors, pooling in the default type."""
 
 
 def register(extension: Extension) -> Extension:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder.errors import InputError
+from secondorder.errors import InputError, check_number
 
 NO_LABEL = "no label counts: all are ignored or have weight 0"
 
@@ -81,6 +81,7 @@ def class_labels(
         divisor: of a mean over more than these samples; None: theirs.
     """
     N, K = shape
+    check_number("label_smoothing", options["label_smoothing"], 0, 1, "[]")
     weight = options["weight"]
     weight = (
         torch.ones(K, dtype=dtype, device=labels.device)
@@ -93,7 +94,9 @@ def class_labels(
         )
     if labels.is_floating_point():
         if labels.shape != shape or not torch.isfinite(labels).all():
-            raise InputError(f"class probabilities of shape {list(labels.shape)}: must be finite and [{N}, {K}]")
+            raise InputError(
+                f"class probabilities of shape {list(labels.shape)}: must be finite and [{N}, {K}]; class indices are torch.int64"
+            )
         counted = torch.ones_like(weight[:1]).expand(N)
     else:
         counted = _checked_classes(labels, N, K, options["ignore_index"]).to(dtype)

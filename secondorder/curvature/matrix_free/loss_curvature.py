@@ -223,7 +223,7 @@ def _at_positions(
     N, C, *places = shape
     positions = torch.Size(places).numel()
     expected = [*shape] if labels.is_floating_point() else [N, *places]
-    if list(labels.shape) != expected:
+    if list(labels.shape) != expected or not (labels.is_floating_point() or labels.dtype == torch.int64):
         raise InputError(
             f"labels of shape {list(labels.shape)} ({labels.dtype}) for outputs {list(shape)}; cross-entropy needs class indices "
             f"{[N, *places]} (torch.int64) or class probabilities {list(shape)}"
