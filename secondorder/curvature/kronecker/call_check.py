@@ -19,7 +19,6 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.per_sample import without_batch
-from secondorder.curvature.matrix_free.sample_gradients import pulled_back
 from secondorder.curvature.matrix_free.trial import random_like, sample_scales
 from secondorder.errors import InputError
 
@@ -45,7 +44,6 @@ def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by
         return
     part, source = jacobian.trial(), torch.Generator().manual_seed(0)
     u = random_like(part.z, source)
-    truth = dict(zip(layers, part.pull_back(u, list(layers)), strict=True))
     shared_uses = {shared: [use for use in part.uses if use.layer in shared] for shared, _ in layers.values()}
     flat = [use for uses in shared_uses.values() for use in uses]
     for name, (shared, _) in layers.items():
@@ -54,8 +52,8 @@ def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by
                 f"the layer of {name} is called without a batch: no Kronecker factors; give it one (x[None]), or leave it "
                 "out of params"
             )
-    s = pulled_back(part, u[..., None], flat)
-    gradients = dict(zip(map(id, flat), (g[:, 0] for g in s), strict=True))
+    pulled, s = part.gradients(u, list(layers), flat)
+    truth, gradients = dict(zip(layers, pulled, strict=True)), dict(zip(map(id, flat), s, strict=True))
     c = sample_scales(part.z, source)
     scaled = dict(zip(layers, part.pull_back(c * u, list(layers)), strict=True)) if by_image else {}
     for name, (shared, kind) in layers.items():

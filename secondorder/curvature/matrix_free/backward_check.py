@@ -21,25 +21,24 @@ SCALES = (2.0**30, 2.0**-30)
 """Powers of two, which change no rounding: what clips or drops gradients from some size on does so at one of them."""
 
 
-def check_backward(part: Linearisation, scales: Sequence[float] = SCALES) -> None:
-    """InputError unless J^T (u + v) = J^T u + J^T v, and J^T (c u) = c J^T u, for random u and v at outputs of some samples."""
+def check_backward(part: Linearisation) -> None:
+    """InputError unless J^T u + J^T (c v) / c = J^T (d (u + v)) / d for random u and v at outputs of some samples.
+
+    c and d are SCALES, or 1 where numbers of such a size would leave the range of their format.
+    """
     if not part.graph.requires_grad:
         return
     source, names = torch.Generator().manual_seed(0), list(part.network.weights)
     u, v = random_like(part.z, source), random_like(part.z, source)
     with same_randomness():
         before = torch.get_rng_state()
-        both = zip(part.pull_back(u, names), part.pull_back(v, names), strict=True)
-        terms = [a + b for a, b in both]  # not in place: a gradient may be u itself
-        whole = part.pull_back(u + v, names)
-        size = _largest([*terms, *whole])
-        error = _difference(terms, whole)
-        limits = torch.finfo(part.z.dtype)
-        for scale in scales:
-            if limits.tiny / limits.eps < size * scale < limits.max * limits.eps:
-                error = max(error, _difference([t / scale for t in part.pull_back(scale * (u + v), names)], whole))
+        first, limits = part.pull_back(u, names), torch.finfo(part.z.dtype)
+        allowed = limits.tiny / limits.eps, limits.max * limits.eps
+        c, d = (s if allowed[0] < _largest(first) * s < allowed[1] else 1.0 for s in SCALES)
+        terms = [a + b / c for a, b in zip(first, part.pull_back(c * v, names), strict=True)]
+        whole = [t / d for t in part.pull_back(d * (u + v), names)]
         drawn = not torch.equal(before, torch.get_rng_state())
-    eps = limits.eps
+    size, error, eps = _largest([*terms, *whole]), _difference(terms, whole), limits.eps
     if drawn or (error > eps**0.5 * size and error > ROUNDING * eps * _arriving(part, u + v)):
         raise InputError(
             "the backward pass of the network is not linear (a hook that clips a gradient) or draws random numbers (a checkpoint "

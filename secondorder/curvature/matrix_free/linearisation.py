@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,20 +67,23 @@ class Linearisation:
 
     def pull_back(self, U: Tensor, names: Sequence[str]) -> list[Tensor]:
         """J^T U for U `[n, K]`, one tensor for each named parameter."""
-        weights = [self.network.weights[name] for name in names]
-        if not self.graph.requires_grad:
-            return [torch.zeros_like(w) for w in weights]
-        with self.network.in_place(), failures_of("a derivative of this network"):
-            return list(torch.autograd.grad(self.graph, weights, U, retain_graph=True, materialize_grads=True))
+        return self.gradients(U, names, ())[0]
 
     def output_gradients(self, U: Tensor, uses: Sequence[LayerUse]) -> list[Tensor]:
         """The transposed derivative of z with respect to the outputs of layers, applied to U `[n, K]`."""
-        if not self.graph.requires_grad:
-            return [U.new_zeros(use.output_shape) for use in uses]
-        edges = [use.output for use in uses]
-        with self.network.in_place(), failures_of("a derivative of this network"):
-            gradients = torch.autograd.grad(self.graph, edges, U, retain_graph=True, allow_unused=True)
-        return [U.new_zeros(use.output_shape) if g is None else g for g, use in zip(gradients, uses, strict=True)]
+        return self.gradients(U, (), uses)[1]
+
+    def gradients(self, U: Tensor, names: Sequence[str], uses: Sequence[LayerUse]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both `pull_back` and `output_gradients` by one backward pass."""
+        weights = [self.network.weights[name] for name in names]
+        inputs: list[Any] = [*weights, *(use.output for use in uses)]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if self.graph.requires_grad:
+            with self.network.in_place(), failures_of("a derivative of this network"):
+                found = torch.autograd.grad(self.graph, inputs, U, retain_graph=True, allow_unused=True)
+        at_weights = [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=False)]
+        rest = zip(found[len(weights) :], uses, strict=True)
+        return at_weights, [U.new_zeros(use.output_shape) if g is None else g for g, use in rest]
 
     def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` for a tangent of each named parameter, by forward mode: one evaluation without a graph."""

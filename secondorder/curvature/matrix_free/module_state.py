@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 CONTAINERS = (dict, OrderedDict, list, set, deque)
 """What modules hold parameters, buffers and parts in, and things of their own."""
+ALONE = (bool, int, float, str, tuple, type(None), Tensor, nn.Parameter)
+"""Attributes of nearly every module that hold nothing that can change; passed over for speed."""
 SMALL, DEEP = 64, 3
 """Entries up to which containers and objects are looked into, and how far: a vocabulary or a trainer remembers no images."""
 
@@ -65,7 +67,9 @@ def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
     for _ in range(DEEP):
         inner: list[Any] = []
         for held in waiting:
-            if _is_plain(held):
+            if type(held) in ALONE:
+                continue
+            if type(held) not in CONTAINERS and _is_plain(held):
                 held = held.__dict__
             if type(held) in CONTAINERS and id(held) not in found:
                 found[id(held)] = held, held.copy()
