@@ -173,12 +173,17 @@ def carry_out(
                 table.write()
 
 
+NO_MATTER: dict[str, Any] = {"seed": 0, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+NO_MATTER |= {"optimizer": "sgd", "optimizer_options": ()}
+"""Settings of a run that do not decide whether it can begin, each with a value."""
+
+
 def _check(jobs: Iterable[Job]) -> None:
     """InputError for whatever would stop a training at its first step, before any begins: one seed of each network is tried."""
     tried: set[Run] = set()
     for job in jobs:
         if job.subject is not None and job.subject.network is None:
-            run = replace(job.subject.run, seed=0, optimizer_options=())
+            run = replace(job.subject.run, **NO_MATTER)
             if run not in tried:
                 tried.add(run)
                 check_run(run, job.subject.data)

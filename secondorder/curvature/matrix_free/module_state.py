@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-CONTAINERS = (dict, OrderedDict, list, set, deque)
+CONTAINERS = frozenset((dict, OrderedDict, list, set, deque))
 """What modules hold parameters, buffers and parts in, and things of their own."""
-ALONE = (bool, int, float, str, tuple, type(None), Tensor, nn.Parameter)
+ALONE = frozenset((bool, int, float, str, tuple, type(None), Tensor, nn.Parameter))
 """Attributes of nearly every module that hold nothing that can change; passed over for speed."""
 SMALL, DEEP = 64, 3
 """Entries up to which containers and objects are looked into, and how far: a vocabulary or a trainer remembers no images."""
@@ -69,9 +69,13 @@ def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
         for held in waiting:
             if type(held) in ALONE:
                 continue
-            if type(held) not in CONTAINERS and _is_plain(held):
+            if type(held) not in CONTAINERS:
+                if not _is_plain(held):
+                    continue
                 held = held.__dict__
-            if type(held) in CONTAINERS and id(held) not in found:
+            if not held:  # as most are
+                found[id(held)] = held, ()
+            elif id(held) not in found:
                 found[id(held)] = held, held.copy()
                 if len(held) <= SMALL:
                     inner += held.values() if isinstance(held, dict) else held
