@@ -396,6 +396,14 @@ def test_the_interaction_is_drawn_where_all_runs_get() -> None:
     assert interactions(made(gap_sgd=0.001)).empty
 
 
+def test_controls_that_k_fac_speeds_up_less_still_are_named() -> None:
+    words = "It speeds up covariance (no root) less still: the root is not the cause."
+    for speed, said in ((1.6, [words]), (2.4, [])):
+        claim = folds(results(made(gcp_kfac=2.4, covariance_kfac=speed)))[0]
+        assert claim.judged[0].outcome == "supported"
+        assert claim.sentences[1:-1] == said
+
+
 @pytest.mark.parametrize("change", [{"gcp_kfac": 2.4}, {"seeds": 1}])
 def test_folds_say_what_was_measured(change: dict[str, Any]) -> None:
     shown = folds(results(made(**change)))
