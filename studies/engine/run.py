@@ -173,8 +173,14 @@ def carry_out(
                 table.write()
 
 
-NO_MATTER: dict[str, Any] = {"seed": 0, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-NO_MATTER |= {"optimizer": "sgd", "optimizer_options": ()}
+NO_MATTER: dict[str, Any] = {
+    "seed": 0,
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "optimizer": "sgd",
+    "optimizer_options": (),
+}
 """Settings of a run that do not decide whether it can begin, each with a value."""
 
 

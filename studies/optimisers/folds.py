@@ -68,9 +68,10 @@ def _not_by_the_root(results: Results, judged: Sequence[Judged]) -> list[str]:
     if not any(case.outcome == "supported" for case in judged):
         return []
     less = [
-        WORDS[case.claim.name.rpartition(" - ")[2]]
-        for case in _measured(results, [control for control in claims.CONTROLS if ", gcp - " in control.name])
-        if case.estimate is not None and case.estimate.low > 0
+        WORDS[to]
+        for (of, to), control in zip(claims.CONTRASTS, claims.CONTROLS, strict=True)
+        for case in results.of(control.name)
+        if of == "gcp" and case.estimate is not None and case.estimate.low > 0
     ]
     return [f"It speeds up {' and '.join(less)} less still: the root is not the cause."] if less else []
 

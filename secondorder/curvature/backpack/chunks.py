@@ -14,9 +14,8 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from torch import Tensor, nn
 
 from secondorder.curvature.backpack.conversion import Twin
-from secondorder.curvature.backpack.criterion import mc_samples
 from secondorder.curvature.backpack.diag_hessian_mc import BatchDiagHessianMC
-from secondorder.curvature.backpack.kinds import Kind, kind_of
+from secondorder.curvature.backpack.kinds import Kind, kind_of, mc_samples, subsampling
 from secondorder.curvature.backpack.merging import MERGES
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.errors import InputError, check_whole
@@ -74,7 +73,7 @@ def chunk_size(
     with the number of bytes when not even one sample fits.
     """
     N, quantity = len(images), type(extension).__name__
-    whole = type(extension) not in MERGES or getattr(extension, "get_subsampling", lambda: None)() is not None
+    whole = type(extension) not in MERGES or subsampling(extension) is not None
     if chunk is not None:
         check_whole("chunk", chunk, hint="; or None (as memory allows)")
         if whole and chunk < N:

@@ -15,12 +15,11 @@ from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from secondorder.curvature.backpack.kinds import Kind, kind_of
+from secondorder.curvature.backpack.kinds import Kind, kind_of, mc_samples, subsampling
+from secondorder.curvature.backpack.rows import Product
 from secondorder.curvature.matrix_free.loss_curvature import KNOWN, Loss, known, loss_curvature, loss_name
 from secondorder.curvature.matrix_free.separable_losses import SeparableLoss
 from secondorder.errors import InputError, short
-
-Product = Callable[[Tensor], Tensor]
 
 
 class Criterion(_Loss):  # by this base class BackPACK tells that nothing comes after it
@@ -59,12 +58,6 @@ def loss_of(loss: Loss, shape: torch.Size, targets: Tensor, dtype: torch.dtype) 
     return made
 
 
-def mc_samples(extension: BackpropExtension) -> int | None:
-    """The number of Monte-Carlo samples of an extension; None for an exact one."""
-    samples = getattr(extension, "_mc_samples", None)
-    return None if samples is None else int(samples)
-
-
 class CriterionRow(ModuleExtension):
     """The row of a criterion: what each kind of quantity begins with."""
 
@@ -88,7 +81,7 @@ def _square_root(extension: BackpropExtension, loss: SeparableLoss, z: Tensor) -
     flat, samples = z.flatten(1), mc_samples(extension)
     columns = loss.root(flat) if samples is None else loss.sampled(flat, loss.noise(samples, torch.default_generator))
     S = columns.permute(2, 0, 1).unflatten(2, z.shape[1:])
-    chosen = getattr(extension, "get_subsampling", lambda: None)()
+    chosen = subsampling(extension)
     return S if chosen is None else S[:, chosen]
 
 

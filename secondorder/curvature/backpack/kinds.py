@@ -1,6 +1,7 @@
-"""What a BackPACK extension propagates from a module's output to its input."""
+"""What a BackPACK extension propagates from a module's output to its input, and its options."""
 
 from enum import Enum
+from typing import Any
 
 from backpack import extensions
 from backpack.extensions.backprop_extension import BackpropExtension
@@ -52,3 +53,13 @@ def kind_of(extension: BackpropExtension) -> Kind | None:
     if isinstance(extension, extensions.PCHMP):
         raise InputError(f"{name} is refused: its residual term is wrong; use HMP or curvature_blocks(..., 'hessian')")
     raise InputError(f"unknown second-order extension {name}; supported: {', '.join(base.__name__ for base in KINDS)}")
+
+
+def mc_samples(extension: BackpropExtension) -> Any:
+    """The number of Monte-Carlo samples that an extension was given; None for an exact one."""
+    return getattr(extension, "_mc_samples", None)
+
+
+def subsampling(extension: BackpropExtension) -> Any:
+    """The samples of the batch that an extension was given to look at; None: all."""
+    return getattr(extension, "get_subsampling", lambda: None)()

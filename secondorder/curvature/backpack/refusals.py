@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from secondorder.curvature.backpack.kinds import Kind, kind_of
+from secondorder.curvature.backpack.kinds import Kind, kind_of, subsampling
 from secondorder.errors import InputError, NonFiniteError, check_whole, short
 from secondorder.pooling.adaptive_channel_dropout import AdaptiveChannelDropout
 
@@ -104,7 +104,7 @@ def check_extension(extension: object) -> BackpropExtension:
 
 def check_subsampling(extension: BackpropExtension, N: int) -> None:
     """InputError for a subsampling that does not name samples of a batch of N; a tuple would index several dimensions."""
-    chosen: Any = getattr(extension, "get_subsampling", lambda: None)()
+    chosen = subsampling(extension)
     numbers = chosen.tolist() if hasattr(chosen, "tolist") else chosen
     if chosen is None or (isinstance(numbers, list) and numbers and all(_names_sample(n, N) for n in numbers)):
         return
