@@ -73,7 +73,7 @@ def _not_by_the_root(results: Results, judged: Sequence[Judged]) -> list[str]:
         for case in results.of(control.name)
         if of == "gcp" and case.estimate is not None and case.estimate.low > 0
     ]
-    return [f"It speeds up {' and '.join(less)} less still: the root is not the cause."] if less else []
+    return [f"It speeds up {' and '.join(less)} less still: the effect does not need the root."] if less else []
 
 
 def _measured(results: Results, asked: Sequence[Claim]) -> list[Judged]:
