@@ -398,7 +398,7 @@ def test_the_interaction_is_drawn_where_all_runs_get() -> None:
 
 def test_controls_that_k_fac_speeds_up_less_still_are_named() -> None:
     words = "It speeds up covariance (no root) less still: the effect does not need the root."
-    for speed, said in ((1.6, [words]), (2.4, [])):
+    for speed, said in ((1.6, [words]), (1.8, []), (2.4, []), (4.0, [])):
         claim = folds(results(made(gcp_kfac=2.4, covariance_kfac=speed)))[0]
         assert claim.judged[0].outcome == "supported"
         assert claim.sentences[1:-1] == said

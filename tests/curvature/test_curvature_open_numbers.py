@@ -9,6 +9,8 @@ from torch import Tensor
 
 from secondorder.curvature.operators import DenseOperator, DiagonalOperator
 from secondorder.curvature.spectrum import spectral_density, spectral_summary
+from secondorder.curvature.spectrum.estimate import Estimate
+from secondorder.curvature.spectrum.open_numbers import _median
 
 HIDDEN: dict[str, Tensor] = {
     "decaying through the threshold": torch.logspace(0, -12, 160, dtype=F64),
@@ -59,6 +61,20 @@ def test_the_error_of_the_median_covers_every_draw_of_probes(spectrum: str) -> N
         found = spectral_summary(DiagonalOperator(HIDDEN[spectrum]), "lanczos", steps=25, seed=seed).median_condition
         assert float((truth - found.value).abs().min()) <= found.error
         assert found.error <= 0.3 * found.value
+
+
+@pytest.mark.parametrize("spectrum", HIDDEN)
+def test_the_median_lies_between_both_ends(spectrum: str) -> None:
+    """An error reaches to the farther one and does not show the other."""
+    truth = HIDDEN[spectrum]
+    density = spectral_density(DiagonalOperator(truth), method="lanczos", steps=25, zero=1e-8)
+    magnitudes = truth.abs()[truth.abs() > 1e-8 * truth.abs().max()].sort().values
+    least, most = magnitudes[-1] / magnitudes[[(len(magnitudes)) // 2, (len(magnitudes) - 1) // 2]]
+    assert density.bounds is not None
+    low, high = density.bounds.beyond(torch.tensor([density.zero], dtype=F64))
+    ends = _median(density, density.bounds, Estimate(float(magnitudes[-1]), 0.0), (float(low), float(high)))
+    assert ends[0] <= float(most) * (1 + 1e-9)
+    assert ends[1] >= float(least) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("spectrum", HIDDEN)
