@@ -70,14 +70,19 @@ def product(operator: SymmetricOperator) -> Tensor:
     return operator @ torch.ones(operator.size, dtype=F64)
 
 
-def test_outputs_that_change_by_themselves_are_refused() -> None:
+@pytest.mark.parametrize("count", [2, 6, 40])
+def test_outputs_that_change_by_themselves_are_refused(count: int) -> None:
     source = torch.Generator().manual_seed(0)
-    model = network(Noise(lambda x: torch.rand(x.shape, generator=source, dtype=x.dtype)))
+    model, batch = network(Noise(lambda x: torch.rand(x.shape, generator=source, dtype=x.dtype))), data(count)
     for quantity in ("ggn", "hessian", "diagonal"):
         with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
-            product(curvature_blocks(model, CE, data(), quantity).whole)
+            product(curvature_blocks(model, CE, batch, quantity).whole)
+    blocks = curvature_blocks(model, CE, batch, "ggn")
+    for _ in range(2):
+        with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
+            blocks.whole.dense()
     with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
-        curvature_blocks(model, CE, data(), "ggn").whole.dense()
+        curvature_blocks(model, CE, batch, "kfac_expand")
 
 
 # ----------------------------------------------------------------------------------------- nothing is written, or mixed

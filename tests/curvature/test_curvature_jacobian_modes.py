@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from own_functions import BrokenForwardMode, Clipped, OwnForwardMode, Sine, WrongForwardMode
-from small_networks import around, relative, reverse_ggn, rows
+from own_functions import BrokenForwardMode, Clipped, HalfTurn, OwnForwardMode, Sine, WrongForwardMode
+from small_networks import By, around, relative, reverse_ggn, rows
 from torch import Tensor, nn
 
 from secondorder.curvature import curvature_blocks
@@ -46,6 +46,27 @@ def test_products_are_those_of_reverse_mode_whichever_block_comes_first(function
     assert relative(blocks.whole @ V, G @ V) <= 1e-12
     parts = curvature_blocks(model, CE, batch, "ggn", chunk=2).whole
     assert relative(parts @ V, G @ V) <= 1e-12
+
+
+@pytest.mark.parametrize("function", ONE_WAY)
+def test_single_products_of_a_larger_batch_tell_by_themselves(function: str) -> None:
+    model, batch = around(ONE_WAY[function]), rows(40)
+    G, end = reverse_ggn(model, CE, batch), len(list(model))
+    for chosen, place in [(f"{end - 1}.weight", slice(-15, -3)), ("0.weight", slice(24)), ("2.bias", slice(44, 48))]:
+        blocks = curvature_blocks(model, CE, batch, "ggn")
+        one = torch.zeros(place.indices(63)[1] - place.indices(63)[0]).double()
+        one[1] = 1
+        for v in (one, torch.randn_like(one)):
+            assert relative(blocks[chosen] @ v, G[place, place] @ v) <= 1e-12
+        v = torch.randn(63).double()
+        assert relative(blocks.whole @ v, G @ v) <= 1e-12
+
+
+def test_a_wrong_product_is_noticed_where_its_own_size_is_right() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), By(HalfTurn.apply)).double()
+    batch = torch.randn(40, 3).double(), torch.randn(40, 4).double()
+    whole, v = curvature_blocks(model, nn.MSELoss(), batch, "ggn").whole, torch.randn(16).double()
+    assert relative(whole @ v, reverse_ggn(model, nn.MSELoss(), batch) @ v) <= 1e-12
 
 
 def test_products_are_refused_where_neither_mode_gives_them() -> None:

@@ -252,6 +252,14 @@ def test_wide_inputs_keep_rows_instead_of_a_factor(sharing: str, monkeypatch: py
             assert relative(block.eigenvalues(), dense[parameter].eigenvalues()) <= 1e-12
 
 
+@pytest.mark.parametrize(("width", "samples", "kept"), [(1025, 1024, True), (1025, 1025, False), (1024, 2, False)])
+def test_fewer_rows_than_inputs_are_kept_above_1024(width: int, samples: int, kept: bool) -> None:
+    model, data = nn.Linear(width, 2), (torch.randn(samples, width), torch.randint(2, (samples,)))
+    block = curvature_blocks(model, CE, data, "kfac_expand")["weight"]
+    assert isinstance(block, KroneckerOperator)
+    assert isinstance(block.input, FactoredOperator) is kept
+
+
 def test_the_classifier_of_a_256_channel_head_stays_small() -> None:
     width = 256 * 257 // 2
     model = nn.Sequential(nn.Flatten(), nn.Linear(width, CLASSES))

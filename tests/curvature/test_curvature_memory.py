@@ -147,6 +147,7 @@ import os, re, resource, torch
 from pathlib import Path
 from torch import nn
 from secondorder.curvature import curvature_blocks
+from secondorder.curvature.kronecker import blocks
 
 def peak():  # getrusage counts the parent's peak, too
     status = Path("/proc/self/status")
@@ -183,6 +184,7 @@ def rows_and_factors():
         run(nn.Linear(20, 10), 20, quantity)  # what libraries allocate once
     million = nn.Sequential(nn.Linear(1000, 990), nn.Tanh(), nn.Linear(990, 10))
     rows = run(million, 1000, "diagonal", memory=48 * 2**20)
+    blocks.WIDE_INPUT = 4096  # a factor in full
     print(rows, run(nn.Linear(4096, 10), 4096, "kfac_expand", memory=200 * 2**20), flush=True)
 
 torch.set_num_threads(1)

@@ -174,13 +174,13 @@ class Rehearsal:
                     coupling()
             if twice or not products:  # whether it is linear
                 part = Linearisation(network, self.jacobian.images, slice(0, FEW), 0, self.jacobian.layers)
-                _ = [part.pull_back(part.z, names) for _ in range(3 + len(SCALES))]
+                _ = [part.pull_back(part.z, names) for _ in range(1 + len(SCALES))]
                 if whole and not self.jacobian.coupled:  # whether images act on one another in layers
                     for part in self.jacobian.parts():
                         _ = [part.output_gradients(part.z, part.uses) for _ in range(2)]
             part = Linearisation(network, self.jacobian.images, slice(0, tried), 0, self.jacobian.layers)
             if not products:  # whether sums over layers are right
-                _ = [part.pull_back(part.z, names) for _ in range(3)]
+                _ = [part.pull_back(part.z, names) for _ in range(2)]
                 return
             v = dict(zip(names, part.pull_back(part.z, names), strict=True))
             if twice:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from secondorder.curvature.kronecker.call_check import Layers, check_calls, check_reads
 from secondorder.curvature.kronecker.factors import (
     KRONECKER_LAYERS,
-    WIDE_INPUT,
     joint_gradient_sum,
     joint_input_rows,
     joint_input_sum,
@@ -45,6 +44,9 @@ from secondorder.curvature.resuming.keys import Key
 from secondorder.curvature.resuming.sums import Sums
 from secondorder.errors import InputError
 from secondorder.matrix_power.transforms import symmetric
+
+WIDE_INPUT = 1024
+"""Inputs above which A is kept as rows if there are fewer: the classifier of a covariance head of 64 channels has 2,080."""
 
 
 def kronecker_parameters(network: nn.Module) -> list[str]:

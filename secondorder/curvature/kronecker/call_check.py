@@ -19,7 +19,7 @@ from secondorder.curvature.matrix_free.jacobian import Jacobian
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.per_sample import without_batch
-from secondorder.curvature.matrix_free.trial import random_like, sample_scales
+from secondorder.curvature.matrix_free.trial import sample_scales
 from secondorder.errors import InputError
 
 Layers = tuple[nn.Module, ...]
@@ -42,23 +42,21 @@ def check_calls(jacobian: Jacobian, layers: Mapping[str, tuple[Layers, str]], by
     """
     if not jacobian.network.has_numbers:
         return
-    part, source = jacobian.trial(), torch.Generator().manual_seed(0)
-    u = random_like(part.z, source)
+    part = jacobian.trial()
     shared_uses = {shared: [use for use in part.uses if use.layer in shared] for shared, _ in layers.values()}
-    flat = [use for uses in shared_uses.values() for use in uses]
     for name, (shared, _) in layers.items():
         if any(without_batch(use) for use in shared_uses[shared]):
             raise InputError(
                 f"the layer of {name} is called without a batch: no Kronecker factors; give it one (x[None]), or leave it "
                 "out of params"
             )
-    pulled, s = part.gradients(u, list(layers), flat)
-    truth, gradients = dict(zip(layers, pulled, strict=True)), dict(zip(map(id, flat), s, strict=True))
-    c = sample_scales(part.z, source)
-    scaled = dict(zip(layers, part.pull_back(c * u, list(layers)), strict=True)) if by_image else {}
+    tried = jacobian.random_pull_back(part)
+    gradients = {id(use): s for use, s in zip(part.uses, tried.outputs, strict=True)}
+    c = sample_scales(part.z, torch.Generator().manual_seed(1))
+    scaled = dict(zip(layers, part.pull_back(c * tried.u, list(layers)), strict=True)) if by_image else {}
     for name, (shared, kind) in layers.items():
         calls = [(use, gradients[id(use)]) for use in shared_uses[shared]]
-        if not _adds_up(calls, kind, truth[name]):
+        if not _adds_up(calls, kind, tried.weights[name]):
             raise _refused(name)
         if by_image and not jacobian.coupled and not _is_by_image(calls, kind, c[:, 0], scaled[name]):
             raise InputError(

@@ -30,7 +30,7 @@ SHARINGS = ("expand", "reduce")
 KRONECKER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight, flattened row by row, has the block B kron A: the groups follow each other, and then the outputs."""
 WIDE_INPUT = 4096
-"""Inputs from which A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
+"""Inputs above which BackPACK's A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
 CACHED_BYTES = 2**20
 """Patches that a CPU writes and multiplies at a time: they stay in its cache, four times faster than UNFOLDED_BYTES."""
 

@@ -3,7 +3,8 @@
 J^T is a backward pass, and what users mean by the derivative. Forward mode gives another J where a network hides something from
 the backward pass only (no_grad, hooks on gradients) or has an autograd Function with a wrong jvp; reverse mode of reverse mode,
 where a Function's backward pass cannot be differentiated. With random vectors of all parameters the identity fails for each of
-these, whatever block was asked for. It is tried on a few images, once for each batch.
+these, whatever block was asked for. It is tried on a few images, once for each batch; of which a first product, all that is
+often asked for, need not wait: its own J v has these images' outputs, where they do not depend on the others.
 """
 
 import math
@@ -12,12 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from secondorder.accelerator import seed_random_numbers
 from secondorder.curvature.matrix_free.graph import custom_functions
-from secondorder.curvature.matrix_free.linearisation import Linearisation
+from secondorder.curvature.matrix_free.linearisation import Linearisation, RandomPullBack
 from secondorder.curvature.matrix_free.trial import inner, random_like
 from secondorder.errors import InputError, first_line
-from secondorder.untouched import same_randomness
 
 SURE, POSSIBLE = 0.7, 0.4
 """Powers of the rounding unit: below the first no formula is wrong, 4 times what networks with covariance heads show in float32
@@ -26,26 +25,38 @@ Push = Callable[[Mapping[str, Tensor]], Tensor]
 """Tangents by the names of parameters -> J v."""
 
 
+def agrees(tried: RandomPullBack, Jv: Tensor, v: Mapping[str, Tensor]) -> bool:
+    """Whether u . J v = (J^T u) . v at the images that have been tried, of which J v `[n, K]` is, but for rounding."""
+    return _mismatch(tried.u, Jv, tried.weights, v) <= torch.finfo(Jv.dtype).eps ** SURE
+
+
+def _mismatch(u: Tensor, Jv: Tensor, gradients: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> float:
+    """|u . J v - J^T u . v| in units of |J v|, about the size of a random u's product with it."""
+    terms = torch.stack([inner(gradients[name], t) for name, t in v.items()])
+    size = float(Jv.to(terms).norm() + terms.norm())
+    error = float((inner(u, Jv) - terms.sum()).abs())
+    if not error > 0:
+        return 0.0 if error == 0 else math.inf
+    return error / size
+
+
 class AdjointTest:
     """Random u `[n, K]` and v at some images, with J^T u; parameters have a part in u . J v as equal as rounding allows."""
 
-    def __init__(self, part: Linearisation) -> None:
+    def __init__(self, tried: RandomPullBack) -> None:
         self.failures: list[str] = []
         """Why a mode has failed."""
-        source = torch.Generator().manual_seed(0)
-        self.u = random_like(part.z, source)
-        names = list(part.network.weights)
-        pulled = zip(names, part.pull_back(self.u, names), strict=True)
-        self.gradients = {name: g for name, g in pulled if bool(g.isfinite().all())}
+        self.u, source = tried.u, torch.Generator().manual_seed(1)
+        self.gradients = {name: g for name, g in tried.weights.items() if bool(g.isfinite().all())}
         """Of a parameter with an infinite derivative no product is finite, and nothing is to be compared."""
         sizes = {name: float(g.norm()) for name, g in self.gradients.items()}
         largest = max(sizes.values()) or 1.0
         # A gradient that is zero but for rounding stays that small: it has no digit that two modes could share.
-        least = torch.finfo(part.z.dtype).eps ** 0.25 * largest
+        least = torch.finfo(self.u.dtype).eps ** 0.25 * largest
         self.v = {name: random_like(g, source) / max(sizes[name], least) for name, g in self.gradients.items()}
 
     def mismatch(self, push: Push) -> float:
-        """|u . J v - J^T u . v| in units of |J v|, about the size of a random u's product with it; infinite if J v fails."""
+        """That of a mode, infinite if it fails."""
         try:
             Jv = push(self.v)
         except torch.OutOfMemoryError:
@@ -53,25 +64,17 @@ class AdjointTest:
         except RuntimeError as failure:  # NotImplementedError among them
             self.failures.append(first_line(failure))
             return math.inf
-        terms = torch.stack([inner(g, self.v[name]) for name, g in self.gradients.items()])
-        size = float(Jv.to(terms).norm() + terms.norm())
-        error = float((inner(self.u, Jv) - terms.sum()).abs())
-        if not error > 0:
-            return 0.0 if error == 0 else math.inf
-        return error / size
+        return _mismatch(self.u, Jv, self.gradients, self.v)
 
 
-def forward_mode_is_right(part: Linearisation, check: Callable[[], None]) -> bool:
+def forward_mode_is_right(part: Linearisation, tried: RandomPullBack, check: Callable[[], None]) -> bool:
     """Whether J v is to be taken from forward mode, or else from reverse mode; InputError where neither is the adjoint of J^T.
 
-    `check` tells of what else may be the cause.
+    J^T is known by what has been `tried` at the part; `check` tells of what else may be the cause.
     """
     if not part.graph.requires_grad:
         return True
-    with same_randomness():
-        # A backward pass that draws random numbers shall not happen to draw those of the forward pass.
-        seed_random_numbers(0)
-        test = AdjointTest(part)
+    test = AdjointTest(tried)
     eps = torch.finfo(part.z.dtype).eps
     if not test.gradients:
         return True

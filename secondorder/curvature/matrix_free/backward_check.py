@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secondorder.curvature.matrix_free.linearisation import Linearisation
+from secondorder.curvature.matrix_free.linearisation import Linearisation, RandomPullBack
 from secondorder.curvature.matrix_free.trial import random_like
 from secondorder.errors import InputError
 from secondorder.untouched import same_randomness
@@ -21,18 +21,17 @@ SCALES = (2.0**30, 2.0**-30)
 """Powers of two, which change no rounding: what clips or drops gradients from some size on does so at one of them."""
 
 
-def check_backward(part: Linearisation) -> None:
-    """InputError unless J^T u + J^T (c v) / c = J^T (d (u + v)) / d for random u and v at outputs of some samples.
+def check_backward(part: Linearisation, tried: RandomPullBack) -> None:
+    """InputError unless J^T u + J^T (c v) / c = J^T (d (u + v)) / d for random v and the u that has been `tried`.
 
     c and d are SCALES, or 1 where numbers of such a size would leave the range of their format.
     """
     if not part.graph.requires_grad:
         return
-    source, names = torch.Generator().manual_seed(0), list(part.network.weights)
-    u, v = random_like(part.z, source), random_like(part.z, source)
+    names, u, v = list(tried.weights), tried.u, random_like(part.z, torch.Generator().manual_seed(1))
     with same_randomness():
         before = torch.get_rng_state()
-        first, limits = part.pull_back(u, names), torch.finfo(part.z.dtype)
+        first, limits = list(tried.weights.values()), torch.finfo(part.z.dtype)
         allowed = limits.tiny / limits.eps, limits.max * limits.eps
         c, d = (s if allowed[0] < _largest(first) * s < allowed[1] else 1.0 for s in SCALES)
         terms = [a + b / c for a, b in zip(first, part.pull_back(c * v, names), strict=True)]

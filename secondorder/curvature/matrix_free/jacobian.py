@@ -15,12 +15,12 @@ from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.graph import check_nodes, custom_functions
-from secondorder.curvature.matrix_free.linearisation import Linearisation
+from secondorder.curvature.matrix_free.linearisation import Linearisation, RandomPullBack
 from secondorder.curvature.matrix_free.memory import BLOCK_BYTES
 from secondorder.curvature.matrix_free.sample_coupling import COUPLED, layers_mix
 from secondorder.curvature.matrix_free.samples import Samples, tensors_of
 from secondorder.curvature.matrix_free.separable_losses import LossParts
-from secondorder.curvature.matrix_free.trial import FEW, check_repeated, trial_samples
+from secondorder.curvature.matrix_free.trial import FEW, check_repeated, repeated, trial_samples
 from secondorder.curvature.resuming.keys import Key, digest
 from secondorder.errors import InputError
 
@@ -58,7 +58,11 @@ class Jacobian:
         self.twice_differentiable = False
         """Whether second derivatives have been found to be right (`second_derivatives`)."""
         self._few = few
+        self._pulled: RandomPullBack | None = None
+        """That of `_few`."""
         self._kept: Linearisation | None = None
+        self._expected: tuple[Tensor, Tensor] | None = None
+        """Places of few images and their outputs, which the whole batch shall have, too."""
         self._backward_is_linear = False
         self._linear_parts: set[int] = set()
         """The first samples of the parts in which it has been found to be so."""
@@ -98,8 +102,9 @@ class Jacobian:
         if first > 0:
             return
         if self._kept is None:
-            self._few = None
+            self._few = self._pulled = None
             self._kept = self.linearised(slice(0, N), 0)
+        self._check_expected(self._kept)
         yield self._kept
 
     def trial(self, most: int | None = None) -> Linearisation:
@@ -113,6 +118,21 @@ class Jacobian:
                 return Linearisation(self.network, self.images[chosen], slice(None), 0, self.layers)
         return next(self.parts())
 
+    def random_pull_back(self, few: Linearisation) -> RandomPullBack:
+        """That of a `trial`, which several checks share."""
+        if few is not self._few:
+            return few.random_pull_back()
+        if self._pulled is None:
+            self._pulled = few.random_pull_back()
+        return self._pulled
+
+    def tried_rows(self) -> tuple[Tensor, RandomPullBack] | None:
+        """The places of few images and what has been tried on them, at no cost but that; None where these are not at hand."""
+        few = self._few
+        if few is None or self.trial() is not few:
+            return None
+        return trial_samples(self.images, self.chunk), self.random_pull_back(few)  # type: ignore[arg-type]
+
     def check_backward(self) -> None:
         """InputError unless outputs are the same in every evaluation and J^T is linear: for what is made of J^T u alone.
 
@@ -120,15 +140,30 @@ class Jacobian:
         """
         if not self._backward_is_linear and self.network.has_numbers:
             few = self.trial(FEW)
-            check_repeated(self.network.outputs(few.images, part=few.part).reshape(few.z.shape).detach(), few.z)
-            check_backward(few)
+            check_backward(few, self.random_pull_back(few))
+            if self.chunk < len(self.images) or few is self._kept:
+                self._check_again(few.images, few.z)
+            else:
+                self._expected = trial_samples(self.images, FEW), few.z  # type: ignore[arg-type]
             self._backward_is_linear = True
+
+    def _check_expected(self, whole: Linearisation) -> None:
+        """InputError unless outputs that few images had are the same in another evaluation, first of all in that of the batch."""
+        if self._expected is not None:
+            rows, z = self._expected
+            if not repeated(whole.z[rows], z):  # or these images act on one another
+                self._check_again(self.images[rows], z)  # type: ignore[index]
+            self._expected = None
+
+    def _check_again(self, images: Samples, z: Tensor) -> None:
+        """The same of an evaluation of nothing but these images."""
+        check_repeated(self.network.outputs(images).reshape(z.shape).detach(), z)
 
     def check_part(self, part: Linearisation) -> None:
         """InputError unless J^T is linear at a part, where few images may not tell: with hooks and Functions of a user."""
         if part.rows.start not in self._linear_parts and self.network.has_numbers:
             if part.hooked or custom_functions(part.nodes):
-                check_backward(part)
+                check_backward(part, part.random_pull_back())
             self._linear_parts.add(part.rows.start)
 
     def check_apart(self, part: Linearisation) -> None:

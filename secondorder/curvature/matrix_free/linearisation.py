@@ -7,6 +7,7 @@ network again.
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
+from secondorder.accelerator import seed_random_numbers
 from secondorder.curvature.matrix_free.batch_stream import BatchStream
 from secondorder.curvature.matrix_free.frozen_network import FrozenNetwork
 from secondorder.curvature.matrix_free.gradient_hooks import noted_hooks
@@ -22,8 +24,18 @@ from secondorder.curvature.matrix_free.graph import graph_nodes, leaf_uses
 from secondorder.curvature.matrix_free.layer_uses import LayerUse
 from secondorder.curvature.matrix_free.samples import Samples
 from secondorder.curvature.matrix_free.separable_losses import LossParts
-from secondorder.curvature.matrix_free.trial import check_repeated
+from secondorder.curvature.matrix_free.trial import check_repeated, random_like
 from secondorder.errors import failures_of
+from secondorder.untouched import same_randomness
+
+
+@dataclass(frozen=True)
+class RandomPullBack:
+    """A random u `[n, K]` at a part's outputs, J^T u by the names of parameters, and its gradients at the uses of layers."""
+
+    u: Tensor
+    weights: Mapping[str, Tensor]
+    outputs: Sequence[Tensor]
 
 
 class Linearisation:
@@ -84,6 +96,15 @@ class Linearisation:
         at_weights = [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=False)]
         rest = zip(found[len(weights) :], uses, strict=True)
         return at_weights, [U.new_zeros(use.output_shape) if g is None else g for g, use in rest]
+
+    def random_pull_back(self) -> RandomPullBack:
+        """That of a u which is the same in every call and on every device; formulas are tried on it."""
+        u, names = random_like(self.z, torch.Generator().manual_seed(0)), list(self.network.weights)
+        with same_randomness():
+            # A backward pass that draws random numbers shall not happen to draw those of the forward pass.
+            seed_random_numbers(0)
+            weights, outputs = self.gradients(u, names, self.uses)
+        return RandomPullBack(u, dict(zip(names, weights, strict=True)), outputs)
 
     def push_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
         """J v `[n, K]` for a tangent of each named parameter, by forward mode: one evaluation without a graph."""

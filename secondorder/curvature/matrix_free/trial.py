@@ -63,9 +63,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return a.flatten().to(wide) @ b.flatten().to(wide)
 
 
+def repeated(again: Tensor, z: Tensor) -> bool:
+    """Whether outputs of another evaluation are these, up to the rounding of other kernels."""
+    return not has_numbers(z) or bool(((again - z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()).all())
+
+
 def check_repeated(again: Tensor, z: Tensor) -> None:
-    """InputError for outputs of another evaluation that are not these, up to the rounding of other kernels."""
-    if has_numbers(z) and not bool(((again - z).abs() <= torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()).all()):
+    """InputError for outputs that another evaluation has not `repeated`."""
+    if not repeated(again, z):
         raise InputError(
             "the network's outputs differ from one evaluation to the next, by random numbers of a generator of its own or a "
             "state that it keeps; use eval(), or draw from torch's default generator"
