@@ -23,7 +23,7 @@ from torch import Tensor
 from secondorder.matrix_power import checks
 from secondorder.matrix_power.covariance import centred
 from secondorder.matrix_power.crossover import gram_is_faster
-from secondorder.matrix_power.transforms import known_shape, symmetric
+from secondorder.matrix_power.transforms import known_shape, with_transpose
 
 STABLE_STEPS = {torch.float32: 10, torch.float64: 24}
 """Steps for which 2.25^K times the rounding error stays small: 4e-4, 6e-8. Beyond, null directions (`spectral`) are left out."""
@@ -98,25 +98,33 @@ def iterate(A: Tensor, num_iter: int, inverse: bool) -> tuple[Tensor, tuple[Tens
 
 
 def pull_back(G: Tensor, saved: tuple[Tensor, ...], inverse: bool) -> Tensor:
-    """dL/dA for symmetric G = dL/d iterate(A), 5 K - 3 products (5 K - 5): all iterates and adjoints are symmetric."""
-    num_iter = (len(saved) + 2) // 3
-    m, squares, factors = saved[:num_iter], saved[num_iter : 2 * num_iter - 1], (saved[0], *saved[2 * num_iter - 1 :])
-    three_halves = 1.5 * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    """dL/dA for symmetric G = dL/d iterate(A), 5 K - 3 products (5 K - 5): all iterates and adjoints are symmetric.
+
+    Adjoints X are held as the sum X + X^T, twice their symmetric part, one pass over the numbers; the factors 1/2 are those of
+    the products.
+    """
+    shape, num_iter = G.shape, (len(saved) + 2) // 3
+    G, *kept = (t.reshape(-1, *shape[-2:]) for t in (G, *saved))
+    m, squares, factors = kept[:num_iter], kept[num_iter : 2 * num_iter - 1], [kept[0], *kept[2 * num_iter - 1 :]]
+    three_halves = 1.5 * torch.eye(shape[-1], dtype=G.dtype, device=G.device)
+    scale = 1.0  # of G, a power of two
     gradient_m: Tensor | None = None
+    """Twice the adjoint of m."""
     for k in reversed(range(num_iter)):
         T = torch.add(three_halves, m[k], alpha=-0.5)
-        if inverse and k == 0:
-            gradient_T = G  # z_1 = T_0
-        else:
-            gradient_T, G = symmetric(factors[k] @ G), symmetric(G @ T)
+        first = inverse and k == 0  # z_1 = T_0, whose adjoint is G
         if gradient_m is None:
-            gradient_m = gradient_T.mul(-0.5)
-            continue
-        through_square = T @ symmetric(m[k] @ gradient_m)
-        gradient_m = symmetric(gradient_m @ squares[k])
-        gradient_m.sub_(gradient_T, alpha=0.5).sub_(symmetric(through_square))
+            X = -0.5 * G if first else torch.baddbmm(G, factors[k], G, beta=0, alpha=-0.5)
+        else:
+            X = torch.baddbmm(G, gradient_m, squares[k], beta=0, alpha=0.5)
+            X = torch.add(X, G, alpha=-0.5 * scale) if first else torch.baddbmm(X, factors[k], G, alpha=-0.5 * scale)
+            X = torch.baddbmm(X, T, with_transpose(m[k] @ gradient_m), alpha=-0.25)
+        gradient_m = with_transpose(X)
+        if not first:
+            G, scale = with_transpose(G @ T), scale / 2
     assert gradient_m is not None
-    return gradient_m if inverse else gradient_m + G  # A is the first factor of y_K
+    dA = 0.5 * gradient_m if inverse else torch.add(scale * G, gradient_m, alpha=0.5)  # A is the first factor of y_K
+    return dA.reshape(shape)
 
 
 def polynomial(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,11 @@ def symmetric(G: Tensor) -> Tensor:
     return (G + G.mT) * 0.5  # not in place: nested forward mode may pass tensors that cannot be written
 
 
+def with_transpose(G: Tensor) -> Tensor:
+    """G + G^T, twice the symmetric part."""
+    return G + G.mT
+
+
 def widened(x: Tensor) -> Tensor:
     """x in float32 when it has 16 bits, else x itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
