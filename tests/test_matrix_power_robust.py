@@ -241,6 +241,12 @@ def test_matrices_of_any_scale(name: str, scale: float) -> None:
         assert got[2].isfinite().all()
 
 
+def test_gradients_near_the_end_of_the_format_go_through_many_steps() -> None:
+    x, G = features(2, 6, 9).float().requires_grad_(), features(2, 6, 6).float()
+    gradients = [torch.autograd.grad(covariance_sqrt(x, "newton_schulz", 10), x, c * G)[0] for c in (1.0, 2.0**118)]
+    torch.testing.assert_close(gradients[1] / 2.0**118, gradients[0], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(2, 64, 20), (2, 16, 5), (2, 20, 64)])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e6])
 def test_the_shifted_logarithm_has_no_noise_in_null_directions(shape: tuple[int, ...], scale: float) -> None:

@@ -100,31 +100,33 @@ def iterate(A: Tensor, num_iter: int, inverse: bool) -> tuple[Tensor, tuple[Tens
 def pull_back(G: Tensor, saved: tuple[Tensor, ...], inverse: bool) -> Tensor:
     """dL/dA for symmetric G = dL/d iterate(A), 5 K - 3 products (5 K - 5): all iterates and adjoints are symmetric.
 
-    Adjoints X are held as the sum X + X^T, twice their symmetric part, one pass over the numbers; the factors 1/2 are those of
-    the products.
+    The symmetric part of a product is that of half of it and its transpose: the half costs a product nothing.
     """
     shape, num_iter = G.shape, (len(saved) + 2) // 3
     G, *kept = (t.reshape(-1, *shape[-2:]) for t in (G, *saved))
     m, squares, factors = kept[:num_iter], kept[num_iter : 2 * num_iter - 1], [kept[0], *kept[2 * num_iter - 1 :]]
     three_halves = 1.5 * torch.eye(shape[-1], dtype=G.dtype, device=G.device)
-    scale = 1.0  # of G, a power of two
     gradient_m: Tensor | None = None
-    """Twice the adjoint of m."""
     for k in reversed(range(num_iter)):
         T = torch.add(three_halves, m[k], alpha=-0.5)
-        first = inverse and k == 0  # z_1 = T_0, whose adjoint is G
-        if gradient_m is None:
-            X = -0.5 * G if first else torch.baddbmm(G, factors[k], G, beta=0, alpha=-0.5)
+        half = None  # of the adjoint of m
+        if gradient_m is not None:
+            half = torch.baddbmm(
+                _half_product(gradient_m, squares[k]), T, with_transpose(m[k] @ gradient_m), alpha=-0.25
+            )
+        if inverse and k == 0:  # z_1 = T_0, whose adjoint is G
+            half = -0.25 * G if half is None else torch.add(half, G, alpha=-0.25)
         else:
-            X = torch.baddbmm(G, gradient_m, squares[k], beta=0, alpha=0.5)
-            X = torch.add(X, G, alpha=-0.5 * scale) if first else torch.baddbmm(X, factors[k], G, alpha=-0.5 * scale)
-            X = torch.baddbmm(X, T, with_transpose(m[k] @ gradient_m), alpha=-0.25)
-        gradient_m = with_transpose(X)
-        if not first:
-            G, scale = with_transpose(G @ T), scale / 2
+            half = torch.baddbmm(G if half is None else half, factors[k], G, beta=0 if half is None else 1, alpha=-0.25)
+            G = with_transpose(_half_product(G, T))
+        gradient_m = with_transpose(half)
     assert gradient_m is not None
-    dA = 0.5 * gradient_m if inverse else torch.add(scale * G, gradient_m, alpha=0.5)  # A is the first factor of y_K
-    return dA.reshape(shape)
+    return (gradient_m if inverse else gradient_m + G).reshape(shape)  # A is the first factor of y_K
+
+
+def _half_product(A: Tensor, B: Tensor) -> Tensor:
+    """A B / 2 of `[N, n, n]` in one pass."""
+    return torch.baddbmm(A, A, B, beta=0, alpha=0.5)
 
 
 def polynomial(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ __all__ = [
     "result_dtype",
     "symmetric",
     "widened",
+    "with_transpose",
     "without_mutation",
 ]
 

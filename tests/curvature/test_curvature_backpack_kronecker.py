@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from secondorder.curvature.backpack import kronecker
 from secondorder.curvature.backpack.kronecker import WeightSharingKFAC, WeightSharingKFLR
 from secondorder.curvature.backpack.registration import register
-from secondorder.curvature.kronecker import factors as kronecker_factors
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.errors import InputError
 
@@ -122,12 +121,12 @@ def test_wide_input_stays_in_rows(monkeypatch: pytest.MonkeyPatch):
     loss, model = nn.MSELoss(), chain("gcp")
     data = batch(loss)
     dense = factors(model, extensions.KFLR(), loss, data)["7.weight"][1]
+    assert kronecker.WIDE_INPUT == 4096
     monkeypatch.setattr(kronecker, "WIDE_INPUT", 9)
     wide = factors(model, extensions.KFLR(), loss, data)["7.weight"][1]
     assert isinstance(wide, FactoredOperator)
     assert wide.rows.shape == (3, 10)
     assert relative(wide.dense(), dense) <= EXACT
-    assert kronecker_factors.WIDE_INPUT == 4096
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss(reduction="sum")])

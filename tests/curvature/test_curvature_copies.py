@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_networks import relative, true_ggn, true_hessian
+from own_functions import BrokenForwardMode, Sine
+from small_networks import By, relative, true_ggn, true_hessian
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -83,6 +84,10 @@ def test_outputs_that_change_by_themselves_are_refused(count: int) -> None:
             blocks.whole.dense()
     with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
         curvature_blocks(model, CE, batch, "kfac_expand")
+    for function in (Sine.apply, BrokenForwardMode.apply):  # products of which are made by other ways
+        blocks = curvature_blocks(nn.Sequential(model, By(function)), CE, batch, "ggn")
+        with pytest.raises(InputError, match="outputs differ from one evaluation to the next"):
+            product(blocks.whole)
 
 
 # ----------------------------------------------------------------------------------------- nothing is written, or mixed

@@ -216,5 +216,5 @@ def test_products_take_no_further_evaluations() -> None:
     whole = curvature_blocks(model, CE, data, "ggn").whole
     for _ in range(2):
         whole @ torch.ones(63).double()
-    # the probe, the batch and a product, which tells by itself; two images, forward mode on them, and a product
-    assert evaluated == [2, 40, 40, 2, 2, 40]
+    # the probe, forward mode on it, the batch, and two products
+    assert evaluated == [2, 2, 40, 40, 40]

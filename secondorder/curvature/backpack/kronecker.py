@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from secondorder.curvature.kronecker.factors import (
     SHARINGS,
-    WIDE_INPUT,
     gradient_factor,
     input_factor,
     input_rows,
@@ -29,6 +28,9 @@ from secondorder.curvature.kronecker.factors import (
 )
 from secondorder.curvature.operators.factored import FactoredOperator
 from secondorder.errors import unknown
+
+WIDE_INPUT = 4096
+"""Inputs above which A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
 
 
 class WeightSharingKFAC(KFAC):

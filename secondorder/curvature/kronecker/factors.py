@@ -29,8 +29,6 @@ from secondorder.errors import unknown
 SHARINGS = ("expand", "reduce")
 KRONECKER_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight, flattened row by row, has the block B kron A: the groups follow each other, and then the outputs."""
-WIDE_INPUT = 4096
-"""Inputs above which BackPACK's A is kept as rows (`input_rows`), whose product is A, and never built: 64 MiB in float32."""
 CACHED_BYTES = 2**20
 """Patches that a CPU writes and multiplies at a time: they stay in its cache, four times faster than UNFOLDED_BYTES."""
 
@@ -51,7 +49,7 @@ def input_factor(layer: nn.Module, x: Tensor, sharing: str, most_bytes: int | No
 
 
 def input_rows(layer: nn.Module, x: Tensor, sharing: str) -> Tensor:
-    """Rows `[R, D]` (`[G, R, D]`) with A = rows^T rows: R = N T for expand, N for reduce; for inputs above WIDE_INPUT."""
+    """Rows `[R, D]` (`[G, R, D]`) with A = rows^T rows: R = N T for expand, N for reduce; for wide inputs."""
     _check(sharing)
     a = _squeezed(joint_input_rows(layer_kind(layer), [x], sharing))
     return a / math.sqrt(a.shape[-2])

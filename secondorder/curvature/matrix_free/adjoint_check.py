@@ -3,8 +3,7 @@
 J^T is a backward pass, and what users mean by the derivative. Forward mode gives another J where a network hides something from
 the backward pass only (no_grad, hooks on gradients) or has an autograd Function with a wrong jvp; reverse mode of reverse mode,
 where a Function's backward pass cannot be differentiated. With random vectors of all parameters the identity fails for each of
-these, whatever block was asked for. It is tried on a few images, once for each batch; of which a first product, all that is
-often asked for, need not wait: its own J v has these images' outputs, where they do not depend on the others.
+these, whatever block was asked for. It is tried on a few images, once for each batch.
 """
 
 import math
@@ -25,21 +24,6 @@ Push = Callable[[Mapping[str, Tensor]], Tensor]
 """Tangents by the names of parameters -> J v."""
 
 
-def agrees(tried: RandomPullBack, Jv: Tensor, v: Mapping[str, Tensor]) -> bool:
-    """Whether u . J v = (J^T u) . v at the images that have been tried, of which J v `[n, K]` is, but for rounding."""
-    return _mismatch(tried.u, Jv, tried.weights, v) <= torch.finfo(Jv.dtype).eps ** SURE
-
-
-def _mismatch(u: Tensor, Jv: Tensor, gradients: Mapping[str, Tensor], v: Mapping[str, Tensor]) -> float:
-    """|u . J v - J^T u . v| in units of |J v|, about the size of a random u's product with it."""
-    terms = torch.stack([inner(gradients[name], t) for name, t in v.items()])
-    size = float(Jv.to(terms).norm() + terms.norm())
-    error = float((inner(u, Jv) - terms.sum()).abs())
-    if not error > 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
-
-
 class AdjointTest:
     """Random u `[n, K]` and v at some images, with J^T u; parameters have a part in u . J v as equal as rounding allows."""
 
@@ -56,7 +40,7 @@ class AdjointTest:
         self.v = {name: random_like(g, source) / max(sizes[name], least) for name, g in self.gradients.items()}
 
     def mismatch(self, push: Push) -> float:
-        """That of a mode, infinite if it fails."""
+        """|u . J v - J^T u . v| in units of |J v|, about the size of a random u's product with it; infinite if J v fails."""
         try:
             Jv = push(self.v)
         except torch.OutOfMemoryError:
@@ -64,7 +48,12 @@ class AdjointTest:
         except RuntimeError as failure:  # NotImplementedError among them
             self.failures.append(first_line(failure))
             return math.inf
-        return _mismatch(self.u, Jv, self.gradients, self.v)
+        terms = torch.stack([inner(g, self.v[name]) for name, g in self.gradients.items()])
+        size = float(Jv.to(terms).norm() + terms.norm())
+        error = float((inner(self.u, Jv) - terms.sum()).abs())
+        if not error > 0:
+            return 0.0 if error == 0 else math.inf
+        return error / size
 
 
 def forward_mode_is_right(part: Linearisation, tried: RandomPullBack, check: Callable[[], None]) -> bool:

@@ -1,15 +1,16 @@
 """The Gauss-Newton matrix of a network's loss, and the Fisher matrices, which differ from it in M only."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secondorder.curvature.matrix_free.adjoint_check import agrees, forward_mode_is_right, no_adjoint
+from secondorder.curvature.matrix_free.adjoint_check import forward_mode_is_right, no_adjoint
 from secondorder.curvature.matrix_free.backward_check import check_backward
 from secondorder.curvature.matrix_free.jacobian import Jacobian, flattened, shaped
-from secondorder.curvature.matrix_free.linearisation import Linearisation, RandomPullBack
+from secondorder.curvature.matrix_free.linearisation import Linearisation
 from secondorder.curvature.matrix_free.memory import budget, check_memory
 from secondorder.curvature.matrix_free.output_matrix import OutputMatrix
 from secondorder.curvature.matrix_free.product_check import ProductCheck
@@ -50,20 +51,14 @@ class GaussNewtonOperator(SymmetricOperator):
         result = torch.zeros_like(V)
         sums_of = Sums("product", lambda: self._key(V), {"result": result}, vectors=V.shape[1])
         with same_randomness(), sums_of as sums:  # a backward pass may draw
-            rows = None
             if self.jacobian.forward_mode is None and not sums.finished:
-                rows = self.jacobian.tried_rows() if V.shape[1] == 1 else None
-                if rows is None:
-                    self._try_modes()
+                trial, check = self.jacobian.trial(), partial(self.jacobian.check_backward, at_once=True)
+                tried = self.jacobian.random_pull_back(trial)
+                self.jacobian.forward_mode = forward_mode_is_right(trial, tried, check)
             for part in sums.parts(self.jacobian):
                 for k in sums.units(range(V.shape[1])):
-                    result[:, k] += self._product(part, V[:, k], rows)
+                    result[:, k] += self._product(part, V[:, k])
         return result
-
-    def _try_modes(self) -> None:
-        trial = self.jacobian.trial()
-        tried = self.jacobian.random_pull_back(trial)
-        self.jacobian.forward_mode = forward_mode_is_right(trial, tried, self.jacobian.check_backward)
 
     def fingerprint(self) -> Key:
         """What the matrix is made from, as a long run notes it."""
@@ -76,14 +71,11 @@ class GaussNewtonOperator(SymmetricOperator):
     def _key(self, V: Tensor | None = None) -> Key:
         return self.fingerprint() | ({} if V is None else {"the vectors of the product": digest(V)})
 
-    def _product(self, part: Linearisation, v: Tensor, rows: tuple[Tensor, RandomPullBack] | None = None) -> Tensor:
-        """J^T M J v of a part, J v by the mode that was found right, or by reverse mode where that is wrong for this part.
-
-        Where modes have not been tried yet, `rows` tells of some images what shows that forward mode is right for this v.
-        """
+    def _product(self, part: Linearisation, v: Tensor) -> Tensor:
+        """J^T M J v of a part, J v by the mode that was found right, or by reverse mode where that is wrong for this part."""
         tangents, failures = shaped(v, self.jacobian.network, self.names), []
-        first = bool(self.jacobian.forward_mode) or rows is not None
-        for forward in (first,) if rows or not first else (True, False):
+        first = bool(self.jacobian.forward_mode)
+        for forward in (True, False) if first else (False,):
             try:
                 Jv = (part.push_forward if forward else part.push_forward_by_reverse)(tangents)
             except torch.OutOfMemoryError:
@@ -91,19 +83,14 @@ class GaussNewtonOperator(SymmetricOperator):
             except RuntimeError as failure:
                 failures.append(first_line(failure))
                 continue
-            if rows and not agrees(rows[1], Jv[rows[0]], tangents):
-                break
             MJv = self.matrix.product(part.z, Jv, part.rows)
             random_state = torch.get_rng_state()
             gradients = part.pull_back(MJv, self.names)
             named = dict(zip(self.names, gradients, strict=True))
             holds = self.check.holds(part, MJv, Jv, named, tangents, random_state)
             if holds and (forward is first or all(map(all_finite, gradients))):
-                self.jacobian.forward_mode = None if rows else forward
+                self.jacobian.forward_mode = forward
                 return flattened(gradients)
-        if rows:
-            self._try_modes()
-            return self._product(part, v)
         if not failures:
             check_backward(part, part.random_pull_back())
         raise no_adjoint(part, failures)

@@ -126,22 +126,16 @@ class Jacobian:
             self._pulled = few.random_pull_back()
         return self._pulled
 
-    def tried_rows(self) -> tuple[Tensor, RandomPullBack] | None:
-        """The places of few images and what has been tried on them, at no cost but that; None where these are not at hand."""
-        few = self._few
-        if few is None or self.trial() is not few:
-            return None
-        return trial_samples(self.images, self.chunk), self.random_pull_back(few)  # type: ignore[arg-type]
-
-    def check_backward(self) -> None:
+    def check_backward(self, at_once: bool = False) -> None:
         """InputError unless outputs are the same in every evaluation and J^T is linear: for what is made of J^T u alone.
 
-        Products J^T M J v are tried by forward mode (`adjoint_check`, `product_check`), which tells as much.
+        Products J^T M J v are tried by forward mode (`adjoint_check`, `product_check`), which tells as much. Unless it must be
+        `at_once`, outputs are compared with those of the whole batch when `parts` first has these.
         """
         if not self._backward_is_linear and self.network.has_numbers:
             few = self.trial(FEW)
             check_backward(few, self.random_pull_back(few))
-            if self.chunk < len(self.images) or few is self._kept:
+            if at_once or self._kept is not None or self.chunk < len(self.images):
                 self._check_again(few.images, few.z)
             else:
                 self._expected = trial_samples(self.images, FEW), few.z  # type: ignore[arg-type]
