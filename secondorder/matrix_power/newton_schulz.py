@@ -111,22 +111,19 @@ def pull_back(G: Tensor, saved: tuple[Tensor, ...], inverse: bool) -> Tensor:
         T = torch.add(three_halves, m[k], alpha=-0.5)
         half = None  # of the adjoint of m
         if gradient_m is not None:
-            half = torch.baddbmm(
-                _half_product(gradient_m, squares[k]), T, with_transpose(m[k] @ gradient_m), alpha=-0.25
-            )
+            half = _product(-0.25, T, with_transpose(m[k] @ gradient_m), onto=_product(0.5, gradient_m, squares[k]))
         if inverse and k == 0:  # z_1 = T_0, whose adjoint is G
             half = -0.25 * G if half is None else torch.add(half, G, alpha=-0.25)
         else:
-            half = torch.baddbmm(G if half is None else half, factors[k], G, beta=0 if half is None else 1, alpha=-0.25)
-            G = with_transpose(_half_product(G, T))
+            half, G = _product(-0.25, factors[k], G, onto=half), with_transpose(_product(0.5, G, T))
         gradient_m = with_transpose(half)
     assert gradient_m is not None
     return (gradient_m if inverse else gradient_m + G).reshape(shape)  # A is the first factor of y_K
 
 
-def _half_product(A: Tensor, B: Tensor) -> Tensor:
-    """A B / 2 of `[N, n, n]` in one pass."""
-    return torch.baddbmm(A, A, B, beta=0, alpha=0.5)
+def _product(factor: float, A: Tensor, B: Tensor, onto: Tensor | None = None) -> Tensor:
+    """factor A B of matrices `[N, n, n]`, added to `onto`, in one pass."""
+    return torch.baddbmm(A if onto is None else onto, A, B, beta=0 if onto is None else 1, alpha=factor)
 
 
 def polynomial(a: Tensor, num_iter: int) -> tuple[Tensor, Tensor]:
