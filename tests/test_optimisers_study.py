@@ -23,10 +23,19 @@ from studies.engine.records import COLUMNS, Origins, frame, read_records
 from studies.engine.study import Results
 from studies.judge import judge
 from studies.optimisers import autoencoder as deep
-from studies.optimisers.claims import CLAIMS, TARGET, final, steps_to, to_targets, updates
+from studies.optimisers.claims import (
+    CLAIMS,
+    OF_SGD,
+    TARGET,
+    final,
+    seconds_to_targets,
+    steps_to,
+    time_of,
+    to_targets,
+    updates,
+)
 from studies.optimisers.costs import Stepper, state_bytes
 from studies.optimisers.folds import folds, interactions, summary, tuning_table
-from studies.optimisers.problems import OF_SGD
 from studies.optimisers.settings import PRESETS, TUNING_SEED
 from studies.optimisers.study import tuning_rows
 from studies.optimisers.tuning import DEEP_LATTICES, LATTICES, Lattice, Range, Search
@@ -331,6 +340,28 @@ def test_steps_to_the_targets_are_their_geometric_mean() -> None:
     expected = [-50 * math.log(target) / 4.0 for target in TARGETS]
     assert steps.loc["gcp", "kfac", 0].value == pytest.approx(math.sqrt(math.prod(expected)))
     assert not steps.censored.any()
+
+
+def test_later_steps_take_the_time_of_the_last_that_were_timed() -> None:
+    times = np.array([5.0, 3.0, *[1.0] * 18, *[1.0, 2.0] * 10])
+    steps = [0.5, 1, 1.5, 20, 40, 42]
+    assert [time_of(n, times) for n in steps] == pytest.approx([2.5, 5, 6.5, 26, 56, 59])
+    assert time_of(3, np.array([2.0])) == 6
+    assert math.isnan(time_of(3, np.array([math.nan])))
+
+
+def test_seconds_are_those_of_the_steps_that_were_taken() -> None:
+    records = made(noise=0.0)
+    slow = records[(records.quantity == OF_SGD) & (records.optimizer == "kfac")].assign(index=1, value=1.0)
+    spent = seconds_to_targets(pd.concat([slow, records])).set_index(["head", "optimizer", "seed"]).value
+    steps = [
+        -50 * math.log(target) / 4.0 for target in TARGETS
+    ]  # the first takes 2, the second 1, and so each later one 1.5
+    assert spent["gcp", "kfac", 0] == pytest.approx(math.sqrt(math.prod(3 + 1.5 * (n - 2) for n in steps)))
+    taken = to_targets(records).set_index(["head", "optimizer", "seed"]).value
+    assert spent["gcp", "sgd", 0] == pytest.approx(taken["gcp", "sgd", 0])
+    untimed = records[(records.quantity != OF_SGD) | (records.optimizer != "kfac")]
+    assert seconds_to_targets(untimed).set_index("optimizer").value["kfac"].isna().all()
 
 
 def test_a_run_that_diverges_or_never_gets_there_is_a_bound() -> None:

@@ -17,7 +17,9 @@ from studies.judge.claims import Values
 from studies.optimisers.autoencoder import NETWORK as DEEP
 from studies.optimisers.settings import TUNING_SEED
 
-TARGET = "target loss"
+TARGET, OF_SGD = "target loss", "time of a step, of SGD's"
+PERIOD = 20
+"""Timed steps at the end that stand for all later ones: two intervals between renewals of K-FAC's factors."""
 KEYS = ["network", "head", "optimizer", "seed"]
 
 
@@ -57,7 +59,31 @@ def at_levels(records: pd.DataFrame, levels: Sequence[float]) -> pd.DataFrame:
 
 def to_targets(records: pd.DataFrame) -> pd.DataFrame:
     """The geometric mean of T over the targets of each reported network: KEYS, value, censored."""
+    return _over_targets(at_levels(records, targets(records)))
+
+
+def seconds_to_targets(records: pd.DataFrame) -> pd.DataFrame:
+    """As `to_targets` the time until T, in steps of SGD: KEYS, value, censored; nan of optimisers that were not timed."""
     table = at_levels(records, targets(records))
+    timed = records[records.quantity == OF_SGD].sort_values("index").groupby(["head", "optimizer"]).value
+    times = {cell: values.to_numpy() for cell, values in timed}
+    cells = zip(table["head"], table.optimizer, strict=True)
+    spent = [time_of(T, times.get(cell, np.array([math.nan]))) for cell, T in zip(cells, table.value, strict=True)]
+    return _over_targets(table.assign(value=spent))
+
+
+def time_of(steps: float, times: np.ndarray) -> float:
+    """The time of so many steps, from those of the first ones `[n]`; each later one takes the mean of the last `PERIOD`.
+
+    The first steps of K-FAC take longest: while it warms up, its factors are renewed in most of them.
+    """
+    whole = np.concatenate([[0.0], np.cumsum(times)])
+    later = max(0.0, steps - len(times))
+    return float(np.interp(steps, np.arange(len(whole)), whole) + later * times[-PERIOD:].mean())
+
+
+def _over_targets(table: pd.DataFrame) -> pd.DataFrame:
+    """The geometric mean of each run over its levels."""
     runs = table.assign(value=np.log(table.value)).groupby(KEYS, sort=False)
     # a mean that leaves out a target is of other targets than those it is compared with
     means = runs.value.agg(lambda logs: math.exp(logs.mean(skipna=False))).reset_index()

@@ -16,11 +16,11 @@ from studies.engine.plan import Computed, Measurement, Task, Trained, loss_curve
 from studies.engine.records import Row
 from studies.engine.study import Context
 from studies.optimisers import autoencoder as deep
+from studies.optimisers.claims import OF_SGD
 from studies.optimisers.costs import Stepper, memory, next_to
 from studies.optimisers.settings import TUNING_SEED, AutoencoderSettings
 from studies.optimisers.tuning import DEEP_LATTICES, LATTICES, Lattice, Values
 from studies.settings import Common
-from studies.timing import in_turn
 from studies.training import Training
 
 RUN_FIELDS = ("learning_rate", "momentum", "weight_decay")
@@ -28,7 +28,7 @@ RUN_FIELDS = ("learning_rate", "momentum", "weight_decay")
 PRIMARY = ("gap", "gcp")
 POINTS = 60
 """Points of a loss curve."""
-MILLISECONDS, OF_SGD = "milliseconds of a step", "time of a step, of SGD's"
+MILLISECONDS = "milliseconds of a step"
 PEAK, STATE = "peak memory of a step [MiB]", "state [MiB]"
 
 
@@ -139,29 +139,26 @@ def final_loss(records: pd.DataFrame) -> float:
     return math.inf if losses.empty else float(f"{losses.sort_values('step').value.iloc[-1]:.10g}")
 
 
-def costs(tuned: Mapping[Cell, Values]) -> Computed:
-    """The timing of all tuned optimisers, one problem after the other."""
-    first = next(iter(tuned))
-    settings = asdict(first.context.settings)
-    described = {name: settings[name] for name in ("training", "autoencoder", "timing_steps")}
-    described["tuned"] = [[cell.name, values] for cell, values in tuned.items()]
-    measurement = Measurement("costs", lambda case: _costs(tuned, case["timing_steps"]), described)
-    return Computed(measurement, first.labels, alone=True, device=str(first.context.common.torch_device))
+def costs(cell: Cell, values: Values, of_sgd: Values) -> Computed:
+    """The timing of an optimiser with its tuned settings, next to SGD with its own, and its memory."""
+    settings, device = cell.context.settings, cell.context.common.torch_device
+    deep = replace(settings.autoencoder, arms=(), tuning_seeds=1)
+    described = {"problem": asdict(settings.training if cell.head else deep), "steps": settings.timing_steps}
+    described |= {"values": values, "sgd": of_sgd}
+    sgd = replace(cell, optimizer="sgd")
+
+    def measure(case: Mapping[str, Any]) -> Iterator[Row]:
+        return _costs(cell.stepper(values), sgd.stepper(of_sgd), case["steps"], device)
+
+    return Computed(Measurement("costs of steps", measure, described), cell.labels, alone=True, device=str(device))
 
 
-def _costs(tuned: Mapping[Cell, Values], steps: int) -> Iterator[Row]:
-    """Milliseconds of the first steps of each optimiser, also divided by those of the SGD step next to it, and memory."""
-    for head in dict.fromkeys(cell.head for cell in tuned):
-        cells = {cell.optimizer: cell for cell in tuned if cell.head == head}
-        device = cells["sgd"].context.common.torch_device
-        steppers = {optimizer: cell.stepper(tuned[cell]) for optimizer, cell in cells.items()}
-        network = {"network": cells["sgd"].labels["network"], "head": head}
-        for index, optimizer in in_turn([*steppers], steps):
-            of_sgd, own = next_to(steppers["sgd"], steppers[optimizer], device)
-            at = network | {"optimizer": optimizer, "index": index}
-            yield at | {"quantity": MILLISECONDS, "value": own}
-            yield at | {"quantity": OF_SGD, "value": 1.0 if optimizer == "sgd" else own / of_sgd}
-        for optimizer, stepper in steppers.items():
-            peak, state = memory(stepper, device)
-            yield network | {"optimizer": optimizer, "quantity": PEAK, "value": peak}
-            yield network | {"optimizer": optimizer, "quantity": STATE, "value": state, "error": 0.0}
+def _costs(stepper: Stepper, sgd: Stepper, steps: int, device: torch.device) -> Iterator[Row]:
+    """Milliseconds of each of the first steps, also divided by those of the SGD step before it, and memory."""
+    for index in range(steps):
+        of_sgd, own = next_to(sgd, stepper, device)
+        yield {"quantity": MILLISECONDS, "index": index, "value": own}
+        yield {"quantity": OF_SGD, "index": index, "value": own / of_sgd}
+    peak, state = memory(stepper, device)
+    yield {"quantity": PEAK, "value": peak}
+    yield {"quantity": STATE, "value": state, "error": 0.0}

@@ -42,7 +42,8 @@ def plan(context: Context) -> Plan:
         *(Computed(Measurement("tuning", tuning_rows, s.summary), cell.labels) for cell, s in searches.items()),
         Computed(Measurement("targets", target_rows, list(settings.targets)), labels_of_all(context)),
     ]
-    yield [costs({cell: values for cell, values in tuned.items() if cell.head in (*PRIMARY, "")})]
+    sgd = {cell.head: values for cell, values in tuned.items() if cell.optimizer == "sgd"}
+    yield [costs(cell, values, sgd[cell.head]) for cell, values in tuned.items() if cell.head in (*PRIMARY, "")]
 
 
 def _tuning(problems: Sequence[Cell], settings: Settings) -> Generator[list[Task], pd.DataFrame, dict[Cell, Search]]:
