@@ -1,5 +1,7 @@
 """The factors A and B of linear layers and convolutions against their definitions, one patch at a time."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 from secondorder.curvature.kronecker import factors as kronecker_factors
 from secondorder.curvature.kronecker.autocorrelation import autocorrelation_applies, autocorrelation_factor
 from secondorder.curvature.kronecker.factors import gradient_factor, input_factor, input_rows
+from secondorder.curvature.kronecker.layer_kinds import layer_kind
+from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError
 
 CONVOLUTIONS = {
@@ -82,6 +86,35 @@ def test_patches_are_what_the_weight_multiplies(kind: str, size: tuple[int, int]
     weight = layer.weight.reshape(layer.groups, -1, layer.weight[0].numel())
     found = weight @ kronecker_factors.patches(layer, x)
     torch.testing.assert_close(found.flatten(1, 2), layer(x).flatten(2), rtol=1e-13, atol=1e-13)
+
+
+GRADIENTS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    kind: (nn.Conv2d(4, 8, **options), (4, 7, 6)) for kind, options in CONVOLUTIONS.items()
+} | {
+    "1d": (nn.Conv1d(4, 6, 3, 2, 1, groups=2), (4, 7)),
+    "3d, replicated": (nn.Conv3d(2, 3, (2, 3, 1), (1, 2, 1), 1, padding_mode="replicate"), (2, 4, 5, 3)),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), (4, 5)),
+    "transposed 2d": (nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (1, 2), (1, 0), dilation=(1, 3)), (4, 5, 6)),
+    "transposed 3d": (nn.ConvTranspose3d(2, 4, 1, 2, groups=2), (2, 3, 2, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradient_of_a_weight_is_that_of_autograd_and_of_the_patches(name: str, bias: bool) -> None:
+    layer, shape = copy.deepcopy(GRADIENTS[name][0]).double(), GRADIENTS[name][1]
+    x = torch.randn(3, *shape).double()
+    out = layer(x)
+    g = torch.randn_like(out)
+    of_weight, of_bias = torch.autograd.grad((out * g).sum(), [layer.weight, layer.bias])
+    kind = layer_kind(layer)
+    found = kind.weight_gradient(x, g, bias)
+    if bias:
+        torch.testing.assert_close(found[..., -1].flatten(), of_bias, rtol=1e-12, atol=1e-12)
+    matrix = found[..., :-1] if bias else found
+    torch.testing.assert_close(kind.weight(matrix), of_weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, LayerKind.weight_gradient(kind, x, g, bias), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from secondorder.curvature.kronecker.weight_sharing import LayerKind
+from secondorder.curvature.kronecker.layer_kinds import Convolution
 from secondorder.errors import InputError
 from secondorder.kfac.agreement import agreements, rescaling
 from secondorder.kfac.capture import Capture
@@ -158,8 +158,8 @@ def test_a_layer_that_is_not_called() -> None:
 
 
 def test_wrong_vectors_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LayerKind.weight_gradient
-    monkeypatch.setattr(LayerKind, "weight_gradient", lambda *args: 2 * right(*args))
+    right = Convolution.weight_gradient
+    monkeypatch.setattr(Convolution, "weight_gradient", lambda *args: 2 * right(*args))
     with pytest.raises(InputError, match=r"layer 0: the gradient of its weight is 0\.5 times"):
         checked(small(), *data(), cross_entropy).verify()
 

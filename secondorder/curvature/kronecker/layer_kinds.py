@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from secondorder.curvature.kronecker.normalisation import Normalisation
-from secondorder.curvature.kronecker.patches import map_positions, mean_patches, patches
+from secondorder.curvature.kronecker.patches import map_positions, mean_patches, moves, padded, patches
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError
 
@@ -80,6 +81,15 @@ class Convolution(LayerKind):
     def output_vectors(self, s: Tensor, leading: int = 1) -> Tensor:
         """g `[*, G, T, O]`: the gradients `[*, G O, *size]` at the output by position."""
         return s.flatten(leading + 1).unflatten(leading, (self.groups, -1)).mT
+
+    def weight_gradient(self, x: Tensor, g: Tensor, bias: bool) -> Tensor:
+        """sum_nt g a^T `[G, O, D]`, with `bias` sum_nt g beside it: the derivative of the convolution of the padded input, whose
+        windows are the patches; some ten times faster on a CPU than with the patches written out."""
+        conv, G = self.module, self.groups
+        derivative = (conv1d_weight, conv2d_weight, conv3d_weight)[len(conv.kernel_size) - 1]
+        shape = (G * self.outputs, conv.in_channels // G, *conv.kernel_size)
+        found = derivative(padded(conv, x), shape, g, moves(conv), 0, conv.dilation, G).reshape(G, self.outputs, -1)
+        return torch.cat([found, self.output_vectors(g).sum((0, 2))[..., None]], -1) if bias else found
 
 
 class TransposedConvolution(Convolution):
