@@ -12,7 +12,17 @@ from studies.engine.study import Results
 from studies.judge import Claim, Judged
 from studies.optimisers import claims
 from studies.optimisers.autoencoder import ARMS
-from studies.optimisers.claims import KEYS, OF_SGD, at_levels, final, reported, seconds_to_targets, targets, to_targets
+from studies.optimisers.claims import (
+    KEYS,
+    OF_SGD,
+    PERIOD,
+    at_levels,
+    final,
+    reported,
+    seconds_to_targets,
+    targets,
+    to_targets,
+)
 from studies.optimisers.problems import MILLISECONDS, PEAK, PRIMARY, STATE
 from studies.optimisers.tuning import STARTS
 from studies.page import Fold, Picture, Table
@@ -22,6 +32,7 @@ LEVELS = 25
 """Losses at which the interaction is drawn."""
 WORDS = LABELS | {"": "autoencoder", "kfac_quadratic": "K-FAC, quadratic model"}
 CELL = ["head", "optimizer"]
+LATER = "later steps, of SGD's"
 
 
 def folds(results: Results) -> Sequence[Fold]:
@@ -224,15 +235,18 @@ def _deep(results: Results) -> list[Fold]:
 
 def _costs(results: Results) -> Fold:
     """What a step costs, on the page of costs."""
-    quantities = [MILLISECONDS, OF_SGD, PEAK, STATE]
+    quantities = [MILLISECONDS, OF_SGD, LATER, PEAK, STATE]
     part = results.records[results.records.quantity.isin(quantities)].replace({"head": WORDS, "optimizer": WORDS})
     part = part.rename(columns={"head": "problem", "optimizer": "optimiser"})
+    late = part[(part.quantity == OF_SGD) & (part["index"] >= part["index"].max() + 1 - PERIOD)]
+    part = pd.concat([part, late.assign(quantity=LATER)])
     table = part.pivot_table(index=["problem", "optimiser"], columns="quantity", values="value", sort=False)
     longest = table[OF_SGD].sort_values().reset_index().iloc[-1]
     words = f"The longest is that of {longest.optimiser} ({longest.problem}): {longest[OF_SGD]:.3g} times SGD's."
     caption = (
-        "Means over the timed steps; each is divided by the SGD step that was timed next to it. Peak memory beyond weights and "
-        "state, in a step that updates K-FAC's factors."
+        "Means over the timed steps; each is divided by the SGD step that was timed next to it, and so are the last "
+        f"{PERIOD}, which stand for all later ones: while K-FAC warms up, most of its steps renew the factors. Peak memory "
+        "beyond weights and state, in a step that does."
     )
     steps = results.origins.settings["timing_steps"]
     return Fold(
