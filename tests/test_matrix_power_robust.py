@@ -78,9 +78,11 @@ MATRICES: dict[str, tuple[Callable[[int], Tensor], float]] = {
 }
 
 
-@pytest.mark.parametrize("case", MATRICES)
-@pytest.mark.parametrize("size", [1, 6, 20])
-def test_one_polynomial_for_every_method_and_number_of_steps(case: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [*((size, case) for size in (1, 6) for case in MATRICES), (20, "well-conditioned"), (20, "rank-deficient")],
+)
+def test_one_polynomial_for_every_method_and_number_of_steps(size: int, case: str) -> None:
     make, tolerance = MATRICES[case]
     S = make(size).float()
     batch = torch.stack((S, psd(S.shape[-1], dtype=torch.float32), torch.zeros_like(S)))
@@ -129,7 +131,8 @@ def test_features_in_float32_are_as_in_float64(method: str, shape: tuple[int, ..
     x = features(*shape, dtype=torch.float32)
     if null:
         x[:, shape[1] // 2 :] = 0
-    for num_iter in (5, 10, 11, 200):
+    # by products, where the two ways to evaluate the polynomial part, and through eigenvalues alone
+    for num_iter in (5, 10, 11, 200) if method == "newton_schulz" else (5, 10):
         function = partial(covariance_sqrt, method=method, num_iter=num_iter)
         got, want = derivatives(function, x), derivatives(function, x.double())
         for order, (mine, truth) in enumerate(zip(got, want, strict=True)):

@@ -48,7 +48,7 @@ def check(found: Tensor, expected: Tensor) -> None:
     [*(("cross-entropy", at) for at in (None, "0", "3", "6")), ("weighted", None), ("squared error", "3")],
 )
 def test_the_whole_and_the_blocks_of_samples(loss: str, quantity: str, at: str | None) -> None:
-    model, (images, labels) = chain("gcp", nn.Tanh), batch(LOSSES[loss])
+    model, (images, labels) = chain("gcp", nn.Tanh, channels=3), batch(LOSSES[loss], size=4)
     stem, rest = split(model, at)
     a = stem(images).detach()
     found = activation_curvature(model, LOSSES[loss], (images, labels), quantity, at)
@@ -65,7 +65,7 @@ def test_the_whole_and_the_blocks_of_samples(loss: str, quantity: str, at: str |
 
 
 def test_samples_on_their_own_are_their_terms_of_the_mean() -> None:
-    model, (images, labels) = chain("gap", nn.Tanh), batch(CE)
+    model, (images, labels) = chain("gap", nn.Tanh), batch(CE, size=4)
     together = activation_curvature(model, CE, (images, labels), "hessian")
     for n, block in enumerate(together.samples):
         alone = activation_curvature(model, CE, (images[n : n + 1], labels[n : n + 1]), "hessian")
@@ -75,7 +75,7 @@ def test_samples_on_their_own_are_their_terms_of_the_mean() -> None:
 
 @pytest.mark.parametrize("at", [None, "0"])
 def test_fishers_and_the_diagonal(at: str | None) -> None:
-    model, (images, labels) = chain("gap", nn.Tanh), batch(CE)
+    model, (images, labels) = chain("gap", nn.Tanh), batch(CE, size=4)
     stem, rest = split(model, at)
     a = stem(images).detach().requires_grad_()
     gradient = torch.autograd.grad(F.cross_entropy(rest(a), labels, reduction="sum"), a)[0].flatten(1)
@@ -116,7 +116,7 @@ def test_batch_statistics_couple_samples(quantity: str) -> None:
 @pytest.mark.parametrize("quantity", ["ggn", "hessian"])
 @pytest.mark.parametrize("at", [None, "3"])
 def test_parts_of_a_batch_and_losses_of_ones_own(quantity: str, at: str | None) -> None:
-    model, (images, labels) = chain("gcp", nn.Tanh), batch(CE, n=5)
+    model, (images, labels) = chain("gcp", nn.Tanh, channels=3), batch(CE, n=5, size=4)
     own = SumOverSamples(lambda z, y: F.cross_entropy(z, y, reduction="sum") / 5)
     whole = activation_curvature(model, CE, (images, labels), quantity, at).whole
     V = torch.randn(whole.size, 2, dtype=torch.float64)

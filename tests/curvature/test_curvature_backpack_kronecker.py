@@ -134,7 +134,7 @@ def test_wide_input_stays_in_rows(monkeypatch: pytest.MonkeyPatch):
 def test_sampled_factors_are_unbiased(sharing: str, loss: nn.Module):
     model, data = chain("gcp"), batch(loss)
     exact = factors(model, WeightSharingKFLR(sharing), loss, data)
-    draws = [factors(model, WeightSharingKFAC(sharing, mc_samples=10), loss, data) for _ in range(40)]
+    draws = [factors(model, WeightSharingKFAC(sharing, mc_samples=20), loss, data) for _ in range(20)]
     for name, (B, *_) in exact.items():
         samples = torch.stack([draw[name][0] for draw in draws])
         error = (samples.mean(0) - B).abs()

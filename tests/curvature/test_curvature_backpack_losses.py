@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -37,18 +38,23 @@ SQUARED = {"squared error": (nn.MSELoss(), drawn(N, 3, *D, seed=3))}
 
 
 def problem(case: str) -> Problem:
-    """A segmentation for the losses with several labels, covariance pooling for those of single ones."""
+    """A segmentation for the losses with several labels, a network with a head for those of single ones."""
     torch.manual_seed(1)
     kind, _, name = case.partition(": ")
-    if kind == "gcp":
+    if kind in ("gap", "gcp"):
         loss, labels = SINGLE[name]
-        return chain("gcp", nn.Tanh), loss, (drawn(5, 2, 6, 6, seed=7), labels)
+        return chain(kind, nn.Tanh, channels=2), loss, (drawn(5, 2, 6, 6, seed=7), labels)
     loss, labels = (CASES | SQUARED)[name]
     return segmentation(), loss, (drawn(N, 2, *D, seed=7), labels)
 
 
 PROBLEMS = pytest.mark.parametrize(
-    "case", [*(f"segmentation: {name}" for name in (*CASES, *SQUARED)), *(f"gcp: {name}" for name in SINGLE)]
+    "case",
+    [
+        *(f"segmentation: {name}" for name in (*CASES, *SQUARED)),
+        *(f"gap: {name}" for name in SINGLE),
+        "gcp: class weights, ignored",  # a head sees no more of a loss than its derivatives
+    ],
 )
 
 
@@ -77,16 +83,23 @@ def parts_of_samples(network: nn.Module, loss: Callable[..., Tensor], batch: tup
     return [one.sum() / divisor for one in own]
 
 
+@cache
+def dense(case: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gauss-Newton matrix, the Hessian, and the gradient of each sample's part."""
+    network, loss, batch = problem(case)
+    gradients = torch.stack([gradient(network, part) for part in parts_of_samples(network, loss, batch)])
+    return true_ggn(network, loss, batch), true_hessian(network, loss, batch), gradients
+
+
 @PROBLEMS
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_exact_quantities(case: str, chunk: int | None) -> None:
     network, loss, batch = problem(case)
-    ggn, hessian = true_ggn(network, loss, batch), true_hessian(network, loss, batch)
+    ggn, hessian, gradients = dense(case)
 
     def quantity(extension: BackpropExtension) -> dict[str, Any]:
         return backpack_quantity(network, loss, batch, extension, chunk=chunk)
 
-    gradients = torch.stack([gradient(network, part) for part in parts_of_samples(network, loss, batch)])
     assert relative(side_by_side(quantity(extensions.BatchGrad()), 1), gradients) <= 1e-11
     assert relative(side_by_side(quantity(extensions.SumGradSquared())), gradients.square().sum(0)) <= 1e-11
     assert relative(side_by_side(quantity(extensions.Variance())), gradients.var(0, unbiased=False)) <= 1e-11
@@ -130,7 +143,7 @@ def test_drawn_labels_do_not_depend_on_chunks(case: str, extension: Callable[[],
         assert_equal(other, whole, network)
 
 
-@pytest.mark.parametrize("case", ["segmentation: weights, smoothing", "gcp: binary, weights", "gcp: squared error"])
+@pytest.mark.parametrize("case", ["segmentation: weights, smoothing", "gap: binary, weights", "gap: squared error"])
 def test_drawn_labels_have_the_curvature_as_their_mean(case: str) -> None:
     network, loss, batch = problem(case)
     truth = true_ggn(network, loss, batch)
@@ -179,7 +192,7 @@ def test_averages_over_the_batch() -> None:
     [
         ("segmentation: sum", nn.CrossEntropyLoss(reduction="sum")),
         ("segmentation: classes", nn.CrossEntropyLoss()),
-        ("gcp: squared error", nn.MSELoss()),
+        ("gap: squared error", nn.MSELoss()),
     ],
 )
 @pytest.mark.parametrize("extension", EXACT)
@@ -204,7 +217,7 @@ def test_equal_to_backpack_where_it_knows_the_loss(
 @pytest.mark.parametrize("extension", [extensions.BatchGrad, extensions.DiagGGNExact, extensions.HMP])
 def test_graphs_of_the_batch_are_left_alone(name: str, extension: Callable[[], BackpropExtension]) -> None:
     """Targets and images that somebody else's parameters made: neither gets a gradient, and chunks can go back twice."""
-    network, loss, (images, targets) = problem(f"gcp: {name}")
+    network, loss, (images, targets) = problem(f"gap: {name}")
     leaves = images.clone().requires_grad_(), targets.clone().requires_grad_()
     data = tuple(leaf * torch.ones(1, dtype=F64) for leaf in leaves)
     found = backpack_quantity(network, loss, data, extension(), chunk=2)

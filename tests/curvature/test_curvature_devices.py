@@ -1,6 +1,7 @@
 """Every quantity on every device that is there, against the CPU in float64; random columns are the same everywhere."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def full_precision_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made() -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
-    return chain("gcp", nn.Tanh), batch(CE, 5)
+    torch.manual_seed(0)
+    return chain("gcp", nn.Tanh, channels=2), batch(CE, 5)
 
 
 def blocks(
@@ -36,6 +38,12 @@ def values(made: CurvatureBlocks) -> tuple[Tensor, Tensor, Tensor]:
     return made.whole @ V.to(made.whole.device), made["0.weight"].dense(), made.whole.diagonal()
 
 
+@cache
+def true_values(quantity: str, fisher: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the CPU in float64."""
+    return values(blocks(*made(), quantity, "cpu", torch.float64, samples=2, seed=3, fisher=fisher))
+
+
 def check(found: CurvatureBlocks, truth: tuple[Tensor, Tensor, Tensor], device: str, dtype: torch.dtype) -> None:
     for tensor, expected in zip(values(found), truth, strict=True):
         assert (tensor.device.type, tensor.dtype) == (device, dtype)
@@ -48,7 +56,7 @@ def check(found: CurvatureBlocks, truth: tuple[Tensor, Tensor, Tensor], device: 
 def test_quantities(quantity: str, device: str, dtype: torch.dtype) -> None:
     """In parts on the device, at once for the truth, so that the CPU has something to say, too."""
     model, data = made()
-    truth = values(blocks(model, data, quantity, "cpu", torch.float64, samples=2, seed=3))
+    truth = true_values(quantity)
     at_once = [] if (device, dtype) == ("cpu", torch.float64) else [None]  # there it would be the truth again
     for chunk in (2, *at_once):
         found = blocks(model, data, quantity, device, dtype, samples=2, seed=3, chunk=chunk)
@@ -61,7 +69,7 @@ def test_quantities(quantity: str, device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 def test_kronecker_factors_of_other_columns(fisher: str, quantity: str, device: str, dtype: torch.dtype) -> None:
     model, data = made()
-    truth = values(blocks(model, data, quantity, "cpu", torch.float64, samples=2, seed=3, fisher=fisher))
+    truth = true_values(quantity, fisher)
     check(blocks(model, data, quantity, device, dtype, samples=2, seed=3, fisher=fisher), truth, device, dtype)
     if fisher == "mc":
         other = blocks(model, data, quantity, device, dtype, samples=2, seed=4, fisher=fisher)

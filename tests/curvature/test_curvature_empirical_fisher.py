@@ -1,5 +1,7 @@
 """The empirical Fisher is the Fisher with given labels in place of drawn ones: by definition, in expectation, and in K-FAC."""
 
+from functools import cache
+
 import pytest
 import torch
 from small_networks import relative
@@ -29,11 +31,21 @@ def images() -> Tensor:
     return torch.randn(N, D, dtype=F64)
 
 
+@cache
+def of_one(n: int, k: int, smoothing: float = 0.0) -> Tensor:
+    """The empirical Fisher matrix of one image with this label."""
+    torch.manual_seed(0)
+    model, x = network(), images()
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    return curvature_blocks(model, loss, (x[n, None], torch.tensor([k])), "empirical_fisher").whole.dense()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("labelled", ["classes", "weighted", "ignored"])
 def test_expectation_over_the_models_labels_of_cross_entropy(labelled: str, reduction: str, smoothing: float) -> None:
     """Sample by sample, over all labels with their probabilities, at the shares that the given labels have in the loss."""
+    torch.manual_seed(0)
     model, x = network(), images()
     options = {"weight": WEIGHT} if labelled == "weighted" else {"ignore_index": 1} if labelled == "ignored" else {}
     given = torch.tensor([2, 0, 1])
@@ -46,16 +58,10 @@ def test_expectation_over_the_models_labels_of_cross_entropy(labelled: str, redu
     total = torch.zeros_like(ggn)
     for n in range(N):
         for k in range(K):
-            y = torch.tensor([k])
-            one = curvature_blocks(model, nn.CrossEntropyLoss(), (x[n, None], y), "empirical_fisher").whole.dense()
-            total += shares[n] * p[n, k] * one
+            total += shares[n] * p[n, k] * of_one(n, k)
     assert relative(total, ggn) <= 1e-12
     # and the empirical Fisher of the batch is that sum at its labels
-    smooth = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    own = [
-        curvature_blocks(model, smooth, (x[n, None], given[n, None]), "empirical_fisher").whole.dense()
-        for n in range(N)
-    ]
+    own = [of_one(n, int(given[n]), smoothing) for n in range(N)]
     if smoothing and labelled == "weighted":
         return  # smoothing mixes the weights of all classes: s_n is the mean of them
     mixed = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=smoothing, **options)  # type: ignore[arg-type]

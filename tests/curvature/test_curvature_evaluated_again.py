@@ -42,8 +42,13 @@ def pair(between: str) -> tuple[nn.Module, nn.Module]:
     return model, plain
 
 
-@pytest.mark.parametrize("between", BETWEEN)
-@pytest.mark.parametrize("params", [None, ["part.0.weight"], ["part.0.bias", "last.weight"], ["part.3.bias"]])
+@pytest.mark.parametrize(
+    ("between", "params"),
+    [
+        *((between, None) for between in BETWEEN),
+        *(("dropout", params) for params in (["part.0.weight"], ["part.0.bias", "last.weight"], ["part.3.bias"])),
+    ],
+)
 @pytest.mark.parametrize("quantity", ["ggn", "hessian", "diagonal", "kfac_expand"])
 def test_checkpoints_are_evaluated_in_the_state_of_the_construction(
     between: str, quantity: str, params: list[str] | None

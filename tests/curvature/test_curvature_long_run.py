@@ -202,7 +202,7 @@ def test_goes_on_after_interruptions(program: str, tmp_path: Path) -> None:
     while not found:
         assert total < 3 * count, "no progress"
         with suppress(Interrupted):
-            found = run(program, folder, {again + (count - again) // 4 + 1: interrupt})[0]
+            found = run(program, folder, {again + (count - again) // 3 + 1: interrupt})[0]
             assert same(found, truth)
             assert not folder.exists()
         total += Evaluations.count - again - 1
@@ -261,7 +261,7 @@ def test_goes_on_when_it_was_killed_while_it_wrote(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(journal, "writing_atomically", failing)
     run(program, folder, {})
-    for last in range(1, written, 2):  # noqa: B007  `failing` reads it
+    for last in range(1, written, 3):  # noqa: B007  `failing` reads it
         written = 0
         with pytest.raises(
             InputError, match=r"cannot write the checkpoint .*: No space left on device; choose another"

@@ -172,8 +172,8 @@ def parts_and_whole():
 def resident(key):  # MiB
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
-def run(model, width, quantity, **options):
-    data = torch.randn(64, width), torch.randint(10, (64,))
+def run(model, width, quantity, count=64, **options):
+    data = torch.randn(count, width), torch.randint(10, (count,))
     Path("/proc/self/clear_refs").write_text("5")  # the greatest is the present
     before = resident("VmRSS")
     curvature_blocks(model, nn.CrossEntropyLoss(), data, quantity, **options)
@@ -185,7 +185,8 @@ def rows_and_factors():
     million = nn.Sequential(nn.Linear(1000, 990), nn.Tanh(), nn.Linear(990, 10))
     rows = run(million, 1000, "diagonal", memory=48 * 2**20)
     blocks.WIDE_INPUT = 4096  # a factor in full
-    print(rows, run(nn.Linear(4096, 10), 4096, "kfac_expand", memory=200 * 2**20), flush=True)
+    # few images, for the factor is made of one at a time
+    print(rows, run(nn.Linear(4096, 10), 4096, "kfac_expand", 12, memory=200 * 2**20), flush=True)
 
 torch.set_num_threads(1)
 linux = Path("/proc/self/clear_refs").exists()
@@ -232,7 +233,7 @@ def test_sizes_of_kronecker_factors(
 @pytest.mark.parametrize("quantity", ["kfac_expand", "kfac_reduce", "ekfac"])
 def test_factors_that_do_not_fit_are_refused(quantity: str) -> None:
     """A [4096, 4096] in float32 is 64 MiB, twice that with the block made of it."""
-    model, data = nn.Linear(4096, 10), (torch.randn(4100, 4096), torch.randint(10, (4100,)))
+    model, data = nn.Linear(4096, 10), (torch.zeros(4100, 4096), torch.zeros(4100).long())
     with pytest.raises(
         InputError, match=r"with \d+ of 4100 samples at a time needs about 0\.\d+ GiB, 0\.00186 GiB are"
     ):

@@ -57,7 +57,7 @@ def test_the_error_of_the_median_covers_every_draw_of_probes(spectrum: str) -> N
     """The spread over probes is too little: Lanczos does not tell where between two of its nodes the median lies."""
     magnitudes = HIDDEN[spectrum].abs().sort().values
     truth = magnitudes[-1] / magnitudes[79:81]
-    for seed in range(10):
+    for seed in (0, 2, 7):  # of ten those where it is farthest off: 1.5 to 3 standard errors by the spread
         found = spectral_summary(DiagonalOperator(HIDDEN[spectrum]), "lanczos", steps=25, seed=seed).median_condition
         assert float((truth - found.value).abs().min()) <= found.error
         assert found.error <= 0.3 * found.value

@@ -86,7 +86,7 @@ def test_subsampling_is_of_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("make", [lambda: chain(activation=nn.Tanh), forked], ids=["chain", "branches"])
+@pytest.mark.parametrize("make", [lambda: chain(activation=nn.Tanh, channels=2), forked], ids=["chain", "branches"])
 def test_products_equal_torch_func(make: Callable[[], nn.Module], loss: str) -> None:
     """With branches the products come from `curvature_blocks`, in BackPACK's calling convention."""
     network, criterion = make(), LOSSES[loss]()

@@ -6,7 +6,7 @@ import torch
 from backpack import extensions
 from backpack_support import reference, tables
 from backpack_support.layers import LAYERS, layer_network
-from backpack_support.networks import NETWORKS, SPOT_CHECKS, network_case
+from backpack_support.networks import HEADS, NETWORKS, SPOT_CHECKS, network_case
 from backpack_support.tables import DRAWS, markdown, support_matrix, support_of_layers, support_of_networks
 from small_networks import batch, built, chain
 from torch import Tensor, nn
@@ -63,15 +63,24 @@ def test_supports_says_what_running_finds() -> None:
             assert supports(network, quantity) == (table.loc[layer, quantity] != "refused"), (layer, quantity)
 
 
+def expected_of_networks(quantity: str) -> str:
+    """The entry of every network."""
+    return "refused" if quantity in ("KFRA", "PCHMP") else "exact" if quantity in SPOT_CHECKS else "accepted"
+
+
 @pytest.mark.slow
 def test_networks() -> None:
     table = support_of_networks()
     assert list(table.index) == NETWORKS
     for name in NETWORKS:
         for quantity in QUANTITIES:
-            refused = quantity in ("KFRA", "PCHMP")
-            expected = "refused" if refused else "exact" if quantity in SPOT_CHECKS else "accepted"
-            assert table.loc[name, quantity] == expected, (name, quantity)
+            assert table.loc[name, quantity] == expected_of_networks(quantity), (name, quantity)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_smallest_networks(head: str) -> None:
+    for quantity in QUANTITIES:
+        assert tables.network_entry(f"cifar_resnet8, {head}", quantity) == expected_of_networks(quantity), quantity
 
 
 @pytest.mark.parametrize("quantity", ["BatchL2Grad", "SqrtGGNExact", "DiagHessian", "KFAC", "GGNMP", "HMP"])
@@ -85,8 +94,14 @@ def test_an_accepted_network_runs(quantity: str) -> None:
 
 
 def test_the_document_shows_the_tables() -> None:
-    """To bring it up to date: python -m tests.backpack_support, between the two markers."""
-    assert tables.in_document().strip() == tables.section().strip()
+    """To bring it up to date: python -m tests.backpack_support, between the two markers.
+
+    That the networks' entries are what is expected of them is tested above, of all networks by `pytest -m slow`.
+    """
+    networks = pd.DataFrame(
+        {quantity: dict.fromkeys(NETWORKS, expected_of_networks(quantity)) for quantity in QUANTITIES}
+    )
+    assert tables.in_document().strip() == tables.section(networks).strip()
 
 
 def test_equal_columns_share_one_in_markdown() -> None:

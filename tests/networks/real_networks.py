@@ -49,8 +49,8 @@ def on_meta(backbone: str, pooling: str, num_classes: int = 1000, **options: obj
 
 def torchvision_model(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """torchvision's network in eval mode, 3 classes, with batch-norm statistics and affine maps that are not 0 and 1."""
-    made = light_vgg() if name == "vgg11_bn" else getattr(torchvision.models, name)(weights=None, num_classes=3)
-    model = made.to(dtype).eval()
+    made = {"vgg11_bn": light_vgg, "wide_resnet50_2": light_wide_resnet}.get(name)
+    model = (made() if made else getattr(torchvision.models, name)(weights=None, num_classes=3)).to(dtype).eval()
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -67,6 +67,11 @@ def light_vgg() -> nn.Module:
     model.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
     model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 8), nn.ReLU(True), nn.Dropout(0.5), nn.Linear(8, 3))
     return model
+
+
+def light_wide_resnet() -> nn.Module:
+    """torchvision's wide_resnet50_2 with one block in each stage."""
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1] * 4, num_classes=3, width_per_group=128)
 
 
 def torchvision_key(name: str, key: str) -> str:

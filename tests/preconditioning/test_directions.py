@@ -85,9 +85,16 @@ def optimisers_direction(
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("pooling", ["gap", "gcp"])
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("options", [{}, {"sharing": "reduce"}, {"fisher": "empirical"}], ids=str)
+@pytest.mark.parametrize(
+    ("pooling", "relative", "options"),
+    [
+        ("gcp", True, {}),
+        ("gap", False, {}),
+        ("gcp", False, {"sharing": "reduce"}),
+        ("gap", True, {"fisher": "empirical"}),
+    ],
+    ids=str,
+)
 def test_is_the_optimisers_direction(kind: str, pooling: str, relative: bool, options: dict) -> None:
     model, data = convnet(pooling), batch(kind=kind)
     theirs = optimisers_direction(model, data, Damping(0.03, relative=relative), kind, **options)
@@ -98,8 +105,7 @@ def test_is_the_optimisers_direction(kind: str, pooling: str, relative: bool, op
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("width", [4, 1100])
+@pytest.mark.parametrize(("power", "width"), [(0.0, 4), (0.25, 4), (0.5, 4), (1.0, 4), (0.25, 1100), (1.0, 1100)])
 def test_powers_are_those_of_the_damped_block(power: float, width: int) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.Tanh(), nn.Linear(width, 3)).double()
     data, names = batch(), ["3.weight", "3.bias"]
