@@ -65,7 +65,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_optimiser_trains_everything_and_resumes_bit_for_bit(
     optimizer: str, data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"iterations": 5} if optimizer == "gauss_newton" else {}  # of which each is two passes
+    options = {"iterations": 2} if optimizer == "gauss_newton" else {}  # of which each is two passes
     run = dataclasses.replace(RUN, optimizer=optimizer, optimizer_options=options)
     whole = train(run, data, tmp_path / "whole", progress=False)
     moved = [
