@@ -72,9 +72,11 @@ def opened(folder: Path, study: str = "a", **settings: Any) -> Table:
     return Table.opened(folder, study, {"epochs": 2, "heads": ["gap"]} | settings, ("heads",), fresh)
 
 
-def go(folder: Path, plan: Plan, store: Path | None = None, fresh: bool = False, **s: Any) -> pd.DataFrame:
+def go(
+    folder: Path, plan: Plan, store: Path | None = None, processes: int = 1, fresh: bool = False, **s: Any
+) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
-    with workers(1) as executor:
+    with workers(processes) as executor:
         tables = {"a": opened(folder, fresh=fresh, **s)}
         carry_out({"a": plan}, tables, Store(store or folder / "store"), executor, fresh=fresh)
     return read_records(folder, "a")[0]
@@ -138,6 +140,13 @@ def test_the_store_serves_what_the_table_lacks(data: ImageDataset, finished: Pat
     assert calls == []
     go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store", fresh=True)
     assert len(calls) == 13
+
+
+def test_processes_side_by_side_write_the_same_table(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    one, _ = read_records(finished, "a")
+    two = go(tmp_path, staged(tasks(data)), processes=2)
+    quick = one.quantity != "seconds"
+    pd.testing.assert_frame_equal(one[quick], two[quick])
 
 
 def test_studies_share_networks_and_measurements(data: ImageDataset, tmp_path: Path) -> None:

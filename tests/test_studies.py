@@ -64,6 +64,7 @@ def test_what_is_there_is_not_computed_again(finished: Path, tmp_path: Path, mon
     pd.testing.assert_frame_equal(table(tmp_path), table(finished))
 
 
+@pytest.mark.slow
 @undrawn_figures()
 def test_processes_side_by_side_continue_a_killed_study_to_the_table_of_one(
     tmp_path: Path, killed: Callable[..., None]

@@ -139,9 +139,7 @@ def several_steps(reduction: str, **settings: object) -> Tensor:
     return torch.stack([step(opt, partial(F.cross_entropy, reduction=reduction), x, y) for _ in range(4)])
 
 
-@pytest.mark.parametrize(
-    ("kind", "decoupled"), [("exact", True), ("mc", True), ("empirical", True), ("exact", False)]
-)
+@pytest.mark.parametrize(("kind", "decoupled"), [("exact", True), ("mc", True), ("empirical", True), ("exact", False)])
 def test_mean_and_sum_of_losses_train_alike(decoupled: bool, kind: str) -> None:
     for settings in ({"weight_decay": 0.1}, {"clip": 1e-3}, {"approximation": "ekfac"}):
         given = {"kind": kind, "options": Options(decoupled=decoupled)} | settings

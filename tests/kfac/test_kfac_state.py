@@ -433,8 +433,8 @@ MISSING = object()
 def refused_entries(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
     """Try every entry of a state missing or wrong: each is refused and changes nothing; how many there were."""
     before, tried = snapshot(optimizer.state_dict()), 0
+    changed = snapshot(state)
     for path in entries(state):
-        changed = snapshot(state)
         place = changed
         for key in path[:-1]:
             place = place[key]
@@ -451,6 +451,7 @@ def refused_entries(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
             assert "\n" not in str(caught.value)
             assert len(str(caught.value)) <= 300
             tried += 1
+        place[path[-1]] = value
         assert same(optimizer.state_dict(), before)
     return tried
 
