@@ -6,19 +6,20 @@ import time
 from pathlib import Path
 
 
-def product(a: int, b: int) -> tuple[int, int, int]:
-    import torch
-
-    return a * b, os.getpid(), torch.get_num_threads()
+def product(a: int, b: int) -> tuple[int, int]:
+    return a * b, os.getpid()
 
 
-def most_threads(number: int) -> tuple[int, int]:
-    """Of any library that is loaded here, and how many there are."""
+def most_threads(number: int) -> tuple[int, int, int] | None:
+    """Of any library that is loaded here, how many there are, and torch's own; in one process, as the imports take seconds."""
+    if number > 0:
+        return None
     import sklearn.linear_model  # noqa: F401 - it comes with an OpenMP and a BLAS of its own, after the beginning
+    import torch
     from threadpoolctl import threadpool_info
 
     threads = [library["num_threads"] for library in threadpool_info()]
-    return max(threads), len(threads)
+    return max(threads), len(threads), torch.get_num_threads()
 
 
 def fails(a: int) -> int:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from studies.convergence.study import STUDY, Settings, family_of, under
 from studies.engine.plan import EPOCH, Computed, Trained
 from studies.engine.records import Origins, frame, read_records
 from studies.engine.study import Results
-from studies.judge import judge
+from studies.judge import Judged, judge
 from studies.settings import Common
 from studies.training import Training
 
@@ -214,8 +215,13 @@ def test_outcomes(fast: float, outcome: str) -> None:
     assert case.sentence.startswith("Under the fast schedule GCP ends ")
 
 
+@cache
+def judged_curves() -> list[Judged]:
+    return judge(CLAIMS, made_up(CURVES))
+
+
 def test_controls_and_kfac_are_compared_on_the_seeds_that_they_have() -> None:
-    judged = {case.claim.name: case.estimate for case in judge(CLAIMS, made_up(CURVES)) if case.estimate is not None}
+    judged = {case.claim.name: case.estimate for case in judged_curves() if case.estimate is not None}
     control = judged["final top-1: gap_lifted, LRfast - gap, LRnorm"]
     assert (control.n, control.left_out, control.value) == (1, 0, pytest.approx(0.1))  # 0.9 - 0.8, one seed
     lifted = judged["final top-1: gcp, LRfast - gap_lifted, LRfast"]
@@ -249,7 +255,7 @@ def test_matching_epochs_and_those_that_never_come() -> None:
         found = table.loc[place]
         assert [(value, censored) for value, censored in zip(found.value, found.censored, strict=True)] == seeds
         assert found.seconds.tolist() == pytest.approx([math.nan if c else 2.0 * e for e, c in seeds], nan_ok=True)
-    judged = {case.claim.name: case.estimate for case in judge(CLAIMS, made_up(CURVES))}
+    judged = {case.claim.name: case.estimate for case in judged_curves()}
     norm = judged["matching epoch: gcp, LRnorm"]
     assert norm is not None
     assert norm.value == pytest.approx(0.5)  # epoch 2 of 4, both seeds
@@ -275,7 +281,7 @@ def test_the_table_and_the_page() -> None:
     training = {"network": "digits_net", "dataset": "digits", "epochs": 4, "batch_size": 2, "learning_rate": 0.1}
     training |= {"schedule": "", "train_limit": None}  # that of the family is told
     settings = {"training": training, "networks": ["mobilenet_v2"], "network_limit": 500, "kfac": "kfac_adam"}
-    (fold,) = folds(Results(records, Origins("convergence", settings), judge(CLAIMS, records)))
+    (fold,) = folds(Results(records, Origins("convergence", settings), judged_curves()))
     assert fold.number == 7
     assert fold.sentences[0].endswith("under LRnorm in 2 of 2, under LRfast in 2 of 4 trainings.")
     assert {picture.name for picture in fold.pictures} == {

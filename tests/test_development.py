@@ -9,8 +9,15 @@ from studies import development
 from studies.development import RATES, TASKS, table_of
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize(
+    ("task", "optimizer"),
+    [  # the step of K-FAC may mind the layers and the loss, and Muon the layers; the other optimisers mind nothing
+        (task, optimizer)
+        for task in TASKS
+        for optimizer in RATES
+        if task in ("group norm", "transformer") or optimizer in ("kfac adam", "kfac natural", "muon")
+    ],
+)
 def test_every_task_trains_with_every_optimiser(task: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, batch, _, loss = TASKS[task]
     monkeypatch.setitem(development.TASKS, task, (make, batch, 3, loss))

@@ -1,6 +1,7 @@
 """The engine: networks that several studies want are trained once, measurements are made once, their records are the cache."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,20 @@ def go(
     return read_records(folder, "a")[0]
 
 
+@pytest.fixture(scope="module")
+def finished(data: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the table and the store of all tasks, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    go(folder, staged(tasks(data)))
+    return folder
+
+
+def copied(finished: Path, folder: Path) -> pd.DataFrame:
+    """Copy what is finished into a folder; its records."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return read_records(folder, "a")[0]
+
+
 def test_records_have_one_schema_and_their_origins(data: ImageDataset, tmp_path: Path) -> None:
     sent: list[pd.DataFrame] = []
     records = go(tmp_path, staged(tasks(data), sent=sent))
@@ -105,9 +120,8 @@ def test_records_have_one_schema_and_their_origins(data: ImageDataset, tmp_path:
     assert origins.data["label"] == "Digits (8x8)"
 
 
-def test_what_stands_in_the_table_is_not_computed_again(data: ImageDataset, tmp_path: Path) -> None:
-    before = go(tmp_path, staged(tasks(data)))
-    calls.clear()
+def test_what_stands_in_the_table_is_not_computed_again(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    before = copied(finished, tmp_path)
     after = go(tmp_path, staged(tasks(data)), store=tmp_path / "another")
     assert calls == []
     assert not (tmp_path / "another").exists()
@@ -120,18 +134,17 @@ def test_what_stands_in_the_table_is_not_computed_again(data: ImageDataset, tmp_
     assert len(newer) == len(three)  # those of an older version are gone
 
 
-def test_the_store_serves_what_the_table_lacks(data: ImageDataset, tmp_path: Path) -> None:
-    go(tmp_path / "a", staged(tasks(data)), store=tmp_path / "store")
-    calls.clear()
+def test_the_store_serves_what_the_table_lacks(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    copied(finished, tmp_path)
     go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store")
     assert calls == []
     go(tmp_path / "b", staged(tasks(data)), store=tmp_path / "store", fresh=True)
     assert len(calls) == 13
 
 
-def test_processes_side_by_side_write_the_same_table(data: ImageDataset, tmp_path: Path) -> None:
-    one = go(tmp_path / "one", staged(tasks(data)))
-    two = go(tmp_path / "two", staged(tasks(data)), processes=2)
+def test_processes_side_by_side_write_the_same_table(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    one, _ = read_records(finished, "a")
+    two = go(tmp_path, staged(tasks(data)), processes=2)
     quick = one.quantity != "seconds"
     pd.testing.assert_frame_equal(one[quick], two[quick])
 
@@ -224,8 +237,8 @@ def test_what_is_finished_is_in_the_table_when_the_rest_fails(data: ImageDataset
     assert set(records.quantity) >= {"norm", "train_loss", "constant"}
 
 
-def test_a_table_of_other_settings_is_not_mixed(data: ImageDataset, tmp_path: Path) -> None:
-    go(tmp_path, staged(tasks(data)))
+def test_a_table_of_other_settings_is_not_mixed(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    copied(finished, tmp_path)
     go(tmp_path, staged(tasks(data)), heads=["gap", "gcp"])  # may grow
     with pytest.raises(
         InputError, match=r"a.csv has epochs = 2, not 3; repeat the flags .* or replace it with --fresh"
@@ -235,8 +248,8 @@ def test_a_table_of_other_settings_is_not_mixed(data: ImageDataset, tmp_path: Pa
     assert set(read_records(tmp_path, "a")[0].seed) == {0}
 
 
-def test_records_of_seeds_that_are_not_asked_for_stay(data: ImageDataset, tmp_path: Path) -> None:
-    before = go(tmp_path, staged(tasks(data)))
+def test_records_of_seeds_that_are_not_asked_for_stay(data: ImageDataset, finished: Path, tmp_path: Path) -> None:
+    before = copied(finished, tmp_path)
     pd.testing.assert_frame_equal(before, go(tmp_path, staged(tasks(data, seeds=1))))
 
 
@@ -253,9 +266,9 @@ def test_records_of_seeds_that_are_not_asked_for_stay(data: ImageDataset, tmp_pa
     ],
 )
 def test_a_table_in_which_anything_changed_is_refused(
-    data: ImageDataset, tmp_path: Path, file: str, change: Callable[[str], str]
+    data: ImageDataset, finished: Path, tmp_path: Path, file: str, change: Callable[[str], str]
 ) -> None:
-    go(tmp_path, staged(tasks(data, seeds=1)))
+    copied(finished, tmp_path)
     path = tmp_path / file
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError, match=r"a\.(csv|json)"):

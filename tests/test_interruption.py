@@ -109,8 +109,7 @@ def training(forkserver: ForkServerContext, tmp_path: Path) -> Iterator[Callable
         process.join(PATIENCE)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("number", "times"), [*((number, 1) for number in SIGNALS), (signal.SIGINT, 2)])
 def test_in_a_training(number: signal.Signals, times: int, training: Callable[..., Any], tmp_path: Path) -> None:
     process = training()
     for _ in range(times):

@@ -47,30 +47,26 @@ def test_what_every_process_imports_is_light() -> None:
     subprocess.run([sys.executable, "-c", "import sys, studies.jobs; assert 'torch' not in sys.modules"], check=True)
 
 
-def test_results_come_in_order_from_other_processes_with_as_many_threads() -> None:
+def test_results_come_in_order_from_other_processes() -> None:
     results = list(map_jobs(product, [(1, 2), (3, 4), (5, 6)], processes=2))
-    assert [value for value, _, _ in results] == [2, 12, 30]
-    assert os.getpid() not in {process for _, process, _ in results}
-    assert {threads for _, _, threads in results} == {torch.get_num_threads()}
+    assert [value for value, _ in results] == [2, 12, 30]
+    assert os.getpid() not in {process for _, process in results}
 
 
-def test_no_library_takes_more_threads() -> None:
+def test_libraries_take_as_many_threads_as_here() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         found = list(map_jobs(most_threads, [(0,), (1,)], processes=2))
     finally:
         torch.set_num_threads(before)
-    for most, libraries in found:
-        assert libraries >= 2
-        assert most == 2
+    (most, libraries, of_torch), _ = found
+    assert libraries >= 3
+    assert most == of_torch == 2
 
 
 def test_one_process_is_this_one() -> None:
-    assert list(map_jobs(product, [(1, 2), (3, 4)], processes=1)) == [
-        (2, os.getpid(), torch.get_num_threads()),
-        (12, os.getpid(), torch.get_num_threads()),
-    ]
+    assert list(map_jobs(product, [(1, 2), (3, 4)], processes=1)) == [(2, os.getpid()), (12, os.getpid())]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -125,13 +121,14 @@ def test_a_job_whose_process_dies_is_begun_again(tmp_path: Path) -> None:
     assert (tmp_path / "1").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_the_job_whose_process_dies_every_time_is_named(how: signal.Signals) -> None:
+@pytest.mark.parametrize(("how", "attempts"), [(signal.SIGKILL, ATTEMPTS), (signal.SIGTERM, 2), (signal.SIGSEGV, 2)])
+def test_the_job_whose_process_dies_every_time_is_named(how: signal.Signals, attempts: int) -> None:
     jobs = [(what, int(how)) for what in ("lives", "lives too", "dies", "lives on")]
     with pytest.raises(
-        LostJobError, match=rf"dies\(dies, {int(how)}\): its process died 3 times \({how.name}"
+        LostJobError, match=rf"dies\(dies, {int(how)}\): its process died {attempts} times \({how.name}"
     ) as caught:
-        list(map_jobs(dies, jobs, processes=2))
+        list(map_jobs(dies, jobs, 2, attempts))
+    assert ATTEMPTS == 3
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
 
@@ -177,7 +174,7 @@ def killed_at_random(folder: Path, kills: int, stop: threading.Event, done: list
             (folder / f"{victim}.pid").unlink()
 
 
-@pytest.mark.parametrize("kills", [int(os.environ.get("SECONDORDER_TEST_KILLS", 6))])
+@pytest.mark.parametrize("kills", [int(os.environ.get("SECONDORDER_TEST_KILLS", 3))])
 def test_processes_killed_at_random_moments_change_nothing(tmp_path: Path, kills: int) -> None:
     """SECONDORDER_TEST_KILLS=30 is the long form."""
     stop, done, count = threading.Event(), list[int](), 40 * kills
@@ -192,6 +189,13 @@ def test_processes_killed_at_random_moments_change_nothing(tmp_path: Path, kills
     assert done
 
 
+SLOW_IMPORT = """
+import time
+
+time.sleep(0.5)
+get_num_threads, set_num_threads = lambda: 1, lambda number: None
+"""
+"""In the place of torch, which takes seconds of the processor to import: these processes have no other use for it."""
 PARENT = """
 import sys, time, os
 from pathlib import Path
@@ -224,6 +228,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own that has begun two jobs; what is left of the group is ended with the test."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
+    (tmp_path / "torch.py").write_text(SLOW_IMPORT)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},

@@ -97,7 +97,7 @@ def test_only_the_later_half_counts_and_what_diverges_does_not_look_smooth() -> 
     records.loc[first, "value"] = np.inf
     late = landscape.late(records, landscape.DESCENT, landscape.FIRST_ORDER)
     assert np.isinf(late.value).sum() == 1
-    case = judge(landscape.CLAIMS, records)[0]
+    case = judge(landscape.CLAIMS[:1], records)[0]
     assert case.estimate is not None
     assert case.estimate.left_out == 1
 

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
+from undrawn_figures import undrawn_figures
 
 from secondorder.data import ImageDataset, load_dataset
 from secondorder.errors import InputError
@@ -72,7 +74,8 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_optimiser_trains_everything_and_resumes_bit_for_bit(
     optimizer: str, data: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = dataclasses.replace(RUN, optimizer=optimizer)
+    options = {"iterations": 2} if optimizer == "gauss_newton" else {}  # of which each is two passes
+    run = dataclasses.replace(RUN, optimizer=optimizer, optimizer_options=options)
     whole = train(run, data, tmp_path / "whole", progress=False)
     moved = [
         not torch.equal(a, b)
@@ -300,7 +303,8 @@ TARGETS = (0.5, 0.3)
 def made(noise: float = 0.02, seeds: int = 5, **special: float) -> pd.DataFrame:
     """Records of losses exp(-speed step / 50), the speed that of head times optimiser but for cells `head_optimizer`."""
     random = np.random.default_rng(0)
-    parts = []
+    curves: list[dict[str, Any]] = []
+    tunings: list[dict[str, Any]] = []
     for head, of_head in HEADS.items():
         for optimizer, of_optimizer in SPEEDS.items():
             labels = {"network": "net", "head": head, "dataset": "digits", "optimizer": optimizer}
@@ -314,7 +318,7 @@ def made(noise: float = 0.02, seeds: int = 5, **special: float) -> pd.DataFrame:
                     step, loss = losses[50 * epoch - 1]
                     ends = {"train_loss": loss, "test_top1": 0.5 + 0.1 * epoch}
                     rows += [{"step": step, "index": epoch, "quantity": q, "value": v} for q, v in ends.items()]
-                parts.append(frame("optimisers", rows, labels | {"seed": seed, "schedule": "cosine"}, "k"))
+                curves += [labels | {"seed": seed, "schedule": "cosine"} | row for row in rows]
             tuned = {
                 "names": ["learning_rate", "momentum"],
                 "trials": [[0.1, 0.9, 0.5], [1.0, 0.9, math.inf]],
@@ -322,10 +326,10 @@ def made(noise: float = 0.02, seeds: int = 5, **special: float) -> pd.DataFrame:
             }
             costs = [{"quantity": q, "index": 0, "value": of_optimizer} for q in (OF_SGD, "milliseconds of a step")]
             costs += [{"quantity": q, "value": 1.0} for q in ("peak memory of a step [MiB]", "state [MiB]")]
-            parts.append(frame("optimisers", [*tuning_rows(tuned), *costs], labels | {"seed": TUNING_SEED}, "t"))
+            tunings += [labels | {"seed": TUNING_SEED} | row for row in (*tuning_rows(tuned), *costs)]
     aims = [{"quantity": TARGET, "index": i, "value": value} for i, value in enumerate(TARGETS)]
-    parts.append(frame("optimisers", aims, {"network": "net", "dataset": "digits", "seed": TUNING_SEED}, "a"))
-    return pd.concat(parts, ignore_index=True)
+    tunings += [{"network": "net", "dataset": "digits", "seed": TUNING_SEED} | row for row in aims]
+    return pd.concat([frame("optimisers", curves, {}, "k"), frame("optimisers", tunings, {}, "t")], ignore_index=True)
 
 
 def without(records: pd.DataFrame, head: str, optimizer: str, seed: int) -> pd.DataFrame:
@@ -401,7 +405,8 @@ def test_updates_of_the_autoencoder_are_those_to_sgds_final_loss() -> None:
     ],
 )
 def test_the_claim_has_the_outcome_that_was_built_in(speed: float, outcome: str, words: str) -> None:
-    judged = {case.claim.name: case for case in judge(CLAIMS, made(gcp_kfac=speed))}
+    asked = [claim for claim in CLAIMS if claim.primary or claim.name.startswith("gauss_newton")]
+    judged = {case.claim.name: case for case in judge(asked, made(gcp_kfac=speed))}
     claim = judged["second order superfluous"]
     assert claim.outcome == outcome
     assert words in claim.sentence
@@ -427,7 +432,8 @@ def test_the_interaction_is_drawn_where_all_runs_get() -> None:
     assert interactions(made(gap_sgd=0.001)).empty
 
 
-def test_controls_that_k_fac_speeds_up_less_still_are_named() -> None:
+def test_controls_that_k_fac_speeds_up_less_still_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.draw.Curves.draw", lambda *_: Figure())  # most of the time
     words = "It speeds up covariance (no root) less still: the effect does not need the root."
     for speed, said in ((1.6, [words]), (1.8, []), (2.4, []), (4.0, [])):
         claim = folds(results(made(gcp_kfac=2.4, covariance_kfac=speed)))[0]
@@ -491,7 +497,8 @@ def test_stepper_takes_the_optimisers_steps() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished")
-    assert main([*SMOKE, "--out", str(folder)]) == 0
+    with undrawn_figures():
+        assert main([*SMOKE, "--out", str(folder)]) == 0
     return folder
 
 

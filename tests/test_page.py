@@ -405,8 +405,13 @@ def test_a_study_that_cannot_be_reported_has_a_line(
         "proved",
         "no effect",
     ]
+
+
+@pytest.mark.parametrize("study", [fails(KeyError("loss")), fails(InputError("no results")), undrawable])
+def test_a_study_that_must_be_reported_is_refused(tmp_path: Path, study: Callable[[Path], Sequence[Fold]]) -> None:
+    (tmp_path / "landscape.csv").write_text("a\n1\n")
     with pytest.raises(InputError, match="the results of landscape could not be reported"):
-        write_page(tmp_path / "here", PAGE, studies, must=("landscape",))  # type: ignore[arg-type]
+        write_page(tmp_path, PAGE, {"landscape": study}, must=("landscape",))
 
 
 # ------------------------------------------------------------------------------------------------------ hostile text

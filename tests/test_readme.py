@@ -12,6 +12,7 @@ import pytest
 import torch
 from undrawn_figures import undrawn_figures
 
+from secondorder.curvature import relative_difference
 from studies.engine.command import measure, write_pages
 from studies.engine.records import read_records
 from studies.page.readme import BEGIN, END, results_table
@@ -34,7 +35,8 @@ def blocks(file: str) -> list[str]:
 def names(file: str) -> dict[str, Any]:
     """What is defined when all blocks of a file have run."""
     namespace: dict[str, Any] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(relative_difference.__kwdefaults__, "probes", 4)  # of 20, each of which takes a second
         torch.manual_seed(0)
         for block in blocks(file):
             exec(compile(block, file, "exec"), namespace)

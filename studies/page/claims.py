@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ class ClaimRow:
         """Of the fold; name of the small picture."""
         return f"claim_{int(self.claim.primary)}"
 
-    @property
+    @cached_property
     def margins(self) -> pd.DataFrame:
         """The forest table in margins, of the estimate on each data set and of the seeds behind it."""
         rows = []

@@ -11,6 +11,7 @@ import torch
 from image_sets import CIFAR10_CLASSES, TRAIN, WRITERS, write_jpeg_archives, write_jpeg_folders
 from PIL import Image
 from torch import Tensor
+from undrawn_figures import undrawn_figures
 
 from secondorder.data import jpeg as jpeg_module
 from secondorder.data import load_dataset
@@ -82,6 +83,7 @@ def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(load_dataset("cifar10_jpeg", tmp_path).train) == TRAIN
 
 
+@undrawn_figures()
 def test_all_records_of_a_study_are_of_the_set_that_was_found(tmp_path: Path) -> None:
     """Asked for is `cifar10`: claims are judged on the records of one name."""
     write_jpeg_archives(tmp_path)

@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -102,6 +103,14 @@ def trained(compiled: Callable[..., Compiled], backend: str, steps: int, **setti
     return model
 
 
+@cache
+def plainly_trained(steps: int, **settings: Any) -> list[Tensor]:
+    """The weights without a compiler."""
+    weights = [p.detach() for p in trained(uncompiled, "eager", steps, **settings).parameters()]
+    assert not counters["stats"]
+    return weights
+
+
 @pytest.mark.parametrize(
     ("compiled", "fisher"),
     [
@@ -115,24 +124,24 @@ def trained(compiled: Callable[..., Compiled], backend: str, steps: int, **setti
 )
 def test_a_compiled_model_trains_as_itself(compiled: Callable[..., Compiled], fisher: str) -> None:
     settings = {"fisher": fisher, "factor_interval": 5, "inverse_interval": 5}
-    plain = trained(uncompiled, "eager", 24, **settings)
-    assert not counters["stats"]
+    plain = plainly_trained(24, **settings)
     model = trained(compiled, "eager", 24, **settings)
     assert not counters["graph_break"]
     assert (
         1 <= counters["stats"]["unique_graphs"] <= 5
     )  # training and evaluation, 12 rows and any number: not one a step
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+    for p, q in zip(plain, model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert stance() == "default"
 
 
 def test_long_trainings() -> None:
-    plain, model = (trained(made, "aot_eager", 400, inverse_interval=100) for made in (uncompiled, whole))
+    plain, model = (trained(made, "aot_eager", 120, inverse_interval=30) for made in (uncompiled, whole))
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # here, and not in processes that have to start

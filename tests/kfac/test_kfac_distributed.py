@@ -1,9 +1,12 @@
-"""Two processes under torchrun (gloo, loopback) with DistributedDataParallel take the steps of one with the whole batch."""
+"""Two processes (gloo, loopback) with DistributedDataParallel take the steps of one with the whole batch."""
 
 import os
-import subprocess
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,12 @@ def whole(model: nn.Module) -> nn.Module:
     return model
 
 
+@cache
+def alone(name: str) -> dict[str, Any]:
+    """What one process does with the whole batch."""
+    return trained(CASES[name], slice(None), whole)
+
+
 def with_a_broken_process(rank: int) -> dict[str, Any]:
     """NaN in the input of the second process at step 1, and in its factors at step 3."""
     opt, path, part = made(Case(), DistributedDataParallel), [], part_of(rank)
@@ -193,10 +202,20 @@ def thawed(rank: int | None) -> Tensor:
     return weights(model)
 
 
-def process(out: Path) -> None:
+def process(out: Path, rank: int) -> None:
     """What each of the two does."""
-    torch.distributed.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    try:
+        report(out, rank)
+    except BaseException:
+        (out / f"{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def report(out: Path, rank: int) -> None:
+    """Save all that the tests look at."""
+    torch.distributed.init_process_group("gloo", f"file://{out / 'meeting'}", rank=rank, world_size=2)
     found: dict[str, Any] = {
         name: trained(case, part_of(rank, case.samples), DistributedDataParallel) for name, case in CASES.items()
     }
@@ -206,49 +225,42 @@ def process(out: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, TESTS)
-import test_kfac_distributed
-
-test_kfac_distributed.torch.set_num_threads(1)
-test_kfac_distributed.process(Path(OUT))
-"""
-
-
 @pytest.fixture(scope="module")
-def found(
-    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., subprocess.CompletedProcess[str]]
-) -> list[dict[str, Any]]:
+def found(tmp_path_factory: pytest.TempPathFactory, forkserver: ForkServerContext) -> list[dict[str, Any]]:
     """What both processes report."""
     folder = tmp_path_factory.mktemp("kfac_distributed")
-    script = folder / "script.py"
-    script.write_text(SCRIPT.replace("TESTS", repr(str(Path(__file__).parent))).replace("OUT", repr(str(folder))))
-    finished = torchrun(str(script))
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    processes = [forkserver.Process(target=process, args=(folder, rank)) for rank in (0, 1)]
+    for each in processes:
+        each.start()
+    deadline = time.monotonic() + 250
+    try:
+        for each in processes:
+            each.join(max(0.0, deadline - time.monotonic()))
+        said = "".join(file.read_text() for file in folder.glob("*.txt"))
+        assert [each.exitcode for each in processes] == [0, 0], said
+    finally:
+        for each in processes:
+            each.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_one_process(name: str, found: list[dict[str, Any]]) -> None:
-    alone = trained(CASES[name], slice(None), whole)
+    own = alone(name)
     first, second = (report[name] for report in found)
     assert torch.equal(first["path"], second["path"])
     torch.manual_seed(0)
     start = weights(network())
-    assert relative(first["path"] - start, alone["path"] - start) <= EXACT
-    assert float((alone["path"][-1] - start).abs().max()) > 1e-3
-    assert first["dampings"] == second["dampings"] == pytest.approx(alone["dampings"], rel=1e-9)
-    assert (len(set(alone["dampings"])) > 1) == (CASES[name].settings.get("damping") is ADAPTIVE)
+    assert relative(first["path"] - start, own["path"] - start) <= EXACT
+    assert float((own["path"][-1] - start).abs().max()) > 1e-3
+    assert first["dampings"] == second["dampings"] == pytest.approx(own["dampings"], rel=1e-9)
+    assert (len(set(own["dampings"])) > 1) == (CASES[name].settings.get("damping") is ADAPTIVE)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_inverse_is_computed_by_one_owner(name: str, found: list[dict[str, Any]]) -> None:
-    alone = trained(CASES[name], slice(None), whole)["inverted"]
     first, second = (dict(report[name]["inverted"]) for report in found)
-    for step, names in alone:
+    for step, names in alone(name)["inverted"]:
         assert sorted(first.get(step, []) + second.get(step, [])) == sorted(names)
     owned = [{name for names in own.values() for name in names} for own in (first, second)]
     assert owned[0]
@@ -258,7 +270,7 @@ def test_each_inverse_is_computed_by_one_owner(name: str, found: list[dict[str, 
 
 def test_staggered_inversions_are_spread_over_steps(found: list[dict[str, Any]]) -> None:
     """Not a property of several processes; it makes sure that the case tests what it should."""
-    steps = dict(trained(CASES["exact"], slice(None), whole)["inverted"])
+    steps = dict(alone("exact")["inverted"])
     assert len(steps[0]) == 4
     assert {len(names) for step, names in steps.items() if step > 0} <= {1, 2}
 

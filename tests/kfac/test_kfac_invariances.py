@@ -74,10 +74,19 @@ def test_relative_damping_ignores_the_scale_of_inputs_and_gradients(inverse: str
     assert relative(got[weights:], plain[weights:]) <= EXACT
 
 
-@pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
-@pytest.mark.parametrize("relative_damping", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "sharing", "approximation", "relative_damping"),
+    [  # every two of these, in half of the cases
+        ("exact", "expand", "kfac", True),
+        ("exact", "reduce", "ekfac", True),
+        ("empirical", "expand", "ekfac", True),
+        ("empirical", "reduce", "kfac", True),
+        ("exact", "expand", "ekfac", False),
+        ("exact", "reduce", "kfac", False),
+        ("empirical", "expand", "kfac", False),
+        ("empirical", "reduce", "ekfac", False),
+    ],
+)
 def test_copies_and_order_of_samples(relative_damping: bool, approximation: str, sharing: str, kind: str) -> None:
     model, data = convolutional(), [batch(24), batch(24)]  # A of full rank: EKFAC's basis is unique
     options = {
@@ -130,8 +139,7 @@ def several_steps(reduction: str, **settings: object) -> Tensor:
     return torch.stack([step(opt, partial(F.cross_entropy, reduction=reduction), x, y) for _ in range(4)])
 
 
-@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
-@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize(("kind", "decoupled"), [("exact", True), ("mc", True), ("empirical", True), ("exact", False)])
 def test_mean_and_sum_of_losses_train_alike(decoupled: bool, kind: str) -> None:
     for settings in ({"weight_decay": 0.1}, {"clip": 1e-3}, {"approximation": "ekfac"}):
         given = {"kind": kind, "options": Options(decoupled=decoupled)} | settings

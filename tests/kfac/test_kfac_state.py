@@ -37,8 +37,10 @@ def saved(state: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("at", [0, 1, 10])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [*((kind, 10) for kind in KINDS), *((kind, at) for kind in ("kfac", "ekfac", "adam fallback") for at in (0, 1))],
+)  # the first steps are the same in the other kinds
 def test_resumed_training_is_the_same_bit_for_bit(kind: str, at: int) -> None:
     settings = {"momentum": 0.8, **MID_INTERVAL, **KINDS[kind]}
     data = batches(STEPS)
@@ -375,15 +377,15 @@ def test_a_state_that_does_not_fit_changes_nothing(change: str) -> None:
     train(theirs, state, batches(2))
     model, twin = convnet(), convnet()
     optimizer, other = KFAC(model, 0.1), KFAC(twin, 0.1)
-    data = batches(8)
-    train(model, optimizer, data[:4])
-    train(twin, other, data[:4])
+    data = batches(3)
+    train(model, optimizer, data[:2])
+    train(twin, other, data[:2])
     before = snapshot(optimizer.state_dict())
     with pytest.raises(InputError, match=message):
         optimizer.load_state_dict(edit(copy.deepcopy(state.state_dict())))
     assert same(optimizer.state_dict(), before)
-    train(model, optimizer, data[4:])
-    train(twin, other, data[4:])
+    train(model, optimizer, data[2:])
+    train(twin, other, data[2:])
     assert same(weights(model), weights(twin))
 
 
@@ -431,8 +433,8 @@ MISSING = object()
 def refused_entries(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
     """Try every entry of a state missing or wrong: each is refused and changes nothing; how many there were."""
     before, tried = snapshot(optimizer.state_dict()), 0
+    changed = snapshot(state)
     for path in entries(state):
-        changed = snapshot(state)
         place = changed
         for key in path[:-1]:
             place = place[key]
@@ -449,6 +451,7 @@ def refused_entries(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
             assert "\n" not in str(caught.value)
             assert len(str(caught.value)) <= 300
             tried += 1
+        place[path[-1]] = value
         assert same(optimizer.state_dict(), before)
     return tried
 

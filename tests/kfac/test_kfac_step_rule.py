@@ -90,9 +90,13 @@ class Dense:
         return [u.view_as(matrix) for u, matrix in zip(found, matrices, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["adam", "adam_fixed", "adam_free"])
-@pytest.mark.parametrize("approximation", ["kfac", "ekfac"])
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize(
+    ("name", "approximation", "momentum"),
+    [
+        *((name, "kfac", momentum) for name in ("adam", "adam_fixed", "adam_free") for momentum in (0.9, 0.0)),
+        ("adam", "ekfac", 0.9),  # whose bases are found in another way, and used in the same
+    ],
+)
 def test_it_is_adam_in_the_eigenbasis(name: str, approximation: str, momentum: float) -> None:
     model = small()
     optimizer = KFAC(
@@ -242,20 +246,22 @@ def test_a_gradient_that_vanishes_ends_the_walk(name: str) -> None:
     """Its momentum is not scaled up for ever, to rounding errors and beyond the range of numbers."""
     for vanished in (0.0, 1e-30):
         model = small(torch.float32, norm=False)
-        optimizer = KFAC(model, 0.03, step_rule=name, options=Options(check=False), factor_interval=2000)
+        optimizer = KFAC(
+            model, 0.03, step_rule=name, momentum=0.8, options=Options(check=False), factor_interval=2000
+        )  # in 300 steps m falls by 29 decades, its square leaves the range of numbers after 200
         every = list(batches(torch.float32))
         for batch in every:
             step(model, optimizer, batch)
         before = weights(model)
-        for _ in range(300):
+        for _ in range(150):
             step(model, optimizer, every[0], scale=vanished)
         if (
             STEP_RULES[name].direction == "eigenbasis"
         ):  # a tiny gradient that stays is followed again, once m and v are of its size
-            assert max(lengths(model, before)) < 80 * 0.2 * 0.03
+            assert max(lengths(model, before)) < 40 * 0.2 * 0.03
         if vanished == 0.0:
             assert lengths(model, before) == [0.0, 0.0]
-        for _ in range(300):
+        for _ in range(150 if vanished else 0):
             step(model, optimizer, every[0], scale=vanished)
         assert all(bool((p.abs() < 100).all()) for p in model.parameters())
 
@@ -313,8 +319,11 @@ def test_a_layer_that_gets_an_eigenbasis_begins_anew() -> None:
 # ------------------------------------------------------------------------------------------------ what they are for
 
 
-def separable(step_rule: str, seed: int, **settings: Any) -> tuple[float, float]:
-    """Worst batch loss after 20 steps, and norm of the weights at the end, on two classes that can be told apart exactly."""
+def separable(step_rule: str, seed: int, enough: float = math.inf, **settings: Any) -> tuple[float, float]:
+    """Worst batch loss after 20 steps, and norm of the weights at the end, on two classes that can be told apart exactly.
+
+    A training whose loss was above `enough` ends there.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(512, 20, generator=generator)
     y = (x[:, 0] + 0.3 * torch.randn(512, generator=generator) > 0).long()
@@ -327,6 +336,8 @@ def separable(step_rule: str, seed: int, **settings: Any) -> tuple[float, float]
         rows = torch.randperm(512, generator=generator)[:32]
         loss = step(model, optimizer, (x[rows], y[rows]))
         worst = max(worst, loss) if turn > 20 else 0.0
+        if worst > enough:
+            break
         schedule.step()
     return worst, float(torch.cat([p.detach().flatten() for p in model.parameters()]).norm())
 
@@ -336,7 +347,7 @@ def test_separable_classes_do_not_blow_it_up(seed: int) -> None:
     worst, norm = separable("adam", seed)
     assert worst < 1.0
     assert norm < 60
-    assert separable("natural", seed, clip=None)[0] > 2.0  # its metric vanishes with the loss
+    assert separable("natural", seed, enough=2.0, clip=None)[0] > 2.0  # its metric vanishes with the loss
 
 
 # --------------------------------------------------------------------------------------------------------- plumbing

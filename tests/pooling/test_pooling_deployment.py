@@ -121,8 +121,9 @@ def test_onnx_without_eigenvalues_is_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(error.value.__cause__)
 
 
-@pytest.mark.parametrize("name", POOLINGS)
-@pytest.mark.parametrize("layout", ["NCHW", "NLC"])
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, "NCHW") for name in POOLINGS), ("gcp", "NLC"), ("dropcov", "NLC")]
+)
 def test_jit_traces_are_saved_and_run(name: str, layout: str) -> None:
     head, x = head_and_features(name, layout)
     traced = torch.jit.trace(head, (x,))
@@ -138,8 +139,7 @@ def test_jit_checks_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-@pytest.mark.parametrize("layout", ["NCHW", "NLC"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("layout", "training"), [("NCHW", False), ("NLC", True)])
 def test_fx_traces_every_layer(name: str, layout: str, training: bool) -> None:
     head, x = head_and_features(name, layout)
     head.train(training)
