@@ -124,17 +124,25 @@ def test_matrices_are_those_of_torch_func_for_all_data(case: tuple[str, str], ch
     assert relative(diagonal.diagonal(), truths["ggn"].diagonal()) <= 1e-12
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ", ".join(case))
-@pytest.mark.parametrize("quantity", ["empirical_fisher", "mc_fisher", *KRONECKER])
+FISHERS = {"kfac_expand": ("exact", "mc", "empirical"), "ekfac": ("exact", "empirical")}
+"""Quantity -> kinds of columns, of each loss; a network without positions has the same factors by `kfac_reduce`."""
+
+
+@pytest.mark.parametrize(
+    ("case", "quantity"),
+    [
+        *((case, quantity) for case in CASES for quantity in ("empirical_fisher", "mc_fisher", *FISHERS)),
+        *((case, "kfac_reduce") for case in OF_NETWORKS),
+    ],
+    ids=str,
+)
 def test_other_quantities_are_those_of_one_batch(case: tuple[str, str], quantity: str) -> None:
-    """Each loss with each kind of columns, each network with those of the exact Fisher matrix and one of the others."""
     model, loss, data = made(case)
     params = [name for name, _ in model.named_parameters()]
     if quantity in KRONECKER:
         params = [name for name in params if "2." not in name] if "norm" in case[0] else params
         params = ["last.weight", "last.bias"] if case[0] == "tied" else params
-    fishers = ("exact", "mc", "empirical") if case in OF_LOSSES else ("exact", "mc")
-    for fisher in fishers if quantity in KRONECKER else ("exact",):
+    for fisher in FISHERS.get(quantity, ("exact",)) if case in OF_LOSSES else ("exact",):
         options: dict[str, Any] = {"samples": 3, "seed": 5, "fisher": fisher}
         one, several = (
             curvature_blocks(model, loss, given, quantity, params, **options).whole.dense()
