@@ -75,7 +75,7 @@ def test_samples_on_their_own_are_their_terms_of_the_mean() -> None:
 
 @pytest.mark.parametrize("at", [None, "0"])
 def test_fishers_and_the_diagonal(at: str | None) -> None:
-    model, (images, labels) = chain("gap", nn.Tanh), batch(CE, size=4)
+    model, (images, labels) = chain("gap", nn.Tanh), batch(CE)
     stem, rest = split(model, at)
     a = stem(images).detach().requires_grad_()
     gradient = torch.autograd.grad(F.cross_entropy(rest(a), labels, reduction="sum"), a)[0].flatten(1)
@@ -84,7 +84,7 @@ def test_fishers_and_the_diagonal(at: str | None) -> None:
     ggn = truth("ggn", rest, CE, a, labels)
     check(activation_curvature(model, CE, (images, labels), "diagonal", at).whole.diagonal(), ggn.diagonal())
     many = activation_curvature(model, CE, (images, labels), "mc_fisher", at, samples=1000, seed=1).whole.dense()
-    assert float((many - ggn).norm() / ggn.norm()) < 0.05  # at most 0.04 of three seeds
+    assert float((many - ggn).norm() / ggn.norm()) < 0.05  # at most 0.015 of three seeds
     few, again, other = (
         activation_curvature(model, CE, (images, labels), "mc_fisher", at, seed=seed).whole.dense()
         for seed in (1, 1, 2)
