@@ -181,24 +181,22 @@ def _others(results: Results) -> Fold:
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """A row for each head and optimiser: final loss and accuracy, steps and seconds to the targets; _loss orders them."""
-    steps = to_targets(records).rename(columns={"value": "steps"})
-    of_sgd = steps[steps.optimizer == "sgd"].drop(columns=["optimizer", "censored"])
+    spent = seconds_to_targets(records).rename(columns={"value": "seconds"}).drop(columns="censored")
+    spent = to_targets(records).rename(columns={"value": "steps"}).merge(spent, on=KEYS)
+    of_sgd = spent[spent.optimizer == "sgd"].drop(columns=["optimizer", "censored"])
     runs = final(records, "train_loss").merge(final(records, "test_top1"), on=KEYS, suffixes=("", "_top1"))
-    runs = runs.merge(steps, on=KEYS).merge(of_sgd, on=["network", "head", "seed"], suffixes=("", "_sgd"))
-    runs = runs.merge(seconds_to_targets(records).drop(columns="censored"), on=KEYS, suffixes=("", "_seconds"))
+    runs = runs.merge(spent, on=KEYS).merge(of_sgd, on=["network", "head", "seed"], suffixes=("", "_sgd"))
     rows: list[dict[str, Any]] = []
     for (head, optimizer), run in runs.groupby(CELL, sort=False):
-        steps_ratio, seconds_ratio = (
-            ratio_interval(of, run.steps_sgd).estimate for of in (run.steps, run.value_seconds)
-        )
+        steps, seconds = (ratio_interval(run[of], run[f"{of}_sgd"]).estimate for of in ("steps", "seconds"))
         bound = "≥ " if run.censored.any() else ""
         rows.append({
             "head": WORDS[str(head)],
             "optimiser": WORDS[str(optimizer)],
             "training loss": geometric_interval(run.value).short if np.isfinite(run.value).all() else "diverged",
             "test top-1 [%]": 100 * run.value_top1.mean(),
-            "steps to the targets": f"{bound}{steps_ratio:.2f}",
-            "seconds to the targets": f"{bound}{seconds_ratio:.2f}",
+            "steps to the targets": f"{bound}{steps:.2f}",
+            "seconds to the targets": f"{bound}{seconds:.2f}",
             "_loss": run.value.mean(),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values(["head", "_loss"], ignore_index=True)
