@@ -142,6 +142,24 @@ def test_a_wrong_declaration_is_found_in_the_first_step(kind: type[nn.Module], w
         train(model, optimizer, [(x, y)])
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("change", ["padded", "strided", "cut", "turned"])
+def test_a_declared_convolution_that_is_another_one_is_refused(change: str, padding: int) -> None:
+    """By the size of its output; where that is the same, the gradient tells."""
+
+    class Other(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pad(x, (1, 1, 1, 1)) if change == "padded" else x[..., :3, :3] if change == "cut" else x
+            x = x.mT if change == "turned" else x
+            return F.conv2d(x, self.weight, self.bias, 2 if change == "strided" else 1, self.padding)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Other(1, 2, 3, padding=padding), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    optimizer = KFAC(model, options=Options(treat_as={"0": "conv2d"}))
+    with pytest.raises(InputError, match=r"Other gives an output of another size .* as Options\(treat_as=...\) says"):
+        train(model, optimizer, [(torch.randn(9, 1, 6, 7), torch.randint(3, (9,)))])
+
+
 def test_a_convolution_with_a_forward_of_its_own_is_checked_and_used() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Padded(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 3)).double()

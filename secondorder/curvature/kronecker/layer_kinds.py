@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from secondorder.curvature.kronecker.normalisation import Normalisation
-from secondorder.curvature.kronecker.patches import map_positions, mean_patches, moves, padded, patches
+from secondorder.curvature.kronecker.patches import map_positions, map_size, mean_patches, moves, padded, patches
 from secondorder.curvature.kronecker.weight_sharing import LayerKind
 from secondorder.errors import InputError
 
@@ -66,6 +66,18 @@ class Convolution(LayerKind):
         """G, the number of groups of the convolution, each with channels of its own."""
         return self.module.groups
 
+    def check_call(self, x: Tensor, output: Tensor) -> None:
+        """InputError for an output that is not of the size that the layer's settings give."""
+        if map_size(self.module, self.batched(x)) != output.shape[1 - self.sample :]:
+            raise InputError(self._other_size)
+
+    @property
+    def _other_size(self) -> str:
+        return (
+            f"{type(self.module).__name__} gives an output of another size than its kernel, stride, padding and dilation say: is "
+            "it a convolution, as Options(treat_as=...) says? leave it out there, or give approximation={its name: 'fallback'}"
+        )
+
     def positions(self, x: Tensor) -> int:
         """T, the number of positions of the output for an input `[N, C, *size]`."""
         return map_positions(self.module, x)
@@ -87,7 +99,7 @@ class Convolution(LayerKind):
         windows are the patches; some ten times faster on a CPU than with the patches written out."""
         conv, G = self.module, self.groups
         derivative = (conv1d_weight, conv2d_weight, conv3d_weight)[len(conv.kernel_size) - 1]
-        shape = (G * self.outputs, conv.in_channels // G, *conv.kernel_size)
+        shape = (G * self.outputs, self.inputs // math.prod(conv.kernel_size), *conv.kernel_size)
         found = derivative(padded(conv, x), shape, g, moves(conv), 0, conv.dilation, G).reshape(G, self.outputs, -1)
         return torch.cat([found, self.output_vectors(g).sum((0, 2))[..., None]], -1) if bias else found
 
@@ -105,13 +117,12 @@ class TransposedConvolution(Convolution):
         """D = (C / G) |kernel|, the input channels of a group times the entries of the kernel."""
         return self.weight_shape.numel() // (self.groups * self.outputs)
 
-    def check_call(self, x: Tensor, output: Tensor) -> None:
-        """InputError for an output of another size, which a call can ask for."""
-        if map_positions(self.module, self.batched(x)) != math.prod(output.shape[1 - self.sample :]):
-            raise InputError(
-                f"{type(self.module).__name__} called with an output_size that is not that of its output_padding: give the layer "
-                "output_padding, or approximation={its name: 'fallback'}"
-            )
+    @property
+    def _other_size(self) -> str:
+        return (
+            f"{type(self.module).__name__} called with an output_size that is not that of its output_padding: give the layer "
+            "output_padding, or approximation={its name: 'fallback'}"
+        )
 
     def matrix(self, weight: Tensor) -> Tensor:
         """W `[G, O, D]` of a tensor shaped like the weight `[C, O, *kernel]`, its kernels turned round."""

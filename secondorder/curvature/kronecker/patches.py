@@ -46,11 +46,16 @@ def mean_patches(layer: Convolution, x: Tensor) -> Tensor:
 
 def map_positions(layer: Convolution, x: Tensor) -> int:
     """T, the positions of the output for an input `[N, C, *map]`."""
+    return math.prod(map_size(layer, x))
+
+
+def map_size(layer: Convolution, x: Tensor) -> tuple[int, ...]:
+    """The output's positions along each axis, for an input `[N, C, *map]`."""
     sides = _sides(layer)[::-1]  # the last axis comes first there, its end last
     spread = [(n - 1) * z + 1 for n, z in zip(x.shape[2:], _zeros_between(layer), strict=True)]
     sizes = [n + sides[2 * i] + sides[2 * i + 1] for i, n in enumerate(spread)]
     axes = zip(sizes, layer.kernel_size, moves(layer), layer.dilation, strict=True)
-    return math.prod((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in axes)
+    return tuple((size - d * (k - 1) - 1) // s + 1 for size, k, s, d in axes)
 
 
 def padded(layer: Convolution, x: Tensor) -> Tensor:
