@@ -141,7 +141,6 @@ def test_long_trainings() -> None:
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # here, and not in processes that have to start
