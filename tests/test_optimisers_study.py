@@ -457,6 +457,15 @@ def test_folds_say_what_was_measured(change: dict[str, Any]) -> None:
     assert "4 times SGD's" in shown[2].sentences[0]
 
 
+def test_costs_have_the_later_steps_by_themselves() -> None:
+    records = made(seeds=1)
+    first = records[(records.quantity == OF_SGD) & (records.optimizer == "kfac")]
+    timed = [first.assign(index=i, value=5.0 if i < 20 else 1.0) for i in range(40)]
+    table = folds(results(pd.concat([records.drop(first.index), *timed], ignore_index=True)))[-1].tables[0].data
+    row = table[(table.problem == "GAP") & (table.optimiser == "K-FAC")].iloc[0]
+    assert (row[OF_SGD], row["later steps, of SGD's"]) == (3.0, 1.0)
+
+
 def test_tables_mark_bounds_and_divergence() -> None:
     records = without(made(noise=0.0, gcp_kfac=0.5), "gap", "gauss_newton", 0)
     table = summary(records).set_index(["head", "optimiser"])
@@ -464,6 +473,9 @@ def test_tables_mark_bounds_and_divergence() -> None:
     assert table.loc[("GAP", "K-FAC"), "seconds to the targets"] == "1.00"
     assert "≥ " in str(table.loc[("GCP (5-step root)", "K-FAC"), "steps to the targets"])
     assert table.loc[("GAP", "Gauss-Newton"), "training loss"] == "diverged"
+    slower = records.assign(value=records.value.where((records.quantity != OF_SGD) | (records.optimizer != "sgd"), 2.0))
+    again = summary(slower).set_index(["head", "optimiser"])["seconds to the targets"]
+    assert (again["GAP", "SGD"], again["GAP", "K-FAC"]) == ("1.00", "0.50")  # in the seconds that SGD itself takes
     tuned = tuning_table(records).iloc[0]
     assert (tuned.tuned, tuned["values"], tuned.trials) == ("learning rate, momentum", "0.1, 0.9", 2)
     again = records[records.layer == "trial"].assign(key="of another machine")

@@ -56,6 +56,12 @@ class Cell:
         return labels | {"head": self.head, "optimizer": self.optimizer}
 
     @property
+    def problem(self) -> dict[str, Any]:
+        """The settings of what is trained; of the autoencoder without those that are of no single training."""
+        settings = self.context.settings
+        return asdict(settings.training if self.head else replace(settings.autoencoder, arms=(), tuning_seeds=1))
+
+    @property
     def lattice(self) -> Lattice:
         """The settings that are tried, of this optimiser and kind of network."""
         return (LATTICES if self.head else DEEP_LATTICES)[self.optimizer]
@@ -85,8 +91,7 @@ class Cell:
         """A training of the autoencoder; the settings of the measurement tell it from others."""
         common, settings = self.context.common, self.context.settings.autoencoder
         fit = partial(deep.fit, _pixels(common, settings), settings, self.optimizer, values, seed)
-        described = asdict(replace(settings, arms=(), tuning_seeds=1))
-        described |= {"arm": self.optimizer, "values": values, "seed": seed}
+        described = self.problem | {"arm": self.optimizer, "values": values, "seed": seed}
         measurement = Measurement("autoencoder", lambda _: fit(), described)
         return Computed(measurement, self.labels | {"seed": seed}, device=str(common.torch_device))
 
@@ -141,11 +146,8 @@ def final_loss(records: pd.DataFrame) -> float:
 
 def costs(cell: Cell, values: Values, of_sgd: Values) -> Computed:
     """The timing of an optimiser with its tuned settings, next to SGD with its own, and its memory."""
-    settings, device = cell.context.settings, cell.context.common.torch_device
-    deep = replace(settings.autoencoder, arms=(), tuning_seeds=1)
-    described = {"problem": asdict(settings.training if cell.head else deep), "steps": settings.timing_steps}
-    described |= {"values": values, "sgd": of_sgd}
-    sgd = replace(cell, optimizer="sgd")
+    sgd, device = replace(cell, optimizer="sgd"), cell.context.common.torch_device
+    described = {"problem": cell.problem, "steps": cell.context.settings.timing_steps, "values": values, "sgd": of_sgd}
 
     def measure(case: Mapping[str, Any]) -> Iterator[Row]:
         return _costs(cell.stepper(values), sgd.stepper(of_sgd), case["steps"], device)

@@ -95,8 +95,10 @@ class Convolution(LayerKind):
         return s.flatten(leading + 1).unflatten(leading, (self.groups, -1)).mT
 
     def weight_gradient(self, x: Tensor, g: Tensor, bias: bool) -> Tensor:
-        """sum_nt g a^T `[G, O, D]`, with `bias` sum_nt g beside it: the derivative of the convolution of the padded input, whose
-        windows are the patches; some ten times faster on a CPU than with the patches written out."""
+        """sum_nt g a^T `[G, O, D]`, with `bias` sum_nt g beside it.
+
+        The derivative of the convolution of the padded input, whose windows are the patches: these are not written out.
+        """
         conv, G = self.module, self.groups
         derivative = (conv1d_weight, conv2d_weight, conv3d_weight)[len(conv.kernel_size) - 1]
         shape = (G * self.outputs, self.inputs // math.prod(conv.kernel_size), *conv.kernel_size)
